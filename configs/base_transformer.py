@@ -1,0 +1,62 @@
+"""The small base's transformer and text encoders, trained from nothing to edit drawings by instruction.
+
+    python -m lorweb_jax.main --config=configs/base_transformer.py
+
+Needs the trained autoencoder (configs/base_vae.py). Leaves transformer, text_encoder, text_encoder_2 and both
+tokenizers in runs/base_transformer, with pictures of edits of drawings it never saw.
+"""
+
+from lorweb_jax.config import base_config, choose_variant
+
+
+def get_config(variant: str = ""):
+    return choose_variant({"": default, "smoke": smoke}, variant)
+
+
+def default():
+    config = base_config("base_transformer")
+    config.transformer = dict(num_layers=2, num_single_layers=6, num_attention_heads=4, attention_head_dim=32,
+                              in_channels=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
+    config.text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    config.text_2 = dict(d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4)
+    config.unroll = 8                # blocks compiled side by side; all of them, since there are few
+
+    config.data = dict(
+        cache="local_data/drawings",  # rendered drawings and their latents are kept here
+        size=32,                      # side of a quadrant, pixels
+        vae="runs/base_vae/vae",
+        variants=3,                   # of each drawing: as it is, and in other colours
+        text_tokens=16,               # length that instructions are padded to
+        last_only=0.5,                # share of canvases of which only the last drawing is to change
+        edited_before=0.5,            # share of the other drawings on those canvases that come edited already
+        twice=0.5,                    # share of those canvases that show the last drawing twice
+        vague=0.15,                   # share of instructions that leave the operation's parameter open
+        silent=0.03)                  # share of empty instructions, which change nothing
+
+    config.loss_weight = "uniform"
+    config.guidance = (1.0, 4.0)      # guidance values that the model is shown
+    config.show_steps = 12            # Euler steps of the pictures
+
+    config.train.steps = 20000
+    config.train.batch = 64
+    config.train.log_every = 50
+    config.train.checkpoint_every = 500
+    config.train.picture_every = 1000
+    config.train.ema = 0.999
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup = 200
+    config.optimizer.weight_decay = 0.01
+    return config
+
+
+def smoke():
+    """A few seconds, to see that everything works."""
+    config = default()
+    config.transformer.num_layers = config.transformer.num_single_layers = 1
+    config.data.variants = 1
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.train.batch = 4
+    config.optimizer.warmup = 0
+    return config

@@ -1,0 +1,40 @@
+"""The router: from a query to one coefficient for each member of the basis (method.md §4)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def coefficients(query_bq: jax.Array, keys_nk: jax.Array, projection_kq: jax.Array | None, *, heads: int,
+                 activation: str, reduction: str) -> jax.Array:
+    """c [b, n] = mean or sum over heads of act((P q)_h · keys_h / √(k/h)); in float32.
+
+    `activation` "softmax" (over n) or "tanh"; `reduction` "mean", or "sum" clipped to the activation's range.
+    """
+    query = query_bq.astype(jnp.float32)
+    if projection_kq is not None:
+        query = jnp.einsum("bq,kq->bk", query, projection_kq.astype(jnp.float32))
+    b, k = query.shape
+    query_bhx = query.reshape(b, heads, k // heads)
+    keys_nhx = keys_nk.astype(jnp.float32).reshape(-1, heads, k // heads)
+    scores_bhn = jnp.einsum("bhx,nhx->bhn", query_bhx, keys_nhx) / jnp.sqrt(k / heads)
+    weights_bhn = jax.nn.softmax(scores_bhn, axis=-1) if activation == "softmax" else jnp.tanh(scores_bhn)
+    if reduction == "mean":
+        return weights_bhn.mean(axis=1)
+    return jnp.clip(weights_bhn.sum(axis=1), 0.0 if activation == "softmax" else -1.0, 1.0)
+
+
+def internal_query(x: jax.Array, text_tokens: int, mode: str, pooling: str) -> jax.Array:
+    """The layer's own input, pooled over the tokens that `mode` names: [b, s, i] or [b, i] -> [b, i].
+
+    After `text_tokens` leading tokens are left out, the first half of the rest is the noisy image and the second
+    the condition in raster order: "aa'bb'" takes all, "caa'bb'" the condition, "caa'b" its first three quarters,
+    "caa'" its first half. A modulation's input [b, i] is used as it is.
+    """
+    if x.ndim == 2:
+        return x
+    if mode != "aa'bb'":
+        x = x[:, text_tokens:]
+        x = x[:, x.shape[1] // 2:]
+        kept = {"caa'bb'": x.shape[1], "caa'b": 3 * x.shape[1] // 4, "caa'": x.shape[1] // 2}[mode]
+        x = x[:, :kept]
+    return x.mean(axis=1) if pooling == "avg" else x.max(axis=1)

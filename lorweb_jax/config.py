@@ -1,0 +1,122 @@
+"""What every training config has in common, and what can be wrong with one.
+
+Configs are ml_collections files in configs/: `get_config(variant)` starts from `base_config(job)` and sets what
+differs, so that each field stands once. Nothing here imports jax: `--help` and a misspelt field answer at once.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lorweb_jax.errors import UserError
+from lorweb_jax.images.io import write_file
+
+# Fields that a run may change when it goes on from its own checkpoint.
+MAY_CHANGE = frozenset({"train.steps", "train.log_every", "train.checkpoint_every", "train.picture_every"})
+
+
+def base_config(job: str) -> ConfigDict:
+    """The fields that train.py itself reads, with the paper's recipe for the optimizer (method.md §5)."""
+    config = ConfigDict()
+    config.job = job                # a name of training/jobs, or an import path package.module:function
+    config.seed = 0                 # of initial weights, noise and data order
+
+    config.train = ConfigDict()
+    config.train.steps = 1000       # optimizer updates in all
+    config.train.batch = 6          # examples a step, over all devices
+    config.train.log_every = 20     # steps between lines of metrics (each line is the mean since the last)
+    config.train.checkpoint_every = 200
+    config.train.picture_every = 500
+    config.train.ema = 0.0          # decay of the averaged weights that are shown and exported; 0 keeps none
+    config.train.frozen_dtype = "float32"  # storage of frozen weights: float32, bfloat16 or float16
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "constant"  # or cosine, down to 0 at train.steps
+    config.optimizer.warmup = 0     # steps of linear rise from 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip = 1.0     # largest global norm of the gradient
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1           # devices that share the batch; -1 takes all there are
+    return config
+
+
+def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) -> ConfigDict:
+    """The config of variant `name` of a config file, the default one being ""; UserError names those there are."""
+    if name not in variants:
+        named = ", ".join(key for key in variants if key) or "none"
+        raise UserError(f"the config has no variant {name!r}; its variants are: {named}", code=2)
+    return variants[name]()
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for values of base_config's fields that no run could use."""
+    train, optimizer = config.train, config.optimizer
+    for field in ("train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.picture_every"):
+        value = get(config, field)
+        if value < 1:
+            raise UserError(f"config.{field} is {value}; it must be at least 1: set --config.{field}=…", code=2)
+    if not 0 <= train.ema < 1:
+        raise UserError(f"config.train.ema is {train.ema}; it must be at least 0 (no averaging) and below 1", code=2)
+    if train.frozen_dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"config.train.frozen_dtype is {train.frozen_dtype!r}; "
+                        "it must be float32, bfloat16 or float16", code=2)
+    if optimizer.schedule not in ("constant", "cosine"):
+        raise UserError(f"config.optimizer.schedule is {optimizer.schedule!r}; it must be constant or cosine", code=2)
+    if not 0 <= optimizer.warmup < train.steps:
+        raise UserError(f"config.optimizer.warmup is {optimizer.warmup}; it must be at least 0 and below "
+                        f"config.train.steps, which is {train.steps}", code=2)
+    for field in ("learning_rate", "clip"):
+        if not optimizer[field] > 0:
+            raise UserError(f"config.optimizer.{field} is {optimizer[field]}; it must be above 0", code=2)
+
+
+def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a config or of its json form; tuples come as lists."""
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def get(config: ConfigDict, field: str) -> Any:
+    """The value of a dotted field."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{dotted field: (old value, new value)} where two configs differ; a missing field counts as None."""
+    old, new = dict(fields(old)), dict(fields(new))
+    return {name: (old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)}
+
+
+def default_workdir(config_flag: str) -> Path:
+    """runs/<name> of a --config value: configs/basis.py -> runs/basis, configs/basis.py:tanh -> runs/basis_tanh."""
+    path, _, variant = config_flag.partition(":")
+    return Path("runs") / (Path(path).stem + ("_" + variant.replace(",", "_").replace("/", "_") if variant else ""))
+
+
+def load(path: Path) -> ConfigDict:
+    """The config that `save` wrote; UserError where there is none or it is not readable."""
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; name the folder of a training run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is not a config written by a training run ({error}); "
+                        "name another run folder") from None
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Write a config as json, all or nothing."""
+    write_file(path, (json.dumps(config.to_dict(), indent=1) + "\n").encode())

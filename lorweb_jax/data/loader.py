@@ -1,0 +1,289 @@
+"""Batches of analogies, read with grain: the same stream whatever the number of worker processes or hosts.
+
+numbers of analogies (shuffled anew each epoch) -> read and draw (reverse? drop the caption?) -> batch -> host's share
+"""
+
+import functools
+import itertools
+import os
+import threading
+import time
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from lorweb_jax.data.problems import Problem, Problems
+from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
+from lorweb_jax.errors import UserError
+from lorweb_jax.images import grid
+
+_THREADS = 2  # decoding threads in each process; PIL and NumPy leave the interpreter lock while they work
+_BATCHES_AHEAD = 2  # batches kept ready by each process
+
+
+class _Reader:
+    """Turns the number of an analogy and a random generator into a sample. It travels to the worker processes."""
+
+    def __init__(self, analogies: Analogies, quadrant_size: tuple[int, int] | None, max_size: int | None,
+                 caption_drop: float, reverse_probability: float):
+        self._analogies = analogies
+        self._quadrant_size = quadrant_size
+        self._max_size = max_size
+        self._caption_drop = caption_drop
+        self._reverse_probability = reverse_probability
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict:
+        # Both are always drawn, so that changing one probability leaves the other's outcomes as they were.
+        drop, reverse = rng.random(2) < (self._caption_drop, self._reverse_probability)
+        analogy, images, problems = self._read(index)
+        if reverse:
+            analogy, images = analogy.reverse(), [pair[::-1] for pair in images]
+        (a, a_prime), (b, b_prime) = images
+        if self._quadrant_size:
+            a = grid.resize(a, self._quadrant_size[::-1])
+        condition, note = grid.fit_to_model(grid.condition_grid(a, a_prime, b, self._max_size))
+        target, _ = grid.fit_to_model(grid.target_grid(a, a_prime, b, b_prime, self._max_size))
+        return {
+            "condition": condition,
+            "target": target,
+            "images": np.stack(grid.quadrants(condition)[:3]),
+            "caption": "" if drop else analogy.caption,
+            "task": analogy.task,
+            "pairs": np.array(analogy.pair_ids, np.int32),
+            "reversed": np.bool_(reverse),
+            "problems": tuple(problems),
+            "note": note,
+        }
+
+    def _read(self, index: int) -> tuple[Analogy, list, list[Problem]]:
+        """The analogy `index` with its images ((a, a′), (b, b′)), or the next one that can be read.
+
+        Next is the following analogy of the same task, from the task's end on from its start; where no two pairs of
+        the task can be read, the first of the following task. Also returns what could not be read.
+        """
+        analogies, images, problems = self._analogies, {}, []
+        number = analogies.task_of(index)
+        first = analogies.span(number)
+        spans = [range(index, first.stop), range(first.start, index)]
+        spans += [analogies.span((number + i) % len(analogies.tasks)) for i in range(1, len(analogies.tasks))]
+        for candidate in itertools.chain(*spans):
+            analogy = analogies[candidate]
+            for pair_id, pair in zip(analogy.pair_ids, (analogy.first, analogy.second), strict=True):
+                if pair_id not in images:
+                    try:
+                        images[pair_id] = self._images(pair)
+                    except (UserError, OSError) as error:
+                        images[pair_id] = None
+                        task = analogies.tasks[analogies.task_of(candidate)]
+                        problems.append(Problem(task.name, task.relative(pair), str(error)))
+                if images[pair_id] is None:
+                    break
+            else:
+                return analogy, [images[pair_id] for pair_id in analogy.pair_ids], problems
+        raise UserError(f"none of the {len(analogies)} analogies can be read; the first of {len(problems)} problems: "
+                        f"task {problems[0].task}, {problems[0].file}: {problems[0].reason}; check the data folder")
+
+    def _images(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        before, after = read_pair(pair)
+        sides = before.shape[:2]
+        shrink = min(1, self._max_size / (2 * max(sides))) if self._max_size else 1
+        # Any size can be brought to a given quadrant; as the first image, one this small leaves no whole token.
+        if not self._quadrant_size and int(2 * min(sides) * shrink) < 16:
+            raise UserError(f"{pair.file} makes a quadrant with a side below 8 pixels; expected 8 or more; replace "
+                            "the file or give a quadrant size")
+        return before, after
+
+
+def _batch(samples: list[dict]) -> dict:
+    """Stacks samples: arrays along a new first axis, the rest in object arrays (texts keep their length)."""
+    sizes = {sample["condition"].shape[:2] for sample in samples}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise UserError(f"the grids of one batch have {len(sizes)} sizes ({shown}), expected one; give a quadrant "
+                        "size, or use batches of 1")
+    batch = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if isinstance(values[0], (np.ndarray, np.generic)):
+            batch[name] = np.stack(values)
+        else:
+            batch[name] = np.empty(len(values), object)
+            batch[name][:] = values
+    return batch
+
+
+class AnalogyLoader(grain.DatasetIterator):
+    """An endless, checkpointable iterator over batches of analogies.
+
+    A batch is a dict: "condition" uint8 [b,H,W,3] the grid [a, a′; b, b] · "target" uint8 [b,H,W,3] the grid
+    [a, a′; b, b′] · "images" uint8 [b,3,H/2,W/2,3] the quadrants a, a′, b · "caption" object [b] of str, the
+    instruction, "" where dropped or reversed · "task" object [b] of str · "pairs" int32 [b,2] ids of both pairs ·
+    "reversed" bool [b].
+
+    The stream depends on the data, the seed and the global batch only, neither on the workers nor on the split over
+    hosts: the batches of hosts 0, 1, … side by side are one host's batch of batch_size·shard_count. An epoch shows
+    every analogy once, in an order of its own; a batch may reach over the end of an epoch.
+
+    Images that can't be read while training are reported in `problems` (and once each in the log); the next readable
+    analogy of the task stands in for the one drawn, and is counted.
+
+    The position is a number of batches, so it can be restored under any number of workers; use `get_state` and
+    `set_state`, or `grain.checkpoint.CheckpointSave` and `CheckpointRestore`. Call `close` at the end.
+    """
+
+    def __init__(self, data: str | os.PathLike | Analogies, batch_size: int, *,
+                 quadrant_size: int | tuple[int, int] | None = None, max_size: int | None = None, seed: int = 0,
+                 caption_drop: float = 0.05, reverse_probability: float = 0.0, task_balanced: bool = False,
+                 workers: int = 0, shard_index: int = 0, shard_count: int = 1, problems: Problems | None = None):
+        """
+        Args:
+          data: a folder as `read_tasks` takes it, or analogies.
+          batch_size: b, analogies a batch on this host.
+          quadrant_size: quadrant's (height, width), or the side of a square; multiples of 8. Images are resized to it
+            (bicubic, the aspect ratio is not kept). Without it a's size is the quadrant's (method.md section 2) and
+            the grid's sides are shrunk to multiples of 16; the grids of a batch must then agree.
+          max_size: longest edge of the grid when quadrants have a's size; pixels.
+          seed: of the order and the draws.
+          caption_drop: probability of an empty caption (method.md section 5).
+          reverse_probability: probability that before and after are swapped in both pairs; the caption is then empty,
+            since the instruction doesn't describe the way back.
+          task_balanced: every task once in as many analogies as there are tasks, in an order drawn anew each time,
+            instead of tasks by their number of analogies; a task's analogies are then shown epoch by epoch.
+          workers: worker processes; 0 reads in threads of this process.
+          shard_index, shard_count: this host's number and the number of hosts.
+          problems: where to report; a new one otherwise.
+
+        Raises:
+          UserError: no usable data, or an argument out of range. Iterating raises it if nothing at all can be read or
+            the grids of a batch differ in size.
+        """
+        super().__init__()
+        self._position = 0
+        self._iterator = None
+        self._notes = {None}
+        if isinstance(quadrant_size, int):
+            quadrant_size = (quadrant_size, quadrant_size)
+        _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, shard_index,
+               shard_count)
+        self.problems = Problems() if problems is None else problems
+        if not isinstance(data, Analogies):
+            data = Analogies(read_tasks(data, self.problems))
+            if len(self.problems):
+                logging.warning("%s", self.problems.summary())
+        self.analogies = data
+        self._workers = workers
+        self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size * shard_count,
+                        "task_balanced": task_balanced}
+        order_seed, draw_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(2))
+        reader = _Reader(data, quadrant_size, max_size, caption_drop, reverse_probability)
+        samples = _order(data, order_seed, task_balanced).random_map(reader, seed=draw_seed)
+        batches = samples.batch(batch_size, drop_remainder=True, batch_fn=_batch)
+        self._batches = batches.slice(slice(shard_index, None, shard_count))
+
+    def __next__(self) -> dict:
+        if self._closed:
+            raise ValueError("the loader is closed")
+        self.start_prefetch()
+        batch = next(self._iterator)
+        self._position += 1
+        for note in {*batch.pop("note")} - self._notes:
+            self._notes.add(note)
+            logging.warning("%s", note)
+        for problems in batch.pop("problems"):
+            self.problems.substituted += bool(problems)
+            for problem in problems:
+                if self.problems.add(problem.task, problem.file, problem.reason):
+                    logging.warning("skipped %s of task %s: %s", problem.file, problem.task, problem.reason)
+        return batch
+
+    def start_prefetch(self) -> None:
+        """Start reading ahead from the present position."""
+        if self._iterator is not None:
+            return
+        # Starting at a slice of the random-access batches makes the position a plain number; grain's own state of
+        # an iterator with workers belongs to that number of workers.
+        ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
+        stream = self._batches.slice(slice(self._position, None)).to_iter_dataset(ahead)
+        if self._workers:
+            # grain reads absl flags when it starts workers, which fails in a program that never parsed any.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._workers, _BATCHES_AHEAD),
+                                        functools.partial(_end_with, os.getpid()))
+        self._iterator = iter(stream)
+        self._iterator.start_prefetch()
+
+    def get_state(self) -> dict:
+        """The position: the number of batches handed out, and what the stream is made of. JSON-compatible."""
+        return {"batches": self._position, "stream": dict(self._stream)}
+
+    def set_state(self, state: dict) -> None:
+        """Go on after the batch at which `state` was taken.
+
+        Raises:
+          UserError: the state belongs to another stream (data, seed, global batch or balance changed).
+        """
+        saved = state["stream"]
+        changed = [f"{name} {saved.get(name)} -> {now}" for name, now in self._stream.items()
+                   if saved.get(name) != now]
+        if changed:
+            raise UserError(f"the saved data position belongs to another stream ({'; '.join(changed)}); expected the "
+                            "data and settings it was saved with; restore them or start a new run")
+        self._stop()
+        self._position = state["batches"]
+
+    def close(self) -> None:
+        """Stop reading and end the worker processes."""
+        self._stop()
+        self._closed = True
+
+    def _stop(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def _end_with(parent: int, worker: int, workers: int) -> None:
+    """Starts a thread that ends this worker process once its parent is gone: after a kill it would stay for ever."""
+    del worker, workers  # grain passes them
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _order(analogies: Analogies, seed: int, task_balanced: bool) -> grain.MapDataset:
+    """The endless sequence of analogy numbers; grain computes its shuffles entry by entry, without a list."""
+    if not task_balanced:
+        return grain.MapDataset.range(len(analogies)).shuffle(seed).repeat()
+    *seeds, round_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(len(analogies.tasks) + 1))
+    spans = [analogies.span(task) for task in range(len(analogies.tasks))]
+    tasks = [grain.MapDataset.range(span.start, span.stop).shuffle(task_seed).repeat()
+             for span, task_seed in zip(spans, seeds, strict=True)]
+    rounds = grain.MapDataset.mix(tasks)
+    return grain.experimental.WindowShuffleMapDataset(rounds, window_size=len(tasks), seed=round_seed)
+
+
+def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, shard_index,
+           shard_count):
+    if batch_size < 1:
+        raise UserError(f"the batch size is {batch_size}; expected 1 or more")
+    if quadrant_size and max_size:
+        raise UserError(f"both a quadrant size {quadrant_size} and a maximum size {max_size} were given; the first "
+                        "fixes the grid's size, so give one of them")
+    if quadrant_size and any(side < 8 or side % 8 for side in quadrant_size):
+        raise UserError(f"the quadrant size is {quadrant_size}; expected multiples of 8, so that the grid's latents "
+                        "divide into 2x2 patches")
+    for name, value in (("caption drop", caption_drop), ("reversal", reverse_probability)):
+        if not 0 <= value <= 1:
+            raise UserError(f"the probability of {name} is {value}; expected 0 to 1")
+    if seed < 0:
+        raise UserError(f"the seed is {seed}; expected 0 or more")
+    if workers < 0:
+        raise UserError(f"the number of workers is {workers}; expected 0 or more")
+    if not 0 <= shard_index < shard_count:
+        raise UserError(f"shard {shard_index} of {shard_count} was asked for; expected 0 to count - 1")

@@ -1,0 +1,85 @@
+"""Any image encoder that the router may ask: its kind is decided by its folder's config.json."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.encoders import queries, siglip
+from lorweb_jax.encoders.processor import ImageProcessor
+from lorweb_jax.errors import UserError
+from lorweb_jax.weights.safetensors_io import read_json
+from lorweb_jax.weights.state import build
+
+_CLIP, _SIGLIP = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """An encoder (nnx.Module, frozen Weights) with its image processor."""
+
+    model: nnx.Module
+    processor: ImageProcessor
+
+    def query(self, mode: str, grids: list[np.ndarray]) -> np.ndarray:
+        """Condition grids uint8 [H, W, 3] of any sizes -> the mode's query, float32 [b, q]."""
+        return np.asarray(_query(mode, self.processor, self.model, queries.views(mode, grids, self.processor)))
+
+    def query_dim(self, mode: str) -> int:
+        """q, the width of `query`'s result."""
+        return queries.query_dim(mode, self.model)
+
+    def embed(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 images [H, W, 3] of any sizes -> their embeddings, float32 [b, p]."""
+        return np.asarray(_embed(self.processor, self.model,
+                                 np.stack([self.processor.resized(image) for image in images])))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _query(mode, processor, model, views):
+    return queries.query(mode, model, processor.normalised(views))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(processor, model, images):
+    return model(processor.normalised(images))
+
+
+@dataclass(frozen=True)
+class ImageEncoderFolder:
+    """A folder's encoder before its weights are read: what a training job needs to place them itself.
+
+    make(rngs) -> the module; read() -> {our path: array} in the file's dtype.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    read: Callable[[], dict[str, np.ndarray]]
+    processor: ImageProcessor
+
+
+def open_image_encoder(folder: str | Path) -> ImageEncoderFolder:
+    """Read configs, not weights. Raises UserError if the folder holds no image encoder that is known here."""
+    model_type = read_json(Path(folder) / "config.json").get("model_type")
+    processor = ImageProcessor.from_folder(folder)
+    if model_type in _CLIP:
+        from lorweb_jax.encoders import clip  # transformers takes seconds to import
+
+        config = clip.vision_config(folder)
+        return ImageEncoderFolder(lambda rngs: clip.ClipVision(config, rngs=rngs),
+                                  lambda: clip.read_clip_vision(folder)[1], processor)
+    if model_type in _SIGLIP:
+        config = siglip.SiglipConfig.from_folder(folder)
+        return ImageEncoderFolder(lambda rngs: siglip.SiglipVision(config, rngs=rngs),
+                                  lambda: siglip.read_siglip(folder)[1], processor)
+    raise UserError(f"{folder} holds a model of type {model_type!r}, expected one of {', '.join(_CLIP + _SIGLIP)}; "
+                    "give the folder of a CLIP or SigLIP model")
+
+
+def load_image_encoder(folder: str | Path) -> ImageEncoder:
+    """The encoder of a folder with config.json, preprocessor_config.json and safetensors."""
+    opened = open_image_encoder(folder)
+    return ImageEncoder(build(lambda: opened.make(nnx.Rngs(0)), opened.read(), str(folder)), opened.processor)

@@ -1,0 +1,185 @@
+"""SigLIP's vision tower (Zhai et al., arXiv 2303.15343; SigLIP 2 of fixed resolution, arXiv 2502.14786).
+
+Patches -> blocks -> final norm -> attention pooling by one learnt probe. Letters: b batch, s patches, d width.
+Paths are transformers' SiglipVisionModel names with the layer index as a leading axis; TABLE is the conversion.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.errors import UserError
+from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
+from lorweb_jax.weights.safetensors_io import Checkpoint, read_json
+from lorweb_jax.weights.state import build, shapes
+from lorweb_jax.weights.table import CONV, LINEAR, Row, load_parameters
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes, named as in config.json's vision_config; the defaults, which published files leave out, are base's."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    layer_norm_eps: float = 1e-6
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "SiglipConfig":
+        """From a SiglipModel's or SiglipVisionModel's config.json. Raises UserError for anything else."""
+        data = read_json(Path(folder) / "config.json")
+        part = data.get("vision_config", data)
+        known = isinstance(part, dict) and data.get("model_type") in ("siglip", "siglip_vision_model")
+        if not known or part.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+            raise UserError(f"{folder} holds a model of type {data.get('model_type')!r}, expected a SigLIP of fixed "
+                            "resolution; give a folder like siglip2-base-patch16-224")
+        return cls(**{f.name: part[f.name] for f in fields(cls) if f.name in part})
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of queries [b, t, d] over keys [b, s, d]."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, Linear(config.hidden_size, config.hidden_size, rngs=rngs))
+
+    def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        def heads(x):
+            return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+        out = jax.nn.dot_product_attention(
+            heads(self.q_proj(queries)), heads(self.k_proj(keys)), heads(self.v_proj(keys)))
+        return self.out_proj(out.reshape(queries.shape))
+
+
+class FeedForward(nnx.Module):
+    """fc2(gelu(fc1 x))."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """x + attention(norm x), then x + feed forward(norm x)."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normed = self.layer_norm1(x)
+        x = x + self.self_attn(normed, normed)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class PoolingHead(nnx.Module):
+    """One learnt probe attends to all patches, then x + feed forward(norm x)."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.probe = Weight(jax.random.normal(rngs.params(), (1, 1, config.hidden_size)))
+        self.attention = Attention(config, rngs=rngs)
+        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [b, s, d] -> [b, d]."""
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        pooled = self.attention(probe, x)
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
+
+
+class SiglipVision(nnx.Module):
+    """Pixel values -> the pooled embedding, or every layer's patch tokens."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        grid = config.image_size // config.patch_size
+        self.patch_embedding = Conv(config.num_channels, config.hidden_size, config.patch_size,
+                                    stride=config.patch_size, padding="VALID", rngs=rngs)
+        self.position_embedding = Embedding(grid * grid, config.hidden_size, rngs=rngs)
+        self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
+        self.head = PoolingHead(config, rngs=rngs)
+
+    @property
+    def embedding_width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def patch_width(self) -> int:
+        return self.config.hidden_size
+
+    def _embedded(self, pixels: jax.Array) -> jax.Array:
+        patches = self.patch_embedding(pixels)
+        return patches.reshape(pixels.shape[0], -1, patches.shape[-1]) + self.position_embedding.embedding[...].astype(
+            pixels.dtype)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """pixel values float32 [b, h, w, 3] from the folder's ImageProcessor -> pooled embedding [b, d]."""
+        x = scan_stack(self.layers, lambda block, x, _: block(x), self._embedded(pixels))
+        return self.head(self.post_layernorm(x))
+
+    def hidden_states(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
+        """pixel values [b, h, w, 3] -> the embeddings and each layer's output, each [b, s, d], not normalised."""
+        graphdef, state = nnx.split(self.layers)
+
+        def step(x, block_state):
+            x = nnx.merge(graphdef, block_state)(x)
+            return x, x
+
+        x = self._embedded(pixels)
+        return (x, *jax.lax.scan(step, x, state)[1])
+
+
+def _rows(path: str, key: str, *, axes: tuple[int, ...] | None = None) -> list[Row]:
+    weight = "scale" if axes is None else "kernel"
+    return [Row(f"{path}.{weight}", f"{key}.weight", axes), Row(f"{path}.bias", f"{key}.bias")]
+
+
+_LAYER, _HEAD = "vision_model.encoder.layers.{l}.", "vision_model.head."
+# The conversion (lorweb_jax.weights.table). torch's MultiheadAttention fuses the head's q, k and v.
+TABLE = [
+    *_rows("patch_embedding", "vision_model.embeddings.patch_embedding", axes=CONV),
+    Row("position_embedding.embedding", "vision_model.embeddings.position_embedding.weight"),
+    *[row for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1",
+                       "mlp.fc2") for row in _rows(f"layers.{name}", _LAYER + name, axes=LINEAR)],
+    *[row for name in ("layer_norm1", "layer_norm2") for row in _rows(f"layers.{name}", _LAYER + name)],
+    *_rows("post_layernorm", "vision_model.post_layernorm"),
+    Row("head.probe", f"{_HEAD}probe"),
+    *[Row(f"head.attention.{name}.kernel", f"{_HEAD}attention.in_proj_weight", LINEAR)
+      for name in ("q_proj", "k_proj", "v_proj")],
+    *[Row(f"head.attention.{name}.bias", f"{_HEAD}attention.in_proj_bias") for name in ("q_proj", "k_proj", "v_proj")],
+    *[row for name in ("attention.out_proj", "mlp.fc1", "mlp.fc2")
+      for row in _rows(f"head.{name}", _HEAD + name, axes=LINEAR)],
+    *_rows("head.layernorm", f"{_HEAD}layernorm"),
+]
+
+
+def read_siglip(folder: str | Path, dtype: Any = None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
+    """(config, {our path: array}) of a SiglipModel's or SiglipVisionModel's folder."""
+    config, checkpoint = SiglipConfig.from_folder(folder), Checkpoint(folder)
+    ignored = [key for key in checkpoint if not key.startswith("vision_model.") or key.endswith("position_ids")]
+    expected = shapes(lambda: SiglipVision(config, rngs=nnx.Rngs(0)))
+    return config, load_parameters(checkpoint, TABLE, expected, dtype, ignored)
+
+
+def load_siglip(folder: str | Path, dtype: Any = None) -> SiglipVision:
+    """The vision tower of a folder with single or sharded safetensors. Raises UserError if it doesn't fit."""
+    config, parameters = read_siglip(folder, dtype)
+    return build(lambda: SiglipVision(config, rngs=nnx.Rngs(0)), parameters, str(folder))

@@ -1,0 +1,139 @@
+"""Turn a trained basis into files that other programs read, and back.
+
+  a run -> the published LoRWeB format     python -m lorweb_jax.export published runs/basis out/basis.safetensors
+  a published basis -> a run's folder      python -m lorweb_jax.export checkpoint downloaded_folder runs/downloaded
+  one analogy -> an ordinary LoRA          python -m lorweb_jax.export lora runs/basis out/edit.safetensors \\
+      --pipeline assets/small_kontext --a a.png --a2 a_edited.png --b b.png --rank 16
+
+The last one freezes the mix that one analogy asks for: diffusers, and whatever reads LoRAs in its format, then makes
+this edit without the router. At full rank it is exact; a lower rank is the nearest there is, its error is printed.
+"""
+
+import argparse
+from pathlib import Path
+
+from lorweb_jax.errors import UserError, run_command
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{published,checkpoint,lora}")
+
+    published = commands.add_parser("published", help="a run -> the published LoRWeB format, with its config.yaml")
+    published.add_argument("run", type=Path, help="folder of a training run, such as runs/basis")
+    published.add_argument("out", type=Path, help="the .safetensors file to write; config.yaml is written beside it")
+    published.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    _add_dtype(published)
+
+    checkpoint = commands.add_parser("checkpoint", help="a published basis -> a run's folder, as training leaves one")
+    checkpoint.add_argument("basis", type=Path, help="the .safetensors file, or the folder it lies in")
+    checkpoint.add_argument("out", type=Path, help="the folder to make")
+    checkpoint.add_argument("--config", type=Path, help="its config.yaml (default: the one beside the file)")
+    checkpoint.add_argument("--pipeline", type=Path,
+                            help="folder of the base model; given, the basis is checked against its layers")
+
+    lora = commands.add_parser("lora", help="one analogy's mix -> an ordinary LoRA for diffusers and others")
+    lora.add_argument("basis", type=Path, help="a run's folder, or a published basis (file or folder)")
+    lora.add_argument("out", type=Path, help="the .safetensors file to write")
+    lora.add_argument("--pipeline", type=Path, required=True,
+                      help="folder of the base model that the basis belongs to")
+    lora.add_argument("--a", type=Path, help="an image before the edit")
+    lora.add_argument("--a2", type=Path, help="the same image after the edit")
+    lora.add_argument("--b", type=Path, help="the image to be edited likewise")
+    lora.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank N·r, exact)")
+    lora.add_argument("--alpha", action="store_true", help="store alpha = rank too, for tools that want it")
+    lora.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    _add_dtype(lora)
+    return parser.parse_args(arguments)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32",
+                        help="what to store the numbers in (default: float32; float16 halves the file)")
+
+
+def export_published(args: argparse.Namespace) -> None:
+    from lorweb_jax.weights.adapters import basis_of_run
+    from lorweb_jax.weights.basis_file import write_basis
+
+    config, arrays = basis_of_run(args.run, args.step)
+    write_basis(_safetensors(args.out), config, arrays, args.dtype)
+    print(f"wrote {args.out} and {args.out.with_name('config.yaml')}: N = {config.size}, r = {config.rank}, "
+          f"{_layers(arrays)} layers, {_count(arrays):,} numbers in {args.dtype}")
+
+
+def export_checkpoint(args: argparse.Namespace) -> None:
+    from lorweb_jax.weights.adapters import write_run
+    from lorweb_jax.weights.basis_file import read_basis
+
+    layers = _model_layers(args.pipeline) if args.pipeline else None
+    config, arrays = read_basis(args.basis, args.config, layers)
+    write_run(args.out, config, arrays)
+    print(f"wrote {args.out}: N = {config.size}, r = {config.rank}, {_layers(arrays)} layers, "
+          f"{_count(arrays):,} numbers")
+
+
+def export_lora(args: argparse.Namespace) -> None:
+    from lorweb_jax.weights.adapters import load_basis
+    from lorweb_jax.weights.lora_file import mixed_factors, truncate, write_lora
+
+    out = _safetensors(args.out)
+    config, arrays = load_basis(args.basis, _model_layers(args.pipeline), args.config)
+    factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
+    if args.rank is not None:
+        factors, error = truncate(factors, args.rank)
+        print(f"rank {args.rank}: the update is off by {error.overall:.3g} of its norm over all layers; most in")
+        for name, value in sorted(error.layers.items(), key=lambda item: -item[1])[:5]:
+            print(f"  {value:.3g}  {name}")
+    write_lora(out, factors, args.dtype, args.alpha)
+    rank = next(iter(factors.values())).a.shape[2]
+    print(f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}")
+
+
+def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
+    """{path: c [l, n]} of the analogy; a basis with fixed coefficients needs no images."""
+    import numpy as np
+
+    if config.query == "fixed":
+        return {path: np.ones(parts["a"].shape[:2], np.float32) for path, parts in arrays.items()}
+    if absent := [f"--{name}" for name in ("a", "a2", "b") if getattr(args, name) is None]:
+        raise UserError(f"{', '.join(absent)} not given; the mix of this basis is chosen by three images: "
+                        "--a before.png --a2 after.png --b new.png", 2)
+    from lorweb_jax.basis.basis import Basis
+    from lorweb_jax.images.io import read_image
+    from lorweb_jax.pipeline import Pipeline
+
+    images = [read_image(path) for path in (args.a, args.a2, args.b)]
+    pipeline = Pipeline.load(args.pipeline).attach(Basis.from_arrays(config, arrays))
+    return pipeline.coefficients(*images)
+
+
+def _model_layers(pipeline: Path) -> dict:
+    from lorweb_jax.transformer.flux import FluxConfig, block_linears
+    from lorweb_jax.weights.safetensors_io import read_json
+
+    return block_linears(FluxConfig.from_json(read_json(pipeline / "transformer" / "config.json")))
+
+
+def _safetensors(path: Path) -> Path:
+    if path.suffix != ".safetensors":
+        raise UserError(f"the output is {path}; its name must end in .safetensors", 2)
+    return path
+
+
+def _layers(arrays) -> int:
+    return sum(parts["a"].shape[0] for parts in arrays.values())
+
+
+def _count(arrays) -> int:
+    return sum(array.size for parts in arrays.values() for array in parts.values())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    {"published": export_published, "checkpoint": export_checkpoint, "lora": export_lora}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_command(main)

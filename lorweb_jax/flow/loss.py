@@ -1,0 +1,37 @@
+"""The flow-matching loss: z_t = (1 − t)·x0 + t·ε, target ε − x0 (method.md §5)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Noised(NamedTuple):
+    """A training example on its way: z_t, the velocity to predict, t in 0..1 and the loss's weight, all by example."""
+
+    tokens_bsc: jax.Array
+    target_bsc: jax.Array
+    time_b: jax.Array
+    weight_b: jax.Array
+
+
+def add_noise(x0_bsc: jax.Array, noise_bsc: jax.Array, time_b: jax.Array) -> jax.Array:
+    """z_t [b, s, c] for t [b] in 0..1."""
+    t = time_b[:, None, None]
+    return (1.0 - t) * x0_bsc + t * noise_bsc
+
+
+def draw(key: jax.Array, x0_bsc: jax.Array, timesteps: jax.Array, weights: jax.Array) -> Noised:
+    """Noise each example at a level drawn uniformly from `timesteps` [1000] (in 1..1000), with its loss weight."""
+    index_key, noise_key = jax.random.split(key)
+    index = jax.random.randint(index_key, (x0_bsc.shape[0],), 0, timesteps.shape[0])
+    noise = jax.random.normal(noise_key, x0_bsc.shape, jnp.float32)
+    time = jnp.asarray(timesteps)[index] / 1000.0
+    return Noised(add_noise(x0_bsc, noise, time), noise - x0_bsc, time, jnp.asarray(weights)[index])
+
+
+def weighted_mse(velocity_bsc: jax.Array, target_bsc: jax.Array, weight_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(loss, loss per example [b]): mean squared error over tokens and channels, weighted by example; in float32."""
+    error = jnp.square(velocity_bsc.astype(jnp.float32) - target_bsc.astype(jnp.float32))
+    per_example = error.mean(axis=(1, 2)) * weight_b
+    return per_example.mean(), per_example

@@ -1,0 +1,67 @@
+"""The analogy grid [a, a'; b, b'] and its parts (method.md section 2). All images are uint8 [H,W,3]."""
+
+import numpy as np
+from PIL import Image
+
+from lorweb_jax.errors import UserError
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bicubic to `size` = (width, height)."""
+    if (image.shape[1], image.shape[0]) == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def condition_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, max_size: int | None = None) -> np.ndarray:
+    """[a, a2; b, b], what the model is shown: uint8 [2·H,2·W,3] for a [H,W,3]; a2 and b take a's size.
+
+    With `max_size`, a grid whose longer edge exceeds it is resized to that edge (pixels of the grid, not a quadrant).
+    Raises UserError for a `max_size` below 2.
+    """
+    return target_grid(a, a2, b, b, max_size)
+
+
+def target_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, b2: np.ndarray,
+                max_size: int | None = None) -> np.ndarray:
+    """[a, a2; b, b2], what the model is to make; sizes as in `condition_grid`."""
+    height, width = a.shape[:2]
+    a2, b, b2 = (resize(image, (width, height)) for image in (a2, b, b2))
+    grid = np.concatenate([np.concatenate([a, a2], 1), np.concatenate([b, b2], 1)], 0)
+    if max_size is None:
+        return grid
+    if max_size < 2:
+        raise UserError(f"a largest size of {max_size} pixels was asked for, 2 or more was expected; try 1024")
+    longest = max(grid.shape[:2])
+    if longest <= max_size:
+        return grid
+    return resize(grid, (max(1, 2 * width * max_size // longest), max(1, 2 * height * max_size // longest)))
+
+
+def quadrants(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """a, a', b, b' of a grid, cut at half its height and half its width, rounded down."""
+    row, column = grid.shape[0] // 2, grid.shape[1] // 2
+    return grid[:row, :column], grid[:row, column:], grid[row:, :column], grid[row:, column:]
+
+
+def bottom_right(grid: np.ndarray) -> np.ndarray:
+    """The quadrant b' of a grid: the result of an edit."""
+    return quadrants(grid)[3]
+
+
+def fit_to_model(grid: np.ndarray, multiple: int = 16) -> tuple[np.ndarray, str | None]:
+    """The grid with both sides shrunk to a multiple of `multiple`, and a sentence that says so (None: unchanged).
+
+    The condition and the output both have this size. A multiple of 16 gives whole tokens (8x VAE, 2x2 patches) and
+    puts the quadrants' edges between latents. Raises UserError if a side is shorter than `multiple`.
+    """
+    height, width = grid.shape[:2]
+    if min(height, width) < multiple:
+        raise UserError(f"the grid of the images is {width}x{height} pixels, at least {multiple}x{multiple} was "
+                        f"expected; give a first image of at least {multiple // 2}x{multiple // 2} pixels, or a "
+                        "larger maximum size")
+    fitted = (width // multiple * multiple, height // multiple * multiple)
+    if fitted == (width, height):
+        return grid, None
+    return resize(grid, fitted), (f"the grid is resized from {width}x{height} to {fitted[0]}x{fitted[1]} pixels: the "
+                                  f"model works on multiples of {multiple}")

@@ -1,0 +1,87 @@
+"""Train what a config file describes, and leave the result in a run folder.
+
+    python -m lorweb_jax.main --config=configs/basis.py                 the default run
+    python -m lorweb_jax.main --config=configs/basis.py:tanh            a variant (the file's docstring lists them)
+    python -m lorweb_jax.main --config=configs/basis.py --workdir=runs/short --config.train.steps=100
+
+    --config=FILE[:VARIANT]     config file
+    --config.FIELD=VALUE        another value for a field of it, as often as wanted
+    --workdir=FOLDER            run folder; runs/<config name> by default
+
+The run folder (runs/<config name> by default) receives log.txt, TensorBoard events, pictures/, checkpoints/ and, at
+the end, the exported result. A run that was stopped goes on when the same command is given again.
+Each field is explained where it stands, in the config file itself or in lorweb_jax/config.py.
+"""
+
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from lorweb_jax import config as configs
+from lorweb_jax.errors import UserError, run_command
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "config file, with :variant after it if wanted")
+flags.DEFINE_string("workdir", None, "run folder; by default runs/<config name>")
+
+
+def read_command_line(argv: list[str]):
+    """(config, run folder) of a command line; UserError, with status 2, for one that makes no sense."""
+    file = next((word.partition("=")[2] or following for word, following in zip(argv, [*argv[1:], ""])
+                 if word.partition("=")[0] in ("--config", "-config")), None)
+    if not file:
+        raise UserError("no config was given; start with --config=configs/basis.py, or see --help", code=2)
+    known = dict(configs.fields(read_config(file)))
+    for word in argv[1:]:
+        name = word.partition("=")[0].removeprefix("--")
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            raise unknown_field(name, known)
+    try:
+        rest = FLAGS(argv)[1:]
+    except flags.Error as error:
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(f"{message}; see --help, and the config file for the kind of value that stands there",
+                        code=2) from None
+    if rest:
+        raise UserError(f"{rest[0]!r} is no option; options are written --name=value, see --help", code=2)
+    return FLAGS.config, Path(FLAGS.workdir or configs.default_workdir(file))
+
+
+def read_config(file: str):
+    """The config of `path.py` or `path.py:variant`, before any change."""
+    name, *variant = file.split(":", 1)
+    path = Path(name)
+    if not path.is_file():
+        there = ", ".join(sorted(str(near) for near in path.parent.glob("*.py"))) or "none in that folder"
+        raise UserError(f"there is no config file {path}; there are: {there}", code=2)
+    get_config = runpy.run_path(name).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path} has no function get_config; name one of the files in configs/", code=2)
+    return get_config(*variant)
+
+
+def unknown_field(name: str, known: dict) -> UserError:
+    """The error for an option of the form config.x.y that no field has, with the nearest names."""
+    names = [f"config.{field}" for field in known]
+    below = [field for field in names if field.startswith(name + ".")]
+    last = [field for field in names if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = (below + last + difflib.get_close_matches(name, names, n=3, cutoff=0.5))[:5] or names
+    return UserError(f"there is no field {name}; near it are: {', '.join(dict.fromkeys(near))}", code=2)
+
+
+def command() -> None:
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    config, workdir = read_command_line(sys.argv)
+    configs.check(config)
+    from lorweb_jax.train import train  # jax is imported once the command line is known to be good
+    train(config, workdir)
+
+
+if __name__ == "__main__":
+    run_command(command)

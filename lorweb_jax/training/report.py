@@ -1,0 +1,174 @@
+"""What a run tells: metrics to a text log and to TensorBoard (both clu metric writers), and a line of progress."""
+
+import contextlib
+import math
+import sys
+import time
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from lorweb_jax.errors import UserError
+from lorweb_jax.images.io import write_file
+
+# clu's own summary writer is the one part of clu.metric_writers that needs TensorFlow. A module of that name
+# with our writer goes in its place before the first import.
+_stand_in = types.ModuleType("clu.metric_writers.summary_writer")
+sys.modules["clu.metric_writers.summary_writer"] = _stand_in
+_stand_in.SummaryWriter = None
+from clu import metric_writers  # noqa: E402
+
+LOG = "log.txt"
+
+
+class _Writer(metric_writers.MetricWriter):
+    """A clu writer of scalars and images; the other kinds of metrics have no place in our runs."""
+
+    def _refuse(self, *args, **kwargs):
+        raise NotImplementedError(f"{type(self).__name__} writes scalars and images only")
+
+    write_summaries = write_videos = write_audios = write_histograms = write_texts = write_hparams = _refuse
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        pass
+
+
+class TextWriter(_Writer):
+    """One line per step with all digits of a float32, so that equal runs have equal logs."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Lines of steps after `first_step`, written by a run that was killed after them, are taken out."""
+        kept = [line for line in path.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and int(line.split()[1]) <= first_step] if path.exists() else []
+        write_file(path, "".join(kept).encode())
+        self.file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.file.write(f"step {step}" + "".join(f"  {name} {value:.9g}" for name, value in scalars.items()) + "\n")
+        self.file.flush()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class SummaryWriter(_Writer):
+    """TensorBoard event files, written in this thread: a full disk raises here instead of hanging a queue."""
+
+    def __init__(self, logdir: Path, first_step: int):
+        self.events = event_file_writer.EventsWriter(str(logdir / "events"))
+        # TensorBoard then drops what an earlier, killed run wrote after this step.
+        self.events.write_event(Event(wall_time=time.time(), step=first_step + 1,
+                                      session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, step: int, value: Any) -> None:
+        self.events.write_event(Event(wall_time=time.time(), step=step, summary=value))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._write(step, summary.scalar(name, value))
+        self.flush()
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        for name, value in images.items():
+            self._write(step, summary.image(name, value, dataformats="HWC"))
+        self.flush()
+
+    def flush(self) -> None:
+        self.events.flush()
+
+    def close(self) -> None:
+        self.events.close()
+
+
+_stand_in.SummaryWriter = SummaryWriter
+
+
+class Report:
+    """Collects each step's metrics, and every `log_every` steps writes their means and a line of progress.
+
+    Metrics stay on the device until then: no step waits for another's loss.
+    """
+
+    def __init__(self, workdir: Path, config, first_step: int, log_state: list[dict[str, float]]):
+        self.workdir = workdir
+        self.total, self.batch, self.every = config.train.steps, config.train.batch, config.train.log_every
+        self.writer = metric_writers.MultiWriter(
+            [TextWriter(workdir / LOG, first_step), SummaryWriter(workdir, first_step)])
+        self.means = list(log_state)  # metrics of steps that are not logged yet, on the host
+        self.waiting: list[tuple[int, dict[str, jax.Array]]] = []  # (step, metrics on the device)
+        self.clock, self.timed_from = None, first_step
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Take the metrics of the step with index `step` (from 0)."""
+        self.waiting.append((step, metrics))
+        if self.clock is None:  # the first step compiles; time counts from its end
+            jax.block_until_ready(metrics)
+            self.restart_clock(step + 1)
+
+    def collect(self) -> None:
+        """Wait for the metrics; UserError that names the first step whose loss is not finite."""
+        for step, metrics in jax.device_get(self.waiting):
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(f"the loss is {metrics['loss']} at step {step + 1}; training stopped and the last good "
+                                "checkpoint is kept: lower --config.optimizer.learning_rate or look at the data, "
+                                "and run the command again")
+            self.means.append({name: float(value) for name, value in metrics.items()})
+        self.waiting = []
+
+    def state(self) -> list[dict[str, float]]:
+        """The metrics that a later log line still needs, for the checkpoint."""
+        self.collect()
+        return self.means
+
+    def restart_clock(self, steps_done: int) -> None:
+        """Leave out of the speed what happened since the last line (compiling, pictures)."""
+        self.clock, self.timed_from = time.perf_counter(), steps_done
+
+    def write(self, steps_done: int, learning_rate: float) -> None:
+        """Log the means since the last line, and show progress."""
+        self.collect()
+        names = ["loss", *(name for name in self.means[0] if name != "loss")]
+        means = {name: float(np.mean([metrics[name] for metrics in self.means])) for name in names}
+        means["learning_rate"] = learning_rate
+        self.means = []
+        self._write("write_scalars", steps_done, means)
+        line = f"step {steps_done}/{self.total}  loss {means['loss']:.5f}"
+        if steps_done > self.timed_from:
+            seconds = (time.perf_counter() - self.clock) / (steps_done - self.timed_from)
+            line += f"  {self.batch / seconds:.1f} examples/s  {duration(seconds * (self.total - steps_done))} left"
+        print(line, flush=True)
+        self.restart_clock(steps_done)
+
+    def pictures(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
+        """Show pictures uint8 [h, w, 3] by name in TensorBoard."""
+        self._write("write_images", steps_done, images)
+
+    def _write(self, kind: str, *values: Any) -> None:
+        try:
+            getattr(self.writer, kind)(*values)
+        except OSError as error:
+            raise UserError(f"the metrics of {self.workdir} could not be written ({error.strerror}); make room and "
+                            "run the same command again: it goes on from the last checkpoint") from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # every write was flushed, so that one that failed has been told
+            self.writer.close()
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words short enough for a line: 45 s, 12 min 05 s, 3 h 20 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"

@@ -1,0 +1,78 @@
+"""Conditioning vector and rotary positions of FLUX, computed in float32 whatever the compute dtype."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.layers import Linear
+
+SINUSOID_WIDTH = 256
+
+
+def sinusoid(value_b: jax.Array, width: int = SINUSOID_WIDTH, max_period: float = 10_000.0) -> jax.Array:
+    """value [b] -> [b, width], cosines first, in float32."""
+    half = width // 2
+    # Exponents rounded to float32 as published: at 1000·t an angle feels the last digit of its frequency.
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = value_b.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TwoLayers(nnx.Module):
+    """linear_2(silu(linear_1(x)))."""
+
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(in_features, features, rngs=rngs)
+        self.linear_2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class TimeTextEmbedding(nnx.Module):
+    """The vector that modulates every block: timestep + guidance + pooled text."""
+
+    def __init__(self, pooled_features: int, features: int, guidance: bool, *, rngs: nnx.Rngs):
+        self.timestep_embedder = TwoLayers(SINUSOID_WIDTH, features, rngs=rngs)
+        self.guidance_embedder = TwoLayers(SINUSOID_WIDTH, features, rngs=rngs) if guidance else None
+        self.text_embedder = TwoLayers(pooled_features, features, rngs=rngs)
+
+    def __call__(self, timestep_b: jax.Array, guidance_b: jax.Array | None, pooled_bp: jax.Array,
+                 round_to_bfloat16: bool = False) -> jax.Array:
+        """timestep [b] in 0..1, guidance [b], pooled [b, p] -> [b, d] in pooled's dtype.
+
+        `round_to_bfloat16` repeats the published pipeline's rounding of 1000·timestep and 1000·guidance, for those
+        who compare images pixel by pixel (method.md §1).
+        """
+        def thousandfold(value):
+            value = 1000.0 * value.astype(jnp.float32)
+            return value.astype(jnp.bfloat16).astype(jnp.float32) if round_to_bfloat16 else value
+
+        dtype = pooled_bp.dtype
+        vector = self.timestep_embedder(sinusoid(thousandfold(timestep_b)).astype(dtype))
+        if self.guidance_embedder is not None:
+            vector = vector + self.guidance_embedder(sinusoid(thousandfold(guidance_b)).astype(dtype))
+        return vector + self.text_embedder(pooled_bp)
+
+
+def rotary(ids_s3: jax.Array, axes_dims: tuple[int, ...], theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [s, sum(axes_dims)/2] for position ids (t, y, x) [s, 3]; one angle for each pair of channels."""
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = jnp.asarray(theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim), jnp.float32)
+        angles.append(ids_s3[:, axis].astype(jnp.float32)[:, None] * frequencies)
+    angle = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_bsha: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate neighbouring channel pairs of x [b, s, heads, a] by the angles of `rotary`; in float32."""
+    cos, sin = (part[None, :, None, :] for part in rope)
+    pairs = x_bsha.astype(jnp.float32).reshape(*x_bsha.shape[:-1], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return turned.reshape(x_bsha.shape).astype(x_bsha.dtype)

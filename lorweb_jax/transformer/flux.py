@@ -1,0 +1,136 @@
+"""The FLUX.1 Kontext transformer (diffusers' FluxTransformer2DModel): noisy and conditioning tokens -> velocity."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lorweb_jax.errors import UserError
+from lorweb_jax.layers import Addition, Linear, scan_stack, stacked
+from lorweb_jax.transformer.blocks import DoubleBlock, OutputNorm, SingleBlock
+from lorweb_jax.transformer.embeddings import TimeTextEmbedding, rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+    """Sizes, named as in diffusers' transformer/config.json; the defaults are FLUX.1 Kontext's."""
+
+    in_channels: int = 64
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = True
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(dim % 2 for dim in self.axes_dims_rope):
+            raise UserError(f"axes_dims_rope is {self.axes_dims_rope}; its parts must be even and add up to "
+                            f"attention_head_dim = {self.attention_head_dim}; correct transformer/config.json")
+
+    @property
+    def features(self) -> int:
+        """The model width d."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "FluxConfig":
+        """From diffusers' config.json; raises UserError where it asks for something FLUX Kontext hasn't got."""
+        patch, out = values.get("patch_size", 1), values.get("out_channels")
+        if patch != 1 or out not in (None, values.get("in_channels", 64)):
+            raise UserError(f"transformer/config.json has patch_size {patch} and out_channels {out}; only patch_size "
+                            "1 and as many output as input channels are supported; use a FLUX.1 Kontext folder")
+        known = {field.name for field in dataclasses.fields(cls)}
+        picked = {key: value for key, value in values.items() if key in known}
+        if "axes_dims_rope" in picked:
+            picked["axes_dims_rope"] = tuple(picked["axes_dims_rope"])
+        return cls(**picked)
+
+    def to_json(self) -> dict[str, Any]:
+        """What diffusers' config.json holds."""
+        return {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35.1", "patch_size": 1,
+                "out_channels": None, **dataclasses.asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+
+
+class LinearShape(NamedTuple):
+    """A stack of equal linear layers: l layers from width i to width o."""
+
+    depth: int
+    inputs: int
+    outputs: int
+
+
+def block_linears(config: FluxConfig) -> dict[str, LinearShape]:
+    """Every linear layer inside the blocks, 14 kinds in double and 6 in single blocks (method.md §3)."""
+    d, double, single = config.features, config.num_layers, config.num_single_layers
+    shapes = {name: (d, 6 * d) for name in ("norm1.linear", "norm1_context.linear")}
+    shapes |= {f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj",
+                                                   "to_out_0", "to_add_out")}
+    for name in ("ff", "ff_context"):
+        shapes |= {f"{name}.net_0_proj": (d, 4 * d), f"{name}.net_2": (4 * d, d)}
+    layers = {f"transformer_blocks.{name}": LinearShape(double, *io) for name, io in shapes.items() if double}
+    shapes = {"norm.linear": (d, 3 * d), "proj_mlp": (d, 4 * d), "proj_out": (5 * d, d)}
+    shapes |= {f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v")}
+    return layers | {f"single_transformer_blocks.{name}": LinearShape(single, *io)
+                     for name, io in shapes.items() if single}
+
+
+class Flux(nnx.Module):
+    """FLUX.1 Kontext. `remat` is a key of layers.REMAT_POLICIES, `attention` an implementation of
+    jax.nn.dot_product_attention ("xla" or "cudnn"), `unroll` how many scanned blocks are compiled side by side."""
+
+    def __init__(self, config: FluxConfig, *, remat: str = "none", attention: str = "xla", unroll: int = 1,
+                 rngs: nnx.Rngs):
+        self.config, self.remat, self.unroll = config, remat, unroll
+        d, heads = config.features, config.num_attention_heads
+        self.x_embedder = Linear(config.in_channels, d, rngs=rngs)
+        self.context_embedder = Linear(config.joint_attention_dim, d, rngs=rngs)
+        self.time_text_embed = TimeTextEmbedding(config.pooled_projection_dim, d, config.guidance_embeds, rngs=rngs)
+        self.transformer_blocks = stacked(
+            lambda rngs: DoubleBlock(d, heads, attention, rngs=rngs), config.num_layers, rngs)
+        self.single_transformer_blocks = stacked(
+            lambda rngs: SingleBlock(d, heads, attention, rngs=rngs), config.num_single_layers, rngs)
+        self.norm_out = OutputNorm(d, rngs=rngs)
+        self.proj_out = Linear(d, config.in_channels, rngs=rngs)
+
+    def __call__(self, hidden_bsc: jax.Array, text_btj: jax.Array, pooled_bp: jax.Array, timestep_b: jax.Array,
+                 guidance_b: jax.Array | None, image_ids_s3: jax.Array, text_ids_t3: jax.Array,
+                 additions: dict[str, Addition] | None = None, *, round_to_bfloat16: bool = False) -> jax.Array:
+        """The velocity of every token, [b, s, c].
+
+        Args:
+          hidden_bsc: noisy tokens, then conditioning tokens, c = in_channels.
+          text_btj: T5's hidden states, j = joint_attention_dim.
+          pooled_bp: CLIP's pooled text, p = pooled_projection_dim.
+          timestep_b: in 0..1. guidance_b: as given by the user (2.5, not 2500).
+          image_ids_s3, text_ids_t3: position ids (t, y, x).
+          additions: by path in `block_linears`, each with a leading axis l; None for the plain model.
+          round_to_bfloat16: see TimeTextEmbedding.
+        """
+        additions = additions or {}
+        vector = self.time_text_embed(timestep_b, guidance_b, pooled_bp, round_to_bfloat16)
+        image, text = self.x_embedder(hidden_bsc), self.context_embedder(text_btj)
+        rope = rotary(jnp.concatenate([text_ids_t3, image_ids_s3]), self.config.axes_dims_rope)
+
+        def double(block, streams, add):
+            return block(*streams, vector, rope, add)
+
+        image, text = scan_stack(self.transformer_blocks, double, (image, text),
+                                 _within("transformer_blocks", additions), remat=self.remat, unroll=self.unroll)
+        length = text.shape[1]
+
+        def single(block, x, add):
+            return block(x, vector, rope, add, length)
+
+        x = scan_stack(self.single_transformer_blocks, single, jnp.concatenate([text, image], axis=1),
+                       _within("single_transformer_blocks", additions), remat=self.remat, unroll=self.unroll)
+        return self.proj_out(self.norm_out(x[:, length:], vector))
+
+
+def _within(stack: str, additions: dict[str, Addition]) -> dict[str, Addition]:
+    return {path.removeprefix(f"{stack}."): addition for path, addition in additions.items()
+            if path.startswith(f"{stack}.")}

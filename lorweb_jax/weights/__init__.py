@@ -1,0 +1,1 @@
+"""Weights in files: conversion tables, safetensors, pretrained folders, the basis and LoRA formats."""

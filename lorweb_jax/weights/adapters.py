@@ -1,0 +1,88 @@
+"""A basis from whatever holds one: a published file or folder, an ordinary LoRA, or a run's folder."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.errors import UserError
+from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
+from lorweb_jax.weights.lora_file import read_lora
+from lorweb_jax.weights.safetensors_io import Checkpoint, write_json
+
+_PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|projection)")
+
+
+def load_basis(path: str | Path, layers: Mapping[str, tuple[int, int, int]],
+               config_path: str | Path | None = None) -> tuple[BasisConfig, Arrays]:
+    """What `Basis.from_arrays` takes: (config, {path: {"a" [l,n,i,r], "b" [l,n,r,o], "keys" [l,n,k], "projection"
+    [l,k,q]}}).
+
+    path: a published basis (its file, or a folder with the file and config.yaml), an ordinary LoRA's file (a basis
+    of one member with the coefficient 1), or the folder of a training run. layers: {path: (l, i, o)} of the model's
+    linear layers, which the basis must fit. Raises UserError if it holds none of these, or a basis of another model.
+    """
+    path = Path(path)
+    if is_run(path):
+        config, arrays = basis_of_run(path)
+        require_fits(arrays, layers, str(path))
+        return config, arrays
+    if any(key.endswith(".lora_A.weight") for key in Checkpoint(path)):
+        return read_lora(path, layers)
+    return read_basis(path, config_path, layers)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a training run."""
+    return (path / "checkpoints").is_dir()
+
+
+def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, Arrays]:
+    """The trained basis of a run, at its newest checkpoint or at `step`. UserError if it trains none."""
+    from lorweb_jax.training.checkpoints import restore_trainables  # orbax, which published files don't need
+
+    flat, run_config = restore_trainables(workdir, step)
+    if "basis" not in run_config:
+        raise UserError(f"{workdir} is a run of the job {run_config.job!r}, which trains no basis; "
+                        "give the folder of a run of configs/basis.py")
+    arrays = arrays_of_flat(flat)
+    names = {field.name for field in fields(BasisConfig)}
+    values = {name: value for name, value in run_config.basis.to_dict().items() if name in names}
+    # The width of an external query is the image encoder's, which a run finds out when it is built.
+    projection = next((parts["projection"] for parts in arrays.values() if "projection" in parts), None)
+    if values.get("query", "external") == "external" and projection is not None:
+        values["query_dim"] = projection.shape[2]
+    return BasisConfig(**values), arrays
+
+
+def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a basis as a run's folder with one checkpoint, step 0, that `basis_of_run` and every command can read.
+
+    It holds no optimizer and no data position. UserError if the folder is there already and not empty.
+    """
+    import orbax.checkpoint as ocp  # only needed here
+
+    workdir = Path(workdir)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"{workdir} exists already and is not an empty folder; name another")
+    flat = {f"layers.{path}.{part}": np.asarray(array)
+            for path, parts in arrays.items() for part, array in parts.items()}
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+        manager.save(0, args=ocp.args.Composite(trainable=ocp.args.StandardSave(flat)))
+    write_json(workdir / "config.json", {"job": "basis", "train": {"ema": 0.0}, "basis": asdict(config)})
+
+
+def arrays_of_flat(flat: Mapping[str, Any]) -> Arrays:
+    """{"….layers.<path>.a": array} (a Basis's flat state, below any module) -> {path: {"a": array}}."""
+    arrays: Arrays = {}
+    for name, array in flat.items():
+        match = _PARAMETER.fullmatch(name)
+        if not match:
+            raise UserError(f"the checkpoint holds {name}, which is no part of a basis; "
+                            "give a run that trained one")
+        arrays.setdefault(match["path"], {})[match["part"]] = np.asarray(array)
+    return arrays

@@ -1,0 +1,157 @@
+"""The transformer and the autoencoder of FLUX in files: which layout a file has, loading, saving, conversion."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.errors import UserError
+from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
+from lorweb_jax.transformer.flux import Flux, FluxConfig
+from lorweb_jax.weights import flux_table, vae_table
+from lorweb_jax.weights.safetensors_io import Checkpoint, Spec, read_json, write_json, write_sharded, write_stream
+from lorweb_jax.weights.state import shapes
+from lorweb_jax.weights.table import Layout, Row, load_parameters, tensors_between, tensors_of
+
+LAYOUTS = ("diffusers", "black_forest")
+_STEM = "diffusion_pytorch_model"
+_SHARD_BYTES = 10_000_000_000
+
+
+class _Kind(NamedTuple):
+    """One model: its shapes and its tables for a config.json, and what tells its files from others."""
+
+    shapes: Callable[[dict[str, Any]], dict[str, Any]]
+    rows: Callable[[dict[str, Any], str], list[Row]]
+    infer_config: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
+    marks: dict[str, str]         # layout -> how a key of it begins
+    single_file: str              # the name in Black Forest Labs' layout
+
+
+def _vae_rows(config: dict[str, Any], layout: str) -> list[Row]:
+    sizes = VAEConfig.from_json(config)
+    table = vae_table.diffusers if layout == "diffusers" else vae_table.black_forest
+    return table(len(sizes.block_out_channels), sizes.layers_per_block)
+
+
+KINDS = {
+    "transformer": _Kind(
+        lambda config: shapes(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0))),
+        lambda config, layout: flux_table.DIFFUSERS if layout == "diffusers" else flux_table.BLACK_FOREST,
+        flux_table.black_forest_config,
+        {"diffusers": "single_transformer_blocks.", "black_forest": "single_blocks."}, "flux1-kontext.safetensors"),
+    "vae": _Kind(
+        lambda config: shapes(lambda: AutoencoderKL(VAEConfig.from_json(config), rngs=nnx.Rngs(0))),
+        _vae_rows, vae_table.black_forest_config,
+        {"diffusers": "encoder.down_blocks.", "black_forest": "encoder.down."}, "ae.safetensors"),
+}
+
+
+class Source(NamedTuple):
+    """Files of one model, recognised: kind is a key of KINDS, layout one of LAYOUTS."""
+
+    kind: str
+    layout: str
+    config: dict[str, Any]  # as diffusers' config.json
+    checkpoint: Checkpoint
+
+
+def recognise(path: str | Path, config_path: str | Path | None = None) -> Source:
+    """What `path` (a safetensors file or a folder with config.json) holds, told by its tensors' names.
+
+    The config is `config_path`, or config.json in the folder or beside the file, or (Black Forest Labs' layout only)
+    read off the shapes. Raises UserError if the files are not a FLUX transformer or autoencoder.
+    """
+    checkpoint = Checkpoint(path)
+    found = [(kind, layout) for kind, model in KINDS.items() for layout, mark in model.marks.items()
+             if any(key.startswith(mark) for key in checkpoint)]
+    if len(found) != 1:
+        first = next(iter(checkpoint), "no tensor at all")
+        raise UserError(f"{path} holds {len(checkpoint)} tensors ({first}, …), which are not a FLUX transformer's or "
+                        "autoencoder's in diffusers' or Black Forest Labs' layout; give such a file or folder")
+    kind, layout = found[0]
+    beside = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path.with_name("config.json")
+    if config_path is not None or layout == "diffusers":
+        config = read_json(config_path or beside)
+    else:
+        config = KINDS[kind].infer_config(checkpoint.shapes)
+    return Source(kind, layout, config, checkpoint)
+
+
+def load_transformer(path: str | Path, dtype: Any = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json's contents, {our path: array}) of a FLUX transformer in either layout, in its dtype or in `dtype`.
+
+    Raises UserError for a missing or foreign file, and with the differences where file and config disagree.
+    """
+    return _load(path, "transformer", dtype)
+
+
+def load_vae(path: str | Path, dtype: Any = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The same for the autoencoder."""
+    return _load(path, "vae", dtype)
+
+
+def _load(path: str | Path, kind: str, dtype: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    source = recognise(path)
+    if source.kind != kind:
+        raise UserError(f"{path} holds a FLUX {source.kind}, expected a {kind}; give the {kind} folder")
+    model = KINDS[kind]
+    rows = model.rows(source.config, source.layout)
+    return source.config, load_parameters(source.checkpoint, rows, model.shapes(source.config), dtype)
+
+
+def save_transformer(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str, Any],
+                     dtype: Any = None) -> None:
+    """Write `folder`/config.json and weights in diffusers' layout, in the arrays' dtypes or in `dtype`."""
+    save_folder(folder, config, flat, KINDS["transformer"].rows(dict(config), "diffusers"), dtype)
+
+
+def save_vae(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str, Any], dtype: Any = None) -> None:
+    """The same for the autoencoder."""
+    save_folder(folder, config, flat, KINDS["vae"].rows(dict(config), "diffusers"), dtype)
+
+
+def save_folder(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str, Any], rows: list, dtype: Any = None,
+                stem: str = _STEM, max_shard_bytes: int = _SHARD_BYTES) -> None:
+    """Write any model that has a conversion table as a folder: weights `stem`.safetensors (or shards), config.json.
+
+    Files of an earlier writing with the same stem are replaced. transformers' models have the stem "model".
+    """
+    folder = Path(folder)
+    earlier = set(folder.glob(f"{stem}*.safetensors")) | set(folder.glob(f"{stem}*.safetensors.index.json"))
+    files = write_sharded(folder, stem, *tensors_of(flat, rows, dtype), max_shard_bytes)
+    index = {folder / f"{stem}.safetensors.index.json"} if len(files) > 1 else set()
+    for file in earlier - set(files) - index:
+        file.unlink()
+    write_json(folder / "config.json", config)
+
+
+def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
+            max_shard_bytes: int = _SHARD_BYTES) -> tuple[Path, dict[str, Spec]]:
+    """Write `source` in `layout` below the folder `out`, tensor by tensor; returns (what was written, its tensors).
+
+    diffusers: out/transformer or out/vae, with config.json. black_forest: out/flux1-kontext.safetensors or
+    out/ae.safetensors. The name appears when everything is written. Raises UserError if it exists already, or if the
+    source's tensors are not exactly those of its config.
+    """
+    model = KINDS[source.kind]
+    target = Path(out) / (source.kind if layout == "diffusers" else model.single_file)
+    if target.exists():
+        raise UserError(f"{target} exists already; remove it or give another output folder")
+    parameter_shapes = model.shapes(source.config)
+    specs, produce = tensors_between(
+        source.checkpoint, Layout(model.rows(source.config, source.layout), parameter_shapes),
+        Layout(model.rows(source.config, layout), parameter_shapes), dtype)
+    if layout == "black_forest":
+        write_stream(target, specs, produce)
+        return target, specs
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_sharded(partial, _STEM, specs, produce, max_shard_bytes)
+    write_json(partial / "config.json", source.config)
+    os.replace(partial, target)
+    return target, specs

@@ -1,0 +1,13 @@
+"""What all tests share: nothing of the network, and jax on the CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+os.environ.update({"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+                   "TOKENIZERS_PARALLELISM": "false",
+                   # Processes that tests start find the same modules.
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})

@@ -1,0 +1,93 @@
+"""Configs and the command line of main: overrides, misspelt fields, values no run could use."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import line_job
+import pytest
+
+from lorweb_jax import config as configs
+from lorweb_jax.errors import UserError
+from lorweb_jax.main import read_config, unknown_field
+
+LINE_JOB = str(Path(__file__).parent / "line_job.py")
+
+
+def main(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "lorweb_jax.main", *options], capture_output=True, text=True)
+
+
+def test_help_is_quick_and_does_not_import_jax():
+    begin = time.perf_counter()
+    shown = main("--help")
+    assert time.perf_counter() - begin < 3
+    assert shown.returncode == 0 and "--config=configs/basis.py" in shown.stdout and "--workdir" in shown.stdout
+    code = "import sys, lorweb_jax.main; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("options, told", [
+    ([], "no config was given"),
+    ([f"--config={LINE_JOB}", "--config.train.stepz=3"], "config.train.steps"),
+    ([f"--config={LINE_JOB}", "--config.train.steps=many"], "config.train.steps=many"),
+    ([f"--config={LINE_JOB}", "--config.train.steps=0"], "at least 1"),
+    ([f"--config={LINE_JOB}", "--wrokdir=x"], "workdir"),
+    (["--config=configs/nothing.py"], "no config file"),
+])
+def test_a_command_line_that_makes_no_sense_is_answered_in_one_line(options, told):
+    shown = main(*options)
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert shown.stderr.count("\n") == 1 and shown.stderr.startswith("error: ") and told in shown.stderr
+
+
+def test_unknown_variant():
+    with pytest.raises(UserError, match="no variant 'nothing'; its variants are: average") as caught:
+        read_config(LINE_JOB + ":nothing")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("name, near", [("config.train.bacth", "config.train.batch"),
+                                        ("config.steps", "config.train.steps"),
+                                        ("config.optimizer", "config.optimizer.learning_rate")])
+def test_a_misspelt_field_names_the_nearest(name, near):
+    assert near in str(unknown_field(name, dict(configs.fields(line_job.get_config()))))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("train.steps", 0), ("train.batch", -1), ("train.log_every", 0), ("train.ema", 1.0), ("optimizer.clip", 0.0),
+    ("train.frozen_dtype", "int8"), ("optimizer.schedule", "linear"), ("optimizer.warmup", 24),
+    ("optimizer.learning_rate", float("nan")),
+])
+def test_values_that_no_run_could_use(field, value):
+    config = line_job.get_config()
+    configs.check(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"config.{field} is {value}|config.{field} is '{value}'") as caught:
+        configs.check(config)
+    assert caught.value.code == 2
+
+
+def test_a_saved_config_comes_back_and_shows_what_differs(tmp_path):
+    config = line_job.get_config()
+    config.line.tuple = (1, 2)
+    configs.save(config, tmp_path / "config.json")
+    loaded = configs.load(tmp_path / "config.json")
+    assert configs.differences(loaded, config) == {}
+    config.optimizer.b2 = 0.5
+    config.line.added = "x"
+    assert configs.differences(loaded, config) == {"optimizer.b2": (0.99, 0.5), "line.added": (None, "x")}
+
+
+def test_a_damaged_config_is_a_user_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not a config"):
+        configs.load(tmp_path / "config.json")
+    with pytest.raises(UserError, match="name the folder of a training run"):
+        configs.load(tmp_path / "nothing.json")
+
+
+def test_default_workdir():
+    assert configs.default_workdir("configs/basis.py") == Path("runs/basis")
+    assert configs.default_workdir("configs/basis.py:tanh") == Path("runs/basis_tanh")

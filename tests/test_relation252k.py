@@ -1,0 +1,183 @@
+"""The Relation252K reader: layouts, bad input, and all ordered pairs of files by index arithmetic."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.relation252k import Analogies, Pair, Task, read_pair, read_tasks
+from lorweb_jax.errors import UserError
+
+
+def entry(name, instruction="do it"):
+    return {"img_name": name, "left_image_description": "l", "right_image_description": "r",
+            "edit_instruction": instruction}
+
+
+def write_group(folder, names, labels=None):
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(folder / name)
+    labels = [entry(name) for name in names] if labels is None else labels
+    (folder / "labels.json").write_text(labels if isinstance(labels, str) else json.dumps(labels))
+
+
+def made_up_tasks(*sizes):
+    return [Task(f"t{t}", f"/t{t}", tuple(Pair(f"/t{t}/{p}.png", "", "", f"instruction {p}") for p in range(size)))
+            for t, size in enumerate(sizes)]
+
+
+def test_layouts(tmp_path):
+    write_group(tmp_path / "b" / "Group1", ["1.png", "2.png"])
+    write_group(tmp_path / "a" / "some other name", ["1.png", "2.png", "3.png"])
+    write_group(tmp_path / "c", ["1.png", "2.png"])
+    write_group(tmp_path / "d" / "Group1", ["1.png"])
+    write_group(tmp_path / "d" / "Group2", ["1.png"])
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "readme.txt").write_text("no task")
+    problems = Problems()
+    tasks = read_tasks(tmp_path, problems)
+    assert [(task.name, len(task.pairs)) for task in tasks] == [("a", 3), ("b", 2), ("c", 2), ("d", 2)]
+    assert [tasks[3].relative(pair) for pair in tasks[3].pairs] == ["Group1/1.png", "Group2/1.png"]
+    assert tasks[1].pairs[0] == Pair(str(tmp_path / "b/Group1/1.png"), "l", "r", "do it")
+    assert len(problems) == 0 and "no problems" in problems.summary()
+
+
+@pytest.mark.parametrize("labels, reason", [
+    ("", "is empty"),
+    ("[{", "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"),
+    (b"\xff\xfe\x00", "not UTF-8"),
+    ("{}", "holds a dict"),
+    ("[]", "lists no images"),
+    (["1.png"], "the entry is a str"),
+    ([{"edit_instruction": "x"}], "no img_name"),
+    ([{"img_name": "", "edit_instruction": "x"}], "no img_name"),
+    ([{"img_name": 7, "edit_instruction": "x"}], "no img_name"),
+    ([{"img_name": "1.png", "edit_instruction": None}], "no edit_instruction"),
+    ([entry("gone.png")], "missing"),
+    ([entry("../bad")], "missing"),  # a folder, not a file
+    ([entry("1\0.png")], "missing"),
+    ([entry("x" * 300)], "too long"),
+    ([entry("1.png"), entry("2.png"), entry("1.png")], "listed again"),
+    ([entry("1.png")], "1 usable pair"),
+])
+def test_bad_labels_are_reported_and_skipped(tmp_path, labels, reason):
+    write_group(tmp_path / "good" / "Group1", ["1.png", "2.png"])
+    write_group(tmp_path / "bad" / "Group1", ["1.png", "2.png"])
+    file = tmp_path / "bad" / "Group1" / "labels.json"
+    file.write_bytes(labels if isinstance(labels, bytes) else
+                     (labels if isinstance(labels, str) else json.dumps(labels)).encode())
+    problems = Problems()
+    tasks = read_tasks(tmp_path, problems)
+    assert "good" in [task.name for task in tasks]
+    assert ("bad" in [task.name for task in tasks]) == ("listed again" in reason)
+    assert all(problem.task == "bad" for problem in problems)
+    assert any(reason in problem.reason for problem in problems), list(problems)
+    assert "bad: Group1/" in problems.summary() or "1 usable pair" in reason
+
+
+def test_no_labels_file_at_all(tmp_path):
+    write_group(tmp_path / "good", ["1.png", "2.png"])
+    (tmp_path / "empty").mkdir()
+    problems = Problems()
+    assert [task.name for task in read_tasks(tmp_path, problems)] == ["good"]
+    assert [problem.task for problem in problems] == ["empty"]
+
+
+def test_bad_root(tmp_path):
+    for root in (tmp_path / "missing", tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="can't be listed"):
+            read_tasks(root, Problems())
+    with pytest.raises(UserError, match="no usable task .* it has no sub-folders"):
+        (tmp_path / "empty").mkdir()
+        read_tasks(tmp_path / "empty", Problems())
+    write_group(tmp_path / "root" / "one", ["1.png"])
+    with pytest.raises(UserError, match="one: labels.json: 1 usable"):
+        read_tasks(tmp_path / "root", Problems())
+
+
+def test_problems_are_kept_once_counted_and_written(tmp_path):
+    problems = Problems()
+    assert problems.add("t", "f", "why") and not problems.add("t", "f", "why") and problems.add("t", "é", "why")
+    problems.substituted = 3
+    assert "2 item(s) of 1 task(s) skipped, 3 analogies replaced" in problems.summary()
+    assert "... and 1 more" in problems.summary(examples=1)
+    problems.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == {
+        "skipped": [{"task": "t", "file": "f", "reason": "why"}, {"task": "t", "file": "é", "reason": "why"}],
+        "substituted": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_read_pair_splits_in_the_middle(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 7, 3), np.uint8)
+    file = tmp_path / "odd.png"
+    Image.fromarray(pixels).save(file)
+    before, after = read_pair(Pair(str(file), "", "", ""))
+    np.testing.assert_array_equal(before, pixels[:, :3])
+    np.testing.assert_array_equal(after, pixels[:, 4:])
+    Image.fromarray(pixels[:, :1]).save(file)
+    with pytest.raises(UserError, match="1 pixel wide"):
+        read_pair(Pair(str(file), "", "", ""))
+
+
+def test_an_analogys_images_forwards_and_reversed(tmp_path):
+    pairs = []
+    for pair in range(2):  # 0 | 1 and 2 | 3
+        columns = np.array([[[2 * pair] * 3, [2 * pair + 1] * 3]], np.uint8)
+        Image.fromarray(columns).save(tmp_path / f"{pair}.png")
+        pairs.append(Pair(str(tmp_path / f"{pair}.png"), "", "", "raise by one"))
+    analogy = Analogies([Task("t", str(tmp_path), tuple(pairs))])[0]
+    assert [image.max() for image in analogy.read()] == [0, 1, 2, 3] and analogy.caption == "raise by one"
+    assert [image.max() for image in analogy.reverse().read()] == [1, 0, 3, 2] and analogy.reverse().caption == ""
+    assert analogy.reverse().reverse() == analogy
+
+
+def test_every_ordered_pair_of_different_files_of_a_task_once():
+    tasks = made_up_tasks(2, 5, 3)
+    analogies = Analogies(tasks)
+    expected = [(t, i, j) for t, size in enumerate((2, 5, 3)) for i, j in itertools.permutations(range(size), 2)]
+    assert len(analogies) == len(expected) == 2 + 20 + 6
+    assert [(analogies.task_of(k), *analogies.pair_indexes(k)) for k in range(len(analogies))] == expected
+    starts = (0, 2, 7)
+    for analogy, (t, i, j) in zip(analogies, expected, strict=True):
+        assert (analogy.task, analogy.first, analogy.second) == (f"t{t}", tasks[t].pairs[i], tasks[t].pairs[j])
+        assert analogy.pair_ids == (starts[t] + i, starts[t] + j)
+        assert analogy.caption == f"instruction {i}"
+    assert analogies[-1] == analogies[27]
+    with pytest.raises(IndexError):
+        analogies[28]
+
+
+def test_a_limit_spreads_over_the_pairs():
+    analogies = Analogies(made_up_tasks(40, 3), limit=80)
+    assert [len(analogies.span(t)) for t in range(2)] == [80, 6]
+    places = [analogies.pair_indexes(k) for k in analogies.span(0)]
+    assert len(set(places)) == 80 and all(i != j for i, j in places)
+    for side in range(2):
+        assert np.bincount([place[side] for place in places], minlength=40).max() <= 5
+
+
+def test_millions_of_analogies_are_not_listed():
+    analogies = Analogies(made_up_tasks(*[153] * 218))
+    assert len(analogies) == 218 * 153 * 152
+    assert analogies[len(analogies) - 1].pair_ids == (218 * 153 - 1, 218 * 153 - 2)
+
+
+def test_bad_analogies():
+    for tasks, limit, message in (([], None, "no tasks"), (made_up_tasks(2, 1), None, "task t1 has fewer"),
+                                  (made_up_tasks(2), 0, "limit")):
+        with pytest.raises(UserError, match=message):
+            Analogies(tasks, limit)
+
+
+def test_digest_knows_files_but_not_the_place():
+    def digest(folder, *names):
+        return Analogies([Task("t", folder, tuple(Pair(f"{folder}/{name}", "", "", "") for name in names))]).digest()
+    assert digest("/x", "1", "2") == digest("/y/z", "1", "2")
+    assert len({digest("/x", "1", "2"), digest("/x", "2", "1"), digest("/x", "1", "3")}) == 3

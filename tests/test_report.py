@@ -1,0 +1,62 @@
+"""What a run tells: text log, TensorBoard events, pictures."""
+
+import struct
+import sys
+
+import line_job
+import numpy as np
+from tensorboardX.proto.event_pb2 import Event
+
+from lorweb_jax.training import pictures
+from lorweb_jax.training.report import Report, duration
+
+
+def events(workdir):
+    """The records of TensorBoard's file: length, its checksum, bytes, their checksum."""
+    data = next(workdir.glob("events*")).read_bytes()
+    while data:
+        length, = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12:12 + length])
+        data = data[16 + length:]
+
+
+def test_means_reach_the_log_and_tensorboard(tmp_path):
+    config = line_job.get_config()
+    report = Report(tmp_path, config, first_step=0, log_state=[])
+    for step, loss in enumerate([1.0, 2.0, 6.0]):
+        report.add(step, {"error": np.float32(2 * loss), "loss": np.float32(loss)})
+    report.write(3, 0.05)
+    report.pictures(3, {"rows": np.full((4, 6, 3), 255, np.uint8)})
+    report.close()
+    assert (tmp_path / "log.txt").read_text() == "step 3  loss 3  error 6  learning_rate 0.05\n"
+    values = {value.tag: value for event in events(tmp_path) if event.step == 3 for value in event.summary.value}
+    assert values["loss"].simple_value == 3.0 and values["error"].simple_value == 6.0
+    assert (values["rows"].image.height, values["rows"].image.width) == (4, 6)
+    assert "tensorflow" not in sys.modules
+
+
+def test_lines_after_the_checkpoint_are_taken_out(tmp_path):
+    (tmp_path / "log.txt").write_text("step 2  loss 1\nstep 4  loss 1\nstep 6  lo")
+    Report(tmp_path, line_job.get_config(), first_step=3, log_state=[]).close()
+    assert (tmp_path / "log.txt").read_text() == "step 2  loss 1\n"
+
+
+def test_duration():
+    assert [duration(s) for s in (4.6, 65, 3600 * 3 + 20 * 60)] == ["5 s", "1 min 05 s", "3 h 20 min"]
+
+
+def test_a_sheet_shows_small_images_enlarged_with_hard_edges():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, 16:] = (255, 0, 0)
+    shown = pictures.sheet([("put a frame around it", [image, image])], columns=["a", "result"])
+    red = (shown == (255, 0, 0)).all(-1)
+    assert red.sum() == 2 * 96 * 48
+    assert shown.dtype == np.uint8 and (shown[:14] == 0).any()  # the titles
+
+
+def test_a_heat_map_is_darkest_where_the_value_is_highest():
+    values = np.zeros((3, 5))
+    values[2, 4] = 1
+    shown = pictures.heat_map(values, rows=["frame", "shift", "pixelate"], columns=[str(i) for i in range(5)])
+    rows, columns = np.nonzero((shown == (8, 48, 107)).all(-1))
+    assert len(rows) > 100 and rows.min() > shown.shape[0] / 2 and columns.min() > shown.shape[1] / 2

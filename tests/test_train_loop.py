@@ -1,0 +1,234 @@
+"""The training loop on a tiny job: stopped and killed runs go on exactly, bad runs end in one sentence."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import line_job
+import numpy as np
+import optax
+import pytest
+
+from lorweb_jax.errors import UserError
+from lorweb_jax import sharding
+from lorweb_jax.train import Layout, frozen_weights, initial_trainables, make_train_step, train
+from lorweb_jax.training import checkpoints
+from lorweb_jax.training.checkpoints import restore_trainables
+from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
+
+LINE_JOB = str(Path(__file__).parent / "line_job.py")
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = (workdir / "log.txt").read_text().splitlines()
+    return {int(line.split()[1]): float(line.split()[3]) for line in lines}
+
+
+def start(workdir: Path, *options: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorweb_jax.main", f"--config={LINE_JOB}", f"--workdir={workdir}", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    train(line_job.get_config(), workdir)
+    return workdir
+
+
+def test_training_lowers_the_loss_and_leaves_its_files(whole_run):
+    curve = losses(whole_run)
+    assert sorted(curve) == list(range(1, 25))
+    assert np.mean([curve[step] for step in range(20, 25)]) < 0.5 * np.mean([curve[step] for step in range(1, 6)])
+    assert (whole_run / "pictures/slope_000012.png").exists() and list(whole_run.glob("events*"))
+    assert sorted(int(path.name) for path in (whole_run / "checkpoints").iterdir()) == [15, 20, 24]
+
+
+def test_the_step_is_the_formula(whole_run):
+    """Five updates by a float64 AdamW written out here; 1e-4 relative."""
+    config = line_job.get_config()
+    job, mesh = line_job.make(config), sharding.make_mesh({"data": 1})
+    layout = Layout.of(job, config.seed)
+    slope = np.asarray(initial_trainables(job, layout, config, mesh)["slope"], np.float64)
+    mu, nu = np.zeros_like(slope), np.zeros_like(slope)
+    for step, batch in zip(range(5), job.data(config)):
+        x = batch["x"].astype(np.float64)
+        noise = 0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(config.seed), step), x.shape)
+        error = x @ slope + 0.5 - (x[:, ::-1] + np.asarray(noise, np.float64))
+        assert losses(whole_run)[step + 1] == pytest.approx(np.square(error).mean(), rel=1e-4)
+        gradient = 2 * x.T @ error / error.size
+        gradient *= min(1.0, 1.0 / np.linalg.norm(gradient))
+        mu, nu = 0.9 * mu + 0.1 * gradient, 0.99 * nu + 0.01 * gradient**2
+        unbiased = mu / (1 - 0.9 ** (step + 1)), nu / (1 - 0.99 ** (step + 1))
+        slope -= 0.05 * (unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8) + 0.05 * slope)
+
+
+def test_only_trainables_reach_optimizer_and_checkpoint_and_frozen_are_arguments(whole_run):
+    held, config = restore_trainables(whole_run)
+    assert held.keys() == {"slope"} and config.seed == 3
+    np.testing.assert_array_equal(held["slope"], np.load(whole_run / "slope.npy"))
+
+    config = line_job.get_config()
+    job, mesh = line_job.make(config), sharding.make_mesh({"data": 1})
+    layout = Layout.of(job, config.seed)
+    trainable, frozen = initial_trainables(job, layout, config, mesh), frozen_weights(job, layout, config, mesh)
+    np.testing.assert_array_equal(frozen["frozen.a.b"], 0.5)
+    optimizer = make_optimizer(config)
+    opt_state = optimizer.init(trainable)
+    assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (4, 4)}
+    step = jax.make_jaxpr(make_train_step(job, layout, optimizer, 0))(
+        trainable, opt_state, frozen, {"x": jnp.zeros((8, 4))}, np.uint32(0))
+    assert all(np.size(constant) <= 1 for constant in step.consts)
+
+
+def test_a_run_killed_at_three_moments_is_the_whole_run_to_the_bit(whole_run, tmp_path):
+    workdir = tmp_path / "run"
+
+    def kill_when(ready) -> None:
+        run = start(workdir, "--config.line.pause=0.02")
+        for line in run.stdout:
+            if ready(int((re.match(r"step (\d+)", line) or [0, 0])[1])):
+                break
+        run.kill()
+        assert run.wait() == -signal.SIGKILL
+
+    def writing(step: int) -> bool:
+        """In the middle of the checkpoint of step 10 or later: it has a temporary name still."""
+        end = time.monotonic() + 0.5
+        while step >= 10 and time.monotonic() < end:
+            if any("tmp" in path.name for path in (workdir / "checkpoints").iterdir()):
+                return True
+        return False
+
+    kill_when(lambda step: step == 3)    # before the first checkpoint
+    kill_when(writing)
+    kill_when(lambda step: step == 18)   # between two checkpoints
+    last = start(workdir, "--config.line.pause=0.02")
+    output, errors = last.communicate()
+    assert last.returncode == 0, errors
+    assert re.search(r"going on from step 1[05]", output)
+    assert (workdir / "log.txt").read_bytes() == (whole_run / "log.txt").read_bytes()
+    np.testing.assert_array_equal(np.load(workdir / "slope.npy"), np.load(whole_run / "slope.npy"))
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, monkeypatch):
+    config = line_job.get_config("average")
+    config.train.log_every = 4          # step 7, where it is stopped, is within an interval of the log
+    config.train.checkpoint_every = 50
+    train(config, tmp_path / "whole")
+
+    def next_batch(self):
+        if self.position == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+    real = line_job.Points.__next__
+    with monkeypatch.context() as patch:
+        patch.setattr(line_job.Points, "__next__", next_batch)
+        train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["7"]
+    assert not (tmp_path / "run/slope.npy").exists()
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run/log.txt").read_bytes() == (tmp_path / "whole/log.txt").read_bytes()
+    # The averaged weights are what is exported and restored.
+    exported = np.load(tmp_path / "run/slope.npy")
+    np.testing.assert_array_equal(exported, np.load(tmp_path / "whole/slope.npy"))
+    np.testing.assert_array_equal(exported, restore_trainables(tmp_path / "run")[0]["slope"])
+
+
+def test_averaged_weights_are_the_formula():
+    config = line_job.get_config("average")
+    optimizer = make_optimizer(config)
+    weights = average = {"w": jnp.array([1.0, -2.0])}
+    state = optimizer.init(weights)
+    for step in range(4):
+        updates, state = optimizer.update({"w": jnp.array([0.3, step - 1.0])}, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = {"w": decay * average["w"] + (1 - decay) * weights["w"]}
+    np.testing.assert_allclose(averaged(state)["w"], average["w"], rtol=1e-6)
+
+
+def test_schedules():
+    config = line_job.get_config()
+    assert float(make_schedule(config)(0)) == float(make_schedule(config)(20)) == pytest.approx(0.05)
+    config.optimizer.warmup = 4
+    np.testing.assert_allclose([make_schedule(config)(i) for i in (0, 2, 4, 9)], [0, 0.025, 0.05, 0.05], rtol=1e-6)
+    config.optimizer.schedule = "cosine"
+    np.testing.assert_allclose([make_schedule(config)(i) for i in (0, 4, 14, 24)], [0, 0.05, 0.025, 0], atol=1e-8)
+
+
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, log_every):
+    config = line_job.get_config()
+    config.train.log_every = log_every
+    config.line.bad_step = 11            # the 12th step
+    with pytest.raises(UserError, match="the loss is nan at step 12"):
+        train(config, tmp_path)
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 10
+    assert np.isfinite(restore_trainables(tmp_path)[0]["slope"]).all()
+
+
+def test_a_run_folder_of_another_config_is_refused(whole_run):
+    config = line_job.get_config()
+    config.optimizer.b2 = 0.5
+    with pytest.raises(UserError, match="optimizer.b2 was 0.99 and is 0.5"):
+        train(config, whole_run)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        train(line_job.get_config(), tmp_path / "file" / "run")
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_due(tmp_path, monkeypatch):
+    config = line_job.get_config()
+    saves = iter([1e9, 100])
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(saves)))
+    with pytest.raises(UserError, match="could not be written.*MB are free.*goes on from step 5"):
+        train(config, tmp_path)
+    assert restore_trainables(tmp_path, step=5)[0].keys() == {"slope"}
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tmp_path):
+    """A limit on the size of files, set before the third save, stands in for the disk."""
+    command = ("import resource, lorweb_jax.main as m, lorweb_jax.training.checkpoints as c;"
+               "from lorweb_jax.errors import run_command; real = c.Checkpoints.save;"
+               "limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size));"
+               "c.Checkpoints.save = lambda self, step, *a: (step == 15 and limit(64), real(self, step, *a));"
+               "run_command(m.command)")
+    run = subprocess.run([sys.executable, "-c", command, f"--config={LINE_JOB}", f"--workdir={tmp_path / 'run'}"],
+                         capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.search("^error: .*could not be written.*File too large", run.stderr, re.MULTILINE), run.stderr
+    assert checkpoints.Checkpoints(tmp_path / "run").latest() in (5, 10)
+
+
+def test_eight_devices_train_as_one(whole_run, tmp_path):
+    """Losses of a batch split over 8 forced CPU devices; 1e-5 relative."""
+    run = start(tmp_path / "run", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    output, errors = run.communicate()
+    assert run.returncode == 0 and "8 devices" in output, errors
+    one, eight = losses(whole_run), losses(tmp_path / "run")
+    np.testing.assert_allclose([eight[step] for step in one], list(one.values()), rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
+    run = start(tmp_path / "run", "--config.train.batch=6", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    _, errors = run.communicate()
+    assert run.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: a batch of 6 does not divide over 4 devices")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_of_more_devices_than_there_are():
+    with pytest.raises(UserError, match="does not fit the 1 devices"):
+        sharding.make_mesh({"data": 3})

@@ -1,0 +1,81 @@
+"""Convert the weights of FLUX.1 Kontext between diffusers' folders and Black Forest Labs' single files.
+
+The diffusers layout is what this project's commands load (`--pipeline=FOLDER`), training included. Tensors pass
+through one at a time; every one must be in the conversion table with the right shape, or nothing is written.
+
+  one pipeline folder            tools/convert_flux_weights.py FLUX.1-Kontext-dev --to black-forest --out single
+  the two single files           tools/convert_flux_weights.py flux1-kontext-dev.safetensors ae.safetensors \\
+                                     --to diffusers --out kontext
+  the same layout, another dtype tools/convert_flux_weights.py kontext/transformer --to diffusers --out half \\
+                                     --dtype float16
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="+", type=Path,
+                        help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
+                             "or a .safetensors file; told apart by the names of the tensors")
+    parser.add_argument("--to", required=True, choices=["diffusers", "black-forest"],
+                        help="diffusers: OUT/transformer and OUT/vae; "
+                             "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write into; made if it isn't there")
+    parser.add_argument("--dtype", choices=["keep", "float32", "bfloat16", "float16"], default="keep",
+                        help="what to store the weights in (default: as in the source)")
+    parser.add_argument("--config", type=Path,
+                        help="diffusers' config.json, for one single file of other sizes than FLUX.1's")
+    parser.add_argument("--shard-gb", type=float, default=10.0,
+                        help="largest file in the diffusers layout, in GB of 10^9 bytes (default: 10)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    # After the arguments, so that --help answers at once.
+    import numpy as np
+    import ml_dtypes
+
+    from lorweb_jax.weights import pretrained
+
+    dtype = {"keep": None, "bfloat16": ml_dtypes.bfloat16}.get(args.dtype, args.dtype)
+    if args.shard_gb <= 0:
+        raise UserError(f"--shard-gb is {args.shard_gb}; it must be above 0", 2)
+    paths = [part for path in args.source for part in _parts(path)]
+    if args.config and len(paths) > 1:
+        raise UserError(f"--config describes one model, but there are {len(paths)} sources; convert one at a time", 2)
+    # All sources are recognised before the first is written.
+    for source in [pretrained.recognise(path, args.config) for path in paths]:
+        checkpoint = source.checkpoint
+        print(f"{checkpoint.path}: a FLUX {source.kind} in the {source.layout.replace('_', '-')} layout: "
+              f"{len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, "
+              + ", ".join(f"{count} of {name}" for name, count in checkpoint.dtypes().items()), flush=True)
+        start = time.monotonic()
+        target, specs = pretrained.convert(source, args.to.replace("-", "_"), args.out, dtype,
+                                           int(args.shard_gb * 1e9))
+        written = sum(spec.nbytes for spec in specs.values())
+        stored = sorted({np.dtype(spec.dtype).name for spec in specs.values()})
+        seconds = time.monotonic() - start
+        print(f"  -> {target}: {len(specs)} tensors, {written:,} bytes, {', '.join(stored)}, no difference from the "
+              f"table, {seconds:.1f} s ({written / 1e6 / max(seconds, 1e-9):.0f} MB/s)", flush=True)
+    if args.to == "diffusers":
+        print("A whole pipeline folder also has model_index.json, scheduler, text_encoder, text_encoder_2, tokenizer "
+              "and tokenizer_2: take them from a diffusers folder of the same model.")
+
+
+def _parts(path: Path) -> list[Path]:
+    """A pipeline folder's two models; anything else as it is."""
+    parts = [path / name for name in ("transformer", "vae") if (path / name).is_dir()]
+    return parts or [path]
+
+
+if __name__ == "__main__":
+    run_command(main)
