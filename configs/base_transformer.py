@@ -25,7 +25,7 @@ def default():
         cache="local_data/drawings",  # rendered drawings and their latents are kept here
         size=32,                      # side of a quadrant, pixels
         vae="runs/base_vae/vae",
-        variants=3,                   # of each drawing: as it is, and in other colours
+        variants=2,                   # of each drawing: as it is, and in other colours
         text_tokens=16,               # length that instructions are padded to
         last_only=0.5,                # share of canvases of which only the last drawing is to change
         edited_before=0.5,            # share of the other drawings on those canvases that come edited already

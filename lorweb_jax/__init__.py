@@ -1,0 +1,18 @@
+"""Visual analogy editing in JAX: show it a → a′ and b, and it makes b′.
+
+`Pipeline`, `read_image` and `write_image` are what a notebook needs; see lorweb_jax.pipeline.
+"""
+
+import importlib
+
+_PUBLIC = {"Pipeline": "lorweb_jax.pipeline", "Basis": "lorweb_jax.basis.basis",
+           "BasisConfig": "lorweb_jax.basis.basis", "UserError": "lorweb_jax.errors",
+           "read_image": "lorweb_jax.images.io", "write_image": "lorweb_jax.images.io"}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    # On demand, so that --help and a misspelt flag needn't wait for jax.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'lorweb_jax' has no attribute {name!r}")

@@ -81,7 +81,7 @@ def train(config, workdir: Path) -> None:
             return layout.model(trainable if average is None else average, frozen)
 
         for step in range(first_step, steps):
-            batch = next_batch(job, data, mesh, lambda: layout.model(trainable, frozen))
+            batch = next_batch(job, data, mesh)
             trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, np.uint32(step))
             report.add(step, metrics)
             done = step + 1
@@ -108,7 +108,7 @@ def train(config, workdir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A job's model without its arrays: its structure, and {dotted path: (path, Variable of a shape)} of both kinds."""
+    """A job's model without its arrays: its structure, and {dotted path: (path, Variable of a shape)} of a part."""
 
     graphdef: nnx.GraphDef
     trainable: dict[str, tuple[tuple, nnx.Variable]]
@@ -220,11 +220,11 @@ def make_train_step(job: Job, layout: Layout, optimizer: optax.GradientTransform
     return train_step
 
 
-def next_batch(job: Job, data, mesh: Mesh, model: Callable[[], nnx.Module]) -> dict[str, jax.Array]:
+def next_batch(job: Job, data, mesh: Mesh) -> dict[str, jax.Array]:
     """The next batch on the devices, after the job's `prepare` if it has one; what is no array of numbers is left."""
     batch = next(data)
     if hasattr(job, "prepare"):
-        batch = job.prepare(model(), batch)
+        batch = job.prepare(batch)
     return sharding.put_batch(mesh, {name: np.asarray(value) for name, value in batch.items()
                                      if isinstance(value, np.ndarray | jax.Array) and value.dtype.kind not in "OSU"})
 

@@ -1,5 +1,6 @@
 """Checkpoints on disk: complete ones only, the latest few, damaged ones told."""
 
+import gc
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from lorweb_jax import config as configs
 from lorweb_jax.errors import UserError
-from lorweb_jax.training.checkpoints import Checkpoints, restore_trainables
+from lorweb_jax.training.checkpoints import Checkpoints, open_run, restore_trainables
 
 
 def shapes_of(tree):
@@ -80,6 +81,15 @@ def test_a_checkpoint_of_another_size_is_told(run, state):
     wider = trainable | {"layers.transformer_blocks.attn.to_q.a": jnp.zeros((2, 4))}
     with pytest.raises(UserError, match="does not fit this model"):
         Checkpoints(run).restore(5, shapes_of(wider), shapes_of(opt_state))
+    gc.collect()
+
+
+def test_a_folder_without_checkpoints_takes_another_config(tmp_path):
+    config = line_job.get_config()
+    open_run(tmp_path, config)
+    config.seed = 4
+    open_run(tmp_path, config)
+    assert configs.load(tmp_path / "config.json").seed == 4
 
 
 def test_a_folder_without_a_run(tmp_path):

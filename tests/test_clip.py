@@ -117,6 +117,25 @@ def test_parameters_are_weights_and_train():
                if "k_proj.bias" not in path)
 
 
+def test_what_it_writes_in_float16_transformers_reads(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+
+    small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    random = np.random.default_rng(0)
+    ids, pixels = random.integers(0, 30, (2, 9)), random.normal(size=(2, 16, 16, 3)).astype(np.float32)
+    text = clip.ClipText(clip.CLIPTextConfig(**small, vocab_size=30, eos_token_id=29), rngs=nnx.Rngs(0))
+    vision = clip.ClipVision(clip.CLIPVisionConfig(**small, image_size=16, patch_size=8), rngs=nnx.Rngs(0))
+    for name, model in (("text", text), ("vision", vision)):
+        clip.save_clip(model, tmp_path / name, np.float16)
+    with torch.no_grad():
+        pooled = CLIPTextModel.from_pretrained(tmp_path / "text")(torch.tensor(ids)).pooler_output
+        embedding = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "vision")(
+            torch.tensor(pixels.transpose(0, 3, 1, 2))).image_embeds
+    assert relative(clip.load_clip_text(tmp_path / "text")(ids), pooled) <= TOLERANCE
+    assert relative(clip.load_clip_vision(tmp_path / "vision")(pixels), embedding) <= TOLERANCE
+
+
 def test_errors(tmp_path):
     with pytest.raises(UserError, match="config.json"):
         load_image_encoder(tmp_path)

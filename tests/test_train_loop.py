@@ -16,8 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from lorweb_jax.errors import UserError
 from lorweb_jax import sharding
+from lorweb_jax.errors import UserError
 from lorweb_jax.train import Layout, frozen_weights, initial_trainables, make_train_step, train
 from lorweb_jax.training import checkpoints
 from lorweb_jax.training.checkpoints import restore_trainables

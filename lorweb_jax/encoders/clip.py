@@ -31,7 +31,8 @@ class LinenModel(nnx.Module):
             setattr(self, name, _weights(value))
 
     def apply(self, *inputs: jax.Array, **options: Any):
-        parameters = nnx.to_pure_dict(nnx.state(self, Weight))
+        # Linen's embeddings compute in the dtype they are stored in; here all is computed in float32.
+        parameters = jax.tree.map(lambda x: x.astype(jnp.float32), nnx.to_pure_dict(nnx.state(self, Weight)))
         return self._linen.apply({"params": parameters}, *inputs, **options)
 
 
@@ -76,7 +77,7 @@ class ClipVision(nnx.Module):
         return self.visual_projection(self.vision_model.apply(pixels).pooler_output)
 
     def hidden_states(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
-        """pixel values [b, h, w, 3] -> the embeddings and each layer's output, [b, 1 + patches, d], not normalised."""
+        """pixel values [b, h, w, 3] -> the embeddings and each layer's output, [b, s, d] with CLS, not normalised."""
         return self.vision_model.apply(pixels, output_hidden_states=True).hidden_states
 
 
@@ -95,29 +96,27 @@ def _row(path: str, ndim: int) -> Row:
 def text_config(folder: str | Path) -> CLIPTextConfig:
     """The text tower's config of a folder that holds a CLIPTextModel or a whole CLIPModel."""
     data = read_json(Path(folder) / "config.json")
-    return CLIPTextConfig(**_part(data, "text_config", ("clip_text_model",), folder))
+    return CLIPTextConfig(**_part(data, "text_config", "clip_text_model", folder))
 
 
 def vision_config(folder: str | Path) -> CLIPVisionConfig:
     """The vision tower's config of a folder that holds a CLIPVisionModelWithProjection or a whole CLIPModel."""
     data = read_json(Path(folder) / "config.json")
-    part = _part(data, "vision_config", ("clip_vision_model",), folder)
-    # A whole model's projection width stands beside its two parts.
-    return CLIPVisionConfig(**({**part, "projection_dim": data["projection_dim"]} if part is not data
-                               and "projection_dim" in data else part))
+    return CLIPVisionConfig(**_part(data, "vision_config", "clip_vision_model", folder))
 
 
-def _part(data: dict, name: str, types: tuple[str, ...], folder: str | Path) -> dict:
+def _part(data: dict, name: str, model_type: str, folder: str | Path) -> dict:
     if data.get("model_type") == "clip" and isinstance(data.get(name), dict):
-        return data[name]
-    if data.get("model_type") in types:
+        # A whole model's projection width stands beside its two parts; 512 is what transformers takes without it.
+        return data[name] | {"projection_dim": data.get("projection_dim", 512)}
+    if data.get("model_type") == model_type:
         return data
-    raise UserError(f"{folder} holds a model of type {data.get('model_type')!r}, expected 'clip' or {types[0]!r}; "
+    raise UserError(f"{folder} holds a model of type {data.get('model_type')!r}, expected 'clip' or {model_type!r}; "
                     "give the folder of a CLIP model")
 
 
 def _read(folder: str | Path, make, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Weights by our path in the file's dtype; the rest of a whole CLIPModel, and old position_ids, are passed over."""
+    """Weights by our path in the file's dtype; a whole CLIPModel's rest and old position_ids are passed over."""
     checkpoint, expected = Checkpoint(folder), shapes(make)
     ignored = [key for key in checkpoint if not key.startswith(prefixes) or key.endswith("position_ids")]
     return load_parameters(checkpoint, table(expected), expected, ignored=ignored)

@@ -136,7 +136,7 @@ class SiglipVision(nnx.Module):
         return self.head(self.post_layernorm(x))
 
     def hidden_states(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
-        """pixel values [b, h, w, 3] -> the embeddings and each layer's output, each [b, s, d], not normalised."""
+        """pixel values [b, h, w, 3] -> the embeddings and each layer's output, [b, s, d], not normalised."""
         graphdef, state = nnx.split(self.layers)
 
         def step(x, block_state):
@@ -164,7 +164,8 @@ TABLE = [
     Row("head.probe", f"{_HEAD}probe"),
     *[Row(f"head.attention.{name}.kernel", f"{_HEAD}attention.in_proj_weight", LINEAR)
       for name in ("q_proj", "k_proj", "v_proj")],
-    *[Row(f"head.attention.{name}.bias", f"{_HEAD}attention.in_proj_bias") for name in ("q_proj", "k_proj", "v_proj")],
+    *[Row(f"head.attention.{name}.bias", f"{_HEAD}attention.in_proj_bias")
+      for name in ("q_proj", "k_proj", "v_proj")],
     *[row for name in ("attention.out_proj", "mlp.fc1", "mlp.fc2")
       for row in _rows(f"head.{name}", _HEAD + name, axes=LINEAR)],
     *_rows("head.layernorm", f"{_HEAD}layernorm"),

@@ -24,7 +24,7 @@ def train_small_tokenizers(captions: list[str], instructions: list[str], folder:
                            t5_tokens: int) -> tuple[int, int]:
     """Write folder/tokenizer (CLIP byte-pair format) and folder/tokenizer_2 (T5, sentencepiece unigram).
 
-    The words of `captions` and `instructions` are CLIP's vocabulary, those of `instructions` are T5's; case is folded.
+    The words of `captions` and `instructions` are CLIP's vocabulary, those of `instructions` T5's. Case is folded.
     `t5_tokens` is the length that instructions are padded to. Returns the two vocabulary sizes, (CLIP, T5).
     Raises UserError without instructions.
     """

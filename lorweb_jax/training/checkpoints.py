@@ -61,7 +61,8 @@ class Checkpoints:
         """Number of steps done in the newest complete checkpoint; None where there is none."""
         return self.manager.latest_step()
 
-    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, data_state: Any, log_state: Any) -> None:
+    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, data_state: Any,
+             log_state: Any) -> None:
         """Begin to write the state after `step` steps; returns once the arrays may be donated.
 
         UserError where there is no room for it, or where it or the one before it could not be written.
@@ -87,7 +88,9 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def restore(self, step: int, trainable: Any, opt_state: Any) -> tuple[dict[str, jax.Array], Any, Any, Any]:
-        """(trainable, opt_state, data_state, log_state) of a checkpoint, given trees of ShapeDtypeStruct with shardings."""
+        """(trainable, opt_state, data_state, log_state) of a checkpoint; the first two onto the shardings of the
+        trees of ShapeDtypeStruct given. UserError for one that is damaged or of another size.
+        """
         try:
             held = self.manager.restore(step, args=ocp.args.Composite(
                 trainable=ocp.args.StandardRestore(trainable),

@@ -34,7 +34,7 @@ class Batches(Protocol):
 
 
 class Job(Protocol):
-    """A training job. Methods marked optional may be left out of a class."""
+    """A training job. Optional methods may be left out; so don't inherit from this class, which has them all."""
 
     # Variables of this type (and its subclasses) are trained: they alone are differentiated, optimized,
     # averaged, checkpointed and exported. Every other Variable of the model is frozen.
@@ -57,12 +57,12 @@ class Job(Protocol):
         """
 
     def initial(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-        """Optional: trainable weights to start from (a fine-tuning run), by dotted path; may cover some of `shapes`."""
+        """Optional: trainable weights to start from (a fine-tuning run), by dotted path; some of `shapes` or all."""
 
     def data(self, config) -> Batches:
         """Training batches: dicts of numpy arrays; other entries (captions) are for `prepare` alone."""
 
-    def prepare(self, model: nnx.Module, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         """Optional, on the host before each step: the batch with arrays in the place of captions and the like.
 
         Without it, entries that are not numeric arrays are dropped.

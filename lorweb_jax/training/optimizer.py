@@ -8,7 +8,7 @@ import optax
 
 
 def make_schedule(config) -> optax.Schedule:
-    """step -> learning rate: a linear rise over `warmup` steps, then constant, or a cosine down to 0 at train.steps."""
+    """step -> learning rate: linear rise over `warmup` steps, then constant or a cosine down to 0 at train.steps."""
     optimizer, steps = config.optimizer, config.train.steps
     if optimizer.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -21,8 +21,8 @@ def make_schedule(config) -> optax.Schedule:
 def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm; with config.train.ema its state also holds the averaged weights."""
     optimizer = config.optimizer
-    parts = [optax.clip_by_global_norm(optimizer.clip),
-             optax.adamw(make_schedule(config), b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)]
+    adamw = optax.adamw(make_schedule(config), b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
+    parts = [optax.clip_by_global_norm(optimizer.clip), adamw]
     if config.train.ema:
         parts.append(average_weights(config.train.ema))
     return optax.chain(*parts)

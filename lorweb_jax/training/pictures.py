@@ -56,7 +56,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[st
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = "") -> np.ndarray:
-    """values [len(rows), len(columns)] as a labelled map, white (lowest) to dark blue (highest) -> uint8 [H, W, 3]."""
+    """values [len(rows), len(columns)] as a map with labels, white (low) to dark blue (high) -> uint8 [H, W, 3]."""
     values = np.asarray(values, np.float64)
     low, high = float(values.min()), float(values.max())
     share = (values - low) / (high - low if high > low else 1.0)
@@ -75,8 +75,8 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
         draw.text((MARGIN, top + i * cell_h + 1), name, fill="black", font=font)
         for j in range(len(columns)):
             colour = tuple(int(round(255 + share[i, j] * (dark - 255))) for dark in (8, 48, 107))
-            draw.rectangle((left + j * cell_w, top + i * cell_h, left + (j + 1) * cell_w - 1, top + (i + 1) * cell_h - 1),
-                           fill=colour, outline=(225, 225, 225))
+            x, y = left + j * cell_w, top + i * cell_h
+            draw.rectangle((x, y, x + cell_w - 1, y + cell_h - 1), fill=colour, outline=(225, 225, 225))
     return np.asarray(canvas)
 
 

@@ -118,8 +118,8 @@ class Report:
         """Wait for the metrics; UserError that names the first step whose loss is not finite."""
         for step, metrics in jax.device_get(self.waiting):
             if not math.isfinite(metrics["loss"]):
-                raise UserError(f"the loss is {metrics['loss']} at step {step + 1}; training stopped and the last good "
-                                "checkpoint is kept: lower --config.optimizer.learning_rate or look at the data, "
+                raise UserError(f"the loss is {metrics['loss']} at step {step + 1}; training stopped and the last "
+                                "good checkpoint is kept: lower --config.optimizer.learning_rate or look at the data "
                                 "and run the command again")
             self.means.append({name: float(value) for name, value in metrics.items()})
         self.waiting = []

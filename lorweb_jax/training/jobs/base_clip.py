@@ -56,6 +56,14 @@ def trimmed(ids: np.ndarray, end: int) -> np.ndarray:
     return ids[..., :int((ids == end).argmax(-1).max()) + 1]
 
 
+def joined(first: np.ndarray, second: np.ndarray, end: int) -> np.ndarray:
+    """Ids of every sentence of `first` [m, t] followed by every one of `second` [n, t]: [m, n, t], cut at t."""
+    ids = np.repeat(first[:, None], len(second), 1)
+    for row, length in zip(ids, (first == end).argmax(-1)):
+        row[:, length:] = second[:, 1:first.shape[1] - length + 1]
+    return ids
+
+
 def unit(x: jax.Array) -> jax.Array:
     """x / |x| over the last axis, for x much longer than 0.1. An operation that leaves a drawing as it is (a ball
     flipped) makes a difference of exactly 0: it stays 0, with a gradient that is not huge."""
@@ -114,8 +122,6 @@ class BaseClip:
         self.drawings = load_drawings(config.data.cache, config.vision.image_size)
         self.train_drawings = self.drawings.part(held_out=False)
         operations = list(OPERATIONS.values())
-        captions = [[name, *(f"{name} {operation.describe}" for operation in operations)]
-                    for name in self.train_drawings.names]
         self.families = list(dict.fromkeys(operation.family for operation in operations))
         self.family_of = np.array([self.families.index(operation.family) for operation in operations])
         instructions = {operation.family: operation.instruction for operation in operations}
@@ -126,7 +132,9 @@ class BaseClip:
                 return tokenize_clip(texts, Path(folder) / "tokenizer")
 
             # [drawings, 1 + operations, t], [operations, 2, t] and [families, t]
-            self.captions = trimmed(np.stack([ids(texts) for texts in captions]), clip_words - 1)
+            # "rose in gray": the ids of a sentence are those of its words, so 80,000 captions need not be tokenized.
+            self.captions = trimmed(joined(ids(self.train_drawings.names), ids(
+                ["", *(operation.describe for operation in operations)]), clip_words - 1), clip_words - 1)
             self.specific = trimmed(np.stack([ids(operation.specific) for operation in operations]), clip_words - 1)
             self.vague = trimmed(ids([instructions[family] for family in self.families]), clip_words - 1)
         self.vision_config = CLIPVisionConfig(**config.vision, hidden_act="quick_gelu")

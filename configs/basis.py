@@ -1,0 +1,77 @@
+"""A basis of LoRAs with its router, trained on analogies over the small base that comes with the project.
+
+    python -m lorweb_jax.main --config=configs/basis.py
+
+Minutes on two CPU cores. Leaves in runs/basis: checkpoints, TensorBoard and text logs, pictures of a, a', b, the
+result and the truth, tables that compare the basis with the frozen base and with copying b, and the basis in the
+published format (export/basis.safetensors with its config.yaml).
+
+Variants, as in --config=configs/basis.py:tanh
+    tanh       coefficients by tanh instead of softmax
+    internal   coefficients from each layer's own input instead of the image encoder
+    smoke      a few seconds, to see that everything works
+
+With your own FLUX.1 Kontext weights and Relation252K, see the README: --config.pipeline, --config.data.root.
+"""
+
+from lorweb_jax.config import base_config, choose_variant
+
+
+def get_config(variant: str = ""):
+    return choose_variant({"": default, "tanh": tanh, "internal": internal, "smoke": smoke}, variant)
+
+
+def default():
+    config = base_config("basis")
+    config.pipeline = "assets/small_kontext"  # a FLUX Kontext folder in diffusers' layout
+    config.basis = dict(
+        size=16, rank=4, key_dim=64, heads=1, activation="softmax", reduction="mean",
+        query="external", query_mode="cat-aa'b", pooling="avg", projection="linear",
+        encoder="")                           # folder of the router's image encoder; "" is <pipeline>/clip_vision
+
+    config.data = dict(
+        root="embedded",       # a Relation252K folder, or "embedded": drawings that pip has installed
+        held_out="",           # a second such folder, of tasks that are only looked at
+        cache="local_data",    # where the embedded data set is built
+        quadrant_size=32,      # side of a, a', b and b' in the grid, pixels
+        caption_drop=0.05,     # share of captions that are left empty
+        reverse_probability=0.0,  # share of analogies told backwards, a' -> a
+        task_balanced=True,    # every task equally often, however many pairs it has
+        workers=0)             # processes that read images; 0 reads in the main one
+
+    config.loss_weight = "bell"  # by timestep: bell, as published, or uniform
+    config.guidance = 1.0        # guidance input while training
+    config.compute_dtype = "float32"
+    config.remat = "none"        # what is computed again in the backward pass: none, dots, full
+    config.attention = "xla"     # or cudnn, on NVIDIA GPUs
+    config.unroll = 8            # blocks compiled side by side
+
+    config.show = dict(tasks=12, per_task=2, batch=12, steps=12, guidance=2.5)
+
+    config.train.steps = 1500
+    config.train.batch = 24
+    config.train.log_every = 20
+    config.train.checkpoint_every = 100
+    config.train.picture_every = 500
+    return config
+
+
+def tanh():
+    config = default()
+    config.basis.activation = "tanh"
+    return config
+
+
+def internal():
+    config = default()
+    config.basis.query, config.basis.query_mode = "internal", "aa'bb'"
+    return config
+
+
+def smoke():
+    config = default()
+    config.basis.size, config.basis.key_dim = 4, 16
+    config.train.batch = 4
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.show.tasks, config.show.per_task, config.show.batch, config.show.steps = 2, 1, 2, 2
+    return config

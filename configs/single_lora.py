@@ -1,0 +1,21 @@
+"""The baseline: one LoRA as large as the whole basis (rank n·r, no router), same layers, data and recipe.
+
+    python -m lorweb_jax.main --config=configs/single_lora.py
+
+Takes as long as configs/basis.py. Leaves an ordinary LoRA in runs/single_lora/export/lora.safetensors.
+"""
+
+from configs import basis
+from lorweb_jax.config import choose_variant
+
+
+def get_config(variant: str = ""):
+    return choose_variant({"": lambda: single(basis.default()), "smoke": lambda: single(basis.smoke())}, variant)
+
+
+def single(config):
+    """The same capacity in one member whose coefficient is 1."""
+    config.basis.rank = config.basis.size * config.basis.rank
+    config.basis.size = 1
+    config.basis.query = "fixed"
+    return config

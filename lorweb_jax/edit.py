@@ -1,0 +1,84 @@
+"""Edit an image by analogy: a is to a2 as b is to the result.
+
+  python -m lorweb_jax.edit --pipeline assets/small_kontext --basis runs/basis \\
+      --a a.png --a2 a2.png --b b.png --prompt "put a frame around it" --out result.png
+
+Several --b give several results: with --out results/ they are written there under the names of the b's.
+"""
+
+import argparse
+from pathlib import Path
+
+from lorweb_jax.errors import UserError, run_command
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.edit", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=Path("assets/small_kontext"),
+                        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout (default: the small one here)")
+    parser.add_argument("--basis", type=Path,
+                        help="a run's folder, a downloaded LoRWeB basis (file or folder), or an ordinary LoRA's file; "
+                             "without it the base model follows the prompt alone")
+    parser.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    parser.add_argument("--image-encoder", type=Path,
+                        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)")
+    parser.add_argument("--a", type=Path, required=True, help="an image before the edit; its size is the result's")
+    parser.add_argument("--a2", type=Path, required=True, help="the same image after the edit")
+    parser.add_argument("--b", type=Path, required=True, nargs="+", help="one or more images to edit likewise")
+    parser.add_argument("--out", type=Path, required=True, help="image file to write; a folder for several --b")
+    parser.add_argument("--prompt", default="", help="the edit in words (default: none)")
+    parser.add_argument("--steps", type=int, default=28, help="sampling steps (default: 28)")
+    parser.add_argument("--guidance", type=float, default=2.5, help="guidance input of the model (default: 2.5)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same image (default: 0)")
+    parser.add_argument("--max-size", type=int, help="longest edge of the 2x2 grid, pixels; larger grids are resized")
+    parser.add_argument("--apply", choices=["auto", "folded", "low-rank"], default="auto",
+                        help="fold the mix into the weights or apply it beside them (default: whichever is possible "
+                             "and faster)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="what the transformer computes in (default: float32; bfloat16 on GPU and TPU)")
+    parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="cudnn on NVIDIA GPUs")
+    parser.add_argument("--round-to-bfloat16", action="store_true",
+                        help="round timestep and guidance as the published pipeline does, to compare pixel by pixel")
+    return parser.parse_args(arguments)
+
+
+def targets(out: Path, bs: list[Path]) -> list[Path]:
+    """Where each result goes."""
+    if len(bs) == 1 and out.suffix:
+        return [out]
+    if out.suffix:
+        raise UserError(f"{len(bs)} images --b were given and one file {out} to write; give a folder as --out", 2)
+    names = [f"{b.stem}.png" for b in bs]
+    if len(set(names)) < len(names):
+        raise UserError("two of the images --b have the same name, and their results would overwrite each other; "
+                        "rename one, or edit them one by one", 2)
+    return [out / name for name in names]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    outs = targets(args.out, args.b)
+    if args.steps < 1:
+        raise UserError(f"--steps is {args.steps}; it must be at least 1, such as 28", 2)
+    from lorweb_jax.images.io import read_image, write_image
+    from lorweb_jax.pipeline import Pipeline
+
+    a, a2 = read_image(args.a), read_image(args.a2)
+    bs = [read_image(path) for path in args.b]
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention)
+    if args.basis is not None:
+        pipeline = pipeline.attach(args.basis, args.basis_config)
+    folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
+    if folded and len(bs) > 1:
+        raise UserError(f"--apply folded serves one --b, {len(bs)} were given; leave it out", 2)
+    results = pipeline.edit_batch([(a, a2, b) for b in bs], [args.prompt] * len(bs), steps=args.steps,
+                                  guidance=args.guidance, seed=args.seed, max_size=args.max_size, folded=folded,
+                                  round_to_bfloat16=args.round_to_bfloat16)
+    for path, result in zip(outs, results):
+        write_image(path, result)
+        print(f"wrote {path}: {result.shape[1]}x{result.shape[0]} pixels")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""Compare a trained basis with copying b and with the base alone, on analogies whose answer is known.
+
+    python -m lorweb_jax.evaluate runs/basis --pipeline assets/small_kontext --data FOLDER
+
+FOLDER has the layout of Relation252K: <task>/Group1/labels.json and images "before | after". From each task the same
+few analogies are taken at every call. The table is printed and written, as table.md and table.json with the figures
+of every task, beside sheet.png, which shows a, a′, b, each method's b′ and the true one, a row per task.
+"""
+
+import argparse
+from pathlib import Path
+
+from lorweb_jax.errors import UserError, run_command
+
+COPY = "copy b"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("basis", type=Path, metavar="RUN_OR_BASIS",
+                        help="folder of a training run, or a published basis (file or folder)")
+    parser.add_argument("--pipeline", type=Path, required=True, help="folder of the base model that it belongs to")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks to be shown")
+    parser.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    parser.add_argument("--image-encoder", type=Path,
+                        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)")
+    parser.add_argument("--per-task", type=int, default=2, help="analogies of each task (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=2.5, help="guidance (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every method (default: 0)")
+    parser.add_argument("--max-size", type=int, metavar="PX",
+                        help="longest edge of the 2x2 grid; larger ones are made smaller (default: no limit)")
+    parser.add_argument("--batch", type=int, default=16, help="analogies sampled at once (default: %(default)s)")
+    parser.add_argument("--out", type=Path,
+                        help="folder to write (default: evaluation, in or beside RUN_OR_BASIS)")
+    args = parser.parse_args(arguments)
+    for name in ("per_task", "steps", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give 1 or more", 2)
+    if args.max_size is not None and args.max_size < 16:
+        raise UserError(f"--max-size is {args.max_size}; give 16 or more, such as 1024", 2)
+    if not args.basis.exists():
+        raise UserError(f"there is no {args.basis}; give the folder of a run, such as runs/basis, or a file", 2)
+    if args.out is None:
+        args.out = (args.basis if args.basis.is_dir() else args.basis.parent) / "evaluation"
+    return args
+
+
+def methods(pipeline, *, steps: int, guidance: float, seed: int = 0, batch: int = 16) -> dict:
+    """What evaluation's `evaluate` takes: copying b; the base without and with its basis, from the same noise."""
+    from lorweb_jax.evaluation.evaluate import batches
+
+    def edit(use_basis: bool):
+        def make(samples):
+            results = [None] * len(samples)
+            for chosen, padded in batches([sample.b for sample in samples], batch):
+                made = pipeline.edit_batch([samples[i].condition for i in padded],
+                                           [samples[i].caption for i in padded], steps=steps,
+                                           guidance=guidance, seed=seed, use_basis=use_basis)
+                for index, image in zip(chosen, made):
+                    results[index] = image
+            return results
+        return make
+
+    return {COPY: lambda samples: [sample.b for sample in samples],
+            "base, text only": edit(use_basis=False), "basis": edit(use_basis=True)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    from lorweb_jax.data.problems import Problems
+    from lorweb_jax.data.relation252k import read_tasks
+    from lorweb_jax.encoders.image_encoder import ImageEncoder
+    from lorweb_jax.evaluation.evaluate import evaluate, read_samples, rows_sheet
+    from lorweb_jax.images.io import write_image
+    from lorweb_jax.pipeline import Pipeline
+
+    problems = Problems()
+    samples = read_samples(read_tasks(args.data, problems), args.per_task, problems, args.max_size)
+    if len(problems):
+        print(problems.summary())
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(args.basis, args.config)
+    opened = pipeline.folder.encoder
+    encoder = ImageEncoder(pipeline.model.image_encoder, opened.processor) if opened else None
+    table = evaluate(methods(pipeline, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch),
+                     samples, encoder)
+    print(table.text())
+    table.write(args.out)
+    made = {name: images for name, images in table.results.items() if name != COPY}  # b is shown as it is
+    write_image(args.out / "sheet.png", rows_sheet(samples, made))
+    print(f"wrote table.md, table.json and sheet.png in {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,174 @@
+"""The public interface: load a pipeline, attach a basis, edit.
+
+    from lorweb_jax import Pipeline, read_image, write_image
+    pipeline = Pipeline.load("assets/small_kontext").attach("runs/basis")
+    a, a2, b = (read_image(f"{name}.png") for name in ("a", "a2", "b"))
+    result = pipeline.edit(a, a2, b, prompt="put a frame around it", seed=0)
+    write_image("result.png", result)
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.basis.basis import Basis
+from lorweb_jax.basis.fold import fold
+from lorweb_jax.encoders import queries
+from lorweb_jax.errors import UserError
+from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model
+from lorweb_jax.layers import Addition
+from lorweb_jax.model import AnalogyModel
+from lorweb_jax.transformer.flux import block_linears
+from lorweb_jax.weights.adapters import load_basis
+from lorweb_jax.weights.pipeline_folder import PipelineFolder
+from lorweb_jax.weights.state import build
+
+Images = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Pipeline:
+    """A FLUX Kontext pipeline with, optionally, a basis of LoRAs. Images are uint8 [H, W, 3]."""
+
+    def __init__(self, folder: PipelineFolder, model: AnalogyModel):
+        self.folder, self.model = folder, model
+
+    @classmethod
+    def load(cls, folder: str | Path, image_encoder: str | Path | None = None, *, dtype: Any = "float32",
+             attention: str = "xla") -> "Pipeline":
+        """From a folder in diffusers' layout.
+
+        image_encoder: the router's image encoder (CLIP ViT-L/14 or SigLIP2 folder); default `folder`/clip_vision.
+        dtype: what weights of transformer and text encoders are kept and computed in. attention: see Flux.
+        Raises UserError for missing, truncated or foreign files, with the difference where keys don't match.
+        """
+        opened = PipelineFolder(folder, image_encoder)
+        dtype = jnp.dtype(dtype)
+        weights = {path: jnp.asarray(array).astype(dtype if path.startswith(("transformer.", "text_encoder"))
+                                                   else jnp.float32) for path, array in opened.read().items()}
+        return cls(opened, build(lambda: opened.make(nnx.Rngs(0), dtype=dtype, attention=attention), weights,
+                                 str(folder)))
+
+    def attach(self, basis: Basis | str | Path, config: str | Path | None = None) -> "Pipeline":
+        """A pipeline with this basis: a Basis, a run's folder, a published basis, or an ordinary LoRA's file.
+
+        config: the published basis's config.yaml, where it doesn't lie beside it. Weights are shared, not copied.
+        Raises UserError for a basis that doesn't fit the transformer or the image encoder.
+        """
+        if not isinstance(basis, Basis):
+            basis = Basis.from_arrays(*load_basis(basis, block_linears(self.folder.flux_config), config))
+        self.folder.complete(basis.config, self.model.image_encoder)
+        return Pipeline(self.folder, _with(self.model, basis=basis))
+
+    def query(self, conditions: list[Images]) -> jax.Array:
+        """The external query [b, q] of analogies (a, a′, b), each at its own size."""
+        grids = [condition_grid(*images) for images in conditions]
+        views = queries.views(self.model.basis.config.query_mode, grids, self.folder.encoder.processor)
+        return _query(self.model, jnp.asarray(views))
+
+    def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+        """The router's coefficients of one analogy, {path: [l, n]}. UserError without a basis, or with an internal
+        query, whose coefficients depend on each layer's input."""
+        mixes = self._coefficients([(a, a2, b)])
+        return {path: np.asarray(coeff[:, 0]) for path, coeff in mixes.items()}
+
+    def edit(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, prompt: str = "", *, steps: int = 28,
+             guidance: float = 2.5, seed: int = 0, max_size: int | None = None, folded: bool | None = None,
+             round_to_bfloat16: bool = False) -> np.ndarray:
+        """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
+
+        prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
+        folded: fold the mix into the weights (every step then costs what the base costs) or apply it beside them;
+        None folds wherever coefficients are known beforehand. round_to_bfloat16: see transformer.embeddings.
+        """
+        return self.edit_batch([(a, a2, b)], [prompt], steps=steps, guidance=guidance, seed=seed, max_size=max_size,
+                               folded=folded, round_to_bfloat16=round_to_bfloat16)[0]
+
+    def edit_batch(self, conditions: list[Images], prompts: list[str], *, steps: int = 28, guidance: float = 2.5,
+                   seed: int = 0, max_size: int | None = None, folded: bool | None = None, use_basis: bool = True,
+                   round_to_bfloat16: bool = False, noise: np.ndarray | None = None) -> list[np.ndarray]:
+        """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
+
+        The noise of the i-th analogy depends on the seed and i alone, unless `noise` [b, s, c] gives it, in packed
+        latents (diffusers' `latents`). use_basis False leaves the basis out.
+        """
+        if steps < 1:
+            raise UserError(f"{steps} sampling steps were asked for; give at least 1, such as 28", 2)
+        grids = [fit_to_model(condition_grid(*images, max_size)) for images in conditions]
+        if note := next((note for _, note in grids if note), None):
+            print(note)
+        sizes = {grid.shape[:2] for grid, _ in grids}
+        if len(sizes) > 1:
+            raise UserError(f"the analogies give grids of different sizes {sorted(sizes)}; edit them one by one, or "
+                            "resize the first images alike")
+        size = sizes.pop()
+        batch, model = len(grids), self.model
+        additions = self._additions(conditions) if use_basis and model.basis is not None else None
+        if folded is None:
+            folded = batch == 1 and additions is not None and model.basis.config.query != "internal"
+        if folded and additions is not None:
+            if batch > 1 or model.basis.config.query == "internal":
+                raise UserError("a mix can be folded into the weights for one analogy whose coefficients don't depend "
+                                "on the layers' inputs; leave folding out")
+            model, additions = _with(model, transformer=_fold(model.transformer, additions)), None
+        clip_ids, t5_ids = self.folder.token_ids(list(prompts))
+        condition = _encode(model, jnp.asarray(np.stack([grid for grid, _ in grids])))
+        if noise is None:
+            noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), condition.shape[1:])
+                              for i in range(batch)])
+        sigmas = self.folder.schedule.sigmas(steps, condition.shape[1])
+        tokens = _sample(model, size, round_to_bfloat16, jnp.asarray(noise), condition, jnp.asarray(clip_ids),
+                         jnp.asarray(t5_ids), jnp.float32(guidance), jnp.asarray(sigmas), additions)
+        return [bottom_right(image) for image in to_uint8(_decode(model, size, tokens))]
+
+    def _coefficients(self, conditions: list[Images]) -> dict[str, jax.Array]:
+        basis = self.model.basis
+        if basis is None:
+            raise UserError("no basis is attached to this pipeline; call attach first")
+        query = self.query(conditions) if basis.config.query == "external" else None
+        return basis.coefficients(query, len(conditions))
+
+    def _additions(self, conditions: list[Images]) -> dict[str, Addition]:
+        basis = self.model.basis
+        return basis.additions(None if basis.config.query == "internal" else self._coefficients(conditions))
+
+
+def to_uint8(images: jax.Array) -> np.ndarray:
+    """−1..1 -> uint8, rounded to the nearest level as diffusers does."""
+    return np.asarray(jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0)).astype(np.uint8)
+
+
+def _with(model: AnalogyModel, **parts: nnx.Module) -> AnalogyModel:
+    """The model with other parts; the rest is shared."""
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder", "basis", "processor", "dtype")
+    return AnalogyModel(**({name: getattr(model, name) for name in names} | parts))
+
+
+_fold = nnx.jit(fold)
+
+
+@nnx.jit
+def _query(model: AnalogyModel, views: jax.Array) -> jax.Array:
+    return model.query(views)
+
+
+@nnx.jit
+def _encode(model: AnalogyModel, images: jax.Array) -> jax.Array:
+    return model.tokens(images)
+
+
+@functools.partial(nnx.jit, static_argnums=(1, 2))
+def _sample(model: AnalogyModel, size, round_to_bfloat16, noise, condition, clip_ids, t5_ids, guidance, sigmas,
+            additions) -> jax.Array:
+    text, pooled = model.prompt(clip_ids, t5_ids)
+    return model.sample(noise, condition, text, pooled, guidance, sigmas, size, additions,
+                        round_to_bfloat16=round_to_bfloat16)
+
+
+@functools.partial(nnx.jit, static_argnums=1)
+def _decode(model: AnalogyModel, size, tokens) -> jax.Array:
+    return model.images(tokens, *size)

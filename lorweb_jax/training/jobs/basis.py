@@ -1,0 +1,156 @@
+"""Trains a basis of LoRAs and its router on analogies over a frozen FLUX Kontext pipeline (method.md §5).
+
+Images become latents, and captions and images become text embeddings and queries, inside the step: nothing but the
+Relation252K folder and the pipeline folder is needed beforehand.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.basis.basis import BasisConfig, BasisParam
+from lorweb_jax.data.embedded import build_embedded_dataset
+from lorweb_jax.data.loader import AnalogyLoader
+from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.relation252k import Analogies, Task, read_tasks
+from lorweb_jax.encoders import queries
+from lorweb_jax.encoders.image_encoder import ImageEncoder
+from lorweb_jax.evaluation.evaluate import Sample, evaluate, read_samples, rows_sheet
+from lorweb_jax.flow.loss import draw, weighted_mse
+from lorweb_jax.flow.schedule import train_timesteps, train_weights
+from lorweb_jax.images.io import write_image
+from lorweb_jax.model import AnalogyModel
+from lorweb_jax.pipeline import Pipeline
+from lorweb_jax.training.pictures import heat_map
+from lorweb_jax.weights.basis_file import write_basis
+from lorweb_jax.weights.lora_file import mixed_factors, write_lora
+from lorweb_jax.weights.pipeline_folder import PipelineFolder
+
+
+def make(config) -> "BasisJob":
+    return BasisJob(config)
+
+
+class BasisJob:
+    """See training/job.py for what each method is for."""
+
+    trainable = BasisParam
+
+    def __init__(self, config):
+        self.config = config
+        self.basis_config = BasisConfig(**config.basis)
+        self.folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
+        if config.data.root == "embedded":
+            made = build_embedded_dataset(Path(config.data.cache) / "embedded", Path(config.data.cache) / "drawings")
+            roots = {"train": made.train, "held_out_drawings": made.heldout_drawings,
+                     "held_out_tasks": made.heldout_tasks}
+        else:
+            roots = {"train": Path(config.data.root)}
+            if config.data.held_out:
+                roots["held_out_tasks"] = Path(config.data.held_out)
+        self.tasks = {split: self._read_tasks(root) for split, root in roots.items()}
+
+    def build(self, rngs: nnx.Rngs) -> AnalogyModel:
+        return self.folder.make(rngs, self.basis_config, dtype=self.config.compute_dtype, remat=self.config.remat,
+                                attention=self.config.attention, unroll=self.config.unroll)
+
+    def frozen(self, shapes) -> dict[str, np.ndarray]:
+        return self.folder.read()
+
+    def data(self, config) -> AnalogyLoader:
+        data = config.data
+        return AnalogyLoader(Analogies(self.tasks["train"]), config.train.batch, quadrant_size=data.quadrant_size,
+                             seed=config.seed, caption_drop=data.caption_drop, task_balanced=data.task_balanced,
+                             reverse_probability=data.reverse_probability, workers=data.workers)
+
+    def _read_tasks(self, root: Path) -> list[Task]:
+        problems = Problems()
+        tasks = read_tasks(root, problems)
+        if len(problems):
+            print(problems.summary(), flush=True)
+        return tasks
+
+    def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
+        """Analogies of a split that are looked at, the same ones every time; `tasks` spread over the split's tasks."""
+        chosen = self.tasks[split]
+        if tasks:
+            chosen = chosen[::max(1, len(chosen) // tasks)][:tasks]
+        return read_samples(chosen, per_task, Problems(), 2 * self.config.data.quadrant_size)
+
+    def prepare(self, batch: dict) -> dict:
+        """Captions become token ids, condition grids what the image encoder sees of them."""
+        clip_ids, t5_ids = self.folder.token_ids(list(batch["caption"]))
+        prepared = {"condition": batch["condition"], "target": batch["target"], "clip_ids": clip_ids, "t5_ids": t5_ids}
+        if self.basis_config.query == "external":
+            prepared["views"] = queries.views(self.basis_config.query_mode, list(batch["condition"]),
+                                              self.folder.encoder.processor)
+        return prepared
+
+    def loss(self, model, batch, key):
+        x0, condition = (jax.lax.stop_gradient(model.tokens(batch[name])) for name in ("target", "condition"))
+        noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
+        text, pooled = model.prompt(batch["clip_ids"], batch["t5_ids"])
+        query = model.query(batch["views"]) if "views" in batch else None
+        guidance = jnp.full(x0.shape[:1], self.config.guidance)
+        velocity = model.velocity(noised.tokens_bsc, condition, text, pooled, noised.time_b, guidance,
+                                  batch["target"].shape[1:3], model.additions(query, x0.shape[0]))
+        return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0], {}
+
+    def show(self, model, step: int) -> dict[str, np.ndarray]:
+        """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
+        pipeline, shown = Pipeline(self.folder, model), {}
+        for split in self.tasks:
+            samples = self._samples(split, 1, self.config.show.tasks)
+            shown[split] = rows_sheet(samples, {"result": self._edit(pipeline, samples)})
+        if self.basis_config.query == "external":
+            shown["router"] = self._router_map(pipeline)
+        return shown
+
+    def _edit(self, pipeline: Pipeline, samples: Sequence[Sample], use_basis: bool = True) -> list[np.ndarray]:
+        show, results = self.config.show, []
+        for start in range(0, len(samples), show.batch):
+            part = list(samples[start:start + show.batch])
+            # The last batch is filled up, so that every batch has one shape and is compiled once.
+            filled = part + [part[-1]] * (show.batch - len(part))
+            results += pipeline.edit_batch(
+                [sample.condition for sample in filled], [sample.caption for sample in filled], steps=show.steps,
+                guidance=show.guidance, folded=False, use_basis=use_basis)[:len(part)]
+        return results
+
+    def _router_map(self, pipeline: Pipeline) -> np.ndarray:
+        """Coefficients [tasks, n] of the layer in the middle of the model, averaged over each task's examples."""
+        samples = self._samples("train", 2)
+        coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
+        stacks = [path for path in coefficients if path.endswith("attn.to_v")]
+        middle = np.asarray(coefficients[stacks[-1]])
+        layer = middle.shape[0] // 2
+        tasks = list(dict.fromkeys(sample.task for sample in samples))
+        rows = np.stack([middle[layer, [i for i, sample in enumerate(samples) if sample.task == task]].mean(0)
+                         for task in tasks])
+        return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
+
+    def finish(self, model, workdir: Path) -> None:
+        """Writes the basis in the published format (an ordinary LoRA if nothing is routed), tables and sheets."""
+        arrays = {path: {name: np.asarray(array) for name, array in parts.items()}
+                  for path, parts in model.basis.to_arrays().items()}
+        config = model.basis.config
+        if config.routed:
+            write_basis(workdir / "export" / "basis.safetensors", config, arrays, "float16")
+        else:
+            ones = {path: np.ones(parts["a"].shape[:2], np.float32) for path, parts in arrays.items()}
+            write_lora(workdir / "export" / "lora.safetensors", mixed_factors(arrays, ones, config.scale), "float16")
+        pipeline = Pipeline(self.folder, model)
+        methods = {"copy b": lambda samples: [sample.b for sample in samples],
+                   "base, text only": lambda samples: self._edit(pipeline, samples, use_basis=False),
+                   "basis" if config.routed else "LoRA": lambda samples: self._edit(pipeline, samples)}
+        encoder = ImageEncoder(model.image_encoder, model.processor) if model.image_encoder else None
+        for split in list(self.tasks)[1:] or ["train"]:
+            samples = self._samples(split, self.config.show.per_task)
+            table = evaluate(methods, samples, encoder)
+            table.write(workdir / "evaluation" / split)
+            write_image(workdir / "evaluation" / split / "results.png", rows_sheet(samples, table.results))
+            print(f"{split}:\n{table.text()}", flush=True)

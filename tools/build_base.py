@@ -1,0 +1,59 @@
+"""Put the small base together: one pipeline folder in diffusers' layout out of the runs that trained its parts.
+
+  python -m lorweb_jax.main --config=configs/base_vae.py
+  python -m lorweb_jax.main --config=configs/base_clip.py
+  python -m lorweb_jax.main --config=configs/base_transformer.py
+  python tools/build_base.py --runs runs --out assets/small_kontext
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lorweb_jax.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.weights.safetensors_io import write_json  # noqa: E402
+
+# part of the pipeline -> the run that trained it
+PARTS = {"vae": "base_vae", "clip_vision": "base_clip", "transformer": "base_transformer",
+         "text_encoder": "base_transformer", "text_encoder_2": "base_transformer",
+         "tokenizer": "base_transformer", "tokenizer_2": "base_transformer"}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.35.1",
+             "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15,
+             "num_train_timesteps": 1000, "shift": 3.0, "time_shift_type": "exponential", "use_dynamic_shifting": True}
+INDEX = {"_class_name": "FluxKontextPipeline", "_diffusers_version": "0.35.1", "feature_extractor": [None, None],
+         "image_encoder": [None, None], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+         "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
+         "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
+         "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the three runs lie (default: runs)")
+    parser.add_argument("--out", type=Path, default=Path("assets/small_kontext"), help="the folder to make or replace")
+    args = parser.parse_args()
+    sources = {part: args.runs / run / part for part, run in PARTS.items()}
+    if missing := [str(source) for source in sources.values() if not source.is_dir()]:
+        raise UserError(f"there is no {', '.join(missing)}; train the parts first (see --help)")
+    partial = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part, source in sources.items():
+        shutil.copytree(source, partial / part)
+    for run in dict.fromkeys(PARTS.values()):
+        for name in ("quality.json", "config.json"):
+            if (args.runs / run / name).is_file():
+                (partial / "training").mkdir(exist_ok=True)
+                shutil.copy(args.runs / run / name, partial / "training" / f"{run}_{name}")
+    write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(partial / "model_index.json", INDEX)
+    shutil.rmtree(args.out, ignore_errors=True)
+    partial.rename(args.out)
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"wrote {args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)
