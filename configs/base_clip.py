@@ -2,7 +2,7 @@
 
     python -m lorweb_jax.main --config=configs/base_clip.py
 
-Ten minutes on two CPU cores. Leaves clip_vision, text_encoder, tokenizer and tokenizer_2 in runs/base_clip, with
+About ten minutes on two free CPU cores. Leaves clip_vision, text_encoder, tokenizer and tokenizer_2 in runs/base_clip, with
 quality.json: what the image embedding tells of held-out drawings.
 """
 

@@ -27,7 +27,7 @@ def default():
         vae="runs/base_vae/vae",
         variants=2,                   # of each drawing: as it is, and in other colours
         text_tokens=16,               # length that instructions are padded to
-        last_only=0.5,                # share of canvases of which only the last drawing is to change
+        last_only=0.35,               # share of canvases of which only the last drawing is to change
         edited_before=0.5,            # share of the other drawings on those canvases that come edited already
         twice=0.5,                    # share of those canvases that show the last drawing twice
         vague=0.15,                   # share of instructions that leave the operation's parameter open
@@ -37,11 +37,11 @@ def default():
     config.guidance = (1.0, 4.0)      # guidance values that the model is shown
     config.show_steps = 12            # Euler steps of the pictures
 
-    config.train.steps = 20000
-    config.train.batch = 64
+    config.train.steps = 11000
+    config.train.batch = 32
     config.train.log_every = 50
     config.train.checkpoint_every = 500
-    config.train.picture_every = 1000
+    config.train.picture_every = 1500
     config.train.ema = 0.999
 
     config.optimizer.learning_rate = 1e-3

@@ -27,6 +27,7 @@ def default():
     config.basis = dict(
         size=16, rank=4, key_dim=64, heads=1, activation="softmax", reduction="mean",
         query="external", query_mode="cat-aa'b", pooling="avg", projection="linear",
+        query_dim=None,                       # its width; None takes the image encoder's
         encoder="")                           # folder of the router's image encoder; "" is <pipeline>/clip_vision
 
     config.data = dict(

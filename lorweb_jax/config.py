@@ -34,6 +34,7 @@ def base_config(job: str) -> ConfigDict:
     config.train.frozen_dtype = "float32"  # storage of frozen weights: float32, bfloat16 or float16
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw" # or muon, for kernels, with adam for the rest
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "constant"  # or cosine, down to 0 at train.steps
     config.optimizer.warmup = 0     # steps of linear rise from 0
@@ -67,6 +68,8 @@ def check(config: ConfigDict) -> None:
     if train.frozen_dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"config.train.frozen_dtype is {train.frozen_dtype!r}; "
                         "it must be float32, bfloat16 or float16", code=2)
+    if optimizer.name not in ("adamw", "muon"):
+        raise UserError(f"config.optimizer.name is {optimizer.name!r}; it must be adamw or muon", code=2)
     if optimizer.schedule not in ("constant", "cosine"):
         raise UserError(f"config.optimizer.schedule is {optimizer.schedule!r}; it must be constant or cosine", code=2)
     if not 0 <= optimizer.warmup < train.steps:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from lorweb_jax.errors import UserError, run_command
 
-COPY = "copy b"
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lorweb_jax.evaluate", description=__doc__,
@@ -47,33 +45,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def methods(pipeline, *, steps: int, guidance: float, seed: int = 0, batch: int = 16) -> dict:
-    """What evaluation's `evaluate` takes: copying b; the base without and with its basis, from the same noise."""
-    from lorweb_jax.evaluation.evaluate import batches
-
-    def edit(use_basis: bool):
-        def make(samples):
-            results = [None] * len(samples)
-            for chosen, padded in batches([sample.b for sample in samples], batch):
-                made = pipeline.edit_batch([samples[i].condition for i in padded],
-                                           [samples[i].caption for i in padded], steps=steps,
-                                           guidance=guidance, seed=seed, use_basis=use_basis)
-                for index, image in zip(chosen, made):
-                    results[index] = image
-            return results
-        return make
-
-    return {COPY: lambda samples: [sample.b for sample in samples],
-            "base, text only": edit(use_basis=False), "basis": edit(use_basis=True)}
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     from lorweb_jax.data.problems import Problems
     from lorweb_jax.data.relation252k import read_tasks
-    from lorweb_jax.encoders.image_encoder import ImageEncoder
-    from lorweb_jax.evaluation.evaluate import evaluate, read_samples, rows_sheet
-    from lorweb_jax.images.io import write_image
+    from lorweb_jax.evaluation.evaluate import read_samples
+    from lorweb_jax.evaluation.methods import evaluate_pipeline
     from lorweb_jax.pipeline import Pipeline
 
     problems = Problems()
@@ -81,14 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     if len(problems):
         print(problems.summary())
     pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(args.basis, args.config)
-    opened = pipeline.folder.encoder
-    encoder = ImageEncoder(pipeline.model.image_encoder, opened.processor) if opened else None
-    table = evaluate(methods(pipeline, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch),
-                     samples, encoder)
+    table = evaluate_pipeline(pipeline, samples, args.out, steps=args.steps, guidance=args.guidance, seed=args.seed,
+                              batch=args.batch)
     print(table.text())
-    table.write(args.out)
-    made = {name: images for name, images in table.results.items() if name != COPY}  # b is shown as it is
-    write_image(args.out / "sheet.png", rows_sheet(samples, made))
     print(f"wrote table.md, table.json and sheet.png in {args.out}")
 
 

@@ -127,8 +127,8 @@ class SiglipVision(nnx.Module):
 
     def _embedded(self, pixels: jax.Array) -> jax.Array:
         patches = self.patch_embedding(pixels)
-        return patches.reshape(pixels.shape[0], -1, patches.shape[-1]) + self.position_embedding.embedding[...].astype(
-            pixels.dtype)
+        positions = self.position_embedding.embedding[...].astype(pixels.dtype)
+        return patches.reshape(pixels.shape[0], -1, patches.shape[-1]) + positions
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixel values float32 [b, h, w, 3] from the folder's ImageProcessor -> pooled embedding [b, d]."""

@@ -40,7 +40,7 @@ class VAEConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(f"the VAE's config has block_out_channels {list(self.block_out_channels)} and "
-                                f"norm_num_groups {self.norm_num_groups}; each width must be a multiple of the groups")
+                                f"norm_num_groups {self.norm_num_groups}; each width must be a multiple of it")
 
     @property
     def downscale(self) -> int:
@@ -75,7 +75,7 @@ class VAEConfig:
 
 
 class GroupNorm(nnx.Module):
-    """(x − mean) / √(var + 1e-6) · scale + bias, statistics over a group of channels and all positions, in float32."""
+    """(x − mean) / √(var + 1e-6) · scale + bias; float32 statistics over a group of channels and all positions."""
 
     def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs):
         self.groups = groups

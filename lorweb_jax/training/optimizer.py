@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 def make_schedule(config) -> optax.Schedule:
@@ -19,13 +20,29 @@ def make_schedule(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; with config.train.ema its state also holds the averaged weights."""
+    """AdamW (or Muon) after clipping by the global norm; with config.train.ema its state also holds the averaged weights."""
     optimizer = config.optimizer
-    adamw = optax.adamw(make_schedule(config), b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
-    parts = [optax.clip_by_global_norm(optimizer.clip), adamw]
+    update = {"adamw": _adamw, "muon": _muon}[optimizer.name](optimizer, make_schedule(config))
+    parts = [optax.clip_by_global_norm(optimizer.clip), update]
     if config.train.ema:
         parts.append(average_weights(config.train.ema))
     return optax.chain(*parts)
+
+
+def _adamw(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(schedule, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
+
+
+def _muon(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for kernels, as matrices [inputs, outputs]; Adam at 0.3 of the rate for all else."""
+    def dimensions(params):
+        axes = {2: ((0,), (1,)), 3: ((1,), (2,)), 4: ((0, 1, 2), (3,))}  # dense, stacked dense, convolution
+        return {name: optax.contrib.MuonDimensionNumbers(*axes[array.ndim]) if name.endswith("kernel") else None
+                for name, array in params.items()}
+
+    return optax.contrib.muon(schedule, beta=0.95, ns_steps=5, adam_b2=optimizer.b2, consistent_rms=0.2,
+                              weight_decay=optimizer.weight_decay, muon_weight_dimension_numbers=dimensions,
+                              adam_learning_rate=lambda step: 0.3 * schedule(step))
 
 
 class AverageState(NamedTuple):

@@ -15,6 +15,7 @@ from flax import nnx
 
 from lorweb_jax.data.drawings import Drawings, load_drawings
 from lorweb_jax.data.operations import OPERATIONS, on_white
+from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, Resnet, VAEConfig
 from lorweb_jax.layers import Weight
 from lorweb_jax.weights.pretrained import save_vae
@@ -97,9 +98,13 @@ class BaseVAE:
     trainable = Weight
 
     def __init__(self, config):
+        if config.train.batch % 2:
+            raise UserError(f"config.train.batch is {config.train.batch}; the autoencoder's loss decodes one half "
+                            "of a batch whole and one as quadrants: set an even number")
         self.config = config
         self.vae_config = VAEConfig(**(config.model.to_dict() | {
-            "block_out_channels": tuple(config.model.block_out_channels), "scaling_factor": 1.0, "shift_factor": 0.0}))
+            "block_out_channels": tuple(config.model.block_out_channels),
+            "scaling_factor": 1.0, "shift_factor": 0.0}))
         self.drawings = load_drawings(config.data.cache, config.data.size)
 
     def build(self, rngs: nnx.Rngs) -> AutoencoderKL:

@@ -18,11 +18,10 @@ from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, Task, read_tasks
 from lorweb_jax.encoders import queries
-from lorweb_jax.encoders.image_encoder import ImageEncoder
-from lorweb_jax.evaluation.evaluate import Sample, evaluate, read_samples, rows_sheet
+from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
+from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
-from lorweb_jax.images.io import write_image
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.pipeline import Pipeline
 from lorweb_jax.training.pictures import heat_map
@@ -53,6 +52,11 @@ class BasisJob:
             if config.data.held_out:
                 roots["held_out_tasks"] = Path(config.data.held_out)
         self.tasks = {split: self._read_tasks(root) for split, root in roots.items()}
+
+    @property
+    def sampling(self) -> dict:
+        """How pictures and tables are made."""
+        return {name: self.config.show[name] for name in ("steps", "guidance", "batch")}
 
     def build(self, rngs: nnx.Rngs) -> AnalogyModel:
         return self.folder.make(rngs, self.basis_config, dtype=self.config.compute_dtype, remat=self.config.remat,
@@ -105,21 +109,10 @@ class BasisJob:
         pipeline, shown = Pipeline(self.folder, model), {}
         for split in self.tasks:
             samples = self._samples(split, 1, self.config.show.tasks)
-            shown[split] = rows_sheet(samples, {"result": self._edit(pipeline, samples)})
+            shown[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
         if self.basis_config.query == "external":
             shown["router"] = self._router_map(pipeline)
         return shown
-
-    def _edit(self, pipeline: Pipeline, samples: Sequence[Sample], use_basis: bool = True) -> list[np.ndarray]:
-        show, results = self.config.show, []
-        for start in range(0, len(samples), show.batch):
-            part = list(samples[start:start + show.batch])
-            # The last batch is filled up, so that every batch has one shape and is compiled once.
-            filled = part + [part[-1]] * (show.batch - len(part))
-            results += pipeline.edit_batch(
-                [sample.condition for sample in filled], [sample.caption for sample in filled], steps=show.steps,
-                guidance=show.guidance, folded=False, use_basis=use_basis)[:len(part)]
-        return results
 
     def _router_map(self, pipeline: Pipeline) -> np.ndarray:
         """Coefficients [tasks, n] of the layer in the middle of the model, averaged over each task's examples."""
@@ -144,13 +137,7 @@ class BasisJob:
             ones = {path: np.ones(parts["a"].shape[:2], np.float32) for path, parts in arrays.items()}
             write_lora(workdir / "export" / "lora.safetensors", mixed_factors(arrays, ones, config.scale), "float16")
         pipeline = Pipeline(self.folder, model)
-        methods = {"copy b": lambda samples: [sample.b for sample in samples],
-                   "base, text only": lambda samples: self._edit(pipeline, samples, use_basis=False),
-                   "basis" if config.routed else "LoRA": lambda samples: self._edit(pipeline, samples)}
-        encoder = ImageEncoder(model.image_encoder, model.processor) if model.image_encoder else None
         for split in list(self.tasks)[1:] or ["train"]:
-            samples = self._samples(split, self.config.show.per_task)
-            table = evaluate(methods, samples, encoder)
-            table.write(workdir / "evaluation" / split)
-            write_image(workdir / "evaluation" / split / "results.png", rows_sheet(samples, table.results))
+            table = evaluate_pipeline(pipeline, self._samples(split, self.config.show.per_task),
+                                      workdir / "evaluation" / split, **self.sampling)
             print(f"{split}:\n{table.text()}", flush=True)

@@ -1,0 +1,65 @@
+"""The basis's training job on the small base: what is trained, what it starts from, what a run leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.layers import Weight
+from lorweb_jax.training.jobs.basis import BasisJob
+from lorweb_jax.weights.adapters import load_basis
+from lorweb_jax.weights.basis_file import read_basis
+from lorweb_jax.weights.pipeline_folder import PipelineFolder
+from lorweb_jax.weights.state import flat_state
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps with its evaluation, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    done = subprocess.run(
+        [sys.executable, "-m", "lorweb_jax.main", f"--config={ROOT}/configs/basis.py:smoke",
+         f"--config.pipeline={ROOT}/assets/small_kontext", f"--config.data.cache={folder}/data",
+         f"--workdir={folder}/run"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def test_run_leaves_pictures_tables_and_a_basis(run):
+    folder, printed = run
+    assert "step 4/4" in printed and "base, text only" in printed
+    assert {path.stem.split("_", 1)[-1] for path in (folder / "pictures").rglob("*.png")}
+    for split in ("held_out_drawings", "held_out_tasks"):
+        table = json.loads((folder / "evaluation" / split / "table.json").read_text())
+        assert {"copy b", "base, text only", "basis"} <= set(table["rows"])
+        assert (folder / "evaluation" / split / "sheet.png").exists()
+
+
+def test_exported_basis_is_the_checkpoints(run):
+    """float16 of what the newest checkpoint holds, and the router's config with it."""
+    folder, _ = run
+    layers = {path: (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
+              for path, parts in read_basis(folder / "export" / "basis.safetensors")[1].items()}
+    config, trained = load_basis(folder, layers)
+    exported_config, exported = read_basis(folder / "export" / "basis.safetensors")
+    assert (config.size, config.rank, config.query_mode) == (4, 4, "cat-aa'b") and exported_config.size == 4
+    for path, parts in trained.items():
+        for name, array in parts.items():
+            np.testing.assert_array_equal(exported[path][name], array.astype(np.float16))
+
+
+def test_only_the_basis_is_trained():
+    """Every Variable of the model is either a part of the basis or a frozen weight."""
+    folder = PipelineFolder(ROOT / "assets" / "small_kontext")
+    model = nnx.eval_shape(lambda: folder.make(nnx.Rngs(0), BasisConfig(size=4, query_dim=None)))
+    trained, frozen = flat_state(model, BasisJob.trainable), flat_state(model, Weight)
+    assert all(name.startswith("basis.layers.") for name in trained)
+    assert not any(name.startswith("basis.") for name in frozen)
+    assert trained.keys() | frozen.keys() == flat_state(model).keys()
