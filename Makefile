@@ -1,19 +1,26 @@
 # make train   trains a LoRA basis over the small base on real drawings, pictures in runs/basis
 # make test    runs every test
-# Both make a virtual environment in .venv first, if there is none, and install what the lists of requirements name.
+# make base    trains the small base itself, from nothing (hours), and puts it into assets/small_kontext
+# All make a virtual environment in .venv first, if there is none, and install what the lists of requirements name.
 # Options of main go in ARGS: make train ARGS="--config.train.steps=200 --workdir=runs/short"
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test
+.PHONY: train test base
 
 train: $(VENV)/installed
 	$(PYTHON) -m lorweb_jax.main --config=configs/basis.py $(ARGS)
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest $(ARGS)
+
+base: $(VENV)/installed
+	$(PYTHON) -m lorweb_jax.main --config=configs/base_vae.py
+	$(PYTHON) -m lorweb_jax.main --config=configs/base_clip.py
+	$(PYTHON) -m lorweb_jax.main --config=configs/base_transformer.py
+	$(PYTHON) tools/build_base.py
 
 $(PYTHON):
 	@for python in python3.11 python3 python3.12; do \

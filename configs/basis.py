@@ -7,18 +7,20 @@ result and the truth, tables that compare the basis with the frozen base and wit
 published format (export/basis.safetensors with its config.yaml).
 
 Variants, as in --config=configs/basis.py:tanh
+    kontext    the paper's recipe at full size: FLUX.1 Kontext, N = 32, r = 4, 10,000 steps on Relation252K
     tanh       coefficients by tanh instead of softmax
     internal   coefficients from each layer's own input instead of the image encoder
     smoke      a few seconds, to see that everything works
 
-With your own FLUX.1 Kontext weights and Relation252K, see the README: --config.pipeline, --config.data.root.
+For kontext, say where the weights and data lie: --config.pipeline, --config.basis.encoder (a CLIP ViT-L/14 folder)
+and --config.data.root.
 """
 
 from lorweb_jax.config import base_config, choose_variant
 
 
 def get_config(variant: str = ""):
-    return choose_variant({"": default, "tanh": tanh, "internal": internal, "smoke": smoke}, variant)
+    return choose_variant({"": default, "kontext": kontext, "tanh": tanh, "internal": internal, "smoke": smoke}, variant)
 
 
 def default():
@@ -54,6 +56,20 @@ def default():
     config.train.log_every = 20
     config.train.checkpoint_every = 100
     config.train.picture_every = 500
+    return config
+
+
+def kontext():
+    """Published recipe: AdamW 1e-3 constant, weight decay 0.05, clip 1.0, batch 6, long edge 512, bf16 compute."""
+    config = default()
+    config.pipeline, config.basis.encoder = "FLUX.1-Kontext-dev", "clip-vit-large-patch14"
+    config.basis.size, config.basis.key_dim = 32, 128
+    config.data.root, config.data.quadrant_size, config.data.workers = "Relation252K", 256, 8
+    config.compute_dtype = config.train.frozen_dtype = "bfloat16"
+    config.remat, config.unroll = "full", 1
+    config.show.steps, config.show.batch = 28, 2
+    config.train.steps, config.train.batch = 10_000, 6
+    config.train.checkpoint_every = 250
     return config
 
 

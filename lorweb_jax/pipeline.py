@@ -25,10 +25,13 @@ from lorweb_jax.layers import Addition
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.transformer.flux import block_linears
 from lorweb_jax.weights.adapters import load_basis
+from lorweb_jax.weights.basis_file import write_basis
+from lorweb_jax.weights.lora_file import TruncationError, mixed_factors, truncate, write_lora
 from lorweb_jax.weights.pipeline_folder import PipelineFolder
 from lorweb_jax.weights.state import build
 
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
+Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
 
 
 class Pipeline:
@@ -78,23 +81,25 @@ class Pipeline:
 
     def edit(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, prompt: str = "", *, steps: int = 28,
              guidance: float = 2.5, seed: int = 0, max_size: int | None = None, folded: bool | None = None,
-             round_to_bfloat16: bool = False) -> np.ndarray:
+             coefficients: Coefficients | None = None, round_to_bfloat16: bool = False) -> np.ndarray:
         """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
 
         prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
         folded: fold the mix into the weights (every step then costs what the base costs) or apply it beside them;
-        None folds wherever coefficients are known beforehand. round_to_bfloat16: see transformer.embeddings.
+        None folds wherever coefficients are known beforehand. coefficients: {path: [l, n]} in the router's place,
+        such as a mean of two analogies' `coefficients`. round_to_bfloat16: see transformer.embeddings.
         """
         return self.edit_batch([(a, a2, b)], [prompt], steps=steps, guidance=guidance, seed=seed, max_size=max_size,
-                               folded=folded, round_to_bfloat16=round_to_bfloat16)[0]
+                               folded=folded, coefficients=coefficients, round_to_bfloat16=round_to_bfloat16)[0]
 
     def edit_batch(self, conditions: list[Images], prompts: list[str], *, steps: int = 28, guidance: float = 2.5,
                    seed: int = 0, max_size: int | None = None, folded: bool | None = None, use_basis: bool = True,
-                   round_to_bfloat16: bool = False, noise: np.ndarray | None = None) -> list[np.ndarray]:
+                   coefficients: Coefficients | None = None, round_to_bfloat16: bool = False,
+                   noise: np.ndarray | None = None) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
         The noise of the i-th analogy depends on the seed and i alone, unless `noise` [b, s, c] gives it, in packed
-        latents (diffusers' `latents`). use_basis False leaves the basis out.
+        latents (diffusers' `latents`). use_basis False leaves the basis out. `coefficients` serve all of them.
         """
         if steps < 1:
             raise UserError(f"{steps} sampling steps were asked for; give at least 1, such as 28", 2)
@@ -107,14 +112,14 @@ class Pipeline:
                             "resize the first images alike")
         size = sizes.pop()
         batch, model = len(grids), self.model
-        additions = self._additions(conditions) if use_basis and model.basis is not None else None
-        if folded is None:
-            folded = batch == 1 and additions is not None and model.basis.config.query != "internal"
-        if folded and additions is not None:
-            if batch > 1 or model.basis.config.query == "internal":
+        additions = self._additions(conditions, coefficients) if use_basis and model.basis is not None else None
+        if additions:
+            foldable = batch == 1 and (coefficients is not None or model.basis.config.query != "internal")
+            if folded and not foldable:
                 raise UserError("a mix can be folded into the weights for one analogy whose coefficients don't depend "
                                 "on the layers' inputs; leave folding out")
-            model, additions = _with(model, transformer=_fold(model.transformer, additions)), None
+            if foldable and folded is not False:
+                model, additions = _with(model, transformer=_fold(model.transformer, additions)), None
         clip_ids, t5_ids = self.folder.token_ids(list(prompts))
         condition = _encode(model, jnp.asarray(np.stack([grid for grid, _ in grids])))
         if noise is None:
@@ -125,16 +130,51 @@ class Pipeline:
                          jnp.asarray(t5_ids), jnp.float32(guidance), jnp.asarray(sigmas), additions)
         return [bottom_right(image) for image in to_uint8(_decode(model, size, tokens))]
 
-    def _coefficients(self, conditions: list[Images]) -> dict[str, jax.Array]:
-        basis = self.model.basis
-        if basis is None:
+    def save_basis(self, path: str | Path, dtype: str = "float16") -> None:
+        """The attached basis in the published format: `path` (.safetensors) and config.yaml beside it."""
+        basis = self._basis()
+        write_basis(path, basis.config, _arrays(basis), dtype)
+
+    def save_lora(self, path: str | Path, coefficients: Coefficients, *, rank: int | None = None,
+                  dtype: str = "float32", alpha: bool = False) -> TruncationError | None:
+        """One mix as an ordinary LoRA that diffusers reads, of rank n·r, or of a lower `rank` by SVD.
+
+        Returns the error of the lower rank, relative to the update's norm (None at full rank). alpha: store alpha = rank
+        too, for tools that want it.
+        """
+        basis, error = self._basis(), None
+        factors = mixed_factors(_arrays(basis), coefficients, basis.config.scale)
+        if rank is not None:
+            factors, error = truncate(factors, rank)
+        write_lora(path, factors, dtype, alpha)
+        return error
+
+    def _basis(self) -> Basis:
+        if self.model.basis is None:
             raise UserError("no basis is attached to this pipeline; call attach first")
+        return self.model.basis
+
+    def _coefficients(self, conditions: list[Images]) -> dict[str, jax.Array]:
+        basis = self._basis()
         query = self.query(conditions) if basis.config.query == "external" else None
         return basis.coefficients(query, len(conditions))
 
-    def _additions(self, conditions: list[Images]) -> dict[str, Addition]:
-        basis = self.model.basis
+    def _additions(self, conditions: list[Images], coefficients: Coefficients | None) -> dict[str, Addition]:
+        basis = self._basis()
+        if coefficients is not None:
+            shape = {path: (layer.a.shape[0], basis.config.size) for path, layer in basis.layers.items()}
+            if {path: np.shape(coeff) for path, coeff in coefficients.items()} != shape:
+                raise UserError(f"the coefficients given don't fit the basis; expected [layers, {basis.config.size}] for "
+                                f"each of {len(shape)} paths, as `coefficients` returns them")
+            return basis.additions({path: jnp.broadcast_to(jnp.asarray(coeff)[:, None],
+                                                           (coeff.shape[0], len(conditions), coeff.shape[1]))
+                                    for path, coeff in coefficients.items()})
         return basis.additions(None if basis.config.query == "internal" else self._coefficients(conditions))
+
+
+def _arrays(basis: Basis) -> dict[str, dict[str, np.ndarray]]:
+    return {path: {name: np.asarray(array) for name, array in parts.items()}
+            for path, parts in basis.to_arrays().items()}
 
 
 def to_uint8(images: jax.Array) -> np.ndarray:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from golden import golden_dir
+from safetensors import safe_open
 
 from lorweb_jax import Pipeline, UserError
 
@@ -48,3 +49,28 @@ def test_bad_requests(pipeline, recorded):
         pipeline.edit_batch([(a, a2, b), (a[:32], a2, b)], ["", ""])
     with pytest.raises(UserError, match="no basis"):
         Pipeline.load(golden_dir() / "tiny_pipeline").coefficients(*images(recorded))
+
+
+def test_coefficients_may_be_given(pipeline, recorded):
+    """The router's own coefficients, handed back, make the same image; others make another; wrong ones are told."""
+    router = pipeline.coefficients(*images(recorded))
+    same = edit(pipeline, recorded, coefficients=router, folded=False)
+    assert np.array_equal(same, edit(pipeline, recorded, folded=False))
+    first_only = {path: np.eye(1, coeff.shape[1], dtype=np.float32).repeat(len(coeff), 0)
+                  for path, coeff in router.items()}
+    assert not np.array_equal(same, edit(pipeline, recorded, coefficients=first_only))
+    with pytest.raises(UserError, match="don't fit"):
+        edit(pipeline, recorded, coefficients={"nowhere": np.ones((1, 8))})
+
+
+def test_files_that_a_pipeline_saves(pipeline, recorded, tmp_path):
+    """The published format byte for byte, and one mix as a LoRA that makes the same image."""
+    pipeline.save_basis(tmp_path / "basis.safetensors", dtype="float32")
+    with safe_open(golden_dir() / "basis_a.safetensors", "np") as theirs, \
+            safe_open(tmp_path / "basis.safetensors", "np") as ours:
+        assert set(theirs.keys()) == set(ours.keys())
+        assert all(np.array_equal(theirs.get_tensor(key), ours.get_tensor(key)) for key in theirs.keys())
+    assert pipeline.save_lora(tmp_path / "lora.safetensors", pipeline.coefficients(*images(recorded))) is None
+    lora = Pipeline.load(golden_dir() / "tiny_pipeline").attach(tmp_path / "lora.safetensors")
+    difference = np.abs(edit(lora, recorded).astype(int) - edit(pipeline, recorded))
+    assert difference.max() <= 1

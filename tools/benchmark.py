@@ -22,8 +22,8 @@ Rows of "train":
 
 Columns: the median over the repeats with the shortest and the longest; model FLOPs (matrix products counted from
 shapes, what remat computes again left out) per second, and their share of the measured matmul ceiling; the largest
-memory, of the device where it tells and otherwise of the row's process, building and compiling included; compile time.
-Under the table stand the basis's overhead over the plain base, and our time over torch's.
+memory, of the GPU or, on a CPU, of the row's whole process, building and compiling included; compile time. Under the
+table stand the basis's overhead over the plain base, and our time over torch's.
 Needs jax, flax, optax and numpy; torch and diffusers where they are to be compared with.
 """
 

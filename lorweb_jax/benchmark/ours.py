@@ -1,12 +1,15 @@
 """The rows measured in JAX: steps of this project's transformer on random weights made on the device."""
 
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -26,9 +29,18 @@ class Step(NamedTuple):
     note: str = ""
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def normal(key: jax.Array, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
-    return scale * jax.random.normal(key, shape, dtype)
+def normal(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
+    """Random numbers of mean 0 and deviation `scale`."""
+    if math.prod(shape) < 2 ** 22:
+        # Numpy has nothing to compile for each shape.
+        values = scale * np.random.default_rng(seed).standard_normal(shape, np.float32)
+        return jnp.asarray(values.astype(jnp.dtype(dtype)))
+    return _normal_on_device(jax.random.key(seed, impl="unsafe_rbg"), shape, dtype, scale)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal_on_device(key: jax.Array, shape: tuple[int, ...], dtype: str, scale: float) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * scale
 
 
 def random_flux(setting: Setting) -> Flux:
@@ -40,44 +52,42 @@ def random_flux(setting: Setting) -> Flux:
         return Flux(setting.model, remat=setting.remat, attention=setting.attention, unroll=setting.unroll,
                     rngs=nnx.Rngs(0))
 
-    def weight(index, path, shape):
-        key = jax.random.fold_in(jax.random.key(0, impl="unsafe_rbg"), index)
+    def weight(seed, path, shape):
         if path.endswith(".scale"):
             return jnp.ones(shape, setting.dtype)
-        return normal(key, shape, setting.dtype, 0.02 if path.endswith(".bias") else shape[-2] ** -0.5)
+        return normal(seed, shape, setting.dtype, 0.02 if path.endswith(".bias") else shape[-2] ** -0.5)
 
     # The largest first, while there is most room for what its making needs.
     found = sorted(shapes(make).items(), key=lambda item: -item[1].size)
-    return build(make, {path: weight(index, path, leaf.shape) for index, (path, leaf) in enumerate(found)})
+    return build(make, {path: weight(seed, path, leaf.shape) for seed, (path, leaf) in enumerate(found)})
 
 
 def random_basis(setting: Setting, dtype: str) -> Basis:
     """A basis over all linear layers of the blocks, B not zero."""
-    config, layers = setting.basis, block_linears(setting.model)
-    n, r, k = config.size, config.rank, config.key_dim
-    arrays = {}
-    for index, (path, (depth, i, o)) in enumerate(layers.items()):
-        keys = jax.random.split(jax.random.key(index, impl="unsafe_rbg"), 4)
-        parts = {"a": ((depth, n, i, r), i ** -0.5), "b": ((depth, n, r, o), 0.02), "keys": ((depth, n, k), 1.0),
-                 "projection": ((depth, k, config.query_dim), config.query_dim ** -0.5)}
-        arrays[path] = {name: normal(key, shape, dtype, scale) for key, (name, (shape, scale)) in zip(keys, parts.items())}
+    config = setting.basis
+    n, r, k, q = config.size, config.rank, config.key_dim, config.query_dim
+    arrays, seeds = {}, itertools.count()
+    for path, (l, i, o) in block_linears(setting.model).items():
+        arrays[path] = {"a": normal(next(seeds), (l, n, i, r), dtype, i ** -0.5),
+                        "b": normal(next(seeds), (l, n, r, o), dtype, 0.02),
+                        "keys": normal(next(seeds), (l, n, k), dtype),
+                        "projection": normal(next(seeds), (l, k, q), dtype, q ** -0.5)}
     return Basis.from_arrays(config, arrays)
 
 
 def inputs(setting: Setting) -> dict[str, jax.Array]:
     """Random arguments of Flux, by name, a target for its velocity and a query for the router."""
     model, b, s, t = setting.model, setting.batch, setting.tokens, setting.text_tokens
-    keys = iter(jax.random.split(jax.random.key(1), 5))
-    index = jnp.arange(s // 2)
-    width = max(1, int((s // 2) ** 0.5))
-    ids = [jnp.stack([jnp.full_like(index, image), index // width, index % width], -1) for image in (0, 1)]
-    return {"hidden_bsc": normal(next(keys), (b, s, model.in_channels), setting.dtype),
-            "text_btj": normal(next(keys), (b, t, model.joint_attention_dim), setting.dtype),
-            "pooled_bp": normal(next(keys), (b, model.pooled_projection_dim), setting.dtype),
+    index = np.arange(s // 2)
+    width = max(1, math.isqrt(s // 2))
+    ids = [np.stack([np.full_like(index, image), index // width, index % width], -1) for image in (0, 1)]
+    return {"hidden_bsc": normal(0, (b, s, model.in_channels), setting.dtype),
+            "text_btj": normal(1, (b, t, model.joint_attention_dim), setting.dtype),
+            "pooled_bp": normal(2, (b, model.pooled_projection_dim), setting.dtype),
             "timestep_b": jnp.linspace(0.3, 0.7, b), "guidance_b": jnp.full((b,), 2.5),
-            "image_ids_s3": jnp.concatenate(ids).astype(jnp.float32), "text_ids_t3": jnp.zeros((t, 3)),
-            "target": normal(next(keys), (b, s // 2, model.in_channels), "float32"),
-            "query": normal(next(keys), (b, setting.basis.query_dim), "float32")}
+            "image_ids_s3": jnp.asarray(np.concatenate(ids), jnp.float32), "text_ids_t3": jnp.zeros((t, 3)),
+            "target": normal(3, (b, s // 2, model.in_channels), "float32"),
+            "query": normal(4, (b, setting.basis.query_dim), "float32")}
 
 
 def loss(flux: Flux, given: dict[str, jax.Array], additions: Any = None) -> jax.Array:

@@ -9,10 +9,10 @@ def table(result: dict[str, Any]) -> str:
     setting, machine, ceiling = (result[name] for name in ("setting", "machine", "ceilings"))
     memory = "peak RSS" if machine["platform"] == "cpu" else "peak mem."
     lines = [
-        f"{setting['size']} {setting['what']}, {setting['dtype']}: batch {setting['batch']}, {setting['tokens']} noisy "
-        f"and conditioning + {setting['text_tokens']} text tokens, basis of {setting['basis_size']} x rank "
+        f"{setting['size']} {setting['what']}, {setting['dtype']}: batch {setting['batch']}, {setting['tokens']} "
+        f"noisy and conditioning + {setting['text_tokens']} text tokens, basis of {setting['basis_size']} x rank "
         f"{setting['basis_rank']}" + (f", remat {setting['remat']}" if setting["what"] == "train" else ""),
-        f"on {machine['device']}, {machine['threads']} threads of {machine['cores']} cores, jax {machine['jax']}, "
+        f"on {machine['device']}, {machine['threads']} of {machine['cores']} cores, jax {machine['jax']}, "
         f"Python {machine['python']}, attention {setting['attention']}" + _attention(result["attention_seconds"]),
         f"ceilings: matmul {ceiling['matmul'] / 1e12:.4g} TFLOP/s ({setting['dtype']} {ceiling['matmul_shape']}), "
         f"copy {ceiling['copy'] / 1e9:.4g} GB/s",

@@ -1,6 +1,7 @@
 """The rows measured in torch: diffusers' FluxTransformer2DModel, eager and through torch.compile."""
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -50,7 +51,7 @@ def inputs(setting: Setting) -> tuple[dict[str, Any], torch.Tensor]:
     """Random arguments of the model and a target for its velocity, of the shapes that ours gets."""
     config, b, s, t = setting.model, setting.batch, setting.tokens, setting.text_tokens
     index = torch.arange(s // 2)
-    width = max(1, int((s // 2) ** 0.5))
+    width = max(1, math.isqrt(s // 2))
     ids = [torch.stack([torch.full_like(index, image), index // width, index % width], -1) for image in (0, 1)]
     given = {"hidden_states": torch.randn(b, s, config.in_channels),
              "encoder_hidden_states": torch.randn(b, t, config.joint_attention_dim),

@@ -156,15 +156,17 @@ class Bases:
             for stem in (name, f"{name}_fp16"):
                 if stem in files:
                     config, arrays = read_basis(files[stem], config_file)
-                    read[stem] = Basis.from_arrays(config, arrays)
+                    read[stem] = arrays
                     written = Path(folder) / stem / "basis.safetensors"
                     report.compare(f"basis_{stem}: tensors that differ when written again",
                                    functools.partial(_rewritten, files[stem], written, config, arrays), 0, EXACT)
-        arrays = read[name if name in read else f"{name}_fp16"].to_arrays()
-        half = {path: {part: array.astype(np.float16) for part, array in parts.items()}
-                for path, parts in arrays.items()}
-        return AdaptedBasis(Basis.from_arrays(config, arrays), read.get(f"{name}_fp16")
-                            or Basis.from_arrays(config, half))
+        half = read.get(f"{name}_fp16") or _as_type(read[name], np.float16)
+        return AdaptedBasis(Basis.from_arrays(config, _as_type(read.get(name, half), np.float32)),
+                            Basis.from_arrays(config, _as_type(half, np.float32)))
+
+
+def _as_type(arrays: dict, dtype) -> dict:
+    return {path: {part: array.astype(dtype) for part, array in parts.items()} for path, parts in arrays.items()}
 
 
 def _rewritten(source: Path, target: Path, config: BasisConfig, arrays: dict) -> int:

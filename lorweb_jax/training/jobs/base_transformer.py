@@ -198,11 +198,11 @@ class BaseTransformer:
         return _decode(self.vae, jnp.asarray(latents, jnp.float32))
 
     def finish(self, model, workdir: Path) -> None:
-        """Writes the parts of the pipeline folder that come from here, and how far held-out edits are from the truth."""
-        save_transformer(workdir / "transformer", self.flux_config.to_json(), flat_state(model.transformer))
-        save_clip(model.text_encoder, workdir / "text_encoder", np.float32)
+        """Writes the parts of the pipeline folder that come from here, float16, and how far held-out edits are off."""
+        save_transformer(workdir / "transformer", self.flux_config.to_json(), flat_state(model.transformer), np.float16)
+        save_clip(model.text_encoder, workdir / "text_encoder", np.float16)
         save_folder(workdir / "text_encoder_2", self.t5_config.to_json(), flat_state(model.text_encoder_2),
-                    t5.TABLE, stem="model")
+                    t5.TABLE, np.float16, stem="model")
         self._tokenizers(workdir)
         batch = next(Edits(self.table, self.unseen, self.captions, 256, self.config.data, seed=2))
         shown = [np.asarray(self._decode(x)) for x in (self._sample(model, batch), batch["latents"], batch["condition"])]

@@ -25,8 +25,6 @@ from lorweb_jax.flow.schedule import train_timesteps, train_weights
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.pipeline import Pipeline
 from lorweb_jax.training.pictures import heat_map
-from lorweb_jax.weights.basis_file import write_basis
-from lorweb_jax.weights.lora_file import mixed_factors, write_lora
 from lorweb_jax.weights.pipeline_folder import PipelineFolder
 
 
@@ -128,15 +126,12 @@ class BasisJob:
 
     def finish(self, model, workdir: Path) -> None:
         """Writes the basis in the published format (an ordinary LoRA if nothing is routed), tables and sheets."""
-        arrays = {path: {name: np.asarray(array) for name, array in parts.items()}
-                  for path, parts in model.basis.to_arrays().items()}
-        config = model.basis.config
-        if config.routed:
-            write_basis(workdir / "export" / "basis.safetensors", config, arrays, "float16")
-        else:
-            ones = {path: np.ones(parts["a"].shape[:2], np.float32) for path, parts in arrays.items()}
-            write_lora(workdir / "export" / "lora.safetensors", mixed_factors(arrays, ones, config.scale), "float16")
         pipeline = Pipeline(self.folder, model)
+        if model.basis.config.routed:
+            pipeline.save_basis(workdir / "export" / "basis.safetensors")
+        else:
+            ones = {path: np.ones(layer.a.shape[:2], np.float32) for path, layer in model.basis.layers.items()}
+            pipeline.save_lora(workdir / "export" / "lora.safetensors", ones, dtype="float16")
         for split in list(self.tasks)[1:] or ["train"]:
             table = evaluate_pipeline(pipeline, self._samples(split, self.config.show.per_task),
                                       workdir / "evaluation" / split, **self.sampling)

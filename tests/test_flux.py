@@ -1,0 +1,104 @@
+"""The transformer against diffusers' FluxTransformer2DModel (torch, float32) and the golden data."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from golden import golden_dir
+from lorweb_jax.errors import UserError
+from lorweb_jax.layers import REMAT_POLICIES
+from lorweb_jax.transformer.flux import Flux, FluxConfig
+from lorweb_jax.weights.pretrained import load_transformer
+from lorweb_jax.weights.state import build, flat_state, shapes
+
+TOLERANCE = 1e-5
+
+
+@jax.jit
+def velocity(model, values):
+    return model(*values)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance_embeds": False, "num_layers": 1, "num_single_layers": 1}])
+def test_equals_diffusers(changes, tmp_path):
+    tiny = pytest.importorskip("tiny_flux")
+    theirs, values = tiny.theirs(**changes), tiny.inputs()
+    if not changes.get("guidance_embeds", True):
+        values.pop("guidance")
+    ours = tiny.ours(theirs, tmp_path)
+    expected = tiny.run(theirs, values)
+    assert tiny.relative(velocity(ours, [values.get(name) for name in tiny.NAMES]), expected) <= TOLERANCE
+
+
+def test_rounding_like_the_published_pipeline(tmp_path):
+    """1000·timestep and 1000·guidance to bfloat16: 301.2 becomes 302, 150.3 becomes 150."""
+    tiny = pytest.importorskip("tiny_flux")
+    theirs, values = tiny.theirs(), tiny.inputs(batch=1)
+    ours = tiny.ours(theirs, tmp_path)
+    rounded = values | {"timestep": np.float32([0.302]), "guidance": np.float32([0.150])}
+    given = values | {"timestep": np.float32([0.3012]), "guidance": np.float32([0.1503])}
+    run = jax.jit(lambda model, values, switch: model(*values, round_to_bfloat16=switch), static_argnums=2)
+    found = {switch: run(ours, [given[name] for name in tiny.NAMES], switch) for switch in (True, False)}
+    assert tiny.relative(found[True], tiny.run(theirs, rounded)) <= TOLERANCE
+    assert tiny.relative(found[False], tiny.run(theirs, given)) <= TOLERANCE
+    assert tiny.relative(found[True], found[False]) > 1e-3
+
+
+def test_equals_golden():
+    config, parameters = load_transformer(golden_dir() / "tiny_pipeline" / "transformer")
+    model = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), parameters)
+    with np.load(golden_dir() / "case_a.npz") as case:
+        values = [case[name] for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
+                                          "guidance", "img_ids", "txt_ids")]
+        expected = {name: case[name] for name in ("base_output", "dbg/x_embedder", "dbg/context_embedder",
+                                                  "dbg/time_text_embed")}
+    found = {"base_output": velocity(model, values), "dbg/x_embedder": model.x_embedder(jnp.asarray(values[0])),
+             "dbg/context_embedder": model.context_embedder(jnp.asarray(values[1])),
+             "dbg/time_text_embed": model.time_text_embed(*(jnp.asarray(values[index]) for index in (3, 4, 2)))}
+    for name, theirs in expected.items():
+        error = np.linalg.norm(np.asarray(found[name]) - theirs) / np.linalg.norm(theirs)
+        assert error <= TOLERANCE, name
+
+
+def test_remat_policies_and_unrolling_give_the_same_gradients():
+    config = FluxConfig(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=8,
+                        num_attention_heads=2, joint_attention_dim=6, pooled_projection_dim=5, axes_dims_rope=(2, 2, 4))
+    random = np.random.default_rng(0)
+    shape = [(1, 6, 8), (1, 3, 6), (1, 5), (1,), (1,), (6, 3), (3, 3)]
+    values = [jnp.asarray(random.uniform(size=size), jnp.float32) for size in shape]
+    # adaLN-Zero would make every block the identity: all weights are random.
+    flat = {path: random.normal(0, 0.3, value.shape).astype(np.float32)
+            for path, value in shapes(lambda: Flux(config, rngs=nnx.Rngs(0))).items()}
+
+    def gradients(**options):
+        graphdef, state = nnx.split(build(lambda: Flux(config, rngs=nnx.Rngs(0), **options), flat))
+        loss = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*values)).sum()))
+        return flat_state(nnx.merge(graphdef, loss(state)))
+
+    expected = gradients()
+    assert set(REMAT_POLICIES) == {"none", "full", "dots"}
+    for options in ({"remat": "full"}, {"remat": "dots", "unroll": 2}):
+        for path, found in gradients(**options).items():
+            size = np.linalg.norm(expected[path])
+            assert np.linalg.norm(found - expected[path]) <= TOLERANCE * max(size, 1e-3), (options, path)
+
+
+def test_real_model_has_the_published_number_of_parameters():
+    sizes = shapes(lambda: Flux(FluxConfig(), rngs=nnx.Rngs(0)))
+    assert sum(math.prod(value.shape) for value in sizes.values()) == 11_901_408_320
+    modulations = [value for path, value in sizes.items() if ".norm" in path and ".linear." in path]
+    assert round(sum(math.prod(value.shape) for value in modulations) / 1e9, 2) == 3.23
+
+
+def test_config_words():
+    config = FluxConfig(num_layers=3, axes_dims_rope=(16, 56, 56))
+    assert FluxConfig.from_json(config.to_json() | {"unknown_to_us": 1}) == config
+    for change, message in [({"patch_size": 2}, "patch_size 2"), ({"out_channels": 32}, "out_channels 32"),
+                            ({"axes_dims_rope": [16, 56, 40]}, "attention_head_dim = 128"),
+                            ({"axes_dims_rope": [17, 55, 56]}, "must be even")]:
+        with pytest.raises(UserError, match=message):
+            FluxConfig.from_json(config.to_json() | change)

@@ -1,0 +1,107 @@
+"""A basis on the transformer: fresh, low-rank, folded, mixed in one batch, and as an ordinary LoRA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorweb_jax.basis.basis import Basis, BasisConfig
+from lorweb_jax.basis.fold import fold
+from lorweb_jax.transformer.flux import block_linears
+from lorweb_jax.weights.layer_names import layer_name
+
+tiny = pytest.importorskip("tiny_flux")           # torch and diffusers
+
+TOLERANCE = 1e-5
+CONFIG = BasisConfig(size=4, rank=3, key_dim=8, heads=2, query_dim=10)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return tiny.theirs()
+
+
+@pytest.fixture(scope="module")
+def model(theirs, tmp_path_factory):
+    return tiny.ours(theirs, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def values():
+    return [tiny.inputs()[name] for name in tiny.NAMES]
+
+
+@jax.jit
+def velocity(model, values, additions=None):
+    return model(*values, additions=additions)
+
+
+def trained(model, config):
+    """A basis whose B is no longer zero."""
+    basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
+    random = np.random.default_rng(1)
+    for layer in basis.layers.values():
+        layer.b.set_value(jnp.asarray(0.3 * random.normal(size=layer.b.shape), jnp.float32))
+    return basis
+
+
+def first(values):
+    return [value[:1] for value in values[:5]] + list(values[5:])
+
+
+def test_a_fresh_basis_changes_nothing_bit_for_bit(model, values):
+    plain = np.asarray(velocity(model, values))
+    query = jax.random.normal(jax.random.key(0), (2, 10))
+    for changes in ({}, {"activation": "tanh", "reduction": "sum"},
+                    {"query": "internal", "query_mode": "caa'b", "pooling": "max", "query_dim": None}):
+        config = BasisConfig(**{"size": 4, "rank": 3, "key_dim": 8, "query_dim": 10, **changes})
+        basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
+        coeffs = None if config.query == "internal" else basis.coefficients(query)
+        assert velocity(model, values, basis.additions(coeffs)).tobytes() == plain.tobytes()
+
+
+def test_folded_equals_low_rank(model, values):
+    basis = trained(model, CONFIG)
+    mix = basis.additions(basis.coefficients(jax.random.normal(jax.random.key(0), (1, 10))))
+    low_rank = velocity(model, first(values), mix)
+    folded = fold(model, mix)
+    assert tiny.relative(velocity(folded, first(values)), low_rank) <= TOLERANCE
+    plain = velocity(model, first(values))
+    assert tiny.relative(plain, low_rank) > 0.1            # the basis does something, and the model is not changed
+    assert tiny.relative(velocity(fold(model, {}), first(values)), plain) == 0
+
+
+def test_different_analogies_in_a_batch(model, values):
+    basis = trained(model, CONFIG)
+    query = jax.random.normal(jax.random.key(0), (2, 10))
+    together = velocity(model, values, basis.additions(basis.coefficients(query)))
+    for index in range(2):
+        one = [value[index:index + 1] for value in values[:5]] + list(values[5:])
+        mix = basis.additions(basis.coefficients(query[index:index + 1]))
+        assert tiny.relative(together[index:index + 1], velocity(fold(model, mix), one)) <= TOLERANCE
+    swapped = velocity(model, values, basis.additions(basis.coefficients(query[::-1])))
+    assert tiny.relative(together, swapped) > 1e-3
+
+
+def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
+    """N = 1 with its coefficient fixed at 1, against diffusers' model with PEFT's LoRA on the same 60 layers."""
+    peft = pytest.importorskip("peft")
+    import torch
+
+    basis = trained(model, BasisConfig(size=1, rank=3, query="fixed", query_dim=None, scale=0.5))
+    names = {layer_name(path, block): (path, block) for path, shape in block_linears(model.config).items()
+             for block in range(shape.depth)}
+    theirs = tiny.theirs()
+    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=list(names), lora_dropout=0.0))
+    adapted = dict(theirs.named_modules())
+    for name, (path, block) in names.items():
+        layer, ours = adapted[name], basis.layers[path]
+        layer.lora_A["default"].weight.data = torch.tensor(np.asarray(ours.a[...][block, 0].T))
+        layer.lora_B["default"].weight.data = torch.tensor(np.asarray(ours.b[...][block, 0].T))
+    expected = tiny.run(theirs, dict(zip(tiny.NAMES, values)))
+    low_rank = velocity(model, values, basis.additions(basis.coefficients(batch=2)))
+    assert tiny.relative(low_rank, expected) <= TOLERANCE
+    folded = fold(model, basis.additions(basis.coefficients(batch=1)))
+    assert tiny.relative(velocity(folded, values), expected) <= TOLERANCE
+    assert tiny.relative(velocity(model, values), expected) > 0.1

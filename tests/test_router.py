@@ -1,0 +1,104 @@
+"""Every router mode against a float64 formula (method.md §4), and the golden coefficients."""
+
+import itertools
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from golden import golden_dir
+from lorweb_jax.basis.basis import Basis, BasisConfig
+from lorweb_jax.basis.router import coefficients, internal_query
+from lorweb_jax.errors import UserError
+from lorweb_jax.weights.basis_file import layer_name, read_basis
+
+TOLERANCE = 1e-6
+
+
+def formula(query, keys, projection, heads, activation, reduction):
+    """One example's coefficients, head by head, in float64."""
+    p = query.astype(np.float64) if projection is None else projection.astype(np.float64) @ query.astype(np.float64)
+    width = len(p) // heads
+    total = np.zeros(len(keys))
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        scores = [float(p[part] @ key[part].astype(np.float64)) / math.sqrt(width) for key in keys]
+        if activation == "tanh":
+            total += [math.tanh(score) for score in scores]
+        else:
+            powers = [math.exp(score - max(scores)) for score in scores]
+            total += np.array(powers) / sum(powers)
+    if reduction == "mean":
+        return total / heads
+    return np.minimum(np.maximum(total, 0 if activation == "softmax" else -1), 1)
+
+
+@pytest.mark.parametrize("heads,activation,reduction,projection", list(itertools.product(
+    [1, 2, 4], ["softmax", "tanh"], ["mean", "sum"], ["linear", "none"])))
+def test_equals_the_formula(heads, activation, reduction, projection):
+    random = np.random.default_rng(heads)
+    k, q = 8, 8 if projection == "none" else 11
+    query, keys = (random.normal(size=size).astype(np.float32) for size in ((3, q), (5, k)))
+    matrix = None if projection == "none" else random.normal(size=(k, q)).astype(np.float32)
+    found = coefficients(jnp.asarray(query), jnp.asarray(keys), matrix, heads=heads, activation=activation,
+                         reduction=reduction)
+    expected = [formula(example, keys, matrix, heads, activation, reduction) for example in query]
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# 5 text tokens, 8 noisy ones, 8 of the condition in raster order.
+TOKENS = {"aa'bb'": range(0, 21), "caa'bb'": range(13, 21), "caa'b": range(13, 19), "caa'": range(13, 17)}
+
+
+@pytest.mark.parametrize("mode,pooling", list(itertools.product(TOKENS, ["avg", "max"])))
+def test_internal_queries_pool_the_named_tokens(mode, pooling):
+    x = np.random.default_rng(0).normal(size=(2, 21, 6)).astype(np.float32)
+    picked = x[:, list(TOKENS[mode])].astype(np.float64)
+    expected = picked.mean(1) if pooling == "avg" else picked.max(1)
+    np.testing.assert_allclose(internal_query(jnp.asarray(x), 5, mode, pooling), expected, rtol=1e-5, atol=1e-6)
+    # A stream of one kind (a double block's): its own second half is taken, the text stream's, too.
+    if mode != "aa'bb'":
+        length = {"caa'bb'": 8, "caa'b": 6, "caa'": 4}[mode]
+        picked = x[:, 5 + 8:5 + 8 + length].astype(np.float64)
+        expected = picked.mean(1) if pooling == "avg" else picked.max(1)
+        np.testing.assert_allclose(internal_query(jnp.asarray(x[:, 5:]), 0, mode, pooling), expected, rtol=1e-5,
+                                   atol=1e-6)
+
+
+def test_modulation_inputs_are_used_as_they_are():
+    x = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(internal_query(x, 4, "caa'b", "max"), x)
+
+
+@pytest.mark.parametrize("case", ["a", "c"])
+def test_golden_coefficients(case, tmp_path):
+    """Softmax with one head (a), and four heads whose sum is clipped (c), in all 46 layers at once."""
+    words = json.loads((golden_dir() / "configs.json").read_text())[case]
+    (tmp_path / "config.yaml").write_text(json.dumps({"config": {"process": [{"network": words}]}}))
+    basis = Basis.from_arrays(*read_basis(golden_dir() / f"basis_{case}.safetensors", tmp_path / "config.yaml"))
+    with np.load(golden_dir() / f"case_{case}.npz") as file:
+        expected = {key.removeprefix("mix/"): file[key] for key in file.files if key.startswith("mix/")}
+        stacked = basis.coefficients(jnp.asarray(file["external_query"]))
+    found = {layer_name(path, block): value for path, values in stacked.items() for block, value in enumerate(values)}
+    assert found.keys() == expected.keys() and len(found) == 46
+    for name, theirs in expected.items():
+        assert np.linalg.norm(found[name] - theirs) <= TOLERANCE * np.linalg.norm(theirs), name
+
+
+def test_errors():
+    basis = Basis(BasisConfig(size=2, rank=1, key_dim=4, query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="5 wide and the basis expects 6"):
+        basis.coefficients(jnp.zeros((1, 5)))
+    internal = Basis(BasisConfig(size=2, rank=1, key_dim=4, query="internal", query_mode="caa'", query_dim=None),
+                     {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="internal query"):
+        internal.coefficients(jnp.zeros((1, 3)))
+    for change, message in [({"heads": 3}, "3 heads"), ({"activation": "relu"}, "softmax, tanh"), ({"size": 0}, "size"),
+                            ({"query": "internal", "query_mode": "cat-aa'b"}, "caa'bb'")]:
+        with pytest.raises(UserError, match=message):
+            BasisConfig(**{"key_dim": 128, **change})
+    with pytest.raises(UserError, match="use projection linear"):
+        Basis(BasisConfig(key_dim=4, projection="none", query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
