@@ -37,7 +37,7 @@ def default():
     config.guidance = (1.0, 4.0)      # guidance values that the model is shown
     config.show_steps = 12            # Euler steps of the pictures
 
-    config.train.steps = 9000
+    config.train.steps = 8000
     config.train.batch = 32
     config.train.log_every = 50
     config.train.checkpoint_every = 500

@@ -51,11 +51,15 @@ def default():
 
     config.show = dict(tasks=12, per_task=2, batch=12, steps=12, guidance=2.5)
 
-    config.train.steps = 1500
+    config.train.steps = 1200
     config.train.batch = 24
     config.train.log_every = 20
     config.train.checkpoint_every = 100
-    config.train.picture_every = 500
+    config.train.picture_every = 400
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup = 20
     return config
 
 
@@ -70,6 +74,7 @@ def kontext():
     config.show.steps, config.show.batch = 28, 2
     config.train.steps, config.train.batch = 10_000, 6
     config.train.checkpoint_every = 250
+    config.optimizer.learning_rate, config.optimizer.schedule, config.optimizer.warmup = 1e-3, "constant", 0
     return config
 
 
@@ -90,5 +95,6 @@ def smoke():
     config.basis.size, config.basis.key_dim = 4, 16
     config.train.batch = 4
     config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.optimizer.warmup = 0
     config.show.tasks, config.show.per_task, config.show.batch, config.show.steps = 2, 1, 2, 2
     return config

@@ -102,23 +102,6 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...]).astype(x.dtype)
 
 
-class GroupNorm(nnx.Module):
-    """Group normalisation on NHWC with scale and bias [c]; statistics in float32."""
-
-    def __init__(self, features: int, groups: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
-        self.groups, self.eps = groups, eps
-        self.scale = Weight(jnp.ones((features,), jnp.float32))
-        self.bias = Weight(jnp.zeros((features,), jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        wide = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
-        centred = wide - wide.mean((1, 3), keepdims=True)
-        variance = jnp.square(centred).mean((1, 3), keepdims=True)
-        wide = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(b, h, w, c)
-        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` blocks made by `make`, as one block whose parameters have a leading axis l = depth."""
 

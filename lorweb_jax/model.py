@@ -11,6 +11,7 @@ from lorweb_jax.basis.basis import Basis
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.processor import ImageProcessor
 from lorweb_jax.flow.sampling import euler
+from lorweb_jax.images.levels import to_float
 from lorweb_jax.latents.packing import pack, position_ids, text_ids, unpack
 from lorweb_jax.layers import Addition
 
@@ -36,7 +37,7 @@ class AnalogyModel(nnx.Module):
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """uint8 images [b, H, W, 3] -> packed latents float32 [b, s, c], the mode of the autoencoder's posterior."""
-        return pack(self.vae.latents(images.astype(jnp.float32) / 127.5 - 1.0))
+        return pack(self.vae.latents(to_float(images)))
 
     def images(self, tokens_bsc: jax.Array, height: int, width: int) -> jax.Array:
         """Packed latents -> images [b, height, width, 3] in −1..1."""

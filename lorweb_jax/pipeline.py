@@ -21,6 +21,7 @@ from lorweb_jax.basis.fold import fold
 from lorweb_jax.encoders import queries
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model
+from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.layers import Addition
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.transformer.flux import block_linears
@@ -175,11 +176,6 @@ class Pipeline:
 def _arrays(basis: Basis) -> dict[str, dict[str, np.ndarray]]:
     return {path: {name: np.asarray(array) for name, array in parts.items()}
             for path, parts in basis.to_arrays().items()}
-
-
-def to_uint8(images: jax.Array) -> np.ndarray:
-    """−1..1 -> uint8, rounded to the nearest level as diffusers does."""
-    return np.asarray(jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0)).astype(np.uint8)
 
 
 def _with(model: AnalogyModel, **parts: nnx.Module) -> AnalogyModel:

@@ -42,7 +42,7 @@ def trained(model, config):
     basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
     random = np.random.default_rng(1)
     for layer in basis.layers.values():
-        layer.b.set_value(jnp.asarray(0.3 * random.normal(size=layer.b.shape), jnp.float32))
+        layer.b.set_value(jnp.asarray(random.normal(size=layer.b.shape), jnp.float32))
     return basis
 
 

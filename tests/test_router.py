@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from golden import golden_dir
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.basis.router import coefficients, internal_query
 from lorweb_jax.errors import UserError
+from lorweb_jax.transformer.flux import block_linears
 from lorweb_jax.weights.basis_file import layer_name, read_basis
 
 TOLERANCE = 1e-6
@@ -102,3 +104,45 @@ def test_errors():
             BasisConfig(**{"key_dim": 128, **change})
     with pytest.raises(UserError, match="use projection linear"):
         Basis(BasisConfig(key_dim=4, projection="none", query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("mode,pooling,activation", [("aa'bb'", "avg", "softmax"), ("caa'b", "max", "tanh"),
+                                                     ("caa'bb'", "avg", "softmax"), ("caa'", "max", "softmax")])
+def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path):
+    """Against diffusers' transformer with the formula hooked onto each of its linear layers, in torch."""
+    tiny = pytest.importorskip("tiny_flux")
+    import torch
+
+    theirs, values = tiny.theirs(), tiny.inputs()
+    model = tiny.ours(theirs, tmp_path)
+    config = BasisConfig(size=3, rank=2, key_dim=4, query="internal", query_mode=mode, pooling=pooling,
+                         activation=activation, query_dim=None)
+    basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
+    for layer in basis.layers.values():
+        layer.b.set_value(jnp.asarray(np.random.default_rng(1).normal(size=layer.b.shape), jnp.float32))
+
+    def hook(name, a, b, keys, projection):
+        def add(module, given, out):
+            x = pooled = given[0]
+            if x.ndim == 3:
+                skipped = 5 if name.startswith("single") and mode != "aa'bb'" else 0
+                pooled = x[:, skipped:]
+                if mode != "aa'bb'":
+                    pooled = pooled[:, pooled.shape[1] // 2:]
+                    pooled = pooled[:, :{"caa'bb'": 4, "caa'b": 3, "caa'": 2}[mode] * pooled.shape[1] // 4]
+                pooled = pooled.mean(1) if pooling == "avg" else pooled.amax(1)
+            scores = torch.einsum("bi,ki,nk->bn", pooled, projection, keys) / 2
+            mix = scores.softmax(-1) if activation == "softmax" else scores.tanh()
+            return out + torch.einsum("b...i,nir,bn,nro->b...o", x, a, mix, b)
+        return add
+
+    modules = dict(theirs.named_modules())
+    for path, parts in basis.to_arrays().items():
+        for block in range(len(parts["a"])):
+            name = layer_name(path, block)
+            modules[name].register_forward_hook(hook(name, *(
+                torch.tensor(np.asarray(parts[part][block])) for part in ("a", "b", "keys", "projection"))))
+    expected = tiny.run(theirs, values)
+    run = jax.jit(lambda model, values, additions: model(*values, additions=additions))
+    found = run(model, [values[name] for name in tiny.NAMES], basis.additions())
+    assert tiny.relative(found, expected) <= 1e-5

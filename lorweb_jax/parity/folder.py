@@ -38,15 +38,20 @@ def groups(data: Recording) -> dict[str, Recording]:
     return grouped
 
 
-class AdaptedBasis(NamedTuple):
-    """A basis, and what it is once stored in half precision, as the published code does."""
+class Stored(NamedTuple):
+    """A basis as its float32 file has it (None: only the half-precision file is there), and as stored in half
+    precision, which is how the published code saves it."""
 
-    basis: Basis
+    full: Basis | None
     half: Basis
+    config: BasisConfig
 
     @property
-    def config(self) -> BasisConfig:
-        return self.basis.config
+    def basis(self) -> Basis:
+        """The float32 one; raises Absent."""
+        if self.full is None:
+            raise Absent("it was recorded with the float32 basis, and only the _fp16 file is there")
+        return self.full
 
 
 class Pipeline:
@@ -112,7 +117,7 @@ class Bases:
 
     def __init__(self, folder: Path, report: Report):
         self._folder = folder
-        self._found: dict[str, AdaptedBasis] = {}
+        self._found: dict[str, Stored] = {}
         self._missing: dict[str, str] = {}
         files = {path.stem.removeprefix("basis_"): path for path in sorted(folder.glob("basis_*.safetensors"))}
         configs = self._configs(report) if files else {}
@@ -127,13 +132,13 @@ class Bases:
                 self._missing[name] = f"basis_{name} could not be read"
                 report.fail(f"basis_{name}", str(error))
 
-    def get(self, name: str) -> AdaptedBasis:
+    def get(self, name: str) -> Stored:
         """Basis `name`; raises Absent."""
         if name not in self._found:
             raise Absent(self._missing.get(name, f"{self._folder} has no basis_{name}.safetensors"))
         return self._found[name]
 
-    def default(self) -> AdaptedBasis:
+    def default(self) -> Stored:
         """The basis that train_step and e2e recordings use, which don't name it: a, or the only one."""
         if "a" not in self._found and len(self._found) == 1:
             return next(iter(self._found.values()))
@@ -147,7 +152,7 @@ class Bases:
                 report.fail("configs.json", str(error))
             return {}
 
-    def _read(self, name: str, files: dict[str, Path], network: dict, report: Report) -> AdaptedBasis:
+    def _read(self, name: str, files: dict[str, Path], network: dict, report: Report) -> Stored:
         read = {}
         with tempfile.TemporaryDirectory() as folder:
             # As published: a config.yaml that describes one basis.
@@ -160,9 +165,9 @@ class Bases:
                     written = Path(folder) / stem / "basis.safetensors"
                     report.compare(f"basis_{stem}: tensors that differ when written again",
                                    functools.partial(_rewritten, files[stem], written, config, arrays), 0, EXACT)
-        half = read.get(f"{name}_fp16") or _as_type(read[name], np.float16)
-        return AdaptedBasis(Basis.from_arrays(config, _as_type(read.get(name, half), np.float32)),
-                            Basis.from_arrays(config, _as_type(half, np.float32)))
+        full = _as_type(read[name], np.float32) if name in read else None
+        half = _as_type(read.get(f"{name}_fp16") or _as_type(read[name], np.float16), np.float32)
+        return Stored(full and Basis.from_arrays(config, full), Basis.from_arrays(config, half), config)
 
 
 def _as_type(arrays: dict, dtype) -> dict:

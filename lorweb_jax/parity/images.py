@@ -12,6 +12,12 @@ from lorweb_jax.parity.report import EXACT, OUTPUT, Absent, Report
 _QUADRANTS = ("a", "atag", "b")
 # Modes that show the encoder the whole grid: no cut, so nothing differs where the grid is not square.
 _UNCUT = ("aa'bb'", "caa'bb'")
+_CUT = "grids that aren't square are cut at half their width and half their height"
+
+
+def deviation(mode: str, square: bool) -> str | None:
+    """Why a mode's query of a grid is not the published one, if it isn't meant to be."""
+    return None if square or mode in _UNCUT else _CUT
 
 
 def check_grid(report: Report, name: str, data: Recording) -> None:
@@ -53,7 +59,7 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
             elif not key.startswith(("pixel_values_", "crop_size_")):
                 continue
             elif not square:
-                report.deviates(line, "grids that aren't square are cut at half their width and half their height")
+                report.deviates(line, _CUT)
             elif key.startswith("crop_size_"):
                 part = parts[key.removeprefix("crop_size_")]
                 report.compare(line, partial(lambda part: part.shape[1::-1], part), theirs, EXACT)
@@ -66,8 +72,8 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
 def _check_query(report: Report, line: str, mode: str, theirs: np.ndarray, square: bool, ours) -> None:
     if mode not in queries.QUERY_MODES:
         return report.skip(line, "a query mode that isn't known here")
-    if not square and mode not in _UNCUT:
-        return report.deviates(line, "grids that aren't square are cut at half their width and half their height")
+    if why := deviation(mode, square):
+        return report.deviates(line, why)
     if queries.QUERY_MODES[mode].depths is None:
         return report.compare(line, lambda: ours().reshape(theirs.shape), theirs, OUTPUT)
     report.compare(f"{line} patch tokens", lambda: ours().reshape(theirs.shape), theirs, OUTPUT)

@@ -30,7 +30,8 @@ def check_train_step(report: Report, name: str, data: Recording, bases: Bases, p
 
 
 def _check_group(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
-    has = data.keys().__ge__
+    def has(*keys):
+        return all(key in data for key in keys)
 
     def compare(key, ours, tolerance=OUTPUT):
         def as_published():
@@ -40,15 +41,15 @@ def _check_group(report: Report, name: str, data: Recording, bases: Bases, pipel
 
         report.compare(f"{name}/{key}", as_published, data[key], tolerance)
 
-    if has({"noisy", "latents", "noise", "timesteps"}):
+    if has("noisy", "latents", "noise", "timesteps"):
         height, width = data["noisy"].shape[2:]
         compare("noisy", lambda: latents(add_noise(
             tokens(data["latents"]), tokens(data["noise"]), data["timesteps"] / TRAIN_STEPS), height, width))
-    if has({"target", "latents", "noise"}):
+    if has("target", "latents", "noise"):
         compare("target", lambda: data["noise"] - data["latents"])
-    if has({"weights", "timesteps"}):
+    if has("weights", "timesteps"):
         compare("weights", lambda: bell_weights()[TRAIN_STEPS - np.round(data["timesteps"]).astype(int)])
-    if has({"noise_pred", "target", "weights"}):
+    if has("noise_pred", "target", "weights"):
         @functools.cache
         def losses():
             return weighted_mse(tokens(data["noise_pred"]), tokens(data["target"]), data["weights"])
@@ -56,7 +57,7 @@ def _check_group(report: Report, name: str, data: Recording, bases: Bases, pipel
         for index, key in enumerate(("loss", "loss_per_sample")):
             if key in data:
                 compare(key, lambda index=index: losses()[index])
-    if has({"noisy", "control_latents", "text_embeds", "pooled_embeds", "timesteps"}):
+    if has("noisy", "control_latents", "text_embeds", "pooled_embeds", "timesteps"):
         _check_model(report, name, data, bases, pipeline, compare)
 
 

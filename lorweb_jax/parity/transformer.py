@@ -11,7 +11,7 @@ from flax import nnx
 
 from lorweb_jax.basis.additions import LowRankMix, RoutedMix
 from lorweb_jax.basis.basis import Basis
-from lorweb_jax.parity.folder import AdaptedBasis, Bases, Pipeline, Recording
+from lorweb_jax.parity.folder import Bases, Pipeline, Recording, Stored
 from lorweb_jax.parity.report import COEFFICIENT, GRADIENT, OUTPUT, Absent, Report
 from lorweb_jax.transformer.embeddings import rotary
 from lorweb_jax.transformer.flux import Flux
@@ -107,7 +107,7 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
     runnable = all(part is not None for field, part in inputs._asdict().items() if field != "guidance_b")
 
     @functools.cache
-    def adapted() -> AdaptedBasis:
+    def adapted() -> Stored:
         return bases.get(name.removeprefix("case_"))
 
     @functools.cache

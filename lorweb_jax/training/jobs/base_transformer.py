@@ -15,16 +15,16 @@ from flax import nnx
 from transformers import CLIPTextConfig
 
 from lorweb_jax.data.drawings import load_drawings
-from lorweb_jax.data.operations import LAST_ONLY, OPERATIONS, on_white
+from lorweb_jax.data.operations import LAST_ONLY, OPERATIONS, all_sentences, on_white
 from lorweb_jax.encoders import t5
 from lorweb_jax.encoders.clip import ClipText, save_clip
 from lorweb_jax.encoders.small_tokenizers import CLIP_TOKENS, train_small_tokenizers
 from lorweb_jax.encoders.tokenizers import tokenize_clip, tokenize_t5
 from lorweb_jax.errors import UserError
-from lorweb_jax.data.operations import all_sentences
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import Schedule, train_timesteps, train_weights
+from lorweb_jax.images.levels import to_float, to_uint8
 from lorweb_jax.latents.packing import pack, position_ids, text_ids, unpack
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.layers import Weight
@@ -222,11 +222,6 @@ def _decode(vae: AutoencoderKL, latents: jax.Array) -> jax.Array:
     return vae.image(latents)
 
 
-def to_uint8(image: jax.Array) -> np.ndarray:
-    """−1..1 -> uint8."""
-    return np.asarray(jnp.round(jnp.clip(image * 127.5 + 127.5, 0, 255))).astype(np.uint8)
-
-
 # Drawings are also shown in other colours and mirrored, which the words for colours and sides don't mind: the
 # instruction names the result's colour, never the drawing's.
 VARIANTS = (lambda rgba: rgba,
@@ -242,7 +237,7 @@ def quadrant_latents(vae: AutoencoderKL, weights, images: np.ndarray, data) -> n
     path = Path(data.cache) / f"latents_{key.hexdigest()[:16]}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
-    encode = nnx.jit(lambda vae, x: vae.latents(x.astype(jnp.float32) / 127.5 - 1).astype(jnp.float16))
+    encode = nnx.jit(lambda vae, x: vae.latents(to_float(x)).astype(jnp.float16))
     rows = []
     for v, variant in enumerate(VARIANTS[:data.variants]):
         drawings = variant(images)

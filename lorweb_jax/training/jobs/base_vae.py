@@ -15,6 +15,7 @@ from flax import nnx
 
 from lorweb_jax.data.drawings import Drawings, load_drawings
 from lorweb_jax.data.operations import OPERATIONS, on_white
+from lorweb_jax.images.levels import to_float, to_uint8
 from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, Resnet, VAEConfig
 from lorweb_jax.layers import Weight
@@ -73,16 +74,6 @@ def canvases(x: jax.Array) -> jax.Array:
     """Inverse of `quadrants`."""
     b, h, w, c = x.shape
     return x.reshape(b // 4, 2, 2, h, w, c).swapaxes(2, 3).reshape(b // 4, 2 * h, 2 * w, c)
-
-
-def to_float(image: jax.Array) -> jax.Array:
-    """uint8 -> −1..1."""
-    return image.astype(jnp.float32) / 127.5 - 1
-
-
-def to_uint8(image: jax.Array) -> np.ndarray:
-    """−1..1 -> uint8."""
-    return np.asarray(jnp.round(jnp.clip(image * 127.5 + 127.5, 0, 255))).astype(np.uint8)
 
 
 def image_loss(result: jax.Array, truth: jax.Array) -> dict[str, jax.Array]:

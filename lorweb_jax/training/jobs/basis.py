@@ -4,7 +4,6 @@ Images become latents, and captions and images become text embeddings and querie
 Relation252K folder and the pipeline folder is needed beforehand.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
