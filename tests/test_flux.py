@@ -66,7 +66,8 @@ def test_equals_golden():
 
 def test_remat_policies_and_unrolling_give_the_same_gradients():
     config = FluxConfig(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=8,
-                        num_attention_heads=2, joint_attention_dim=6, pooled_projection_dim=5, axes_dims_rope=(2, 2, 4))
+                        num_attention_heads=2, joint_attention_dim=6, pooled_projection_dim=5,
+                        axes_dims_rope=(2, 2, 4))
     random = np.random.default_rng(0)
     shape = [(1, 6, 8), (1, 3, 6), (1, 5), (1,), (1,), (6, 3), (3, 3)]
     values = [jnp.asarray(random.uniform(size=size), jnp.float32) for size in shape]

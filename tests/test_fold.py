@@ -53,9 +53,9 @@ def first(values):
 def test_a_fresh_basis_changes_nothing_bit_for_bit(model, values):
     plain = np.asarray(velocity(model, values))
     query = jax.random.normal(jax.random.key(0), (2, 10))
-    for changes in ({}, {"activation": "tanh", "reduction": "sum"},
-                    {"query": "internal", "query_mode": "caa'b", "pooling": "max", "query_dim": None}):
-        config = BasisConfig(**{"size": 4, "rank": 3, "key_dim": 8, "query_dim": 10, **changes})
+    internal = BasisConfig(size=4, rank=3, key_dim=8, query="internal", query_mode="caa'b", pooling="max",
+                           query_dim=None)
+    for config in (CONFIG, internal):
         basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
         coeffs = None if config.query == "internal" else basis.coefficients(query)
         assert velocity(model, values, basis.additions(coeffs)).tobytes() == plain.tobytes()
@@ -85,7 +85,7 @@ def test_different_analogies_in_a_batch(model, values):
 
 
 def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
-    """N = 1 with its coefficient fixed at 1, against diffusers' model with PEFT's LoRA on the same 60 layers."""
+    """N = 1 with its coefficient fixed at 1, against diffusers' model with PEFT's LoRA on the same 46 layers."""
     peft = pytest.importorskip("peft")
     import torch
 
@@ -104,4 +104,4 @@ def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
     assert tiny.relative(low_rank, expected) <= TOLERANCE
     folded = fold(model, basis.additions(basis.coefficients(batch=1)))
     assert tiny.relative(velocity(folded, values), expected) <= TOLERANCE
-    assert tiny.relative(velocity(model, values), expected) > 0.1
+    assert tiny.relative(velocity(model, values), expected) > 0.05

@@ -25,7 +25,7 @@ def check_folder(folder: Path, pipeline_folder: Path | None = None) -> int:
     report, pipeline = Report(), Pipeline(pipeline_folder)
     # Hardware with narrower matrix units (TF32, bfloat16 passes) is asked for full float32 products.
     with jax.default_matmul_precision("highest"):
-        bases = Bases(folder, report)
+        bases = Bases(folder, pipeline, report)
         kinds = [
             ("grid.npz", check_grid, ()),
             ("scheduler.npz", lambda *given: check_scheduler(*given, pipeline.schedule), ()),

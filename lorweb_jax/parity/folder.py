@@ -25,7 +25,8 @@ def read_recording(path: Path) -> Recording:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:                # zipfile, zlib and numpy each raise their own kinds
-        raise UserError(f"the recording {path} can't be read ({type(error).__name__}: {error}); copy it again") from None
+        raise UserError(f"the recording {path} can't be read ({type(error).__name__}: {error}); "
+                        "copy it again") from None
 
 
 def groups(data: Recording) -> dict[str, Recording]:
@@ -76,6 +77,16 @@ class Pipeline:
         config, parameters = load_transformer(self.part("transformer"), np.float32)
         return build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), parameters)
 
+    @property
+    def block_linears(self) -> dict | None:
+        """{path: (l, i, o)} of the transformer's layers, which a basis must fit; None without a transformer."""
+        from lorweb_jax.transformer.flux import FluxConfig, block_linears
+
+        try:
+            return block_linears(FluxConfig.from_json(read_json(self.part("transformer") / "config.json")))
+        except Absent:
+            return None
+
     @functools.cached_property
     def vae(self):
         from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
@@ -115,8 +126,8 @@ class Pipeline:
 class Bases:
     """The bases of a folder: basis_X.safetensors (or only basis_X_fp16) with the entry X of configs.json."""
 
-    def __init__(self, folder: Path, report: Report):
-        self._folder = folder
+    def __init__(self, folder: Path, pipeline: Pipeline, report: Report):
+        self._folder, self._pipeline = folder, pipeline
         self._found: dict[str, Stored] = {}
         self._missing: dict[str, str] = {}
         files = {path.stem.removeprefix("basis_"): path for path in sorted(folder.glob("basis_*.safetensors"))}
@@ -160,7 +171,7 @@ class Bases:
             config_file.write_text(yaml.safe_dump({"config": {"process": [{"network": network}]}}))
             for stem in (name, f"{name}_fp16"):
                 if stem in files:
-                    config, arrays = read_basis(files[stem], config_file)
+                    config, arrays = read_basis(files[stem], config_file, self._pipeline.block_linears)
                     read[stem] = arrays
                     written = Path(folder) / stem / "basis.safetensors"
                     report.compare(f"basis_{stem}: tensors that differ when written again",

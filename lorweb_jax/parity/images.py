@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import jax
 import numpy as np
 
 from lorweb_jax.encoders import queries
@@ -30,6 +31,29 @@ def check_grid(report: Report, name: str, data: Recording) -> None:
                 report.compare(f"{name} {group}/{key}", partial(condition_grid, *images, limit), theirs, EXACT)
 
 
+class _Compiled:
+    """An image encoder that is compiled once for each number of images, whatever the query mode."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __call__(self, pixels):
+        return _embed(self._model, pixels)
+
+    def hidden_states(self, pixels):
+        return _hidden_states(self._model, pixels)
+
+
+@jax.jit
+def _embed(model, pixels):
+    return model(pixels)
+
+
+@jax.jit
+def _hidden_states(model, pixels):
+    return model.hidden_states(pixels)
+
+
 def check_external_query(report: Report, name: str, data: Recording, pipeline: Pipeline) -> None:
     """<set>/image -> <set>/pil/<mode>, <set>/tensor/<mode> and the pixel values of its quadrants."""
     try:
@@ -46,10 +70,9 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
         @cache
         def of_mode(mode, image=image):
             encoder = pipeline.image_encoder
-            if queries.query_mode(mode).depths is None:
-                return encoder.query(mode, [image])
+            compute = queries.query if queries.query_mode(mode).depths is None else queries.patch_tokens
             pixels = encoder.processor.normalised(queries.views(mode, [image], encoder.processor))
-            return np.asarray(queries.patch_tokens(mode, encoder.model, pixels))
+            return np.asarray(compute(mode, _Compiled(encoder.model), pixels))
 
         for key, theirs in arrays.items():
             line = f"{name} {group}/{key}"

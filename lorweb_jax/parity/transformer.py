@@ -102,8 +102,7 @@ def _blocks(model: Flux, stack: str, additions: dict, found: dict):
 def check_case(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
     """One forward pass: velocities, coefficients, intermediates of the plain model, gradients of Σ output²."""
     query = data.get("external_query")
-    inputs = Inputs(*(data.get(key) for key in (
-        "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")))
+    inputs = Inputs(*(data.get(key) for key in _INPUTS))
     runnable = all(part is not None for field, part in inputs._asdict().items() if field != "guidance_b")
 
     @functools.cache
@@ -158,6 +157,8 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
             report.skip(f"{name} {key}", "the recording lacks some of the transformer's inputs")
 
 
+_INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids",
+           "txt_ids")
 _OUTPUTS = {"base_output": "base", "output": "basis", "output_train_path": "basis", "output_fp16_file": "half"}
 
 

@@ -23,7 +23,7 @@ def _frequencies(count: int, max_period: float) -> np.ndarray:
 
     At 1000·t an angle feels the last digit of its frequency, and that digit alone moves the output by 5e-6. So
     exponents are rounded to float32 as there, and the one frequency of FLUX's 128 that the exponential used there
-    doesn't round to the nearest float32 is set to what the recorded outputs show (tests/golden, case_*).
+    (MKL's, on SSE) doesn't round to the nearest float32 is set to what the recorded outputs show (tests/golden).
     """
     exponents = np.float32(-math.log(max_period)) * np.arange(count, dtype=np.float32) / np.float32(count)
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
