@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,15 +264,11 @@ def test_sheet_shows_every_task_once(data):
     assert one.shape[0] < two.shape[0] < 2 * one.shape[0] + 1
 
 
-class Parts:
-    encoder = None
-
-
 class FakePipeline:
     """A base that answers grey and a basis that inverts."""
 
     calls = []
-    folder, model = Parts(), None
+    model = SimpleNamespace(image_encoder=None, basis=SimpleNamespace(config=SimpleNamespace(routed=True)))
 
     @classmethod
     def load(cls, folder, image_encoder=None):
