@@ -19,6 +19,9 @@ def run_command(command: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        sys.exit(0)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or 'no file named'}; check the path, its "
               "permissions and the free space, then run the command again", file=sys.stderr)
