@@ -5,19 +5,22 @@ numbers of analogies (shuffled anew each epoch) -> read and draw (reverse? drop 
 
 import functools
 import itertools
+import logging
 import os
 import threading
 import time
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from lorweb_jax.data.problems import Problem, Problems
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.errors import UserError
 from lorweb_jax.images import grid
 
+# Not absl's logger, which training silences below errors since libraries chatter there.
+_log = logging.getLogger(__name__)
 _THREADS = 2  # decoding threads in each process; PIL and NumPy leave the interpreter lock while they work
 _BATCHES_AHEAD = 2  # batches kept ready by each process
 
@@ -170,7 +173,7 @@ class AnalogyLoader(grain.DatasetIterator):
         if not isinstance(data, Analogies):
             data = Analogies(read_tasks(data, self.problems))
             if len(self.problems):
-                logging.warning("%s", self.problems.summary())
+                _log.warning("%s", self.problems.summary())
         self.analogies = data
         self._workers = workers
         self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size * shard_count,
@@ -189,12 +192,12 @@ class AnalogyLoader(grain.DatasetIterator):
         self._position += 1
         for note in {*batch.pop("note")} - self._notes:
             self._notes.add(note)
-            logging.warning("%s", note)
+            _log.warning("%s", note)
         for problems in batch.pop("problems"):
             self.problems.substituted += bool(problems)
             for problem in problems:
                 if self.problems.add(problem.task, problem.file, problem.reason):
-                    logging.warning("skipped %s of task %s: %s", problem.file, problem.task, problem.reason)
+                    _log.warning("skipped %s of task %s: %s", problem.file, problem.task, problem.reason)
         return batch
 
     def start_prefetch(self) -> None:

@@ -48,7 +48,10 @@ class BasisJob:
             roots = {"train": Path(config.data.root)}
             if config.data.held_out:
                 roots["held_out_tasks"] = Path(config.data.held_out)
-        self.tasks = {split: self._read_tasks(root) for split, root in roots.items()}
+        self.problems = Problems()  # files of the data that can't be used, found now or while reading
+        self.tasks = {split: read_tasks(root, self.problems) for split, root in roots.items()}
+        if len(self.problems):
+            print(self.problems.summary(), flush=True)
 
     @property
     def sampling(self) -> dict:
@@ -66,17 +69,11 @@ class BasisJob:
         data = config.data
         return AnalogyLoader(Analogies(self.tasks["train"]), config.train.batch, quadrant_size=data.quadrant_size,
                              seed=config.seed, caption_drop=data.caption_drop, task_balanced=data.task_balanced,
-                             reverse_probability=data.reverse_probability, workers=data.workers)
-
-    def _read_tasks(self, root: Path) -> list[Task]:
-        problems = Problems()
-        tasks = read_tasks(root, problems)
-        if len(problems):
-            print(problems.summary(), flush=True)
-        return tasks
+                             reverse_probability=data.reverse_probability, workers=data.workers,
+                             problems=self.problems)
 
     def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
-        """Analogies of a split that are looked at, the same ones every time; `tasks` spread over the split's tasks."""
+        """Analogies of a split to look at, the same ones every time; `tasks` spread over the split's tasks."""
         chosen = self.tasks[split]
         if tasks:
             chosen = chosen[::max(1, len(chosen) // tasks)][:tasks]
@@ -85,7 +82,8 @@ class BasisJob:
     def prepare(self, batch: dict) -> dict:
         """Captions become token ids, condition grids what the image encoder sees of them."""
         clip_ids, t5_ids = self.folder.token_ids(list(batch["caption"]))
-        prepared = {"condition": batch["condition"], "target": batch["target"], "clip_ids": clip_ids, "t5_ids": t5_ids}
+        prepared = {"condition": batch["condition"], "target": batch["target"],
+                    "clip_ids": clip_ids, "t5_ids": t5_ids}
         if self.basis_config.query == "external":
             prepared["views"] = queries.views(self.basis_config.query_mode, list(batch["condition"]),
                                               self.folder.encoder.processor)
@@ -124,7 +122,11 @@ class BasisJob:
         return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
 
     def finish(self, model, workdir: Path) -> None:
-        """Writes the basis in the published format (an ordinary LoRA if nothing is routed), tables and sheets."""
+        """Writes the basis in the published format (an ordinary LoRA if nothing is routed), tables and sheets, and
+        which files of the data could not be used."""
+        if len(self.problems):
+            self.problems.write(workdir / "problems.json")
+            print(self.problems.summary(), flush=True)
         pipeline = Pipeline(self.folder, model)
         if model.basis.config.routed:
             pipeline.save_basis(workdir / "export" / "basis.safetensors")
