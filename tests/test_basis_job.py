@@ -35,7 +35,8 @@ def run(tmp_path_factory):
 def test_run_leaves_pictures_tables_and_a_basis(run):
     folder, printed = run
     assert "step 4/4" in printed and "base, text only" in printed
-    assert {path.stem.split("_", 1)[-1] for path in (folder / "pictures").rglob("*.png")}
+    assert {path.name for path in (folder / "pictures").iterdir()} == {
+        f"{name}_000004.png" for name in ("train", "held_out_drawings", "held_out_tasks", "router")}
     for split in ("held_out_drawings", "held_out_tasks"):
         table = json.loads((folder / "evaluation" / split / "table.json").read_text())
         assert {"copy b", "base, text only", "basis"} <= set(table["rows"])

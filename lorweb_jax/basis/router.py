@@ -26,9 +26,10 @@ def coefficients(query_bq: jax.Array, keys_nk: jax.Array, projection_kq: jax.Arr
 def internal_query(x: jax.Array, text_tokens: int, mode: str, pooling: str) -> jax.Array:
     """The layer's own input, pooled over the tokens that `mode` names: [b, s, i] or [b, i] -> [b, i].
 
-    After `text_tokens` leading tokens are left out, the first half of the rest is the noisy image and the second
-    the condition in raster order: "aa'bb'" takes all, "caa'bb'" the condition, "caa'b" its first three quarters,
-    "caa'" its first half. A modulation's input [b, i] is used as it is.
+    "aa'bb'" takes all, leading text tokens included (as recorded: golden case e). The others leave out `text_tokens`
+    leading tokens; the first half of the rest is the noisy image, the second the condition in raster order:
+    "caa'bb'" takes the condition, "caa'b" its first three quarters, "caa'" its first half. A modulation's input
+    [b, i] is used as it is.
     """
     if x.ndim == 2:
         return x

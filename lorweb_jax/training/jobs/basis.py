@@ -15,7 +15,7 @@ from lorweb_jax.basis.basis import BasisConfig, BasisParam
 from lorweb_jax.data.embedded import build_embedded_dataset
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, Task, read_tasks
+from lorweb_jax.data.relation252k import Analogies, read_tasks
 from lorweb_jax.encoders import queries
 from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
