@@ -44,7 +44,9 @@ def base_config(job: str) -> ConfigDict:
     config.optimizer.clip = 1.0     # largest global norm of the gradient
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1           # devices that share the batch; -1 takes all there are
+    config.mesh.data = 1            # devices that share the batch, each with a copy of the weights
+    config.mesh.fsdp = -1           # devices that share the batch and split the weights; -1 takes what the others leave
+    config.mesh.tensor = 1          # devices that split heads and features of every layer
     return config
 
 

@@ -21,6 +21,10 @@ class Weight(nnx.Variable):
     """A weight of a pretrained model: frozen, unless a training job names this type as its trainables."""
 
 
+class Scale(Weight):
+    """What a quantised kernel is multiplied by; kept in the dtype it was made in, whatever weights are stored in."""
+
+
 _lecun = jax.nn.initializers.lecun_normal()
 
 

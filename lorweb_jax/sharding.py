@@ -1,62 +1,143 @@
-"""Where arrays live: the device mesh, and the one place that says which parameter is split over which axis.
+"""Where arrays live: the device mesh, and the one place that says which array is split over which of its axes.
 
-The mesh has one axis, "data": the batch is split over it, parameters and optimizer states are copied to all devices.
+The mesh has three axes. "data" and "fsdp" share the batch between them; parameters and optimizer states are copied
+along "data" and split along "fsdp", to be gathered where they are used; "tensor" splits the features and attention
+heads of every layer, activations included. Rules name the axes of an array that a mesh axis may split, best first;
+an array none of whose axes divides is copied.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from lorweb_jax.errors import UserError
 
-# (pattern searched in a dotted parameter path, how its axes are split); the first that matches counts.
-PARAMETER_RULES: tuple[tuple[str, P], ...] = ((r"", P()),)
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the mesh axes that share the batch
+
+# Linear layers whose outputs are heads or hidden features: split by output. Those that follow: split by input.
+_COLUMN = r"(to_q|to_k|to_v|add_[qkv]_proj|net_0_proj|proj_mlp)"
+_ROW = r"(to_out_0|to_add_out|net_2|single_transformer_blocks\.proj_out)"
+# Applied to one vector an example, for all blocks at once: computed where the weights are, never gathered.
+_MODULATION = r"norm(1|1_context)?\.linear"
+
+# (pattern searched in a dotted path, {mesh axis: array axes that it may split, best first}); the first that matches
+# counts. Array axes are counted from the end where a stack adds a leading axis l. Letters as in method.md.
+PARAMETER_RULES: tuple[tuple[str, dict[str, tuple[int, ...]]], ...] = (
+    # basis: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q]
+    (rf"basis\..*{_ROW}\.a$", {"tensor": (-2,), "fsdp": (-3, -2, -1)}),
+    (r"basis\..*\.a$", {"tensor": (-3, -2), "fsdp": (-3, -2, -1)}),
+    (rf"basis\..*{_ROW}\.b$", {"tensor": (-3, -1), "fsdp": (-3, -1, -2)}),
+    (r"basis\..*\.b$", {"tensor": (-1,), "fsdp": (-3, -1, -2)}),
+    (r"basis\..*\.keys$", {"fsdp": (-2, -1), "tensor": (-1,)}),
+    (r"basis\..*\.projection$", {"fsdp": (-1, -2), "tensor": (-2,)}),
+    # linear layers [l, i, o] or [i, o]; the scale of a quantised kernel is [l, 1, o]
+    (rf"{_MODULATION}\.(kernel|scale)", {"fsdp": (-1,), "tensor": (-1,)}),
+    (rf"{_COLUMN}\.(kernel|scale)", {"tensor": (-1,), "fsdp": (-2, -1)}),
+    (rf"{_ROW}\.(kernel|scale)", {"tensor": (-2,), "fsdp": (-1, -2)}),
+    (rf"{_COLUMN}\.bias", {"tensor": (-1,)}),
+    # all else of two axes or more: encoders, autoencoder, embedders
+    (r"\.(kernel|embedding|weight|scale)$", {"fsdp": (-2, -1), "tensor": (-1, -2)}),
+    (r"", {}),
+)
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh with the axes of `sizes`; one size may be -1 and takes the devices that the others leave."""
-    devices = jax.device_count()
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all) of the given sizes; one size may be -1 and takes what the others leave.
+
+    Raises UserError where sizes and devices don't fit each other; nothing has been loaded by then.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shown = " × ".join(f"{name} {sizes[name]}" for name in AXES)
+    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"the mesh {shown} can't be made; give sizes of at least 1, one of them -1 at most, which "
+                        "takes the devices that the others leave: set --config.mesh.…", 2)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    shape = {name: devices // fixed if size == -1 and fixed > 0 else size for name, size in sizes.items()}
-    total = math.prod(shape.values())
-    if min(shape.values()) < 1 or total > devices:
-        raise UserError(f"the mesh {dict(sizes)} does not fit the {devices} devices found; "
-                        "set --config.mesh.… so that the product of its sizes is at most that")
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape),
-                         devices=jax.devices()[:total])
+    shape = [len(devices) // fixed if sizes[name] == -1 else sizes[name] for name in AXES]
+    total = math.prod(shape)
+    if not 0 < total <= len(devices):
+        raise UserError(f"the mesh {shown} needs {max(fixed, total)} devices, but {len(devices)} were found; set "
+                        "--config.mesh.… so that the product of its sizes is at most that", 2)
+    if total < len(devices) and (-1 in sizes.values() or jax.process_count() > 1):
+        raise UserError(f"the mesh {shown} leaves {len(devices) - total} of {len(devices)} devices idle; set "
+                        f"--config.mesh.… so that the product of its sizes is {len(devices)}", 2)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total])
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
-    """UserError unless the batch divides over the mesh's data axis."""
-    devices = mesh.shape["data"]
-    if batch % devices:
-        raise UserError(f"a batch of {batch} does not divide over {devices} devices; set --config.train.batch "
-                        f"to a multiple of {devices}, or --config.mesh.data to a divisor of {batch}")
+    """UserError unless the batch divides over the mesh's data and fsdp axes."""
+    shares = batch_shares(mesh)
+    if batch % shares:
+        raise UserError(f"a batch of {batch} does not divide over {shares} devices (data {mesh.shape['data']} × fsdp "
+                        f"{mesh.shape['fsdp']}); set --config.train.batch to a multiple of {shares}, or let "
+                        "--config.mesh.tensor take more of the devices", 2)
 
 
-def parameter_sharding(mesh: Mesh, path: str) -> NamedSharding:
-    """Where the parameter (or its optimizer state) of this dotted path lives."""
-    return NamedSharding(mesh, next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, path)))
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """UserError unless the attention heads divide over the mesh's tensor axis."""
+    if heads % mesh.shape["tensor"]:
+        raise UserError(f"{heads} attention heads do not divide over a tensor axis of {mesh.shape['tensor']}; set "
+                        f"--config.mesh.tensor to a divisor of {heads}", 2)
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The shardings of a tree that holds dicts {dotted path: array}, like an optimizer's state over trainables.
+def batch_shares(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def parameter_spec(mesh: Mesh | jax.sharding.AbstractMesh, path: str, shape: Sequence[int]) -> P:
+    """How the parameter (or its optimizer state) of this dotted path and shape is split."""
+    rule = next(rule for pattern, rule in PARAMETER_RULES if re.search(pattern, path))
+    split: list[tuple[str, ...]] = [()] * len(shape)
+    for name, axes in rule.items():
+        size = mesh.shape[name]
+        for axis in axes:
+            if size > 1 and -axis <= len(shape):
+                held = size * math.prod(mesh.shape[other] for other in split[axis])
+                if shape[axis] % held == 0:
+                    split[axis] += (name,)
+                    break
+    return P(*(names if len(names) > 1 else (names[0] if names else None) for names in split))
+
+
+def parameter_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(mesh, path, shape))
+
+
+def place(mesh: Mesh, shapes: Any) -> Any:
+    """Shapes with their shardings, of a tree that holds dicts {dotted path: shape}: parameters, optimizer states.
 
     A leaf that is not in such a dict (a count) is copied to all devices.
     """
-    def sharding(path, leaf):
-        if path and isinstance(path[-1], jax.tree_util.DictKey):
-            return parameter_sharding(mesh, path[-1].key)
-        return NamedSharding(mesh, P())
+    def placed(path, leaf):
+        named = path and isinstance(path[-1], jax.tree_util.DictKey)
+        where = parameter_sharding(mesh, path[-1].key, leaf.shape) if named else NamedSharding(mesh, P())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def shardings_of(shapes: Any) -> Any:
+    return jax.tree.map(lambda shape: shape.sharding, shapes)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Arrays [b, …] of a host's batch, split over the mesh's data axis."""
-    split = NamedSharding(mesh, P("data"))
-    return {name: jax.make_array_from_process_local_data(split, value) for name, value in batch.items()}
+    """Arrays [b, …] of a host's share of the batch, split over the mesh's data and fsdp axes."""
+    split = NamedSharding(mesh, P(BATCH))
+    return {name: jax.make_array_from_process_local_data(split, np.asarray(value)) for name, value in batch.items()}
+
+
+def put(array: Any, where: jax.ShapeDtypeStruct) -> jax.Array:
+    """A host's array in the dtype and sharding of `where`; each process moves only what its devices hold."""
+    return jax.make_array_from_callback(where.shape, where.sharding,
+                                        lambda index: np.asarray(array[index]).astype(where.dtype))
+
+
+def copied(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())

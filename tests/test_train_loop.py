@@ -18,10 +18,12 @@ import pytest
 
 from lorweb_jax import sharding
 from lorweb_jax.errors import UserError
-from lorweb_jax.train import Layout, frozen_weights, initial_trainables, make_train_step, train
+from lorweb_jax.train import train
 from lorweb_jax.training import checkpoints
 from lorweb_jax.training.checkpoints import restore_trainables
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
+from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
+from lorweb_jax.training.step import make_train_step
 
 LINE_JOB = str(Path(__file__).parent / "line_job.py")
 
@@ -55,9 +57,9 @@ def test_training_lowers_the_loss_and_leaves_its_files(whole_run):
 def test_the_step_is_the_formula(whole_run):
     """Five updates by a float64 AdamW written out here; 1e-4 relative."""
     config = line_job.get_config()
-    job, mesh = line_job.make(config), sharding.make_mesh({"data": 1})
-    layout = Layout.of(job, config.seed)
-    slope = np.asarray(initial_trainables(job, layout, config, mesh)["slope"], np.float64)
+    job, optimizer, mesh = line_job.make(config), make_optimizer(config), sharding.make_mesh(config.mesh)
+    shapes = StateShapes.of(Layout.of(job, config.seed), optimizer, config, mesh)
+    slope = np.asarray(initial_trainables(job, shapes.trainable, config)["slope"], np.float64)
     mu, nu = np.zeros_like(slope), np.zeros_like(slope)
     for step, batch in zip(range(5), job.data(config)):
         x = batch["x"].astype(np.float64)
@@ -77,11 +79,11 @@ def test_only_trainables_reach_optimizer_and_checkpoint_and_frozen_are_arguments
     np.testing.assert_array_equal(held["slope"], np.load(whole_run / "slope.npy"))
 
     config = line_job.get_config()
-    job, mesh = line_job.make(config), sharding.make_mesh({"data": 1})
+    job, optimizer, mesh = line_job.make(config), make_optimizer(config), sharding.make_mesh(config.mesh)
     layout = Layout.of(job, config.seed)
-    trainable, frozen = initial_trainables(job, layout, config, mesh), frozen_weights(job, layout, config, mesh)
+    shapes = StateShapes.of(layout, optimizer, config, mesh)
+    trainable, frozen = initial_trainables(job, shapes.trainable, config), frozen_weights(job, shapes.frozen, config)
     np.testing.assert_array_equal(frozen["frozen.a.b"], 0.5)
-    optimizer = make_optimizer(config)
     opt_state = optimizer.init(trainable)
     assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (4, 4)}
     step = jax.make_jaxpr(make_train_step(job, layout, optimizer, 0))(
@@ -224,11 +226,11 @@ def test_eight_devices_train_as_one(whole_run, tmp_path):
 def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
     run = start(tmp_path / "run", "--config.train.batch=6", XLA_FLAGS="--xla_force_host_platform_device_count=4")
     _, errors = run.communicate()
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert errors.splitlines()[-1].startswith("error: a batch of 6 does not divide over 4 devices")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_mesh_of_more_devices_than_there_are():
-    with pytest.raises(UserError, match="does not fit the 1 devices"):
-        sharding.make_mesh({"data": 3})
+    with pytest.raises(UserError, match="data 3 × fsdp 1 × tensor 1 needs 3 devices, but 1 were found"):
+        sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
