@@ -4,12 +4,14 @@ Parameters may be stored in one dtype and used in another: a layer computes in t
 except normalisation statistics, which are always float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from lorweb_jax.quantization import product, quantize
 
 # What a linear layer may be given on top of its product: `addition(x, text_tokens)` returns an update of
 # the same shape as the layer's output. `text_tokens` says how many of x's leading tokens are text tokens
@@ -29,15 +31,26 @@ _lecun = jax.nn.initializers.lecun_normal()
 
 
 class Linear(nnx.Module):
-    """y = x W (+ bias) (+ addition(x)); kernel [i, o], bias [o]."""
+    """y = x W (+ bias) (+ addition(x)); kernel [i, o], bias [o].
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init=_lecun, rngs: nnx.Rngs):
-        self.kernel = Weight(init(rngs.params(), (in_features, out_features), jnp.float32))
+    `quantization`, one of quantization.KINDS: the kernel holds 8-bit codes, and scale [1, o] what they are multiplied by.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init=_lecun,
+                 quantization: str = "none", rngs: nnx.Rngs):
+        kernel, scale = init(rngs.params(), (in_features, out_features), jnp.float32), None
+        if quantization != "none":
+            kernel, scale = quantize(kernel, quantization)
+        self.kernel = Weight(kernel)
+        self.scale = None if scale is None else Scale(scale)
         self.bias = Weight(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array, addition: Addition | None = None, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] or [b, i] -> [b, s, o] or [b, o]."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        if self.scale is None:
+            y = x @ self.kernel[...].astype(x.dtype)
+        else:
+            y = product(x, self.kernel[...], self.scale[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if addition is not None:
@@ -117,25 +130,36 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) 
     return build(rngs)
 
 
+def map_stack(stack: nnx.Module, f: Callable[[nnx.Module, Any], jax.Array], xs: Any = None) -> jax.Array:
+    """f(block, xs[block]) of all blocks of a stack at once, [l, …]: one batched product where a scan has l."""
+    graphdef, state = nnx.split(stack)
+    return jax.vmap(lambda block_state, x: f(nnx.merge(graphdef, block_state), x))(state, xs)
+
+
 # What the backward pass of a scanned block may keep; everything else is computed again.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
 def scan_stack(stack: nnx.Module, body: Callable[[nnx.Module, Any, Any], Any], carry: Any, xs: Any = None,
-               *, remat: str = "none", unroll: int = 1) -> Any:
+               *, without: Collection[str] = (), prepare: Callable[[Any], Any] = lambda weights: weights,
+               remat: str = "none", unroll: int = 1) -> Any:
     """carry after `carry = body(block, carry, xs[block])` for each block of a stack made by `stacked`.
 
-    `remat` names an entry of REMAT_POLICIES; "none" keeps every intermediate for the backward pass.
+    Layers named in `without` are not scanned over: the body must not use them. `prepare` is applied to a block's
+    weights as a step begins. `remat` names an entry of REMAT_POLICIES; "none" keeps every intermediate for the
+    backward pass.
     """
-    graphdef, state = nnx.split(stack)
+    graphdef, unused, state = nnx.split(stack, lambda path, _: path[0] in without, ...)
 
     def step(carry, slices):
         block_state, block_xs = slices
-        return body(nnx.merge(graphdef, block_state), carry, block_xs), None
+        # What isn't used stays a whole stack, and no part of the program.
+        return body(nnx.merge(graphdef, unused, prepare(block_state)), carry, block_xs), None
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)

@@ -58,23 +58,32 @@ class AnalogyModel(nnx.Module):
 
     def velocity(self, noisy_bsc: jax.Array, condition_bsc: jax.Array, text: jax.Array, pooled: jax.Array,
                  time_b: jax.Array, guidance_b: jax.Array, size: tuple[int, int],
-                 additions: dict[str, Addition] | None = None, *, round_to_bfloat16: bool = False) -> jax.Array:
+                 additions: dict[str, Addition] | None = None) -> jax.Array:
         """Velocity of the noisy tokens, float32 [b, s, c]; `size` = (height, width) of the grid in pixels."""
+        modulations = self.transformer.modulations(pooled, time_b, guidance_b, additions)
+        return self._velocity(noisy_bsc, condition_bsc, text, modulations, size, additions)
+
+    def _velocity(self, noisy_bsc, condition_bsc, text, modulations, size, additions) -> jax.Array:
         height, width = (side // self.vae.config.downscale for side in size)
         ids = jnp.concatenate([position_ids(height, width, 0), position_ids(height, width, 1)])
         hidden = jnp.concatenate([noisy_bsc, condition_bsc], axis=1).astype(self.dtype)
-        velocity = self.transformer(hidden, text, pooled, time_b, guidance_b, ids, text_ids(text.shape[1]), additions,
-                                    round_to_bfloat16=round_to_bfloat16)
+        velocity = self.transformer.velocity(hidden, text, modulations, ids, text_ids(text.shape[1]), additions)
         return velocity[:, :noisy_bsc.shape[1]].astype(jnp.float32)
 
     def sample(self, noise_bsc: jax.Array, condition_bsc: jax.Array, text: jax.Array, pooled: jax.Array,
                guidance: jax.Array, sigmas: jax.Array, size: tuple[int, int],
                additions: dict[str, Addition] | None = None, *, round_to_bfloat16: bool = False) -> jax.Array:
-        """Tokens of the finished grid, float32 [b, s, c], by Euler steps over `sigmas` [steps + 1]."""
+        """Tokens of the finished grid, float32 [b, s, c], by Euler steps over `sigmas` [steps + 1].
+
+        The modulations of all steps, which depend on the noise level alone, come out of one product beforehand.
+        """
         guidance_b = jnp.broadcast_to(guidance, noise_bsc.shape[:1])
 
-        def velocity(z, time_b):
-            return self.velocity(z, condition_bsc, text, pooled, time_b, guidance_b, size, additions,
-                                 round_to_bfloat16=round_to_bfloat16)
+        def modulations(sigma):
+            return self.transformer.modulations(pooled, jnp.broadcast_to(sigma, guidance_b.shape), guidance_b,
+                                                additions, round_to_bfloat16)
 
-        return euler(velocity, noise_bsc, sigmas)
+        def velocity(z, modulations):
+            return self._velocity(z, condition_bsc, text, modulations, size, additions)
+
+        return euler(velocity, noise_bsc, sigmas, jax.vmap(modulations)(jnp.asarray(sigmas)[:-1]))

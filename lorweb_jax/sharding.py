@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from lorweb_jax.errors import UserError
@@ -34,15 +35,16 @@ PARAMETER_RULES: tuple[tuple[str, dict[str, tuple[int, ...]]], ...] = (
     (r"basis\..*\.a$", {"tensor": (-3, -2), "fsdp": (-3, -2, -1)}),
     (rf"basis\..*{_ROW}\.b$", {"tensor": (-3, -1), "fsdp": (-3, -1, -2)}),
     (r"basis\..*\.b$", {"tensor": (-1,), "fsdp": (-3, -1, -2)}),
-    (r"basis\..*\.keys$", {"fsdp": (-2, -1), "tensor": (-1,)}),
-    (r"basis\..*\.projection$", {"fsdp": (-1, -2), "tensor": (-2,)}),
+    # the router's are split by k: a score is a sum over k, and sums of [l, b, n] are all that has to travel
+    (r"basis\..*\.keys$", {"fsdp": (-1, -2), "tensor": (-1,)}),
+    (r"basis\..*\.projection$", {"fsdp": (-2, -1), "tensor": (-2,)}),
     # linear layers [l, i, o] or [i, o]; the scale of a quantised kernel is [l, 1, o]
     (rf"{_MODULATION}\.(kernel|scale)", {"fsdp": (-1,), "tensor": (-1,)}),
     (rf"{_COLUMN}\.(kernel|scale)", {"tensor": (-1,), "fsdp": (-2, -1)}),
     (rf"{_ROW}\.(kernel|scale)", {"tensor": (-2,), "fsdp": (-1, -2)}),
     (rf"{_COLUMN}\.bias", {"tensor": (-1,)}),
     # all else of two axes or more: encoders, autoencoder, embedders
-    (r"\.(kernel|embedding|weight|scale)$", {"fsdp": (-2, -1), "tensor": (-1, -2)}),
+    (r"(^|\.)(kernel|embedding)$", {"fsdp": (-2, -1), "tensor": (-1, -2)}),
     (r"", {}),
 )
 
@@ -126,6 +128,13 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda shape: shape.sharding, shapes)
 
 
+def batch_rows(mesh: Mesh, batch: int) -> list[int]:
+    """Which rows of a batch this process's devices hold, in the order in which `put_batch` takes them."""
+    split = NamedSharding(mesh, P(BATCH))
+    return sorted({row for (part, *_) in split.addressable_devices_indices_map((batch,)).values()
+                   for row in range(*part.indices(batch))})
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Arrays [b, …] of a host's share of the batch, split over the mesh's data and fsdp axes."""
     split = NamedSharding(mesh, P(BATCH))
@@ -141,3 +150,58 @@ def put(array: Any, where: jax.ShapeDtypeStruct) -> jax.Array:
 def copied(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole of an array in this process's memory, also where other hosts hold parts of it: all must call this."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+ANY = P.UNCONSTRAINED  # in `constrain`: whatever the partitioner likes best
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """x, an array inside a jitted function, split over the mesh of the context as named, axis by axis.
+
+    Each entry is "batch" (split over data and fsdp), a mesh axis or a tuple of them, None (not split) or ANY. Mesh
+    axes that don't divide the array's axis are left out; without a mesh in the context, x is returned as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = P(*(axis if axis in (None, ANY) else dividing(mesh, size, BATCH if axis == "batch" else axis)
+               for axis, size in zip(axes, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def dividing(mesh, size: int, names: str | tuple[str, ...]) -> tuple[str, ...] | None:
+    kept: tuple[str, ...] = ()
+    for name in (names,) if isinstance(names, str) else names:
+        if size % (mesh.shape[name] * math.prod(mesh.shape[other] for other in kept)) == 0:
+            kept += (name,)
+    return kept or None
+
+
+def gathered(parameters: Any, within: str) -> Any:
+    """Parameters of one block of the stack `within`, [i, o] and the like, whole along fsdp: what a scan's step uses.
+
+    Saying so keeps the gathering inside the scan, one block at a time, and in the dtype that the weights are stored
+    in. Takes a tree whose paths are those of the rules (an nnx.State); a no-op without a mesh in the context.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return parameters
+
+    def whole(path, leaf):
+        name = ".".join([within, *(str(getattr(key, "key", getattr(key, "name", key))) for key in path)])
+        spec = parameter_spec(mesh, name.removesuffix(".value"), leaf.shape)
+        return jax.lax.with_sharding_constraint(leaf, P(*(_without(names, "fsdp") for names in spec)))
+
+    return jax.tree_util.tree_map_with_path(whole, parameters)
+
+
+def _without(names: Any, name: str) -> tuple[str, ...] | None:
+    kept = tuple(other for other in ((names,) if isinstance(names, str) else names or ()) if other != name)
+    return kept or None

@@ -81,8 +81,8 @@ def test_remat_policies_and_unrolling_give_the_same_gradients():
         return flat_state(nnx.merge(graphdef, loss(state)))
 
     expected = gradients()
-    assert set(REMAT_POLICIES) == {"none", "full", "dots"}
-    for options in ({"remat": "full"}, {"remat": "dots", "unroll": 2}):
+    assert set(REMAT_POLICIES) == {"none", "full", "attention", "dots"}
+    for options in ({"remat": "full"}, {"remat": "attention"}, {"remat": "dots", "unroll": 2}):
         for path, found in gradients(**options).items():
             size = np.linalg.norm(expected[path])
             assert np.linalg.norm(found - expected[path]) <= TOLERANCE * max(size, 1e-3), (options, path)

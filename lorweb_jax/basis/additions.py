@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lorweb_jax import sharding
 from lorweb_jax.basis.router import coefficients, internal_query
 
 
@@ -25,8 +26,10 @@ class LowRankMix:
         """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]. Two products of inner width n·r, as wide as the hardware
         likes, instead of n narrow ones."""
         n, i, r = self.a_nir.shape
-        a = self.a_nir.astype(x.dtype).transpose(1, 0, 2).reshape(i, n * r)
-        b = self.b_nro.astype(x.dtype).reshape(n * r, -1)
+        # Members split over devices are gathered here, one layer at a time and in the dtype of the product.
+        a = sharding.constrain(self.a_nir.astype(x.dtype), None, sharding.ANY, None)
+        b = sharding.constrain(self.b_nro.astype(x.dtype), None, None, sharding.ANY)
+        a, b = a.transpose(1, 0, 2).reshape(i, n * r), b.reshape(n * r, -1)
         coeff = jnp.repeat(self.scale * self.coeff_bn, r, axis=-1).astype(x.dtype)
         return ((x @ a) * (coeff if x.ndim == 2 else coeff[:, None])) @ b
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorweb_jax import sharding
 from lorweb_jax.basis.additions import LowRankMix, RoutedMix
 from lorweb_jax.basis.router import coefficients
 from lorweb_jax.errors import UserError
@@ -120,12 +121,15 @@ class Basis(nnx.Module):
             raise UserError(f"the query is {query_bq.shape[1]} wide and the basis expects {config.query_dim} "
                             f"({config.query_mode}); use the image encoder and query mode that it was trained with")
 
+        # Rows are few, projections many: every device works with its share of k, for all rows.
+        query_bq = sharding.constrain(query_bq, None, None)
+
         def one_layer(keys, projection):
             return coefficients(query_bq, keys, projection, heads=config.heads, activation=config.activation,
                                 reduction=config.reduction)
 
-        return {path: jax.vmap(one_layer)(layer.keys[...], _value(layer.projection))
-                for path, layer in self.layers.items()}
+        return {path: sharding.constrain(jax.vmap(one_layer)(layer.keys[...], _value(layer.projection)),
+                                         None, "batch", None) for path, layer in self.layers.items()}
 
     def additions(self, coeffs: dict[str, jax.Array] | None = None) -> dict[str, LowRankMix | RoutedMix]:
         """What each stack of layers adds, for the coefficients [l, b, n] of `coefficients` (None: internal query)."""

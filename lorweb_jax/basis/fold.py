@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorweb_jax.basis.additions import LowRankMix
+from lorweb_jax.errors import UserError
+from lorweb_jax.layers import Scale
 
 
 def weight_update(mix: LowRankMix) -> jax.Array:
@@ -15,11 +17,20 @@ def weight_update(mix: LowRankMix) -> jax.Array:
     return a @ mix.b_nro.astype(jnp.float32).reshape(l, n * r, -1)
 
 
+def can_fold(module: nnx.Module) -> bool:
+    """Whether the module's linear layers can take an update: none of them is quantised."""
+    return not jax.tree.leaves(nnx.state(module, Scale))
+
+
 def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
     """A copy of `module` whose linear layers, found by path, have the updates added to their kernels.
 
-    Every mix must hold one example (b = 1). Kernels keep their dtype; the sum is made in float32.
+    Every mix must hold one example (b = 1). Kernels keep their dtype; the sum is made in float32. Raises UserError for
+    8-bit kernels, whose codes are coarser than the update: see `can_fold`.
     """
+    if not can_fold(module):
+        raise UserError("the base is quantised to 8 bit, and a mix can't be folded into such kernels: rounding would "
+                        "swallow it; leave folding out, or load the base without quantisation", 2)
     graphdef, state = nnx.split(module)
     folded = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     for path, mix in mixes.items():

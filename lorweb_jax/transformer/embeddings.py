@@ -81,8 +81,21 @@ def rotary(ids_s3: jax.Array, axes_dims: tuple[int, ...], theta: float = 10_000.
 
 def rotate(x_bsha: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate neighbouring channel pairs of x [b, s, heads, a] by the angles of `rotary`; in float32."""
-    cos, sin = (part[None, :, None, :] for part in rope)
-    pairs = x_bsha.astype(jnp.float32).reshape(*x_bsha.shape[:-1], -1, 2)
+    return jax.lax.platform_dependent(x_bsha, *rope, tpu=_rotate_lanes, default=_rotate_pairs)
+
+
+def _rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-    return turned.reshape(x_bsha.shape).astype(x_bsha.dtype)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_lanes(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The same where the last axis lies in a register's lanes: an axis of length 2 would leave most of them empty."""
+    cos, sin = (jnp.repeat(part, 2, axis=-1)[None, :, None, :] for part in (cos, sin))
+    wide = x.astype(jnp.float32)
+    even = jnp.arange(x.shape[-1]) % 2 == 0
+    partner = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    return (wide * cos + partner * sin).astype(x.dtype)

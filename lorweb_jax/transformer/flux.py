@@ -1,14 +1,16 @@
 """The FLUX.1 Kontext transformer (diffusers' FluxTransformer2DModel): noisy and conditioning tokens -> velocity."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorweb_jax import sharding
 from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Addition, Linear, scan_stack, stacked
+from lorweb_jax.layers import Addition, Linear, map_stack, scan_stack, stacked
 from lorweb_jax.transformer.blocks import DoubleBlock, OutputNorm, SingleBlock
 from lorweb_jax.transformer.embeddings import TimeTextEmbedding, rotary
 
@@ -79,21 +81,34 @@ def block_linears(config: FluxConfig) -> dict[str, LinearShape]:
                      for name, io in shapes.items() if single}
 
 
+class Modulations(NamedTuple):
+    """Scales, shifts and gates of every block: {layer: [l, b, count·d]} of each stack, and the last layer's [b, 2d]."""
+
+    double: dict[str, jax.Array]
+    single: dict[str, jax.Array]
+    output: jax.Array
+
+
 class Flux(nnx.Module):
     """FLUX.1 Kontext. `remat` is a key of layers.REMAT_POLICIES, `attention` an implementation of
-    jax.nn.dot_product_attention ("xla" or "cudnn"), `unroll` how many scanned blocks are compiled side by side."""
+    attention.attend, `unroll` how many scanned blocks are compiled side by side, `quantization` one of
+    quantization.KINDS, for the linear layers inside the blocks (`block_linears`).
+
+    The blocks' modulations depend on the timestep, guidance and pooled text alone: they are computed for all blocks
+    in one product a stack, ahead of the blocks, and when sampling ahead of all steps (`modulations`).
+    """
 
     def __init__(self, config: FluxConfig, *, remat: str = "none", attention: str = "xla", unroll: int = 1,
-                 rngs: nnx.Rngs):
+                 quantization: str = "none", rngs: nnx.Rngs):
         self.config, self.remat, self.unroll = config, remat, unroll
         d, heads = config.features, config.num_attention_heads
         self.x_embedder = Linear(config.in_channels, d, rngs=rngs)
         self.context_embedder = Linear(config.joint_attention_dim, d, rngs=rngs)
         self.time_text_embed = TimeTextEmbedding(config.pooled_projection_dim, d, config.guidance_embeds, rngs=rngs)
         self.transformer_blocks = stacked(
-            lambda rngs: DoubleBlock(d, heads, attention, rngs=rngs), config.num_layers, rngs)
+            lambda rngs: DoubleBlock(d, heads, attention, quantization, rngs=rngs), config.num_layers, rngs)
         self.single_transformer_blocks = stacked(
-            lambda rngs: SingleBlock(d, heads, attention, rngs=rngs), config.num_single_layers, rngs)
+            lambda rngs: SingleBlock(d, heads, attention, quantization, rngs=rngs), config.num_single_layers, rngs)
         self.norm_out = OutputNorm(d, rngs=rngs)
         self.proj_out = Linear(d, config.in_channels, rngs=rngs)
 
@@ -111,24 +126,55 @@ class Flux(nnx.Module):
           additions: by path in `block_linears`, each with a leading axis l; None for the plain model.
           round_to_bfloat16: see TimeTextEmbedding.
         """
-        additions = additions or {}
+        modulations = self.modulations(pooled_bp, timestep_b, guidance_b, additions, round_to_bfloat16)
+        return self.velocity(hidden_bsc, text_btj, modulations, image_ids_s3, text_ids_t3, additions)
+
+    def modulations(self, pooled_bp: jax.Array, timestep_b: jax.Array, guidance_b: jax.Array | None,
+                    additions: dict[str, Addition] | None = None, round_to_bfloat16: bool = False) -> Modulations:
+        """All that the timestep changes: {stack: {layer: [l, b, count·d]}} and the last layer's [b, 2d]."""
         vector = self.time_text_embed(timestep_b, guidance_b, pooled_bp, round_to_bfloat16)
-        image, text = self.x_embedder(hidden_bsc), self.context_embedder(text_btj)
+        # Few rows and a quarter of all weights: every device makes its share of the outputs for all rows, so that
+        # rows travel, not weights.
+        vector = sharding.constrain(vector, None, None)
+
+        def of_stack(stack: str) -> dict[str, jax.Array]:
+            blocks, add = getattr(self, stack), _within(stack, additions or {})
+            made = {name: map_stack(getattr(blocks, name), lambda layer, addition: layer(vector, addition),
+                                    add.get(f"{name}.linear")) for name in blocks.MODULATIONS}
+            split = {name: sharding.constrain(y, None, None, ("fsdp", "tensor")) for name, y in made.items()}
+            return {name: sharding.constrain(y, None, "batch", None) for name, y in split.items()}
+
+        return Modulations(of_stack("transformer_blocks"), of_stack("single_transformer_blocks"),
+                           sharding.constrain(self.norm_out.vectors(vector), "batch", None))
+
+    def velocity(self, hidden_bsc: jax.Array, text_btj: jax.Array, modulations: Modulations, image_ids_s3: jax.Array,
+                 text_ids_t3: jax.Array, additions: dict[str, Addition] | None = None) -> jax.Array:
+        """`__call__` for modulations that are known."""
+        def placed(x):
+            return sharding.constrain(x, "batch", None, None)
+
+        image, text = placed(self.x_embedder(hidden_bsc)), placed(self.context_embedder(text_btj))
         rope = rotary(jnp.concatenate([text_ids_t3, image_ids_s3]), self.config.axes_dims_rope)
-
-        def double(block, streams, add):
-            return block(*streams, vector, rope, add)
-
-        image, text = scan_stack(self.transformer_blocks, double, (image, text),
-                                 _within("transformer_blocks", additions), remat=self.remat, unroll=self.unroll)
         length = text.shape[1]
 
-        def single(block, x, add):
-            return block(x, vector, rope, add, length)
+        def double(block, streams, slices):
+            image, text = block(*streams, slices[0], rope, slices[1])
+            return placed(image), placed(text)
 
-        x = scan_stack(self.single_transformer_blocks, single, jnp.concatenate([text, image], axis=1),
-                       _within("single_transformer_blocks", additions), remat=self.remat, unroll=self.unroll)
-        return self.proj_out(self.norm_out(x[:, length:], vector))
+        def single(block, x, slices):
+            return placed(block(x, slices[0], rope, slices[1], length))
+
+        def scan(stack, body, carry, mods):
+            blocks = getattr(self, stack)
+            add = {name: addition for name, addition in _within(stack, additions or {}).items()
+                   if name.removesuffix(".linear") not in blocks.MODULATIONS}
+            return scan_stack(blocks, body, carry, (mods, add), without=blocks.MODULATIONS,
+                              prepare=functools.partial(sharding.gathered, within=stack),
+                              remat=self.remat, unroll=self.unroll)
+
+        image, text = scan("transformer_blocks", double, (image, text), modulations.double)
+        x = scan("single_transformer_blocks", single, jnp.concatenate([text, image], axis=1), modulations.single)
+        return self.proj_out(self.norm_out(x[:, length:], modulations.output))
 
 
 def _within(stack: str, additions: dict[str, Addition]) -> dict[str, Addition]:
