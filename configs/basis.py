@@ -8,19 +8,21 @@ published format (export/basis.safetensors with its config.yaml).
 
 Variants, as in --config=configs/basis.py:tanh
     kontext    the paper's recipe at full size: FLUX.1 Kontext, N = 32, r = 4, 10,000 steps on Relation252K
+    kontext_16 the same for 16 chips, such as a v6e-16: 16 examples a step, one on each
     tanh       coefficients by tanh instead of softmax
     internal   coefficients from each layer's own input instead of the image encoder
     smoke      a few seconds, to see that everything works
 
 For kontext, say where the weights and data lie: --config.pipeline, --config.basis.encoder (a CLIP ViT-L/14 folder)
-and --config.data.root.
+and --config.data.root, to `python -m lorweb_jax.precompute` first and then to lorweb_jax.main.
 """
 
 from lorweb_jax.config import base_config, choose_variant
 
 
 def get_config(variant: str = ""):
-    return choose_variant({"": default, "kontext": kontext, "tanh": tanh, "internal": internal, "smoke": smoke}, variant)
+    return choose_variant({"": default, "kontext": kontext, "kontext_16": kontext_16,
+                           "tanh": tanh, "internal": internal, "smoke": smoke}, variant)
 
 
 def default():
@@ -42,11 +44,17 @@ def default():
         task_balanced=True,    # every task equally often, however many pairs it has
         workers=0)             # processes that read images; 0 reads in the main one
 
+    # Folder that `python -m lorweb_jax.precompute` filled with text embeddings and image embeddings: training takes
+    # them from there and has no encoders on its devices. "" computes them in every step.
+    config.precomputed = ""
+
     config.loss_weight = "bell"  # by timestep: bell, as published, or uniform
     config.guidance = 1.0        # guidance input while training
     config.compute_dtype = "float32"
-    config.remat = "none"        # what is computed again in the backward pass: none, dots, full
-    config.attention = "xla"     # or cudnn, on NVIDIA GPUs
+    config.quantization = "none" # of the frozen transformer's blocks: none, int8 or fp8
+    config.remat = "none"        # what the backward pass computes again: none, dots (all but products), attention
+                                 # (all but attention), full (everything inside a block)
+    config.attention = "auto"    # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
     config.unroll = 8            # blocks compiled side by side
 
     config.show = dict(tasks=12, per_task=2, batch=12, steps=12, guidance=2.5)
@@ -69,12 +77,20 @@ def kontext():
     config.pipeline, config.basis.encoder = "FLUX.1-Kontext-dev", "clip-vit-large-patch14"
     config.basis.size, config.basis.key_dim = 32, 128
     config.data.root, config.data.quadrant_size, config.data.workers = "Relation252K", 256, 8
+    config.precomputed = "local_data/precomputed"
     config.compute_dtype = config.train.frozen_dtype = "bfloat16"
     config.remat, config.unroll = "full", 1
     config.show.steps, config.show.batch = 28, 2
     config.train.steps, config.train.batch = 10_000, 6
     config.train.checkpoint_every = 250
     config.optimizer.learning_rate, config.optimizer.schedule, config.optimizer.warmup = 1e-3, "constant", 0
+    return config
+
+
+def kontext_16():
+    """`kontext` where batch 6 would leave chips idle: 16 examples a step, weights split over 16 devices."""
+    config = kontext()
+    config.train.batch = config.mesh.fsdp = 16
     return config
 
 

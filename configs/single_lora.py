@@ -3,6 +3,8 @@
     python -m lorweb_jax.main --config=configs/single_lora.py
 
 Takes as long as configs/basis.py. Leaves an ordinary LoRA in runs/single_lora/export/lora.safetensors.
+
+Variants: kontext (full size: rank 128, as large as the paper's basis), kontext_16 (the same on 16 chips), smoke.
 """
 
 from configs import basis
@@ -10,7 +12,8 @@ from lorweb_jax.config import choose_variant
 
 
 def get_config(variant: str = ""):
-    return choose_variant({"": lambda: single(basis.default()), "smoke": lambda: single(basis.smoke())}, variant)
+    made = {"": basis.default, "kontext": basis.kontext, "kontext_16": basis.kontext_16, "smoke": basis.smoke}
+    return choose_variant({name: lambda make=make: single(make()) for name, make in made.items()}, variant)
 
 
 def single(config):

@@ -121,8 +121,8 @@ class Basis(nnx.Module):
             raise UserError(f"the query is {query_bq.shape[1]} wide and the basis expects {config.query_dim} "
                             f"({config.query_mode}); use the image encoder and query mode that it was trained with")
 
-        # Rows are few, projections many: every device works with its share of k, for all rows.
-        query_bq = sharding.constrain(query_bq, None, None)
+        # Rows are few, projections many: rows travel, and every device works with its share of k.
+        query_bq = sharding.constrain(query_bq, "data", None)
 
         def one_layer(keys, projection):
             return coefficients(query_bq, keys, projection, heads=config.heads, activation=config.activation,

@@ -133,16 +133,17 @@ class Flux(nnx.Module):
                     additions: dict[str, Addition] | None = None, round_to_bfloat16: bool = False) -> Modulations:
         """All that the timestep changes: {stack: {layer: [l, b, count·d]}} and the last layer's [b, 2d]."""
         vector = self.time_text_embed(timestep_b, guidance_b, pooled_bp, round_to_bfloat16)
-        # Few rows and a quarter of all weights: every device makes its share of the outputs for all rows, so that
-        # rows travel, not weights.
-        vector = sharding.constrain(vector, None, None)
+        # Few rows and a quarter of all weights: every device makes its share of the outputs for the rows of all who
+        # share the weights with it, so that rows travel, not weights.
+        vector = sharding.constrain(vector, "data", None)
 
         def of_stack(stack: str) -> dict[str, jax.Array]:
             blocks, add = getattr(self, stack), _within(stack, additions or {})
             made = {name: map_stack(getattr(blocks, name), lambda layer, addition: layer(vector, addition),
                                     add.get(f"{name}.linear")) for name in blocks.MODULATIONS}
-            split = {name: sharding.constrain(y, None, None, ("fsdp", "tensor")) for name, y in made.items()}
-            return {name: sharding.constrain(y, None, "batch", None) for name, y in split.items()}
+            for rows, features in (("data", ("fsdp", "tensor")), ("data", "fsdp"), ("batch", None)):
+                made = {name: sharding.constrain(y, None, rows, features) for name, y in made.items()}
+            return made
 
         return Modulations(of_stack("transformer_blocks"), of_stack("single_transformer_blocks"),
                            sharding.constrain(self.norm_out.vectors(vector), "batch", None))

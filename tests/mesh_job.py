@@ -1,0 +1,101 @@
+"""A small FLUX with a routed basis as a training job, and three steps of it on any mesh: what test_mesh.py compares.
+
+Run as a program it prints, for each mesh given as data,fsdp,tensor, where its arrays end up, as .npz files.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax import sharding
+from lorweb_jax.basis.basis import Basis, BasisConfig, BasisParam
+from lorweb_jax.config import base_config
+from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
+from lorweb_jax.training.optimizer import make_optimizer
+from lorweb_jax.training.state import Layout, StateShapes, frozen_weights
+from lorweb_jax.training.step import jit_train_step
+
+FLUX = FluxConfig(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=8,
+                  joint_attention_dim=24, pooled_projection_dim=12, axes_dims_rope=(2, 2, 4))
+BATCH, TOKENS, TEXT, QUERY = 8, 6, 5, 20
+
+
+class Model(nnx.Module):
+    def __init__(self, quantization: str, rngs: nnx.Rngs):
+        self.transformer = Flux(FLUX, remat="full", quantization=quantization, rngs=rngs)
+        self.basis = Basis(BasisConfig(size=8, rank=2, key_dim=16, query_dim=QUERY), block_linears(FLUX), rngs=rngs)
+
+
+class MeshJob:
+    trainable = BasisParam
+
+    def __init__(self, quantization: str = "none"):
+        self.quantization = quantization
+
+    def build(self, rngs):
+        return Model(self.quantization, rngs)
+
+    def frozen(self, shapes):
+        return random_arrays(shapes)
+
+    def loss(self, model, batch, key):
+        additions = model.basis.additions(model.basis.coefficients(batch["query"]))
+        ids = jnp.stack([jnp.arange(TOKENS)] * 3, axis=-1)
+        velocity = model.transformer(batch["hidden"], batch["text"], batch["pooled"], batch["time"],
+                                     jnp.ones(BATCH), ids, jnp.zeros((TEXT, 3)), additions)
+        noise = jax.random.normal(key, velocity.shape)
+        return jnp.square(velocity - batch["target"] - noise).mean(), {}
+
+
+def random_arrays(shapes):
+    """Nothing is zero, as a fresh model's modulations and B are, so that every part of the model matters."""
+    random, made = np.random.default_rng(0), {}
+    for name, shape in sorted(shapes.items()):
+        if np.issubdtype(shape.dtype, np.integer):
+            made[name] = random.integers(-127, 128, shape.shape, np.int8)
+        else:
+            size = {"scale": 1e-3 if name.endswith("linear.scale") else 1.0, "keys": 1.0, "b": 0.3}.get(name.split(".")[-1], 0.1)
+            made[name] = (size * (1 + 0.1 * random.normal(size=shape.shape)) if name.endswith("scale")
+                          else random.normal(0, size, shape.shape)).astype(np.float32)
+    return made
+
+
+def batches():
+    random = np.random.default_rng(3)
+    shapes = dict(hidden=(TOKENS, 16), text=(TEXT, 24), pooled=(12,), query=(QUERY,), target=(TOKENS, 16))
+    for step in range(3):
+        yield {name: random.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()} | {
+            "time": random.uniform(size=BATCH).astype(np.float32)}
+
+
+def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, np.ndarray]:
+    """Trained arrays after three steps, "loss" [3], and "share/<path>": a device's share of each parameter."""
+    config = base_config("mesh")
+    job, optimizer, mesh = MeshJob(quantization), make_optimizer(config), sharding.make_mesh(sizes)
+    layout = Layout.of(job, 0)
+    shapes = StateShapes.of(layout, optimizer, config, mesh)
+    frozen = frozen_weights(job, shapes.frozen, config)
+    trainable = {name: sharding.put(array, shapes.trainable[name])
+                 for name, array in random_arrays(shapes.trainable).items()}
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
+    losses = []
+    with jax.set_mesh(mesh):
+        step = jit_train_step(job, layout, optimizer, 0, mesh, shapes)
+        for index, batch in enumerate(batches()):
+            trainable, opt_state, metrics = step(trainable, opt_state, frozen, sharding.put_batch(mesh, batch),
+                                                 np.uint32(index))
+            losses.append(float(metrics["loss"]))
+    share = {f"share/{name}": array.addressable_shards[0].data.size / array.size
+             for name, array in {**trainable, **frozen}.items()}
+    return {name: np.asarray(array) for name, array in trainable.items()} | {"loss": np.array(losses)} | share
+
+
+if __name__ == "__main__":
+    out, quantization, *meshes = sys.argv[1:]
+    for mesh in meshes:
+        found = three_steps(dict(zip(sharding.AXES, map(int, mesh.split(",")))), quantization)
+        np.savez(Path(out) / f"{mesh}.npz", **found)
