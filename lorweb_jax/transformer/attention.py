@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
@@ -54,6 +55,23 @@ def resolve(implementation: str, platform: str, dtype: jnp.dtype, head_dim: int)
         raise UserError(f"attention {implementation!r} does not run on this {platform} in {jnp.dtype(dtype).name} with "
                         f"heads of width {head_dim}; choose auto or one of {', '.join(possible)}", 2)
     return implementation
+
+
+def choose(implementation: str, shape: tuple[int, int, int, int], dtype: jnp.dtype, backward: bool) -> str:
+    """`resolve` for this machine's device, where "auto" is settled by measuring at q's shape [b, s, heads, a] if there
+    is more than one candidate. All processes of a run get the same answer."""
+    name, possible = (resolve(implementation, jax.default_backend(), dtype, shape[-1]),
+                      candidates(jax.default_backend(), dtype, shape[-1]))
+    if implementation != "auto" or len(possible) == 1:
+        return name
+    found = fastest(shape, dtype, backward)
+    index = np.int32(possible.index(next(iter(found), name)))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        index = multihost_utils.broadcast_one_to_all(index)
+    print(f"attention: {possible[int(index)]} ("
+          + ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in found.items()) + ")", flush=True)
+    return possible[int(index)]
 
 
 def fastest(shape: tuple[int, int, int, int], dtype: jnp.dtype, backward: bool, repeats: int = 5) -> dict[str, float]:
