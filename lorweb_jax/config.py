@@ -15,7 +15,9 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.images.io import write_file
 
 # Fields that a run may change when it goes on from its own checkpoint.
-MAY_CHANGE = frozenset({"train.steps", "train.log_every", "train.checkpoint_every", "train.picture_every"})
+MAY_CHANGE = frozenset({"train.steps", "train.log_every", "train.checkpoint_every", "train.picture_every",
+                        # where and how it is computed, as other hardware may need it
+                        "mesh.data", "mesh.fsdp", "mesh.tensor", "remat", "attention", "unroll", "data.workers"})
 
 
 def base_config(job: str) -> ConfigDict:
@@ -40,6 +42,7 @@ def base_config(job: str) -> ConfigDict:
     config.optimizer.warmup = 0     # steps of linear rise from 0
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.99
+    config.optimizer.moments = "float32"  # storage of adamw's two averages: float32, bfloat16 or int8
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip = 1.0     # largest global norm of the gradient
 
@@ -72,6 +75,12 @@ def check(config: ConfigDict) -> None:
                         "it must be float32, bfloat16 or float16", code=2)
     if optimizer.name not in ("adamw", "muon"):
         raise UserError(f"config.optimizer.name is {optimizer.name!r}; it must be adamw or muon", code=2)
+    if optimizer.moments not in ("float32", "bfloat16", "int8"):
+        raise UserError(f"config.optimizer.moments is {optimizer.moments!r}; it must be float32, bfloat16 or int8",
+                        code=2)
+    if optimizer.moments != "float32" and optimizer.name != "adamw":
+        raise UserError(f"config.optimizer.moments is {optimizer.moments!r}, but {optimizer.name} keeps its averages in "
+                        "float32; leave it at float32, or set --config.optimizer.name=adamw", code=2)
     if optimizer.schedule not in ("constant", "cosine"):
         raise UserError(f"config.optimizer.schedule is {optimizer.schedule!r}; it must be constant or cosine", code=2)
     if not 0 <= optimizer.warmup < train.steps:

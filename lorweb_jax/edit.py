@@ -37,7 +37,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                              "and faster)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="what the transformer computes in (default: float32; bfloat16 on GPU and TPU)")
-    parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="cudnn on NVIDIA GPUs")
+    parser.add_argument("--attention", choices=["auto", "xla", "cudnn", "pallas"], default="auto",
+                        help="auto: pallas on TPUs, cudnn on NVIDIA GPUs in 16 bit, else xla")
+    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none",
+                        help="keep the transformer's blocks in 8 bit, half of bfloat16's memory (default: none)")
     parser.add_argument("--round-to-bfloat16", action="store_true",
                         help="round timestep and guidance as the published pipeline does, to compare pixel by pixel")
     return parser.parse_args(arguments)
@@ -66,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     a, a2 = read_image(args.a), read_image(args.a2)
     bs = [read_image(path) for path in args.b]
-    pipeline = Pipeline.load(args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention)
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention,
+                             quantization=args.quantization)
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]

@@ -12,20 +12,27 @@ class UserError(Exception):
         self.code = code
 
 
+def told(error: BaseException) -> tuple[str, int] | None:
+    """(what to tell a person, exit status); None for an error of the program's own."""
+    match error:
+        case UserError():
+            return f"error: {error}", error.code
+        case OSError():
+            return (f"error: {error.strerror or error}: {error.filename or 'no file named'}; check the path, its "
+                    "permissions and the free space, then run the command again"), 1
+        case KeyboardInterrupt():
+            return "stopped; what was saved stays, and the same command goes on from there", 130
+    return None
+
+
 def run_command(command: Callable[[], int | None]) -> None:
     """Run a command-line program: a UserError or a full/read-only disk becomes one line and an exit status."""
     try:
         sys.exit(command() or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         sys.exit(0)
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or 'no file named'}; check the path, its "
-              "permissions and the free space, then run the command again", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; what was saved stays, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        message, status = told(error)
+        print(message, file=sys.stderr)
+        sys.exit(status)

@@ -33,7 +33,7 @@ _lecun = jax.nn.initializers.lecun_normal()
 class Linear(nnx.Module):
     """y = x W (+ bias) (+ addition(x)); kernel [i, o], bias [o].
 
-    `quantization`, one of quantization.KINDS: the kernel holds 8-bit codes, and scale [1, o] what they are multiplied by.
+    `quantization`, one of quantization.KINDS: the kernel holds 8-bit codes, and scale [1, o] what multiplies them.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init=_lecun,

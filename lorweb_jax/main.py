@@ -22,7 +22,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from lorweb_jax import config as configs
+from lorweb_jax import distributed
 from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.watch import stop_status
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "config file, with :variant after it if wanted")
@@ -73,14 +75,16 @@ def unknown_field(name: str, known: dict) -> UserError:
     return UserError(f"there is no field {name}; near it are: {', '.join(dict.fromkeys(near))}", code=2)
 
 
-def command() -> None:
+def command() -> int:
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(__doc__)
-        return
+        return 0
     config, workdir = read_command_line(sys.argv)
     configs.check(config)
-    from lorweb_jax.train import train  # jax is imported once the command line is known to be good
-    train(config, workdir)
+    with distributed.joined():
+        from lorweb_jax.train import train  # jax is imported once the command line is known to be good
+        finished = train(config, workdir)
+    return 0 if finished else stop_status()
 
 
 if __name__ == "__main__":

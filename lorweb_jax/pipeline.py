@@ -15,21 +15,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from lorweb_jax.basis.basis import Basis
-from lorweb_jax.basis.fold import fold
+from lorweb_jax.basis.fold import can_fold, fold
 from lorweb_jax.encoders import queries
+from lorweb_jax.encoders.image_encoder import ImageEncoder
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model
 from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.layers import Addition
 from lorweb_jax.model import AnalogyModel
+from lorweb_jax.precomputed.read import Precomputed
+from lorweb_jax.sharding import to_host
+from lorweb_jax.quantization import check
+from lorweb_jax.transformer.attention import resolve
 from lorweb_jax.transformer.flux import block_linears
 from lorweb_jax.weights.adapters import load_basis
 from lorweb_jax.weights.basis_file import write_basis
 from lorweb_jax.weights.lora_file import TruncationError, mixed_factors, truncate, write_lora
 from lorweb_jax.weights.pipeline_folder import PipelineFolder
-from lorweb_jax.weights.state import build
+from lorweb_jax.weights.state import build, shapes
 
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
 Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
@@ -38,24 +44,38 @@ Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
 class Pipeline:
     """A FLUX Kontext pipeline with, optionally, a basis of LoRAs. Images are uint8 [H, W, 3]."""
 
-    def __init__(self, folder: PipelineFolder, model: AnalogyModel):
-        self.folder, self.model = folder, model
+    def __init__(self, folder: PipelineFolder, model: AnalogyModel, precomputed: Precomputed | None = None):
+        """precomputed: where the model has no text or image encoder, what they would have said."""
+        self.folder, self.model, self.precomputed = folder, model, precomputed
 
     @classmethod
     def load(cls, folder: str | Path, image_encoder: str | Path | None = None, *, dtype: Any = "float32",
-             attention: str = "xla") -> "Pipeline":
+             attention: str = "auto", quantization: str = "none") -> "Pipeline":
         """From a folder in diffusers' layout.
 
         image_encoder: the router's image encoder (CLIP ViT-L/14 or SigLIP2 folder); default `folder`/clip_vision.
-        dtype: what weights of transformer and text encoders are kept and computed in. attention: see Flux.
+        dtype: what weights of transformer and text encoders are kept and computed in. attention, quantization: see
+        Flux; nothing is folded into a quantised transformer.
         Raises UserError for missing, truncated or foreign files, with the difference where keys don't match.
         """
+        check(quantization)
         opened = PipelineFolder(folder, image_encoder)
-        dtype = jnp.dtype(dtype)
-        weights = {path: jnp.asarray(array).astype(dtype if path.startswith(("transformer.", "text_encoder"))
-                                                   else jnp.float32) for path, array in opened.read().items()}
-        return cls(opened, build(lambda: opened.make(nnx.Rngs(0), dtype=dtype, attention=attention), weights,
-                                 str(folder)))
+        dtype, device = jnp.dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
+        attention = resolve(attention, jax.default_backend(), dtype, opened.flux_config.attention_head_dim)
+
+        def make() -> AnalogyModel:
+            return opened.make(nnx.Rngs(0), dtype=dtype, attention=attention, quantization=quantization)
+
+        made = shapes(make)
+
+        def stored(path: str) -> jnp.dtype:
+            if made[path].dtype != jnp.float32 or path.removesuffix(".scale") + ".kernel" in made:  # 8 bit
+                return made[path].dtype
+            return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
+
+        wanted = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device)
+                  for path, shape in made.items()}
+        return cls(opened, build(make, opened.read(wanted), str(folder)))
 
     def attach(self, basis: Basis | str | Path, config: str | Path | None = None) -> "Pipeline":
         """A pipeline with this basis: a Basis, a run's folder, a published basis, or an ordinary LoRA's file.
@@ -66,19 +86,34 @@ class Pipeline:
         if not isinstance(basis, Basis):
             basis = Basis.from_arrays(*load_basis(basis, block_linears(self.folder.flux_config), config))
         self.folder.complete(basis.config, self.model.image_encoder)
-        return Pipeline(self.folder, _with(self.model, basis=basis))
+        return Pipeline(self.folder, _with(self.model, basis=basis), self.precomputed)
 
     def query(self, conditions: list[Images]) -> jax.Array:
         """The external query [b, q] of analogies (a, a′, b), each at its own size."""
         grids = [condition_grid(*images) for images in conditions]
+        if self.model.image_encoder is None and self.precomputed:
+            return jnp.asarray(self.precomputed.query(grids))
         views = queries.views(self.model.basis.config.query_mode, grids, self.folder.encoder.processor)
         return _query(self.model, jnp.asarray(views))
+
+    def prompt(self, texts: list[str]) -> tuple[jax.Array, jax.Array]:
+        """Instructions -> text [b, t, j] and pooled [b, p]."""
+        if self.model.text_encoder_2 is None and self.precomputed:
+            return tuple(map(jnp.asarray, self.precomputed.prompt(texts)))
+        return _prompt(self.model, *map(jnp.asarray, self.folder.token_ids(texts)))
+
+    @property
+    def image_encoder(self) -> ImageEncoder | None:
+        """The router's image encoder, if there is one."""
+        if self.model.image_encoder is None:
+            return self.precomputed.image_encoder if self.precomputed else None
+        return ImageEncoder(self.model.image_encoder, self.model.processor)
 
     def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
         """The router's coefficients of one analogy, {path: [l, n]}. UserError without a basis, or with an internal
         query, whose coefficients depend on each layer's input."""
         mixes = self._coefficients([(a, a2, b)])
-        return {path: np.asarray(coeff[:, 0]) for path, coeff in mixes.items()}
+        return {path: to_host(coeff[:, 0]) for path, coeff in mixes.items()}
 
     def edit(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, prompt: str = "", *, steps: int = 28,
              guidance: float = 2.5, seed: int = 0, max_size: int | None = None, folded: bool | None = None,
@@ -87,8 +122,9 @@ class Pipeline:
 
         prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
         folded: fold the mix into the weights (every step then costs what the base costs) or apply it beside them;
-        None folds wherever coefficients are known beforehand. coefficients: {path: [l, n]} in the router's place,
-        such as a mean of two analogies' `coefficients`. round_to_bfloat16: see transformer.embeddings.
+        None folds wherever coefficients are known beforehand and the base isn't quantised. coefficients:
+        {path: [l, n]} in the router's place, such as a mean of two analogies' `coefficients`. round_to_bfloat16: see
+        transformer.embeddings.
         """
         return self.edit_batch([(a, a2, b)], [prompt], steps=steps, guidance=guidance, seed=seed, max_size=max_size,
                                folded=folded, coefficients=coefficients, round_to_bfloat16=round_to_bfloat16)[0]
@@ -119,22 +155,27 @@ class Pipeline:
             if folded and not foldable:
                 raise UserError("a mix can be folded into the weights for one analogy whose coefficients don't depend "
                                 "on the layers' inputs; leave folding out")
-            if foldable and folded is not False:
+            if folded or (folded is None and foldable and can_fold(model.transformer)):
                 model, additions = _with(model, transformer=_fold(model.transformer, additions)), None
-        clip_ids, t5_ids = self.folder.token_ids(list(prompts))
+        text, pooled = self.prompt(list(prompts))
         condition = _encode(model, jnp.asarray(np.stack([grid for grid, _ in grids])))
         if noise is None:
             noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), condition.shape[1:])
                               for i in range(batch)])
         sigmas = self.folder.schedule.sigmas(steps, condition.shape[1])
-        tokens = _sample(model, size, round_to_bfloat16, jnp.asarray(noise), condition, jnp.asarray(clip_ids),
-                         jnp.asarray(t5_ids), jnp.float32(guidance), jnp.asarray(sigmas), additions)
+        tokens = _sample(model, size, round_to_bfloat16, jnp.asarray(noise), condition, text, pooled,
+                         jnp.float32(guidance), jnp.asarray(sigmas), additions)
         return [bottom_right(image) for image in to_uint8(_decode(model, size, tokens))]
 
     def save_basis(self, path: str | Path, dtype: str = "float16") -> None:
-        """The attached basis in the published format: `path` (.safetensors) and config.yaml beside it."""
+        """The attached basis in the published format: `path` (.safetensors) and config.yaml beside it.
+
+        Where there are several processes all call this, and process 0 writes.
+        """
         basis = self._basis()
-        write_basis(path, basis.config, _arrays(basis), dtype)
+        arrays = _arrays(basis)
+        if jax.process_index() == 0:
+            write_basis(path, basis.config, arrays, dtype)
 
     def save_lora(self, path: str | Path, coefficients: Coefficients, *, rank: int | None = None,
                   dtype: str = "float32", alpha: bool = False) -> TruncationError | None:
@@ -174,7 +215,7 @@ class Pipeline:
 
 
 def _arrays(basis: Basis) -> dict[str, dict[str, np.ndarray]]:
-    return {path: {name: np.asarray(array) for name, array in parts.items()}
+    return {path: {name: to_host(array) for name, array in parts.items()}
             for path, parts in basis.to_arrays().items()}
 
 
@@ -193,14 +234,18 @@ def _query(model: AnalogyModel, views: jax.Array) -> jax.Array:
 
 
 @nnx.jit
+def _prompt(model: AnalogyModel, clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return model.prompt(clip_ids, t5_ids)
+
+
+@nnx.jit
 def _encode(model: AnalogyModel, images: jax.Array) -> jax.Array:
     return model.tokens(images)
 
 
 @functools.partial(nnx.jit, static_argnums=(1, 2))
-def _sample(model: AnalogyModel, size, round_to_bfloat16, noise, condition, clip_ids, t5_ids, guidance, sigmas,
+def _sample(model: AnalogyModel, size, round_to_bfloat16, noise, condition, text, pooled, guidance, sigmas,
             additions) -> jax.Array:
-    text, pooled = model.prompt(clip_ids, t5_ids)
     return model.sample(noise, condition, text, pooled, guidance, sigmas, size, additions,
                         round_to_bfloat16=round_to_bfloat16)
 

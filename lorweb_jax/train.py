@@ -4,11 +4,13 @@ devices and mesh → the job's data and model, shapes first → split by the job
 optimizer → latest checkpoint, if there is one → one jitted, donated step → the loop → export.
 
 What a step is made of stands in training/state.py (arrays) and training/step.py (the update); where arrays live, in
-sharding.py.
+sharding.py. Where there are several processes, all of them run this: each feeds its rows of the batch, all do the
+same steps, show and finish in the same order, and process 0 alone writes what is not a checkpoint.
 """
 
 import contextlib
-import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,37 +20,43 @@ from jax.sharding import Mesh
 
 from lorweb_jax import config as configs
 from lorweb_jax import sharding
-from lorweb_jax.training import pictures
-from lorweb_jax.training.checkpoints import Checkpoints, open_run
+from lorweb_jax.quantization import bytes_by_dtype
+from lorweb_jax.training.checkpoints import Checkpoints, goes_on, open_run
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.jobs import make_job
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
 from lorweb_jax.training.report import Report
 from lorweb_jax.training.state import Layout, StateShapes, count, frozen_weights, initial_trainables
 from lorweb_jax.training.step import jit_train_step, numeric
+from lorweb_jax.training.stop import StopRequest
 
 
-def train(config, workdir: Path) -> None:
+def train(config, workdir: Path) -> bool:
     """Train as `config` says, going on from the newest checkpoint in `workdir`; files of the run end up there.
 
-    Raises UserError for a config, folder or batch that cannot work, and when the loss is no longer finite.
+    Returns whether the run came to its end; False where SIGTERM stopped it. Raises UserError for a config, folder or
+    batch that cannot work, and when the loss is no longer finite.
     """
     configs.check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, mesh)
-    open_run(workdir, config)
-    job = make_job(config)
-    data = job.data(config)
-
-    layout = Layout.of(job, config.seed)
-    optimizer = make_optimizer(config)
-    shapes = StateShapes.of(layout, optimizer, config, mesh)
-    frozen = frozen_weights(job, shapes.frozen, config)
-    print(f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen):,} frozen parameters, "
-          f"{mesh.size} device{'s' * (mesh.size > 1)}, run folder {workdir}", flush=True)
-
     with contextlib.ExitStack() as closing:
+        stop = StopRequest(config.train.steps, lambda: goes_on(workdir))
+        closing.callback(stop.close)
+        open_run(workdir, config)
+        job = make_job(config)
+        data = job.data(config)
         closing.callback(getattr(data, "close", lambda: None))  # a grain iterator's worker processes
+
+        layout = Layout.of(job, config.seed)
+        optimizer = make_optimizer(config)
+        shapes = StateShapes.of(layout, optimizer, config, mesh)
+        frozen = frozen_weights(job, shapes.frozen, config)
+        hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        print(f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen):,} frozen parameters, "
+              f"{mesh.size} device{'s' * (mesh.size > 1)}{hosts}, run folder {workdir}\n"
+              f"frozen weights: {bytes_by_dtype(frozen)}; optimizer: {bytes_by_dtype(shapes.opt_state)}", flush=True)
+
         checkpoints = Checkpoints(workdir)
         closing.callback(checkpoints.close)
         first_step, log_state = checkpoints.latest() or 0, []
@@ -62,8 +70,6 @@ def train(config, workdir: Path) -> None:
             opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
         report = Report(workdir, config, first_step, log_state)
         closing.callback(report.close)
-        stop = StopRequest()
-        closing.callback(stop.restore)
 
         closing.enter_context(jax.set_mesh(mesh))
         train_step = jit_train_step(job, layout, optimizer, config.seed, mesh, shapes)
@@ -75,48 +81,52 @@ def train(config, workdir: Path) -> None:
             return layout.model(trainable if average is None else average, frozen)
 
         for step in range(first_step, steps):
-            batch = next_batch(job, data, mesh)
+            batch = next_batch(job, data, config.train.batch, mesh)
             trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, np.uint32(step))
             report.add(step, metrics)
             done = step + 1
+            stopping = stop.after(done)
             if done % every.log_every == 0 or done == steps:
                 report.write(done, float(schedule(step)))
-            if done % every.checkpoint_every == 0 or done == steps or stop.requested:
+            if done % every.checkpoint_every == 0 or done == steps or stopping:
                 # report.state() comes first: it refuses a loss that is not finite.
                 log_state = report.state()
                 checkpoints.save(done, trainable, opt_state, data.get_state(), log_state)
-            if stop.requested and done < steps:
+            if stopping and done < steps:
                 checkpoints.finish()
                 print(f"stopped by SIGTERM after step {done}, checkpoint written; "
                       "the same command goes on from there", flush=True)
-                return
+                return False
             if done % every.picture_every == 0 or done == steps:
                 images = job.show(shown_model(), done)
                 report.pictures(done, images)
-                pictures.save(workdir / "pictures", done, images)
                 report.restart_clock(done)
         checkpoints.finish()
-        job.finish(shown_model(), workdir)
+        stop.saved()
+        with own_folder(workdir) as folder:
+            job.finish(shown_model(), folder)
         print(f"finished at step {max(first_step, steps)}; results are in {workdir}", flush=True)
+    return True
 
 
-def next_batch(job: Job, data, mesh: Mesh) -> dict[str, jax.Array]:
-    """The next batch on the devices, after the job's `prepare` if it has one."""
-    batch = next(data)
+@contextlib.contextmanager
+def own_folder(workdir: Path) -> Iterator[Path]:
+    """Where this process may write files: the run folder for process 0, for others one that is soon removed."""
+    if jax.process_index() == 0:
+        yield workdir
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def next_batch(job: Job, data, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The next batch on the devices, after the job's `prepare` if it has one.
+
+    A job may give all `size` rows of the batch, or only those that this process's devices hold.
+    """
+    batch, rows = next(data), sharding.batch_rows(mesh, size)
+    if any(len(value) > len(rows) for value in batch.values()):
+        batch = {name: np.asarray(value)[rows] for name, value in batch.items()}
     if hasattr(job, "prepare"):
         batch = job.prepare(batch)
     return sharding.put_batch(mesh, numeric(batch))
-
-
-class StopRequest:
-    """Whether SIGTERM (preemption) has come; the loop then ends after the step it is in."""
-
-    def __init__(self):
-        self.requested = False
-        self.before = signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, number, frame) -> None:
-        self.requested = True
-
-    def restore(self) -> None:
-        signal.signal(signal.SIGTERM, self.before)

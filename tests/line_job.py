@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.config import base_config, choose_variant
+from lorweb_jax.sharding import to_host
 
 
 def get_config(variant: str = ""):
@@ -93,7 +94,7 @@ class LineJob:
         return {"slope": np.zeros((8, 8, 3), np.uint8)}
 
     def finish(self, model, workdir: Path):
-        np.save(workdir / "slope.npy", np.asarray(model.slope[...]))
+        np.save(workdir / "slope.npy", to_host(model.slope[...]))
 
 
 def make(config):

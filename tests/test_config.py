@@ -58,7 +58,7 @@ def test_a_misspelt_field_names_the_nearest(name, near):
 @pytest.mark.parametrize("field, value", [
     ("train.steps", 0), ("train.batch", -1), ("train.log_every", 0), ("train.ema", 1.0), ("optimizer.clip", 0.0),
     ("train.frozen_dtype", "int8"), ("optimizer.schedule", "linear"), ("optimizer.warmup", 24),
-    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.learning_rate", float("nan")), ("optimizer.moments", "int4"),
 ])
 def test_values_that_no_run_could_use(field, value):
     config = line_job.get_config()

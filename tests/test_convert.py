@@ -17,7 +17,8 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.transformer.flux import Flux, FluxConfig
 from lorweb_jax.weights import flux_table, pretrained, vae_table
-from lorweb_jax.weights.safetensors_io import Checkpoint, read_json
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build, shapes
 from lorweb_jax.weights.table import Layout
 
@@ -170,6 +171,8 @@ def test_command(pipeline, black_forest, tmp_path):
     assert single.shapes == expected.shapes
     name = "double_blocks.0.txt_attn.qkv.weight"
     assert (single.read(name) == expected.read(name).astype(ml_dtypes.bfloat16)).all()
+    verified = run("--verify", tmp_path / "bf")
+    assert verified.returncode == 0 and verified.stdout.count("as they were written") == 2, verified.stderr
     refused = run(black_forest / "flux1-kontext.safetensors", "--to", "diffusers", "--out", tmp_path / "no",
                   "--config", pipeline / "vae" / "config.json")
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not (tmp_path / "no").exists()

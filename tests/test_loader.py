@@ -146,12 +146,16 @@ def test_a_position_of_another_stream_is_refused(root, tmp_path):
 
 
 def test_hosts_share_one_stream(root):
-    whole, _ = take(5, root, 4)
-    shares = [take(5, root, 2, shard_index=host, shard_count=2)[0] for host in range(2)]
-    joined = [{key: np.concatenate([one[key], two[key]]) for key in KEYS} for one, two in zip(*shares, strict=True)]
-    assert_equal(joined, whole)
-    seen = [{tuple(pair) for batch in share for pair in batch["pairs"].tolist()} for share in shares]
-    assert len(seen[0] | seen[1]) == 20 and not seen[0] & seen[1]  # one epoch
+    """Whichever rows a host's devices hold, and however many hosts there were when the position was saved."""
+    whole, position = take(5, root, 4, reverse_probability=0.3)
+    later, _ = take(2, root, 4, reverse_probability=0.3, position=position)
+    for split in ([0, 1], [2, 3]), ([0, 3], [1, 2]), ([0], [1], [2], [3]):
+        for rows in split:
+            share, reached = take(5, root, 4, reverse_probability=0.3, rows=rows, workers=len(rows) % 2)
+            assert_equal(share, [{key: batch[key][rows] for key in KEYS} for batch in whole])
+            assert reached == position
+    share, _ = take(2, root, 4, reverse_probability=0.3, rows=[1, 2], position=position)
+    assert_equal(share, [{key: batch[key][[1, 2]] for key in KEYS} for batch in later])
 
 
 def test_caption_drop_rate(root):
@@ -256,7 +260,7 @@ def test_the_listing_of_bad_data_is_shown(tmp_path, caplog):
     ({"reverse_probability": float("nan")}, "reversal is nan"),
     ({"workers": -1}, "workers is -1"),
     ({"seed": -1}, "seed is -1"),
-    ({"shard_index": 2, "shard_count": 2}, "shard 2 of 2"),
+    ({"rows": [0, 2]}, "rows .0, 2. of a batch of 2"),
 ])
 def test_bad_arguments(root, options, message):
     with pytest.raises(UserError, match=message):

@@ -13,8 +13,9 @@ from flax import nnx
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Conv, LayerNorm, Linear, stacked
 from lorweb_jax.weights import state
-from lorweb_jax.weights.safetensors_io import Checkpoint, Spec, write, write_sharded, write_stream
-from lorweb_jax.weights.table import CONV, LINEAR, Layout, Row, load_parameters, tensors_of
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.safetensors_io import Spec, write, write_sharded, write_stream
+from lorweb_jax.weights.table import CONV, LINEAR, Layout, Row, Stored, tensors_of
 
 
 class Block(nnx.Module):
@@ -81,7 +82,7 @@ def test_table_is_its_own_inverse_and_lies_as_said(model, tmp_path):
     np.testing.assert_array_equal(theirs["conv.weight"][4, 1], flat["convs.0.kernel"][:, :, 1, 4])
     assert theirs["last.weight"].shape == (8, 6, 1, 1)
     np.testing.assert_array_equal(theirs["last.weight"][0, :, 0, 0], flat["last.kernel"][:, 4])
-    back = load_parameters(Checkpoint(tmp_path), ROWS, state.shapes(Model))
+    back = Stored(Checkpoint(tmp_path), ROWS, state.shapes(Model)).load()
     assert set(back) == set(flat)
     for path in flat:
         np.testing.assert_array_equal(back[path], flat[path])
@@ -93,7 +94,7 @@ def test_table_is_strict(model, tmp_path):
     write_stream(tmp_path / "m.safetensors", wrong,
                  lambda key: np.zeros(2, np.float32) if key == "extra" else produce(key))
     with pytest.raises(UserError, match=r"− conv.bias \[5\]: missing\n  \+ extra \[2\]"):
-        load_parameters(Checkpoint(tmp_path), ROWS, state.shapes(Model))
+        Stored(Checkpoint(tmp_path), ROWS, state.shapes(Model)).load()
     with pytest.raises(UserError, match="no row for blocks.norm.bias"):
         Layout([row for row in ROWS if row[0] != "blocks.norm.bias"], state.shapes(Model))
 

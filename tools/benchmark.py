@@ -1,33 +1,44 @@
 """How fast the transformer and the basis are on this machine, beside diffusers' in torch.
 
   tools/benchmark.py                                       the small base, one sampling step
-  tools/benchmark.py --size=mid --what=train --threads=2   forward and backward of a 0.16 B model
+  tools/benchmark.py --quant=none,int8,fp8                 the same, the frozen weights also in 8 bit
+  tools/benchmark.py --size=mid --what=train --threads=2 --remat=none,full,attention,dots
+                                                           training a 0.16 B model, and what each remat policy costs
   tools/benchmark.py --size=kontext                        FLUX.1 Kontext's real sizes, bfloat16: a GPU of 80 GB
+  tools/benchmark.py --size=kontext --what=train --moments=float32,int8
 
-Weights are random. First the ceilings are measured: the fastest matrix product and the fastest copy. Then each row
-runs in a process of its own on the same cores, the rows taking turns so that drift hits all of them alike; rows that
-don't fit in memory together run one after the other. Rows of "sample", one forward each:
+Weights are random, made on the device. First the ceilings are measured: the fastest matrix product, in 8 bit too where
+the hardware makes such products, and the fastest copy; and for --attention=auto each implementation at this shape.
+Then each row runs in a process of its own on the same cores, the rows taking turns so that drift hits all of them
+alike; rows that don't fit in memory together run one after the other. Rows of "sample", one step each:
 
-  ours                                the plain transformer
+  ours                                the plain transformer, modulations of all steps made beforehand, as when sampling
+  ours, modulations in the step       the same work a step as diffusers
   ours + basis, low-rank              with the basis beside every linear layer, coefficients computed beforehand
-  ours + basis, folded                with one analogy's mix folded into the weights
+  ours + basis, folded                with one analogy's mix folded into the weights (never in 8 bit)
   diffusers, also with torch.compile  FluxTransformer2DModel; skipped, with the reason, where it can't run
 
 Rows of "train":
 
-  ours, gradient of all weights       forward and backward, what the torch rows do too
+  ours, gradient of all weights       forward and backward, what the torch rows do too (never in 8 bit)
   ours frozen, gradient of tokens     forward, and backward through frozen weights: training with nothing to train
-  ours frozen, basis train step       router, forward, backward, clipping, AdamW on a float32 basis
+  ours frozen, basis train step       router, forward, backward, clipping, AdamW on a float32 basis; latents, text and
+                                      queries come ready
   diffusers, also with torch.compile  gradient of all weights
 
+--quant, --remat and --moments take lists: of their combinations the first gets every row, the others "ours" and
+"low-rank" or the "basis train step". Torch's rows are never quantised.
+
 Columns: the median over the repeats with the shortest and the longest; model FLOPs (matrix products counted from
-shapes, what remat computes again left out) per second, and their share of the measured matmul ceiling; the largest
-memory, of the GPU or, on a CPU, of the row's whole process, building and compiling included; compile time. Under the
-table stand the basis's overhead over the plain base, and our time over torch's.
-Needs jax, flax, optax and numpy; torch and diffusers where they are to be compared with.
+shapes, what remat computes again left out) per second, and their share of the measured matmul ceiling (fp8's for fp8
+rows where the hardware multiplies fp8; int8 weights are multiplied in the row's dtype); the largest memory, of the
+accelerator or, on a CPU, of the row's whole process, building and compiling included; bytes of the frozen weights;
+bytes that the compiler sets aside for a step; compile time. Under the table stand the ratios of interest.
+Needs jax, flax, optax, numpy and safetensors; torch and diffusers where they are to be compared with.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -49,6 +60,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def one_or_more(*choices: str):
+    """A parser of comma-separated lists of these choices."""
+    def listed(text: str) -> list[str]:
+        names = text.split(",")
+        if len(set(names)) < len(names) or not set(names) <= set(choices):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of different ones of {', '.join(choices)}")
+        return names
+
+    return listed
+
+
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "mid", "kontext"], default="tiny",
@@ -67,12 +89,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--basis-size", type=positive, default=32, metavar="N",
                         help="members of the basis (default: 32)")
     parser.add_argument("--basis-rank", type=positive, default=4, metavar="R", help="of each (default: 4)")
-    parser.add_argument("--remat", choices=["none", "dots", "full"],
-                        help="what the backward pass computes again, training only (default: none; full for kontext)")
+    parser.add_argument("--quant", type=one_or_more("none", "int8", "fp8"), default=["none"], metavar="KIND,…",
+                        help="the frozen linear layers' weights: none, int8, fp8 (default: none)")
+    parser.add_argument("--remat", type=one_or_more("none", "full", "attention", "dots"), metavar="POLICY,…",
+                        help="what the backward pass computes again, training only: none, full (all of a block), "
+                             "attention (all but attention), dots (all but products) (default: none; full for kontext)")
+    parser.add_argument("--moments", type=one_or_more("float32", "bfloat16", "int8"), metavar="KIND,…",
+                        help="AdamW's moments, training only: float32, bfloat16, int8 (default: float32)")
     parser.add_argument("--unroll", type=positive, metavar="N",
                         help="blocks compiled side by side (default: 1; 8 for tiny)")
-    parser.add_argument("--attention", choices=["auto", "xla", "cudnn"], default="auto",
-                        help="implementation; auto times both at this shape on a GPU and takes the faster")
+    parser.add_argument("--attention", choices=["auto", "xla", "cudnn", "pallas"], default="auto",
+                        help="implementation; auto times those that the device has at this shape and takes the fastest")
     parser.add_argument("--threads", type=positive, metavar="N",
                         help="CPU cores and threads of every row (default: all there are)")
     parser.add_argument("--no-torch", action="store_true", help="leave the diffusers rows out")
@@ -80,26 +107,32 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_setting(args: argparse.Namespace):
-    """The Setting that the arguments ask for; UserError for those that contradict each other."""
+def make_variants(args: argparse.Namespace) -> list:
+    """The Settings that the arguments ask for, the first to be measured most; UserError for those that contradict
+    each other."""
     from lorweb_jax.benchmark.setting import DEFAULTS, Setting
 
     given = vars(args) | {"dtype": args.dtype or ("bfloat16" if args.size == "kontext" else "float32")}
-    for name, default in zip(("tokens", "text_tokens", "batch", "remat", "unroll"), DEFAULTS[args.size, args.what]):
-        given[name] = given[name] or default
+    defaults = dict(zip(("tokens", "text_tokens", "batch", "remat", "unroll"), DEFAULTS[args.size, args.what]))
+    given |= {name: given[name] or default for name, default in defaults.items()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given["threads"] = args.threads or cores
     if given["threads"] > cores:
         raise UserError(f"--threads is {args.threads}, but only {cores} cores can be used; give at most {cores}", 2)
     if given["tokens"] % 2:
         raise UserError(f"--tokens is {args.tokens}; half are noisy and half conditioning, so give an even number", 2)
-    if args.remat and args.what == "sample":
-        raise UserError("--remat says what a backward pass computes again and sampling has none; leave it out", 2)
+    for name in ("remat", "moments"):
+        if getattr(args, name) and args.what == "sample":
+            raise UserError(f"--{name} is of the backward pass and the optimizer, and sampling has neither; leave it "
+                            "out or give --what=train", 2)
     if args.attention == "cudnn" and given["dtype"] == "float32":
         raise UserError("cuDNN's attention has no float32; give --dtype=bfloat16 or --attention=xla", 2)
     if args.json and not args.json.resolve().parent.is_dir():
         raise UserError(f"the folder of --json={args.json} is not there; make it first", 2)
-    return Setting(**{name: given[name] for name in Setting.__dataclass_fields__})
+    varied = itertools.product(args.quant, args.remat or [defaults["remat"]], args.moments or ["float32"])
+    return [Setting(**{name: values[name] for name in Setting.__dataclass_fields__}) for values in
+            (given | {"quantization": quantization, "remat": remat, "moments": moments}
+             for quantization, remat, moments in varied)]
 
 
 def main() -> None:
@@ -108,7 +141,7 @@ def main() -> None:
     from lorweb_jax.benchmark.run import run_benchmark
     from lorweb_jax.benchmark.table import table
 
-    result = run_benchmark(make_setting(args), with_torch=not args.no_torch)
+    result = run_benchmark(make_variants(args), with_torch=not args.no_torch)
     if args.json:
         unfinished = args.json.with_name(args.json.name + ".unfinished")
         unfinished.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,13 +1,15 @@
 """Convert the weights of FLUX.1 Kontext between diffusers' folders and Black Forest Labs' single files.
 
 The diffusers layout is what this project's commands load (`--pipeline=FOLDER`), training included. Tensors pass
-through one at a time; every one must be in the conversion table with the right shape, or nothing is written.
+through in pieces of 16 MiB; every one must be in the conversion table with the right shape, or nothing is written.
+What is unfinished lies in OUT/NAME.partial, where the same command goes on after a kill or a full disk.
 
   one pipeline folder            tools/convert_flux_weights.py FLUX.1-Kontext-dev --to black-forest --out single
   the two single files           tools/convert_flux_weights.py flux1-kontext-dev.safetensors ae.safetensors \\
                                      --to diffusers --out kontext
   the same layout, another dtype tools/convert_flux_weights.py kontext/transformer --to diffusers --out half \\
                                      --dtype float16
+  read the output again, compare tools/convert_flux_weights.py --verify single
 """
 
 import argparse
@@ -22,20 +24,26 @@ from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path ab
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="+", type=Path,
+    parser.add_argument("source", nargs="*", type=Path,
                         help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
                              "or a .safetensors file; told apart by the names of the tensors")
-    parser.add_argument("--to", required=True, choices=["diffusers", "black-forest"],
+    parser.add_argument("--to", choices=["diffusers", "black-forest"],
                         help="diffusers: OUT/transformer and OUT/vae; "
                              "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write into; made if it isn't there")
+    parser.add_argument("--out", type=Path, help="folder to write into; made if it isn't there")
     parser.add_argument("--dtype", choices=["keep", "float32", "bfloat16", "float16"], default="keep",
                         help="what to store the weights in (default: as in the source)")
     parser.add_argument("--config", type=Path,
                         help="diffusers' config.json, for one single file of other sizes than FLUX.1's")
     parser.add_argument("--shard-gb", type=float, default=10.0,
                         help="largest file in the diffusers layout, in GB of 10^9 bytes (default: 10)")
-    return parser.parse_args()
+    parser.add_argument("--verify", type=Path, metavar="WRITTEN",
+                        help="convert nothing; read a file or folder that this command wrote again, and compare every "
+                             "tensor's name, shape, dtype and SHA-256 with what was recorded beside it")
+    args = parser.parse_args()
+    if args.verify is None and not (args.source and args.to and args.out):
+        parser.error("give the source, --to and --out, or --verify")
+    return args
 
 
 def main() -> None:
@@ -46,6 +54,10 @@ def main() -> None:
 
     from lorweb_jax.weights import pretrained
 
+    if args.verify is not None:
+        for checkpoint in pretrained.verify(args.verify, Progress()):
+            print(f"{checkpoint.path}: {len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, as they were written")
+        return
     dtype = {"keep": None, "bfloat16": ml_dtypes.bfloat16}.get(args.dtype, args.dtype)
     if args.shard_gb <= 0:
         raise UserError(f"--shard-gb is {args.shard_gb}; it must be above 0", 2)
@@ -58,17 +70,50 @@ def main() -> None:
         print(f"{checkpoint.path}: a FLUX {source.kind} in the {source.layout.replace('_', '-')} layout: "
               f"{len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, "
               + ", ".join(f"{count} of {name}" for name, count in checkpoint.dtypes().items()), flush=True)
-        start = time.monotonic()
+        progress = Progress()
         target, specs = pretrained.convert(source, args.to.replace("-", "_"), args.out, dtype,
-                                           int(args.shard_gb * 1e9))
+                                           int(args.shard_gb * 1e9), progress)
         written = sum(spec.nbytes for spec in specs.values())
         stored = sorted({np.dtype(spec.dtype).name for spec in specs.values()})
-        seconds = time.monotonic() - start
-        print(f"  -> {target}: {len(specs)} tensors, {written:,} bytes, {', '.join(stored)}, no difference from the "
-              f"table, {seconds:.1f} s ({written / 1e6 / max(seconds, 1e-9):.0f} MB/s)", flush=True)
+        earlier = f", {progress.first:,} of them by an earlier run" if progress.first else ""
+        print(f"  -> {target}: {len(specs)} tensors, {written:,} bytes{earlier}, {', '.join(stored)}, no difference "
+              f"from the table, checksums recorded; {progress.seconds:.1f} s ({progress.rate / 1e6:.0f} MB/s)",
+              flush=True)
     if args.to == "diffusers":
         print("A whole pipeline folder also has model_index.json, scheduler, text_encoder, text_encoder_2, tokenizer "
               "and tokenizer_2: take them from a diffusers folder of the same model.")
+
+
+class Progress:
+    """GB, MB/s and time left: rewritten every second on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self):
+        self.interval = 1.0 if sys.stderr.isatty() else 30.0
+        self.started = self.shown = time.monotonic()
+        self.first: int | None = None  # bytes that an earlier run, interrupted, had finished
+        self.done = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of this run."""
+        return (self.done - (self.first or 0)) / max(self.seconds, 1e-9)
+
+    def __call__(self, done: int, total: int, size: int) -> None:
+        """`done` bytes of `total` are finished, the last `size` of them just now."""
+        self.first = done - size if self.first is None else self.first
+        self.done = done
+        now = time.monotonic()
+        last = done == total and self.shown > self.started
+        if now - self.shown < self.interval and not last:
+            return
+        self.shown = now
+        end = "\n" if last or not sys.stderr.isatty() else "\r"
+        print(f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB, {self.rate / 1e6:.0f} MB/s, "
+              f"{(total - done) / self.rate:.0f} s left   ", end=end, flush=True, file=sys.stderr)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -1,16 +1,18 @@
-"""What the device can do at most, measured: matrix products and copies; and which attention is faster on it."""
+"""What the device can do at most, measured: matrix products, also in 8 bit, and copies."""
 
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorweb_jax.benchmark.ours import normal
+from lorweb_jax.benchmark.random_weights import normal
 from lorweb_jax.benchmark.setting import Setting
+from lorweb_jax.quantization import DTYPES, multiplies_fp8
+from lorweb_jax.transformer.attention import fastest
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -34,48 +36,42 @@ def best_seconds(function: Callable, *args, budget: float = 0.4) -> float:
     return min(times)
 
 
-def ceilings(setting: Setting) -> dict[str, Any]:
-    """{"matmul": FLOP/s, "matmul_shape", "copy": bytes/s, read and written}, the best of several shapes and tries."""
-    d, m = setting.model.features, setting.batch * (setting.tokens + setting.text_tokens)
+def ceilings(setting: Setting, kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """{"matmul": FLOP/s, "matmul_shape", "copy": bytes/s, read and written}, the best of several shapes and tries.
+
+    For each of `kinds` that the hardware multiplies also FLOP/s by its name: "int8" (codes on both sides) and "fp8".
+    """
+    d, m = setting.model.features, setting.batch * setting.length
     on_cpu = jax.default_backend() == "cpu"
     square = 1536 if on_cpu else 8192
     # The model's own largest products, and a square one that no chip finds awkward.
     shapes = [(m, d, 4 * d), (m, 4 * d, d), (m, 5 * d, d), (square,) * 3]
-    matmul = jax.jit(jnp.matmul)
-    rates = {}
-    for rows, inner, columns in shapes:
-        left = normal(0, (rows, inner), setting.dtype)
-        right = normal(1, (inner, columns), setting.dtype)
-        rates[rows, inner, columns] = 2 * rows * inner * columns / best_seconds(matmul, left, right)
+    rates = {shape: _rate(shape, setting.dtype) for shape in shapes}
     shape = max(rates, key=rates.get)
     # Far larger than any cache.
     source = jnp.ones(2 ** 25 if on_cpu else 2 ** 29, jnp.float32)
-    return {"matmul": rates[shape], "matmul_shape": "[{0}, {1}] x [{1}, {2}]".format(*shape),
-            "copy": 2 * source.nbytes / best_seconds(jax.jit(lambda x: x + 1), source)}
+    found = {"matmul": rates[shape], "matmul_shape": "[{0}, {1}] x [{1}, {2}]".format(*shape),
+             "copy": 2 * source.nbytes / best_seconds(jax.jit(lambda x: x + 1), source)}
+    # A CPU's int8 products are left out: XLA makes them one number at a time.
+    multiplied = {"int8": not on_cpu, "fp8": multiplies_fp8()}
+    return found | {kind: max(_rate(shape, kind) for shape in shapes) for kind in kinds if multiplied.get(kind)}
 
 
-def attention_seconds(setting: Setting) -> dict[str, float | str]:
-    """Seconds of one block's attention by implementation, with its backward pass for training; or why it failed."""
-    if jax.default_backend() != "gpu":
-        return {}
-    model, length = setting.model, setting.tokens + setting.text_tokens
-    shape = (setting.batch, length, model.num_attention_heads, model.attention_head_dim)
-    qkv = [normal(seed, shape, setting.dtype) for seed in range(3)]
-    found = {}
-    for implementation in ("xla", "cudnn"):
-        def attend(q, k, v):
-            return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+def _rate(shape: tuple[int, int, int], dtype: str) -> float:
+    """FLOP/s of [m, i] x [i, o] in a dtype, "int8" or "fp8"."""
+    m, i, o = shape
+    out = {"int8": jnp.int32, "fp8": jnp.bfloat16}.get(dtype, dtype)
+    factors = [normal(seed, axes, "bfloat16" if dtype in DTYPES else dtype, 30.0 if dtype == "int8" else 1.0)
+               .astype(DTYPES.get(dtype, dtype)) for seed, axes in ((0, (m, i)), (1, (i, o)))]
+    matmul = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=out))
+    return 2 * m * i * o / best_seconds(matmul, *factors)
 
-        if setting.what == "train":
-            function = jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
-        else:
-            function = attend
-        try:
-            found[implementation] = best_seconds(jax.jit(function), *qkv)
-        # Whatever keeps an implementation from running here: only the other one is left.
-        except Exception as error:
-            found[implementation] = str(error).strip().splitlines()[0][:200]
-    return found
+
+def attention_seconds(setting: Setting) -> dict[str, float]:
+    """Seconds of one block's attention by implementation, the fastest first, with its backward pass for training."""
+    model = setting.model
+    return fastest((setting.batch, setting.length, model.num_attention_heads, model.attention_head_dim),
+                   jnp.dtype(setting.dtype), backward=setting.what == "train")
 
 
 def _processor() -> str:

@@ -4,6 +4,7 @@ Elementwise work isn't counted, nor is what remat computes again. A product of [
 backward, each product costs as much again for each of its two inputs that needs a gradient.
 """
 
+from lorweb_jax.benchmark.rows import Row
 from lorweb_jax.benchmark.setting import Setting
 from lorweb_jax.transformer.embeddings import SINUSOID_WIDTH
 from lorweb_jax.transformer.flux import FluxConfig, block_linears
@@ -15,6 +16,9 @@ _MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 _FACTORS = {
     "forward": dict(linears=1, modulation=1, attention=1, embedders=1, vector_first=1, vector_second=1,
                     output_modulation=1, output=1),
+    # Forward with modulations that are known.
+    "velocity": dict(linears=1, modulation=0, attention=1, embedders=1, vector_first=0, vector_second=0,
+                     output_modulation=0, output=1),
     # Gradient of all weights; the model's own inputs need none.
     "weights": dict(linears=3, modulation=3, attention=3, embedders=2, vector_first=2, vector_second=3,
                     output_modulation=3, output=3),
@@ -37,7 +41,7 @@ def rows(path: str, tokens: int, text: int) -> int:
 
 
 def base_flops(kind: str, config: FluxConfig, batch: int, tokens: int, text: int) -> int:
-    """FLOPs of the plain transformer; `kind` is "forward", "weights", "inputs" or "basis" (see above)."""
+    """FLOPs of the plain transformer; `kind` is a key of _FACTORS (see above)."""
     d, length = config.features, tokens + text
     blocks = {path: shape.depth * rows(path, tokens, text) * shape.inputs * shape.outputs
               for path, shape in block_linears(config).items()}
@@ -58,13 +62,16 @@ def base_flops(kind: str, config: FluxConfig, batch: int, tokens: int, text: int
 
 
 def basis_flops(kind: str, setting: Setting) -> int:
-    """FLOPs that a basis adds: in "forward" the two low-rank products of every layer; in "basis" also their
-    gradients and the router, whose coefficients a training step computes anew."""
+    """FLOPs that a basis adds: in "forward" the two low-rank products of every layer, in "velocity" of those that
+    aren't modulations; in "basis" also their gradients and the router, whose coefficients a training step computes
+    anew."""
     basis, total = setting.basis, 0
     width, n = basis.size * basis.rank, basis.size
     for path, (depth, i, o) in block_linears(setting.model).items():
         m = rows(path, setting.tokens, setting.text_tokens)
-        if kind == "forward":
+        if kind == "velocity" and path.endswith(_MODULATION):
+            continue
+        if kind in ("forward", "velocity"):
             total += depth * m * width * (i + o)
             continue
         # A modulation's input depends on nothing trained.
@@ -73,12 +80,16 @@ def basis_flops(kind: str, setting: Setting) -> int:
     return 2 * setting.batch * total
 
 
-def step_flops(row: str, setting: Setting) -> int:
-    """FLOPs of one step of a row of the table (see report.ROWS)."""
-    kinds = {"low-rank": ("forward", "forward"), "basis": ("basis", "basis"), "inputs": ("inputs", None),
-             "weights": ("weights", None), "base": ("forward", None), "folded": ("forward", None)}
-    name = {"eager": "base", "compiled": "base"}.get(row, row) if setting.what == "sample" else \
-        {"eager": "weights", "compiled": "weights"}.get(row, row)
-    base, added = kinds[name]
+# (of the transformer, of the basis) by kind of row.
+_COUNTED = {"base": ("velocity", None), "inside": ("forward", None), "low-rank": ("velocity", "velocity"),
+            "folded": ("velocity", None), "weights": ("weights", None), "inputs": ("inputs", None),
+            "basis": ("basis", "basis")}
+_TORCH = {"sample": "inside", "train": "weights"}
+
+
+def step_flops(row: Row) -> int:
+    """FLOPs of one step of a row of the table."""
+    setting = row.setting
+    base, added = _COUNTED[_TORCH[setting.what] if row.torch else row.kind]
     shape = (setting.batch, setting.tokens, setting.text_tokens)
     return base_flops(base, setting.model, *shape) + (basis_flops(added, setting) if added else 0)

@@ -1,6 +1,5 @@
 """Starts a process for each row, lets them take turns, and gathers what they measured."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -8,27 +7,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jax.numpy as jnp
+
 from lorweb_jax.benchmark.flops import step_flops
+from lorweb_jax.benchmark.rows import Pair, Row, make_rows, memory_needed, pairs, varied, with_attention
 from lorweb_jax.benchmark.setting import Setting
 from lorweb_jax.errors import UserError
-from lorweb_jax.transformer.flux import block_linears
-
-# In the order of the table. "weights" is what torch's training rows do too; "inputs" goes backward through the
-# frozen model without a basis, so that what "basis" takes longer is the basis's own.
-ROWS = {"sample": {"base": "ours", "low-rank": "ours + basis, low-rank", "folded": "ours + basis, folded"},
-        "train": {"weights": "ours, gradient of all weights", "inputs": "ours frozen, gradient of tokens",
-                  "basis": "ours frozen, basis train step"}}
-TORCH_ROWS = {"sample": {"eager": "diffusers", "compiled": "diffusers, torch.compile"},
-              "train": {"eager": "diffusers, gradient of all weights",
-                        "compiled": "diffusers, the same, torch.compile"}}
-# (row, over which row): what the basis costs.
-OVERHEADS = {"sample": (("low-rank", "base"), ("folded", "base")), "train": (("basis", "inputs"),)}
-# Copies of the weights that a row may need at most, folding and gradients included.
-_COPIES = {"sample": 1.5, "train": 3.0}
+from lorweb_jax.transformer.attention import resolve
 
 
 class Failed(Exception):
@@ -38,8 +28,9 @@ class Failed(Exception):
 class Worker:
     """A measuring process (see worker.py)."""
 
-    def __init__(self, row: str, setting: Setting, platform: str):
-        request = {"row": row, "setting": setting.to_json(), "platform": platform}
+    def __init__(self, kind: str, setting: Setting, platform: str, quantizations: Sequence[str] = ()):
+        request = {"kind": kind, "setting": setting.to_json(), "platform": platform,
+                   "quantizations": list(quantizations)}
         root = str(Path(__file__).parents[2])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
@@ -82,10 +73,11 @@ class Worker:
         return lines[-1][:300]
 
 
-def run_benchmark(setting: Setting, with_torch: bool) -> dict[str, Any]:
+def run_benchmark(variants: Sequence[Setting], with_torch: bool) -> dict[str, Any]:
     """Everything measured, as --json writes it. Raises UserError where nothing can be measured at all."""
-    say(f"measuring the ceilings of this machine, {setting.threads} threads")
-    worker = Worker("ceilings", setting, "")
+    first = variants[0]
+    say(f"measuring the ceilings of this machine, {first.threads} threads")
+    worker = Worker("ceilings", first, "", [setting.quantization for setting in variants])
     try:
         found = worker.reply()
     except Failed as failure:
@@ -93,45 +85,54 @@ def run_benchmark(setting: Setting, with_torch: bool) -> dict[str, Any]:
                         "here") from None
     finally:
         worker.close()
-    machine = found["machine"]
-    if setting.attention == "cudnn" and machine["platform"] != "gpu":
-        raise UserError(f"attention cudnn was asked for, but the device is {machine['device']}; use xla or auto", 2)
-    if setting.attention == "auto":
-        timed = {name: seconds for name, seconds in found["attention"].items() if isinstance(seconds, float)}
-        setting = dataclasses.replace(setting, attention=min(timed, key=timed.get, default="xla"))
+    platform = found["machine"]["platform"]
+    variants = with_attention(variants, _attention(first, platform, found["attention"]))
 
-    names = ROWS[setting.what] | (TORCH_ROWS[setting.what] if with_torch else {})
-    rows = {row: {"row": row, "name": name, "flops": step_flops(row, setting), "seconds": []}
-            for row, name in names.items()}
+    rows = make_rows(variants, with_torch)
+    results = {row.key: {"row": row.key, "name": row.name, "quantization": row.setting.quantization,
+                         "moments": row.setting.moments, "remat": row.setting.remat, "flops": step_flops(row),
+                         "seconds": []} for row in rows}
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
-    for row in TORCH_ROWS[setting.what]:
-        if missing and row in rows:
-            rows[row]["skipped"] = f"{' and '.join(missing)} not installed"
-    interleaved = memory_needed(setting, len(rows)) < 0.8 * machine["memory"]
-    measure(rows, setting, machine["platform"], interleaved)
-    for row in rows.values():
-        summarise(row, found["ceilings"]["matmul"])
-    return {"setting": setting.to_json(), "machine": machine, "ceilings": found["ceilings"],
-            "attention_seconds": found["attention"], "interleaved": interleaved, "rows": list(rows.values()),
-            "ratios": ratios(rows, setting.what, interleaved)}
+    for row in rows:
+        if row.torch and (missing or platform not in ("cpu", "gpu")):
+            results[row.key]["skipped"] = f"{' and '.join(missing)} not installed" if missing else "torch has no TPU"
+    interleaved = memory_needed(rows) < 0.8 * found["machine"]["memory"]
+    measure(rows, results, platform, interleaved)
+    for row in rows:
+        summarise(results[row.key], found["ceilings"], row)
+    compared = pairs(rows)
+    return {"setting": variants[0].to_json(), "varied": varied(variants), "machine": found["machine"],
+            "ceilings": found["ceilings"], "attention_seconds": found["attention"], "interleaved": interleaved,
+            "rows": list(results.values()), "ratios": ratios(results, compared, interleaved)}
 
 
-def measure(rows: dict[str, dict], setting: Setting, platform: str, interleaved: bool) -> None:
-    """Fills rows with seconds of every repeat: in turns (A B A B), so that drift hits all alike, or one by one."""
-    measured = [row for row in rows.values() if "skipped" not in row]
+def _attention(setting: Setting, platform: str, seconds: dict[str, float]) -> str:
+    """The implementation to use: what was asked for, or of what was measured the fastest."""
+    dtype, width = jnp.dtype(setting.dtype), setting.model.attention_head_dim
+    if setting.attention != "auto":
+        return resolve(setting.attention, platform, dtype, width)
+    if not seconds:
+        raise UserError(f"no attention runs on this {platform} at {setting.length} tokens and batch {setting.batch}, "
+                        "probably for want of memory; give fewer with --tokens or --batch")
+    return next(iter(seconds))
+
+
+def measure(rows: Sequence[Row], results: dict[str, dict], platform: str, interleaved: bool) -> None:
+    """Fills results with seconds of every repeat: in turns (A B A B), so that drift hits all alike, or one by one."""
+    measured = [row for row in rows if "skipped" not in results[row.key]]
     for group in [measured] if interleaved else [[row] for row in measured]:
         workers = {}
         try:
             for row in group:
-                say(f"building and warming up: {row['name']}")
-                workers[row["row"]] = worker = Worker(row["row"], setting, platform)
-                attempt(row, worker.reply)
-            for repeat in range(setting.repeats):
+                say(f"building and warming up: {row.name}")
+                workers[row.key] = worker = Worker(row.kind, row.setting, platform)
+                attempt(results[row.key], worker.reply)
+            for repeat in range(rows[0].setting.repeats):
                 for row in group:
-                    if "skipped" not in row:
-                        attempt(row, workers[row["row"]].repeat)
-                say(f"repeat {repeat + 1} of {setting.repeats} done"
-                    + ("" if interleaved else f": {group[0]['name']}"))
+                    if "skipped" not in results[row.key]:
+                        attempt(results[row.key], workers[row.key].repeat)
+                say(f"repeat {repeat + 1} of {rows[0].setting.repeats} done"
+                    + ("" if interleaved else f": {group[0].name}"))
         finally:
             for worker in workers.values():
                 worker.close()
@@ -149,33 +150,27 @@ def attempt(row: dict[str, Any], ask) -> None:
     row.update(values)
 
 
-def summarise(row: dict[str, Any], ceiling: float) -> None:
-    """Adds the median, the rate and its share of the measured ceiling."""
-    if "skipped" in row:
+def summarise(result: dict[str, Any], ceilings: dict[str, Any], row: Row) -> None:
+    """Adds the median, the rate and its share of the ceiling of the dtype that the row's products are made in."""
+    if "skipped" in result:
         return
-    row["median_seconds"] = median(row["seconds"])
-    row["flops_per_second"] = row["flops"] / row["median_seconds"]
-    row["share_of_ceiling"] = row["flops_per_second"] / ceiling
+    in_fp8 = row.setting.quantization == "fp8" and not row.torch
+    result["median_seconds"] = median(result["seconds"])
+    result["flops_per_second"] = result["flops"] / result["median_seconds"]
+    result["share_of_ceiling"] = result["flops_per_second"] / ceilings.get("fp8" if in_fp8 else "", ceilings["matmul"])
 
 
-def ratios(rows: dict[str, dict], what: str, interleaved: bool) -> dict[str, float]:
-    """Times of pairs of rows divided, "row/other row": the median over repeats taken in turns, which drift leaves
-    alone, or the ratio of the medians of rows that ran one after the other."""
-    ours = next(iter(ROWS[what]))
-    found = {}
-    for row, other in (*OVERHEADS[what], *((ours, row) for row in TORCH_ROWS[what])):
-        if any(name not in rows or "skipped" in rows[name] for name in (row, other)):
+def ratios(results: dict[str, dict], compared: Sequence[Pair], interleaved: bool) -> list[dict[str, Any]]:
+    """Times of pairs of rows divided: the median over repeats taken in turns, which drift leaves alone, or the ratio
+    of the medians of rows that ran one after the other."""
+    found = []
+    for pair in compared:
+        if any("skipped" in results[key] for key in (pair.row, pair.other)):
             continue
-        pair = rows[row]["seconds"], rows[other]["seconds"]
-        found[f"{row}/{other}"] = (median(a / b for a, b in zip(*pair)) if interleaved
-                                   else median(pair[0]) / median(pair[1]))
+        times = results[pair.row]["seconds"], results[pair.other]["seconds"]
+        ratio = (median(a / b for a, b in zip(*times)) if interleaved else median(times[0]) / median(times[1]))
+        found.append({"row": pair.row, "other": pair.other, "torch": pair.torch, "ratio": ratio})
     return found
-
-
-def memory_needed(setting: Setting, count: int) -> float:
-    """Bytes that so many rows need at once, roughly: weights are most of it, for any size but the smallest."""
-    weights = sum(depth * i * o for depth, i, o in block_linears(setting.model).values())
-    return count * _COPIES[setting.what] * weights * (2 if setting.dtype == "bfloat16" else 4)
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""What one run of the benchmark measures: the model's sizes, the batch and how it is computed."""
+"""What one row of the benchmark measures: the model's sizes, the batch and how it is computed."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,8 @@ DEFAULTS = {
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """All that a measuring process is told. `tokens` counts noisy and conditioning tokens, half of each; `threads`
-    CPU threads; `attention` an implementation of jax.nn.dot_product_attention."""
+    CPU threads; `attention` one of attention.IMPLEMENTATIONS; `quantization` one of quantization.KINDS, of the blocks'
+    frozen linear layers; `moments` what the optimizer keeps its moments in."""
 
     size: str
     what: str
@@ -38,6 +39,8 @@ class Setting:
     repeats: int
     basis_size: int
     basis_rank: int
+    quantization: str
+    moments: str
     remat: str
     unroll: int
     attention: str
@@ -51,6 +54,11 @@ class Setting:
     def basis(self) -> BasisConfig:
         """The paper's router (cat-aa'b of a CLIP ViT-L/14: queries 2304 wide)."""
         return BasisConfig(size=self.basis_size, rank=self.basis_rank)
+
+    @property
+    def length(self) -> int:
+        """Of the sequence that attention sees."""
+        return self.tokens + self.text_tokens
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,7 +12,7 @@ from lorweb_jax.benchmark.ours import Step
 from lorweb_jax.benchmark.setting import Setting
 
 
-def make_step(row: str, setting: Setting, device: str) -> Step:
+def make_step(kind: str, setting: Setting, device: str) -> Step:
     """A forward, or a forward and backward to all weights. Random weights are made on the device, in the dtype."""
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def make_step(row: str, setting: Setting, device: str) -> Step:
     model.train(training).requires_grad_(training)
     if training and setting.remat == "full":
         model.enable_gradient_checkpointing()
-    called = torch.compile(model) if row == "compiled" else model
+    called = torch.compile(model) if kind == "compiled" else model
 
     def step():
         velocity = called(**given, return_dict=False)[0]
@@ -43,8 +43,10 @@ def make_step(row: str, setting: Setting, device: str) -> Step:
 
     start = time.perf_counter()
     run(1)
-    note = "torch keeps every intermediate: it has no policy like dots" if setting.remat == "dots" else ""
-    return Step(run, time.perf_counter() - start if row == "compiled" else 0.0, note)
+    partly = training and setting.remat in ("attention", "dots")
+    return Step(run, time.perf_counter() - start if kind == "compiled" else 0.0,
+                weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+                note=f"keeps every intermediate: torch has no policy like {setting.remat}" if partly else "")
 
 
 def inputs(setting: Setting) -> tuple[dict[str, Any], torch.Tensor]:

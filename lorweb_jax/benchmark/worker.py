@@ -17,7 +17,7 @@ SHORTEST_REPEAT = 0.1
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    row, threads = request["row"], request["setting"]["threads"]
+    threads = request["setting"]["threads"]
     # Before jax and torch count the cores to make threads for.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -29,7 +29,7 @@ def main() -> None:
         print(json.dumps(values), file=replies, flush=True)
 
     try:
-        measure(row, request, reply)
+        measure(request, reply)
     # Out of memory, no compiler, no such kernel: the other rows can still be measured.
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
@@ -37,11 +37,11 @@ def main() -> None:
         raise
 
 
-def measure(row: str, request: dict, reply) -> None:
+def measure(request: dict, reply) -> None:
     from lorweb_jax.benchmark.setting import Setting
 
-    setting = Setting(**request["setting"])
-    if row in ("eager", "compiled"):
+    kind, setting = request["kind"], Setting(**request["setting"])
+    if kind in ("eager", "compiled"):
         module, arguments = "theirs", ("cuda" if request["platform"] == "gpu" else "cpu",)
     else:
         import jax
@@ -50,19 +50,20 @@ def measure(row: str, request: dict, reply) -> None:
         if setting.dtype == "float32":
             # As torch does: no reduced precision unless it is asked for.
             jax.config.update("jax_default_matmul_precision", "highest")
-    if row == "ceilings":
+    if kind == "ceilings":
         from lorweb_jax.benchmark import ceilings
 
-        reply(machine=ceilings.machine(setting.threads), ceilings=ceilings.ceilings(setting),
+        reply(machine=ceilings.machine(setting.threads),
+              ceilings=ceilings.ceilings(setting, request["quantizations"]),
               attention=ceilings.attention_seconds(setting) if setting.attention == "auto" else {})
         return
 
-    step = importlib.import_module(f"lorweb_jax.benchmark.{module}").make_step(row, setting, *arguments)
+    step = importlib.import_module(f"lorweb_jax.benchmark.{module}").make_step(kind, setting, *arguments)
     step.run(1)
     start = time.perf_counter()
     step.run(1)
     count = max(1, round(SHORTEST_REPEAT / (time.perf_counter() - start)))
-    reply(compile_seconds=step.compile_seconds, note=step.note)
+    reply(**{name: value for name, value in step._asdict().items() if name != "run"})
     for _ in sys.stdin:
         start = time.perf_counter()
         step.run(count)

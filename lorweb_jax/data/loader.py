@@ -1,6 +1,6 @@
 """Batches of analogies, read with grain: the same stream whatever the number of worker processes or hosts.
 
-numbers of analogies (shuffled anew each epoch) -> read and draw (reverse? drop the caption?) -> batch -> host's share
+numbers of analogies (shuffled anew each epoch) -> read and draw (reverse? drop the caption?) -> host's rows -> batch
 """
 
 import functools
@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -43,8 +44,9 @@ class _Reader:
         if reverse:
             analogy, images = analogy.reverse(), [pair[::-1] for pair in images]
         (a, a_prime), (b, b_prime) = images
-        if self._quadrant_size:
-            a = grid.resize(a, self._quadrant_size[::-1])
+        # Resized once here, a', b and b' are not resized for each grid anew.
+        size = self._quadrant_size[::-1] if self._quadrant_size else a.shape[1::-1]
+        a, a_prime, b, b_prime = (grid.resize(image, size) for image in (a, a_prime, b, b_prime))
         condition, note = grid.fit_to_model(grid.condition_grid(a, a_prime, b, self._max_size))
         target, _ = grid.fit_to_model(grid.target_grid(a, a_prime, b, b_prime, self._max_size))
         return {
@@ -124,25 +126,25 @@ class AnalogyLoader(grain.DatasetIterator):
     instruction, "" where dropped or reversed · "task" object [b] of str · "pairs" int32 [b,2] ids of both pairs ·
     "reversed" bool [b].
 
-    The stream depends on the data, the seed and the global batch only, neither on the workers nor on the split over
-    hosts: the batches of hosts 0, 1, … side by side are one host's batch of batch_size·shard_count. An epoch shows
-    every analogy once, in an order of its own; a batch may reach over the end of an epoch.
+    The stream depends on the data, the seed and the batch size only, neither on the workers nor on the split over
+    hosts: a host that asks for some rows of the batches reads these, and they are the same as in the whole batches.
+    An epoch shows every analogy once, in an order of its own; a batch may reach over the end of an epoch.
 
     Images that can't be read while training are reported in `problems` (and once each in the log); the next readable
     analogy of the task stands in for the one drawn, and is counted.
 
-    The position is a number of batches, so it can be restored under any number of workers; use `get_state` and
-    `set_state`, or `grain.checkpoint.CheckpointSave` and `CheckpointRestore`. Call `close` at the end.
+    The position is a number of batches, so it can be restored under any number of workers and hosts; use `get_state`
+    and `set_state`, or `grain.checkpoint.CheckpointSave` and `CheckpointRestore`. Call `close` at the end.
     """
 
     def __init__(self, data: str | os.PathLike | Analogies, batch_size: int, *,
                  quadrant_size: int | tuple[int, int] | None = None, max_size: int | None = None, seed: int = 0,
                  caption_drop: float = 0.05, reverse_probability: float = 0.0, task_balanced: bool = False,
-                 workers: int = 0, shard_index: int = 0, shard_count: int = 1, problems: Problems | None = None):
+                 workers: int = 0, rows: Sequence[int] | None = None, problems: Problems | None = None):
         """
         Args:
           data: a folder as `read_tasks` takes it, or analogies.
-          batch_size: b, analogies a batch on this host.
+          batch_size: analogies a batch, over all hosts.
           quadrant_size: quadrant's (height, width), or the side of a square; multiples of 8. Images are resized to it
             (bicubic, the aspect ratio is not kept). Without it a's size is the quadrant's (method.md section 2) and
             the grid's sides are shrunk to multiples of 16; the grids of a batch must then agree.
@@ -154,7 +156,7 @@ class AnalogyLoader(grain.DatasetIterator):
           task_balanced: every task once in as many analogies as there are tasks, in an order drawn anew each time,
             instead of tasks by their number of analogies; a task's analogies are then shown epoch by epoch.
           workers: worker processes; 0 reads in threads of this process.
-          shard_index, shard_count: this host's number and the number of hosts.
+          rows: which of a batch's analogies this host reads, in this order; all of them by default. b is their number.
           problems: where to report; a new one otherwise.
 
         Raises:
@@ -167,8 +169,7 @@ class AnalogyLoader(grain.DatasetIterator):
         self._notes = {None}
         if isinstance(quadrant_size, int):
             quadrant_size = (quadrant_size, quadrant_size)
-        _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, shard_index,
-               shard_count)
+        _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows)
         self.problems = Problems() if problems is None else problems
         if not isinstance(data, Analogies):
             data = Analogies(read_tasks(data, self.problems))
@@ -176,13 +177,14 @@ class AnalogyLoader(grain.DatasetIterator):
                 _log.warning("%s", self.problems.summary())
         self.analogies = data
         self._workers = workers
-        self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size * shard_count,
+        self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size,
                         "task_balanced": task_balanced}
         order_seed, draw_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(2))
         reader = _Reader(data, quadrant_size, max_size, caption_drop, reverse_probability)
         samples = _order(data, order_seed, task_balanced).random_map(reader, seed=draw_seed)
-        batches = samples.batch(batch_size, drop_remainder=True, batch_fn=_batch)
-        self._batches = batches.slice(slice(shard_index, None, shard_count))
+        if rows is not None:
+            samples = _Rows(samples, batch_size, rows)
+        self._batches = samples.batch(batch_size if rows is None else len(rows), drop_remainder=True, batch_fn=_batch)
 
     def __next__(self) -> dict:
         if self._closed:
@@ -271,8 +273,24 @@ def _order(analogies: Analogies, seed: int, task_balanced: bool) -> grain.MapDat
     return grain.experimental.WindowShuffleMapDataset(rounds, window_size=len(tasks), seed=round_seed)
 
 
-def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, shard_index,
-           shard_count):
+class _Rows(grain.MapDataset):
+    """Of every `batch` elements that follow one another, those at `rows`."""
+
+    def __init__(self, parent: grain.MapDataset, batch: int, rows: Sequence[int]):
+        super().__init__(parent)
+        self._batch, self._rows = batch, list(rows)
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        number, row = divmod(index, len(self._rows))
+        return self._parent[number * self._batch + self._rows[row]]
+
+
+def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows):
     if batch_size < 1:
         raise UserError(f"the batch size is {batch_size}; expected 1 or more")
     if quadrant_size and max_size:
@@ -288,5 +306,6 @@ def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_prob
         raise UserError(f"the seed is {seed}; expected 0 or more")
     if workers < 0:
         raise UserError(f"the number of workers is {workers}; expected 0 or more")
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"shard {shard_index} of {shard_count} was asked for; expected 0 to count - 1")
+    if rows is not None and not (len(rows) and all(0 <= row < batch_size for row in rows)):
+        raise UserError(f"rows {list(rows)} of a batch of {batch_size} were asked for; expected one or more of 0 to "
+                        f"{batch_size - 1}")

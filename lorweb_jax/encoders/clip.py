@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from transformers import CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextTransformer, FlaxCLIPVisionTransformer
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Linear, Weight
-from lorweb_jax.weights.safetensors_io import Checkpoint, read_json, write_json, write_stream
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.safetensors_io import read_json, write_json, write_stream
 from lorweb_jax.weights.state import build, flat_state, shapes
-from lorweb_jax.weights.table import CONV, LINEAR, Row, load_parameters, tensors_of
+from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored, tensors_of
 
 
 class LinenModel(nnx.Module):
@@ -115,36 +115,35 @@ def _part(data: dict, name: str, model_type: str, folder: str | Path) -> dict:
                     "give the folder of a CLIP model")
 
 
-def _read(folder: str | Path, make, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Weights by our path in the file's dtype; a whole CLIPModel's rest and old position_ids are passed over."""
+def _open(folder: str | Path, make, prefixes: tuple[str, ...]) -> Stored:
+    """Weights that are not yet read; a whole CLIPModel's rest and old position_ids are passed over."""
     checkpoint, expected = Checkpoint(folder), shapes(make)
     ignored = [key for key in checkpoint if not key.startswith(prefixes) or key.endswith("position_ids")]
-    return load_parameters(checkpoint, table(expected), expected, ignored=ignored)
+    return Stored(checkpoint, table(expected), expected, ignored)
 
 
-def read_clip_text(folder: str | Path) -> tuple[CLIPTextConfig, dict[str, np.ndarray]]:
-    """(config, {our path: array}) of a text_encoder folder. Raises UserError if config and weights don't fit."""
+def open_clip_text(folder: str | Path) -> tuple[CLIPTextConfig, Stored]:
+    """(config, weights that are not yet read) of a text_encoder folder. UserError if they don't fit each other."""
     config = text_config(folder)
-    return config, _read(folder, lambda: ClipText(config, rngs=nnx.Rngs(0)), ("text_model.",))
+    return config, _open(folder, lambda: ClipText(config, rngs=nnx.Rngs(0)), ("text_model.",))
 
 
-def read_clip_vision(folder: str | Path) -> tuple[CLIPVisionConfig, dict[str, np.ndarray]]:
-    """(config, {our path: array}) of a vision folder. Raises UserError if config and weights don't fit."""
+def open_clip_vision(folder: str | Path) -> tuple[CLIPVisionConfig, Stored]:
+    """(config, weights that are not yet read) of a vision folder. UserError if they don't fit each other."""
     config = vision_config(folder)
-    return config, _read(folder, lambda: ClipVision(config, rngs=nnx.Rngs(0)),
-                         ("vision_model.", "visual_projection."))
+    return config, _open(folder, lambda: ClipVision(config, rngs=nnx.Rngs(0)), ("vision_model.", "visual_projection."))
 
 
 def load_clip_text(folder: str | Path) -> ClipText:
     """The text tower of a folder with single or sharded safetensors."""
-    config, parameters = read_clip_text(folder)
-    return build(lambda: ClipText(config, rngs=nnx.Rngs(0)), parameters, str(folder))
+    config, stored = open_clip_text(folder)
+    return build(lambda: ClipText(config, rngs=nnx.Rngs(0)), stored.load(), str(folder))
 
 
 def load_clip_vision(folder: str | Path) -> ClipVision:
     """The vision tower of a folder with single or sharded safetensors."""
-    config, parameters = read_clip_vision(folder)
-    return build(lambda: ClipVision(config, rngs=nnx.Rngs(0)), parameters, str(folder))
+    config, stored = open_clip_vision(folder)
+    return build(lambda: ClipVision(config, rngs=nnx.Rngs(0)), stored.load(), str(folder))
 
 
 def save_clip(model: ClipText | ClipVision, folder: str | Path, dtype: Any = None) -> None:

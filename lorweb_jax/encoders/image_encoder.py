@@ -12,8 +12,10 @@ from flax import nnx
 from lorweb_jax.encoders import queries, siglip
 from lorweb_jax.encoders.processor import ImageProcessor
 from lorweb_jax.errors import UserError
+from lorweb_jax.sharding import to_host
 from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build
+from lorweb_jax.weights.table import Stored
 
 _CLIP, _SIGLIP = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
 
@@ -27,7 +29,7 @@ class ImageEncoder:
 
     def query(self, mode: str, grids: list[np.ndarray]) -> np.ndarray:
         """Condition grids uint8 [H, W, 3] of any sizes -> the mode's query, float32 [b, q]."""
-        return np.asarray(_query(mode, self.processor, self.model, queries.views(mode, grids, self.processor)))
+        return to_host(_query(mode, self.processor, self.model, queries.views(mode, grids, self.processor)))
 
     def query_dim(self, mode: str) -> int:
         """q, the width of `query`'s result."""
@@ -35,7 +37,7 @@ class ImageEncoder:
 
     def embed(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 images [H, W, 3] of any sizes -> their embeddings, float32 [b, p]."""
-        return np.asarray(_embed(self.processor, self.model,
+        return to_host(_embed(self.processor, self.model,
                                  np.stack([self.processor.resized(image) for image in images])))
 
 
@@ -53,11 +55,11 @@ def _embed(processor, model, images):
 class ImageEncoderFolder:
     """A folder's encoder before its weights are read: what a training job needs to place them itself.
 
-    make(rngs) -> the module; read() -> {our path: array} in the file's dtype.
+    make(rngs) -> the module; open() -> its weights, not yet read.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
-    read: Callable[[], dict[str, np.ndarray]]
+    open: Callable[[], Stored]
     processor: ImageProcessor
 
 
@@ -70,11 +72,11 @@ def open_image_encoder(folder: str | Path) -> ImageEncoderFolder:
 
         config = clip.vision_config(folder)
         return ImageEncoderFolder(lambda rngs: clip.ClipVision(config, rngs=rngs),
-                                  lambda: clip.read_clip_vision(folder)[1], processor)
+                                  lambda: clip.open_clip_vision(folder)[1], processor)
     if model_type in _SIGLIP:
         config = siglip.SiglipConfig.from_folder(folder)
         return ImageEncoderFolder(lambda rngs: siglip.SiglipVision(config, rngs=rngs),
-                                  lambda: siglip.read_siglip(folder)[1], processor)
+                                  lambda: siglip.open_siglip(folder)[1], processor)
     raise UserError(f"{folder} holds a model of type {model_type!r}, expected one of {', '.join(_CLIP + _SIGLIP)}; "
                     "give the folder of a CLIP or SigLIP model")
 
@@ -82,4 +84,4 @@ def open_image_encoder(folder: str | Path) -> ImageEncoderFolder:
 def load_image_encoder(folder: str | Path) -> ImageEncoder:
     """The encoder of a folder with config.json, preprocessor_config.json and safetensors."""
     opened = open_image_encoder(folder)
-    return ImageEncoder(build(lambda: opened.make(nnx.Rngs(0)), opened.read(), str(folder)), opened.processor)
+    return ImageEncoder(build(lambda: opened.make(nnx.Rngs(0)), opened.open().load(), str(folder)), opened.processor)

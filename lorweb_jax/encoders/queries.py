@@ -9,7 +9,11 @@ the mean over its patch tokens (with CLS where the encoder has one), and these m
 tokens, at q = views · depths · width, where flattening all tokens would take 17 G parameters of projections for
 CLIP ViT-L/14. `patch_tokens` gives the tokens themselves.
 
-Letters: b batch, v views, s patch tokens, d encoder width, p embedding width, q query width.
+Modes whose views are the images a, a', b are composed of one embedding an image (`embed`, `compose`), which can be
+computed beforehand. The others see whole grids, of which there are about as many as pairs of images: they can't.
+
+Letters: b batch, v views, s patch tokens, d encoder width, p embedding width, e width of what
+one view gives, q query width.
 """
 
 from collections.abc import Callable
@@ -63,6 +67,11 @@ class QueryMode:
     weights: tuple[tuple[int, ...], ...] | None = None
     depths: tuple[int, ...] | None = None
 
+    @property
+    def per_image(self) -> bool:
+        """Whether the views are the images a, a', b, so that embeddings of images make any query."""
+        return self.views is _quadrants
+
 
 _LAST, _THREE = (1,), (16, 8, 1)
 QUERY_MODES: dict[str, QueryMode] = {
@@ -91,7 +100,13 @@ def query_dim(name: str, model: ImageEncoderModel) -> int:
     """q, the width of a mode's query: what a basis's `query_dim` must be."""
     mode = query_mode(name)
     outputs = mode.view_count if mode.weights is None else len(mode.weights)
-    return outputs * (model.embedding_width if mode.depths is None else len(mode.depths) * model.patch_width)
+    return outputs * embedding_dim(name, model)
+
+
+def embedding_dim(name: str, model: ImageEncoderModel) -> int:
+    """e, the width of what `embed` says of one view."""
+    depths = query_mode(name).depths
+    return model.embedding_width if depths is None else len(depths) * model.patch_width
 
 
 def views(name: str, grids: list[np.ndarray], processor) -> np.ndarray:
@@ -102,28 +117,45 @@ def views(name: str, grids: list[np.ndarray], processor) -> np.ndarray:
 
 def query(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
     """Traceable: normalised views [b, v, h, w, 3] (`processor.normalised(views(...))`) -> query float32 [b, q]."""
-    mode = query_mode(name)
     b, v = pixels.shape[:2]
-    if mode.depths is not None:
-        means = [tokens.mean(2) for tokens in _hidden(mode, model, pixels)]
-        return jnp.stack(means, 2).reshape(b, -1)                   # view by view, depths of a view together
-    embeddings_bvp = model(pixels.reshape(b * v, *pixels.shape[2:])).reshape(b, v, -1)
-    if mode.weights is not None:
-        embeddings_bvp = jnp.einsum("ov,bvp->bop", jnp.asarray(mode.weights, jnp.float32), embeddings_bvp)
-    return embeddings_bvp.reshape(b, -1)
+    return compose(name, embed(name, model, pixels.reshape(b * v, *pixels.shape[2:])).reshape(b, v, -1))
+
+
+def embed(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
+    """Traceable: normalised views [b, h, w, 3] -> what the encoder says of each, float32 [b, e]."""
+    mode = query_mode(name)
+    if mode.depths is None:
+        return model(pixels)
+    means = [tokens.mean(1) for tokens in _hidden(mode, model, pixels)]
+    return jnp.concatenate(means, -1)                               # depths of a view together
+
+
+def compose(name: str, embeddings: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Embeddings of an analogy's views [b, v, e] -> query [b, q], by numpy or by jax, whichever holds them."""
+    weights = query_mode(name).weights
+    if weights is not None:
+        embeddings = (np.asarray(weights, np.float32)[None, :, :, None] * embeddings[:, None]).sum(2)  # [b, o, e]
+    return embeddings.reshape(embeddings.shape[0], -1)
+
+
+def embedding_kind(name: str) -> str:
+    """A name of what `embed` computes: modes with the same one share embeddings."""
+    depths = query_mode(name).depths
+    return "projected" if depths is None else f"means of hidden states {', '.join(f'-{depth}' for depth in depths)}"
 
 
 def patch_tokens(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
     """A patch mode's tokens before their mean: [b, v, depths, s, d], for comparison with the published code."""
-    return jnp.stack(_hidden(query_mode(name), model, pixels), 2)
+    b, v = pixels.shape[:2]
+    states = _hidden(query_mode(name), model, pixels.reshape(b * v, *pixels.shape[2:]))
+    return jnp.stack([state.reshape(b, v, *state.shape[1:]) for state in states], 2)
 
 
 def _hidden(mode: QueryMode, model: ImageEncoderModel, pixels: jax.Array) -> list[jax.Array]:
-    """Hidden states [b, v, s, d] of each of the mode's depths."""
-    b, v = pixels.shape[:2]
-    states = model.hidden_states(pixels.reshape(b * v, *pixels.shape[2:]))
+    """Hidden states [b, s, d] of each of the mode's depths."""
+    states = model.hidden_states(pixels)
     depths = mode.depths
     if max(depths) > len(states):
         # An encoder of fewer layers than the published modes count back: the first, the middle and the last state.
         depths = (len(states), (len(states) + 1) // 2, 1)
-    return [states[-depth].reshape(b, v, *states[-depth].shape[1:]) for depth in depths]
+    return [states[-depth] for depth in depths]

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
-from lorweb_jax.weights.safetensors_io import Checkpoint, read_json
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build, shapes
-from lorweb_jax.weights.table import CONV, LINEAR, Row, load_parameters
+from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,14 @@ TABLE = [
 ]
 
 
-def read_siglip(folder: str | Path, dtype: Any = None) -> tuple[SiglipConfig, dict[str, np.ndarray]]:
-    """(config, {our path: array}) of a SiglipModel's or SiglipVisionModel's folder."""
+def open_siglip(folder: str | Path) -> tuple[SiglipConfig, Stored]:
+    """(config, weights that are not yet read) of a SiglipModel's or SiglipVisionModel's folder."""
     config, checkpoint = SiglipConfig.from_folder(folder), Checkpoint(folder)
     ignored = [key for key in checkpoint if not key.startswith("vision_model.") or key.endswith("position_ids")]
-    expected = shapes(lambda: SiglipVision(config, rngs=nnx.Rngs(0)))
-    return config, load_parameters(checkpoint, TABLE, expected, dtype, ignored)
+    return config, Stored(checkpoint, TABLE, shapes(lambda: SiglipVision(config, rngs=nnx.Rngs(0))), ignored)
 
 
 def load_siglip(folder: str | Path, dtype: Any = None) -> SiglipVision:
     """The vision tower of a folder with single or sharded safetensors. Raises UserError if it doesn't fit."""
-    config, parameters = read_siglip(folder, dtype)
-    return build(lambda: SiglipVision(config, rngs=nnx.Rngs(0)), parameters, str(folder))
+    config, stored = open_siglip(folder)
+    return build(lambda: SiglipVision(config, rngs=nnx.Rngs(0)), stored.load(dtype), str(folder))

@@ -15,9 +15,10 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Embedding, Linear, RMSNorm, scan_stack, stacked
-from lorweb_jax.weights.safetensors_io import Checkpoint, read_json
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build, shapes
-from lorweb_jax.weights.table import LINEAR, Row, load_parameters
+from lorweb_jax.weights.table import LINEAR, Row, Stored
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,16 @@ TABLE = [
 IGNORED = ("encoder.embed_tokens.weight",)
 
 
-def read_t5(folder: str | Path, dtype: Any = None) -> tuple[T5Config, dict[str, np.ndarray]]:
-    """(config, {our path: array}) of a text_encoder_2 folder; arrays in the file's dtype or in `dtype`."""
+def open_t5(folder: str | Path) -> tuple[T5Config, Stored]:
+    """(config, weights that are not yet read) of a text_encoder_2 folder, single or sharded safetensors.
+
+    Raises UserError if config and weights don't fit.
+    """
     config = T5Config.from_json(read_json(Path(folder) / "config.json"))
-    parameters = load_parameters(
-        Checkpoint(folder), TABLE, shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), dtype, IGNORED)
-    return config, parameters
+    return config, Stored(Checkpoint(folder), TABLE, shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), IGNORED)
 
 
 def load_t5(folder: str | Path, dtype: Any = None) -> T5Encoder:
-    """The encoder of a text_encoder_2 folder (single or sharded safetensors). Raises UserError if it doesn't fit."""
-    config, parameters = read_t5(folder, dtype)
-    return build(lambda: T5Encoder(config, rngs=nnx.Rngs(0)), parameters, str(folder))
+    """The encoder of a text_encoder_2 folder, in the file's dtype or in `dtype`."""
+    config, stored = open_t5(folder)
+    return build(lambda: T5Encoder(config, rngs=nnx.Rngs(0)), stored.load(dtype), str(folder))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lorweb_jax.encoders.image_encoder import ImageEncoder
 from lorweb_jax.evaluation.evaluate import Method, Sample, batches, evaluate, rows_sheet
 from lorweb_jax.evaluation.table import Table
 from lorweb_jax.images.io import write_image
@@ -36,9 +35,7 @@ def methods(pipeline: Pipeline, **sampling) -> dict[str, Method]:
 
 def evaluate_pipeline(pipeline: Pipeline, samples: Sequence[Sample], out: Path, **sampling) -> Table:
     """Score copy, base and basis on the samples; write table.md, table.json and sheet.png into `out`."""
-    model = pipeline.model
-    encoder = ImageEncoder(model.image_encoder, model.processor) if model.image_encoder else None
-    table = evaluate(methods(pipeline, **sampling), samples, encoder)
+    table = evaluate(methods(pipeline, **sampling), samples, pipeline.image_encoder)
     table.write(out)
     made = {name: images for name, images in table.results.items() if name != COPY}  # b is shown as it is
     write_image(out / "sheet.png", rows_sheet(samples, made))

@@ -26,7 +26,8 @@ def read_image(path: str | Path) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} in all were "
                                 "expected; make it smaller first")
-            return _rgb(ImageOps.exif_transpose(image), path)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image, path)
     except UserError:
         raise
     except FileNotFoundError:
@@ -58,7 +59,7 @@ def _rgb(image: Image.Image, path: Path) -> np.ndarray:
     elif image.mode == "F":
         raise UserError(f"{path} holds floating-point numbers of unknown range, 8 or 16 bits were expected; save it "
                         "with 8 bits a channel")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:

@@ -7,12 +7,15 @@ so that a run killed at any moment goes on from the one before. They are written
 import base64
 import logging
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lorweb_jax import config as configs
 from lorweb_jax.errors import UserError
@@ -22,14 +25,23 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER, CONFIG = "checkpoints", "config.json"
 KEEP = 3
+SHARED_WITHIN = 20.0  # s until a file that process 0 has written is seen by all hosts
 
 
 def open_run(workdir: Path, config) -> None:
     """Make the run folder, or check that it can be written to and that its checkpoints are of this config.
 
-    UserError where the folder cannot be written, or holds checkpoints of another config (the difference is shown;
-    configs.MAY_CHANGE lists what may differ).
+    UserError where the folder cannot be written, holds checkpoints of another config (the difference is shown;
+    configs.MAY_CHANGE lists what may differ), or is not the same one for all processes of the run.
     """
+    if jax.process_index() == 0:
+        _open_run(workdir, config)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+        _check_shared(workdir, config)
+
+
+def _open_run(workdir: Path, config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
@@ -47,6 +59,23 @@ def open_run(workdir: Path, config) -> None:
             raise UserError(f"{workdir} holds a run with another config: {shown}; "
                             "use the same values to go on with it, or another --workdir")
     configs.save(config, path)
+
+
+def _check_shared(workdir: Path, config) -> None:
+    """UserError unless this process sees what process 0 wrote; network file systems may need some seconds."""
+    path, end = workdir / CONFIG, time.monotonic() + SHARED_WITHIN
+    while not path.exists() or configs.differences(configs.load(path), config):
+        if time.monotonic() > end:
+            raise UserError(f"the run folder {workdir.absolute()} of process 0 is not the one that process "
+                            f"{jax.process_index()} sees on {socket.gethostname()}; give with --workdir a folder on a "
+                            "file system that all hosts share")
+        time.sleep(0.5)
+
+
+def goes_on(workdir: Path) -> str:
+    """What the same command would do now, as part of a sentence."""
+    steps = _steps(workdir)
+    return f"the same command goes on from step {max(steps)}" if steps else "the same command begins again"
 
 
 class Checkpoints:

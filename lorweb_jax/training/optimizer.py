@@ -1,4 +1,4 @@
-"""The optimizer that a config describes: AdamW with a clipped gradient, and the average of the weights."""
+"""The optimizer that a config describes: AdamW (or Muon) with a clipped gradient, and the average of the weights."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+
+from lorweb_jax.training.moments import scale_by_adam
 
 
 def make_schedule(config) -> optax.Schedule:
@@ -20,17 +22,20 @@ def make_schedule(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW (or Muon) after clipping by the global norm; with config.train.ema its state also holds the averaged weights."""
-    optimizer = config.optimizer
-    update = {"adamw": _adamw, "muon": _muon}[optimizer.name](optimizer, make_schedule(config))
+    """The update after clipping by the global norm; with config.train.ema its state also holds the averaged weights."""
+    optimizer, schedule = config.optimizer, make_schedule(config)
+    update = _muon(optimizer, schedule) if optimizer.name == "muon" else _adamw(optimizer, schedule, config.seed)
     parts = [optax.clip_by_global_norm(optimizer.clip), update]
     if config.train.ema:
         parts.append(average_weights(config.train.ema))
     return optax.chain(*parts)
 
 
-def _adamw(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
+def _adamw(optimizer, schedule: optax.Schedule, seed: int) -> optax.GradientTransformation:
+    if optimizer.moments == "float32":
+        return optax.adamw(schedule, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
+    return optax.chain(scale_by_adam(optimizer.b1, optimizer.b2, optimizer.moments, seed),
+                       optax.add_decayed_weights(optimizer.weight_decay), optax.scale_by_learning_rate(schedule))
 
 
 def _muon(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.io import write_file
+from lorweb_jax.training import pictures
 
 # clu's own summary writer is the one part of clu.metric_writers that needs TensorFlow. A module of that name
 # with our writer goes in its place before the first import.
@@ -101,8 +102,9 @@ class Report:
     def __init__(self, workdir: Path, config, first_step: int, log_state: list[dict[str, float]]):
         self.workdir = workdir
         self.total, self.batch, self.every = config.train.steps, config.train.batch, config.train.log_every
+        self.writes = jax.process_index() == 0  # the others keep the same metrics, for the checkpoint
         self.writer = metric_writers.MultiWriter(
-            [TextWriter(workdir / LOG, first_step), SummaryWriter(workdir, first_step)])
+            [TextWriter(workdir / LOG, first_step), SummaryWriter(workdir, first_step)] if self.writes else [])
         self.means = list(log_state)  # metrics of steps that are not logged yet, on the host
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []  # (step, metrics on the device)
         self.clock, self.timed_from = None, first_step
@@ -149,8 +151,10 @@ class Report:
         self.restart_clock(steps_done)
 
     def pictures(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
-        """Show pictures uint8 [h, w, 3] by name in TensorBoard."""
-        self._write("write_images", steps_done, images)
+        """Show pictures uint8 [h, w, 3] by name in TensorBoard and in workdir/pictures."""
+        if self.writes:
+            self._write("write_images", steps_done, images)
+            pictures.save(self.workdir / "pictures", steps_done, images)
 
     def _write(self, kind: str, *values: Any) -> None:
         try:

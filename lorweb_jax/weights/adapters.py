@@ -11,8 +11,9 @@ import numpy as np
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
 from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
+from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.lora_file import read_lora
-from lorweb_jax.weights.safetensors_io import Checkpoint, write_json
+from lorweb_jax.weights.safetensors_io import write_json
 
 _PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|projection)")
 

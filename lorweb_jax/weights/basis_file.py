@@ -15,8 +15,9 @@ import yaml
 
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
+from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.layer_names import layer_name, split_layer_name, stack_blocks
-from lorweb_jax.weights.safetensors_io import Checkpoint, replacing, write
+from lorweb_jax.weights.safetensors_io import replacing, write
 
 Arrays = dict[str, dict[str, np.ndarray]]
 

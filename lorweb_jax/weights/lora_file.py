@@ -11,8 +11,9 @@ import numpy as np
 
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
+from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.layer_names import layer_name, split_layer_name
-from lorweb_jax.weights.safetensors_io import Checkpoint, write
+from lorweb_jax.weights.safetensors_io import write
 
 _PREFIX = "transformer."
 _KEY = re.compile(r"transformer\.(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")

@@ -1,8 +1,11 @@
 """A FLUX Kontext pipeline folder in diffusers' layout: its configs now, its weights when they are asked for."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -10,17 +13,20 @@ from flax import nnx
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, open_image_encoder
-from lorweb_jax.encoders.t5 import T5Config, T5Encoder, read_t5
+from lorweb_jax.encoders.t5 import T5Config, T5Encoder, open_t5
 from lorweb_jax.encoders.tokenizers import load_t5_tokenizer, tokenize_clip, tokenize_t5
 from lorweb_jax.errors import UserError
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
-from lorweb_jax.weights.pretrained import load_transformer, load_vae
+from lorweb_jax.weights.placed import place
+from lorweb_jax.weights.pretrained import open_model
 from lorweb_jax.weights.safetensors_io import read_json
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+# The model's frozen parts; a use may leave out those that it doesn't need.
+MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 # T5 instructions are padded to this in FLUX; a pipeline whose tokenizer says less was trained with less.
 MAX_TEXT_TOKENS = 512
 
@@ -51,26 +57,37 @@ class PipelineFolder:
         """t, the length that T5 instructions are padded to."""
         return min(MAX_TEXT_TOKENS, load_t5_tokenizer(str(self.folder / "tokenizer_2")).model_max_length)
 
+    def clip_text_config(self):
+        """transformers' CLIPTextConfig of the pooled text encoder."""
+        from lorweb_jax.encoders.clip import text_config  # transformers takes seconds to import
+
+        return text_config(self.folder / "text_encoder")
+
     def token_ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """int32 CLIP ids [b, 77] and T5 ids [b, t]."""
         return (tokenize_clip(texts, self.folder / "tokenizer"),
                 tokenize_t5(texts, self.folder / "tokenizer_2", self.text_tokens))
 
     def make(self, rngs: nnx.Rngs, basis: BasisConfig | None = None, *, dtype=jnp.float32, remat: str = "none",
-             attention: str = "xla", unroll: int = 1) -> AnalogyModel:
-        """The model with fresh weights; `basis.query_dim` None takes the image encoder's width. May be traced."""
-        from lorweb_jax.encoders.clip import ClipText, text_config  # transformers takes seconds to import
+             attention: str = "xla", unroll: int = 1, quantization: str = "none",
+             parts: Collection[str] = MODEL_PARTS) -> AnalogyModel:
+        """The model with fresh weights; `basis.query_dim` None takes the image encoder's width. May be traced.
 
+        parts: of MODEL_PARTS those that are made; the others are None. The other options are Flux's.
+        """
+        from lorweb_jax.encoders.clip import ClipText  # transformers takes seconds to import
+
+        # Made even if it is left out, then dropped: it tells the query's width, and random keys are drawn in order.
         encoder = self.encoder.make(rngs) if self.encoder else None
-        made = None
-        if basis is not None:
-            made = Basis(self.complete(basis, encoder), block_linears(self.flux_config), rngs=rngs)
-        return AnalogyModel(
-            transformer=Flux(self.flux_config, remat=remat, attention=attention, unroll=unroll, rngs=rngs),
-            vae=AutoencoderKL(self.vae_config, rngs=rngs),
-            text_encoder=ClipText(text_config(self.folder / "text_encoder"), rngs=rngs),
-            text_encoder_2=T5Encoder(self.t5_config, rngs=rngs),
-            image_encoder=encoder, basis=made, processor=self.encoder.processor if self.encoder else None, dtype=dtype)
+        made = Basis(self.complete(basis, encoder), block_linears(self.flux_config), rngs=rngs) if basis else None
+        makers = {"transformer": lambda: Flux(self.flux_config, remat=remat, attention=attention, unroll=unroll,
+                                              quantization=quantization, rngs=rngs),
+                  "vae": lambda: AutoencoderKL(self.vae_config, rngs=rngs),
+                  "text_encoder": lambda: ClipText(self.clip_text_config(), rngs=rngs),
+                  "text_encoder_2": lambda: T5Encoder(self.t5_config, rngs=rngs),
+                  "image_encoder": lambda: encoder}
+        return AnalogyModel(**{name: make() if name in parts else None for name, make in makers.items()}, basis=made,
+                            processor=self.encoder.processor if self.encoder else None, dtype=dtype)
 
     def complete(self, basis: BasisConfig, encoder: nnx.Module | None) -> BasisConfig:
         """The config with the query's width filled in; UserError if the image encoder's differs, or there is none."""
@@ -85,15 +102,28 @@ class PipelineFolder:
                             f"{width} in the mode {basis.query_mode}; name the image encoder it was trained with")
         return dataclasses.replace(basis, query_dim=width)
 
-    def read(self) -> dict[str, np.ndarray]:
-        """Every frozen weight by its path in the model, in the files' dtypes."""
-        from lorweb_jax.encoders.clip import read_clip_text
+    def read(self, shapes: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Any]:
+        """Frozen weights by their path in the model.
 
-        parts = {"transformer": lambda: load_transformer(self.folder / "transformer")[1],
-                 "vae": lambda: load_vae(self.folder / "vae")[1],
-                 "text_encoder": lambda: read_clip_text(self.folder / "text_encoder")[1],
-                 "text_encoder_2": lambda: read_t5(self.folder / "text_encoder_2")[1]}
+        shapes: with dtype and sharding, of those that are wanted; they are read straight into their places (see
+        placed.place), and parts of the pipeline that don't occur are not opened. None: all of them, as arrays of this
+        host in the files' dtypes.
+        """
+        from lorweb_jax.encoders.clip import open_clip_text
+
+        parts = {"transformer": lambda: open_model(self.folder / "transformer", "transformer")[1],
+                 "vae": lambda: open_model(self.folder / "vae", "vae")[1],
+                 "text_encoder": lambda: open_clip_text(self.folder / "text_encoder")[1],
+                 "text_encoder_2": lambda: open_t5(self.folder / "text_encoder_2")[1]}
         if self.encoder:
-            parts["image_encoder"] = self.encoder.read
-        return {f"{part}.{path}": array for part, read in parts.items() for path, array in read().items()}
-
+            parts["image_encoder"] = self.encoder.open
+        held: dict[str, Any] = {}
+        for part, open_part in parts.items():
+            if shapes is None:
+                found = open_part().load()
+            else:
+                wanted = {path.removeprefix(f"{part}."): shape for path, shape in shapes.items()
+                          if path.startswith(f"{part}.")}
+                found = place(open_part(), wanted) if wanted else {}
+            held |= {f"{part}.{path}": array for path, array in found.items()}
+        return held

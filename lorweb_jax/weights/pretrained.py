@@ -1,7 +1,6 @@
 """The transformer and the autoencoder of FLUX in files: which layout a file has, loading, saving, conversion."""
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +12,16 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.transformer.flux import Flux, FluxConfig
 from lorweb_jax.weights import flux_table, vae_table
-from lorweb_jax.weights.safetensors_io import Checkpoint, Spec, read_json, write_json, write_sharded, write_stream
-from lorweb_jax.weights.state import shapes
-from lorweb_jax.weights.table import Layout, Row, load_parameters, tensors_between, tensors_of
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.conversion import JOURNAL, Progress, Run, check, one_sentence_if_full, record, write_files
+from lorweb_jax.weights.safetensors_io import Spec, index_of, read_json, shards_of, write_json, write_sharded
+from lorweb_jax.weights.state import require_equal, shapes
+from lorweb_jax.weights.table import Layout, Row, Stored, tensors_of
 
 LAYOUTS = ("diffusers", "black_forest")
 _STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 10_000_000_000
+_PREFIX = "model.diffusion_model."  # what ComfyUI's files put before every name
 
 
 class _Kind(NamedTuple):
@@ -67,6 +69,8 @@ def recognise(path: str | Path, config_path: str | Path | None = None) -> Source
     read off the shapes. Raises UserError if the files are not a FLUX transformer or autoencoder.
     """
     checkpoint = Checkpoint(path)
+    if checkpoint and all(key.startswith(_PREFIX) for key in checkpoint):
+        checkpoint = checkpoint.without_prefix(_PREFIX)
     found = [(kind, layout) for kind, model in KINDS.items() for layout, mark in model.marks.items()
              if any(key.startswith(mark) for key in checkpoint)]
     if len(found) != 1:
@@ -82,26 +86,29 @@ def recognise(path: str | Path, config_path: str | Path | None = None) -> Source
     return Source(kind, layout, config, checkpoint)
 
 
-def load_transformer(path: str | Path, dtype: Any = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config.json's contents, {our path: array}) of a FLUX transformer in either layout, in its dtype or in `dtype`.
+def open_model(path: str | Path, kind: str) -> tuple[dict[str, Any], Stored]:
+    """(config.json's contents, weights that are not yet read) of a FLUX transformer or vae in either layout.
 
     Raises UserError for a missing or foreign file, and with the differences where file and config disagree.
     """
-    return _load(path, "transformer", dtype)
-
-
-def load_vae(path: str | Path, dtype: Any = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The same for the autoencoder."""
-    return _load(path, "vae", dtype)
-
-
-def _load(path: str | Path, kind: str, dtype: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     source = recognise(path)
     if source.kind != kind:
         raise UserError(f"{path} holds a FLUX {source.kind}, expected a {kind}; give the {kind} folder")
     model = KINDS[kind]
-    rows = model.rows(source.config, source.layout)
-    return source.config, load_parameters(source.checkpoint, rows, model.shapes(source.config), dtype)
+    return source.config, Stored(source.checkpoint, model.rows(source.config, source.layout),
+                                 model.shapes(source.config))
+
+
+def load_transformer(path: str | Path, dtype: Any = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json's contents, {our path: array}) of a FLUX transformer in its dtype or in `dtype`; see open_model."""
+    config, stored = open_model(path, "transformer")
+    return config, stored.load(dtype)
+
+
+def load_vae(path: str | Path, dtype: Any = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The same for the autoencoder."""
+    config, stored = open_model(path, "vae")
+    return config, stored.load(dtype)
 
 
 def save_transformer(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str, Any],
@@ -131,27 +138,65 @@ def save_folder(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str
 
 
 def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
-            max_shard_bytes: int = _SHARD_BYTES) -> tuple[Path, dict[str, Spec]]:
-    """Write `source` in `layout` below the folder `out`, tensor by tensor; returns (what was written, its tensors).
+            max_shard_bytes: int = _SHARD_BYTES, progress: Progress | None = None) -> tuple[Path, dict[str, Spec]]:
+    """Write `source` in `layout` below the folder `out`; returns (what was written, its tensors).
 
-    diffusers: out/transformer or out/vae, with config.json. black_forest: out/flux1-kontext.safetensors or
-    out/ae.safetensors. The name appears when everything is written. Raises UserError if it exists already, or if the
-    source's tensors are not exactly those of its config.
+    diffusers: out/transformer or out/vae, with config.json and checksums.json. black_forest: out/flux1-kontext or
+    out/ae.safetensors, and .checksums.json. The name appears when everything is written and its header read again;
+    until then all is in a folder NAME.partial, where the same call goes on after a kill or a full disk. Raises
+    UserError if the name exists already, or if the source's tensors are not exactly those of its config.
     """
-    model = KINDS[source.kind]
-    target = Path(out) / (source.kind if layout == "diffusers" else model.single_file)
+    model, checkpoint = KINDS[source.kind], source.checkpoint
+    single = layout == "black_forest"
+    target = Path(out) / (model.single_file if single else source.kind)
     if target.exists():
         raise UserError(f"{target} exists already; remove it or give another output folder")
     parameter_shapes = model.shapes(source.config)
-    specs, produce = tensors_between(
-        source.checkpoint, Layout(model.rows(source.config, source.layout), parameter_shapes),
-        Layout(model.rows(source.config, layout), parameter_shapes), dtype)
-    if layout == "black_forest":
-        write_stream(target, specs, produce)
-        return target, specs
+    here = Layout(model.rows(source.config, source.layout), parameter_shapes)
+    there = Layout(model.rows(source.config, layout), parameter_shapes)
+    here.require(checkpoint)
+    rows = {key: there.rows_in(here, key) for key in there.tensors}
+    specs = {key: Spec(shape, np.dtype(dtype or checkpoint.dtype(rows[key][0].key)))
+             for key, shape in there.tensors.items()}
+    files = {target.name: specs} if single else shards_of(_STEM, specs, max_shard_bytes)
+    task = {"source": [[file.name, (found := file.stat()).st_size, found.st_mtime_ns] for file in checkpoint.files],
+            "layout": layout, "dtype": dtype and np.dtype(dtype).name,
+            "shard size": None if single else max_shard_bytes}
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_sharded(partial, _STEM, specs, produce, max_shard_bytes)
-    write_json(partial / "config.json", source.config)
-    os.replace(partial, target)
+    digests = write_files(partial, files, lambda key: [
+        Run(checkpoint.extent(*part), checkpoint.dtype(part.key)) for part in rows[key]], task, progress)
+    with one_sentence_if_full(partial):
+        if len(files) > 1:
+            write_json(partial / f"{_STEM}.safetensors.index.json", index_of(files))
+        written = Checkpoint(partial / target.name if single else partial)
+        require_equal(written.shapes, there.tensors, str(partial))
+        write_json(_checksums(target if single else partial), record(written, digests))
+        if not single:
+            write_json(partial / "config.json", source.config)
+    os.replace(partial / target.name if single else partial, target)
+    (partial if single else target).joinpath(JOURNAL).unlink()
+    if single:
+        partial.rmdir()
     return target, specs
+
+
+def _checksums(path: Path) -> Path:
+    """Where the checksums of a file or a folder stand."""
+    return path / "checksums.json" if path.is_dir() else path.with_suffix(".checksums.json")
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> list[Checkpoint]:
+    """Read again what `convert` wrote (a file, a folder, or the folder that holds several) and compare checksums.
+
+    Returns what was found to be as it was written. Raises UserError for any difference, or if no checksums are there.
+    """
+    path = Path(path)
+    found = [each for each in (path, *sorted(path.glob("*")))
+             if (each.is_dir() or each.suffix == ".safetensors" and each.exists()) and _checksums(each).exists()]
+    if not found:
+        raise UserError(f"{path} has no {_checksums(path).name}, which converting writes; give what "
+                        "convert_flux_weights.py wrote")
+    checkpoints = [Checkpoint(each) for each in found]
+    for each, checkpoint in zip(found, checkpoints):
+        check(checkpoint, read_json(_checksums(each)), progress)
+    return checkpoints

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.weights.safetensors_io import Checkpoint, Spec
+from lorweb_jax.sharding import to_host
+from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.safetensors_io import Spec
 from lorweb_jax.weights.state import require_equal
 
 
@@ -35,6 +37,15 @@ LINEAR = (1, 0)      # [o, i] <-> [i, o]
 CONV = (2, 3, 1, 0)  # [o, i, kh, kw] <-> [kh, kw, i, o]
 
 Part = tuple[str, int | None]  # our path and the block index, None for a parameter without the leading axis l
+Cut = tuple[tuple[int, int], ...]  # (start, stop) of each of our axes
+
+
+class Rows(NamedTuple):
+    """Rows start..stop along the leading axis of their tensor `key`."""
+
+    key: str
+    start: int
+    stop: int
 
 
 class _Place(NamedTuple):
@@ -46,8 +57,7 @@ class _Place(NamedTuple):
 
 def to_ours(array: np.ndarray, row: Row, shape: tuple[int, ...]) -> np.ndarray:
     """Their part of a tensor -> our parameter (or slice) of `shape`; a view where it can be."""
-    if row.swapped:
-        array = np.concatenate(np.split(array, 2)[::-1])
+    array = _unswapped(array, row)
     return (array if row.axes is None else array.transpose(row.axes)).reshape(shape)
 
 
@@ -55,7 +65,19 @@ def to_theirs(array: np.ndarray, row: Row) -> np.ndarray:
     """Inverse of `to_ours`."""
     if row.axes is not None:
         array = array.reshape((1,) * (len(row.axes) - array.ndim) + array.shape).transpose(np.argsort(row.axes))
+    return _unswapped(array, row)
+
+
+def _unswapped(array: np.ndarray, row: Row) -> np.ndarray:
     return np.concatenate(np.split(array, 2)[::-1]) if row.swapped else array
+
+
+def _order(row: Row, axes: int) -> tuple[int, ...]:
+    """In which order our axes lie in their tensor; axes of length 1 that only they have are left out."""
+    if row.axes is None:
+        return tuple(range(axes))
+    added = len(row.axes) - axes
+    return tuple(int(axis) - added for axis in np.argsort(row.axes) if axis >= added)
 
 
 class Layout:
@@ -108,7 +130,46 @@ class Layout:
         return to_ours(checkpoint.read(key, start, stop), row, self.part_shape(part))
 
     def dtype(self, checkpoint: Checkpoint, part: Part) -> np.dtype:
+        """As the file stores it."""
         return checkpoint.dtype(self._places[part].key)
+
+    def axes(self, part: Part) -> tuple[int, ...]:
+        """Their tensor (halves already swapped) transposed by these axes is ours, after leading axes of length 1."""
+        return self._places[part].row.axes or tuple(range(len(self.part_shape(part))))
+
+    def read_cuts(self, checkpoint: Checkpoint, part: Part, cuts: Collection[Cut]) -> dict[Cut, np.ndarray]:
+        """Several cuts of a part, each as it lies in their tensor, not transposed (`axes`).
+
+        Of their leading axis nothing is read that no cut holds, and nothing twice, unless cuts overlap in part.
+        """
+        row, key, start, stop = self._places[part]
+        axes = self.axes(part)
+        added, rows, found = len(axes) - len(self.part_shape(part)), {}, {}
+        for cut in cuts:
+            theirs = [slice(None)] * len(axes)
+            for axis, (first, last) in zip(axes[added:], cut):
+                theirs[axis] = slice(first, last)
+            first, last = (0, stop - start) if row.swapped or 0 in axes[:added] else cut[axes.index(0) - added]
+            if (first, last) not in rows:
+                rows[first, last] = _unswapped(checkpoint.read(key, start + first, start + last), row)
+            if not row.swapped:
+                theirs[0] = slice(None)
+            found[cut] = rows[first, last][tuple(theirs)]
+        return found
+
+    def rows_in(self, source: "Layout", key: str) -> list[Rows]:
+        """Their tensor `key` as rows of the tensors of another layout of this model, byte for byte, in order."""
+        return [rows for part in self.parts[key] for rows in self._part_in(source, part)]
+
+    def _part_in(self, source: "Layout", part: Part) -> list[Rows]:
+        here, there = self._places[part], source._places[part]
+        axes = len(self.part_shape(part))
+        if _order(here.row, axes) != _order(there.row, axes):
+            raise ValueError(f"{part[0]} lies transposed in {here.key} and {there.key}, so that no bytes can be copied")
+        if here.row.swapped == there.row.swapped:
+            return [Rows(there.key, there.start, there.stop)]
+        middle = (there.start + there.stop) // 2
+        return [Rows(there.key, middle, there.stop), Rows(there.key, there.start, middle)]
 
     def assemble(self, key: str, get: Callable[[Part], np.ndarray]) -> np.ndarray:
         """Their tensor `key`, from our parameters (or slices) that `get` returns."""
@@ -116,24 +177,25 @@ class Layout:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def iter_parameters(checkpoint: Checkpoint, rows: Iterable[Row | tuple], shapes: Mapping[str, Any],
-                    ignored: Collection[str] = ()) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(our path, block index or None, array) of every parameter, one at a time; checked strictly before the first."""
-    layout = Layout(rows, shapes)
-    layout.require(checkpoint, ignored)
-    for path, layer in layout:
-        yield path, layer, layout.read(checkpoint, (path, layer))
+class Stored:
+    """A model's parameters in a checkpoint: checked strictly (see Layout.require), not yet read."""
 
+    def __init__(self, checkpoint: Checkpoint, rows: Iterable[Row | tuple], shapes: Mapping[str, Any],
+                 ignored: Collection[str] = ()):
+        self.checkpoint, self.layout = checkpoint, Layout(rows, shapes)
+        self.layout.require(checkpoint, ignored)
 
-def load_parameters(checkpoint: Checkpoint, rows: Iterable[Row | tuple], shapes: Mapping[str, Any],
-                    dtype: Any = None, ignored: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """{our path: array}, in the file's dtype or in `dtype`; stacked over blocks."""
-    flat: dict[str, np.ndarray] = {}
-    for path, layer, array in iter_parameters(checkpoint, rows, shapes, ignored):
-        if path not in flat:
-            flat[path] = np.empty(shapes[path].shape, array.dtype if dtype is None else dtype)
-        flat[path][... if layer is None else layer] = array
-    return flat
+    def load(self, dtype: Any = None, paths: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """{our path: array} of all or of these paths, in the file's dtype or in `dtype`; stacked over blocks."""
+        flat: dict[str, np.ndarray] = {}
+        for part in self.layout:
+            path, layer = part
+            if paths is None or path in paths:
+                array = self.layout.read(self.checkpoint, part)
+                if path not in flat:
+                    flat[path] = np.empty(self.layout.shapes[path], array.dtype if dtype is None else dtype)
+                flat[path][... if layer is None else layer] = array
+        return flat
 
 
 def tensors_of(flat: Mapping[str, Any], rows: Iterable[Row | tuple], dtype: Any = None
@@ -145,15 +207,6 @@ def tensors_of(flat: Mapping[str, Any], rows: Iterable[Row | tuple], dtype: Any 
 
     def get(part: Part) -> np.ndarray:
         path, layer = part
-        return np.asarray(flat[path] if layer is None else flat[path][layer])
+        return to_host(flat[path] if layer is None else flat[path][layer])
 
     return specs, lambda key: layout.assemble(key, get)
-
-
-def tensors_between(checkpoint: Checkpoint, source: Layout, target: Layout, dtype: Any = None
-                    ) -> tuple[dict[str, Spec], Callable[[str], np.ndarray]]:
-    """Like `tensors_of`, from a checkpoint in the layout `source` to the layout `target` of the same model."""
-    source.require(checkpoint)
-    specs = {key: Spec(shape, np.dtype(dtype or source.dtype(checkpoint, target.parts[key][0])))
-             for key, shape in target.tensors.items()}
-    return specs, lambda key: target.assemble(key, lambda part: source.read(checkpoint, part))

@@ -28,6 +28,7 @@ from lorweb_jax.images.levels import to_float, to_uint8
 from lorweb_jax.latents.packing import pack, position_ids, text_ids, unpack
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.layers import Weight
+from lorweb_jax.sharding import to_host
 from lorweb_jax.training.pictures import sheet
 from lorweb_jax.transformer.flux import Flux, FluxConfig
 from lorweb_jax.weights.pretrained import load_vae, save_folder, save_transformer
@@ -192,7 +193,7 @@ class BaseTransformer:
         sigmas = jnp.asarray(Schedule().sigmas(self.config.show_steps, condition.shape[1]))
         result = _euler(model, noise, condition, jnp.asarray(self.clip_ids)[batch["caption"]],
                         jnp.asarray(self.t5_ids)[batch["caption"]], sigmas, self.side)
-        return np.asarray(unpack(result, self.side, self.side))
+        return to_host(unpack(result, self.side, self.side))
 
     def _decode(self, latents: np.ndarray) -> jax.Array:
         return _decode(self.vae, jnp.asarray(latents, jnp.float32))
@@ -205,7 +206,7 @@ class BaseTransformer:
                     t5.TABLE, np.float16, stem="model")
         self._tokenizers(workdir)
         batch = next(Edits(self.table, self.unseen, self.captions, 256, self.config.data, seed=2))
-        shown = [np.asarray(self._decode(x)) for x in (self._sample(model, batch), batch["latents"], batch["condition"])]
+        shown = [to_host(self._decode(x)) for x in (self._sample(model, batch), batch["latents"], batch["condition"])]
         write_json(workdir / "quality.json", {
             "mse_of_edits": float(np.square(shown[0] - shown[1]).mean()),
             "mse_of_doing_nothing": float(np.square(shown[2] - shown[1]).mean())})

@@ -19,6 +19,7 @@ from lorweb_jax.images.levels import to_float, to_uint8
 from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, Resnet, VAEConfig
 from lorweb_jax.layers import Weight
+from lorweb_jax.sharding import to_host
 from lorweb_jax.weights.pretrained import save_vae
 from lorweb_jax.weights.safetensors_io import write_json
 from lorweb_jax.weights.state import flat_state
@@ -141,7 +142,7 @@ class BaseVAE:
     def finish(self, model, workdir: Path) -> None:
         """Writes `workdir`/vae, with shift and scale that give latents mean 0 and deviation 1, and its quality."""
         sample = Canvases(self.drawings.part(held_out=False), 256, self.config.data.plain, self.config.seed + 1)
-        latents = np.asarray(jax.jit(lambda model, x: model.encode(x)[0])(model, to_float(next(sample)["canvas"])))
+        latents = to_host(jax.jit(lambda model, x: model.encode(x)[0])(model, to_float(next(sample)["canvas"])))
         config = self.vae_config.to_json() | {
             "scaling_factor": round(float(1 / latents.std()), 4), "shift_factor": round(float(latents.mean()), 4)}
         save_vae(workdir / "vae", config, flat_state(model), np.float16)  # for a repository; it computes in float32

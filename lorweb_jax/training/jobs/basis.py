@@ -1,9 +1,10 @@
 """Trains a basis of LoRAs and its router on analogies over a frozen FLUX Kontext pipeline (method.md §5).
 
-Images become latents, and captions and images become text embeddings and queries, inside the step: nothing but the
-Relation252K folder and the pipeline folder is needed beforehand.
+Images become latents inside the step. Captions and images become text embeddings and queries there too, or these are
+taken from disk (config.precomputed), and the model has no encoders.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorweb_jax import quantization, sharding
 from lorweb_jax.basis.basis import BasisConfig, BasisParam
-from lorweb_jax.data.embedded import build_embedded_dataset
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, read_tasks
+from lorweb_jax.data.relation252k import Analogies
+from lorweb_jax.data.splits import read_splits
 from lorweb_jax.encoders import queries
 from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
@@ -23,8 +25,11 @@ from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.pipeline import Pipeline
+from lorweb_jax.precomputed.read import Precomputed
+from lorweb_jax.precomputed.scope import Scope
 from lorweb_jax.training.pictures import heat_map
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
+from lorweb_jax.transformer.attention import choose
+from lorweb_jax.weights.pipeline_folder import MODEL_PARTS, PipelineFolder
 
 
 def make(config) -> "BasisJob":
@@ -38,20 +43,29 @@ class BasisJob:
 
     def __init__(self, config):
         self.config = config
+        quantization.check(config.quantization)
         self.basis_config = BasisConfig(**config.basis)
         self.folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
-        if config.data.root == "embedded":
-            made = build_embedded_dataset(Path(config.data.cache) / "embedded", Path(config.data.cache) / "drawings")
-            roots = {"train": made.train, "held_out_drawings": made.heldout_drawings,
-                     "held_out_tasks": made.heldout_tasks}
-        else:
-            roots = {"train": Path(config.data.root)}
-            if config.data.held_out:
-                roots["held_out_tasks"] = Path(config.data.held_out)
         self.problems = Problems()  # files of the data that can't be used, found now or while reading
-        self.tasks = {split: read_tasks(root, self.problems) for split, root in roots.items()}
+        self.tasks = read_splits(config, self.problems)
         if len(self.problems):
             print(self.problems.summary(), flush=True)
+        self.scope = Scope.of(config, self.folder, self.tasks) if config.precomputed else None
+
+    @functools.cached_property
+    def precomputed(self) -> Precomputed | None:
+        """What takes the encoders' place; None where they are part of the step."""
+        return Precomputed(self.scope) if self.scope else None
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """The implementation that config.attention stands for, measured at the shape of a device's share of a step."""
+        config, flux = self.config, self.folder.flux_config
+        side = config.data.quadrant_size or 256
+        height, width = (side, side) if isinstance(side, int) else side
+        tokens = 8 * height * width // (2 * self.folder.vae_config.downscale) ** 2 + self.folder.text_tokens
+        shape = (1, tokens, flux.num_attention_heads, flux.attention_head_dim)
+        return choose(config.attention, shape, jnp.dtype(config.compute_dtype), backward=True)
 
     @property
     def sampling(self) -> dict:
@@ -59,41 +73,58 @@ class BasisJob:
         return {name: self.config.show[name] for name in ("steps", "guidance", "batch")}
 
     def build(self, rngs: nnx.Rngs) -> AnalogyModel:
+        left_out = self.scope.left_out if self.scope else ()
         return self.folder.make(rngs, self.basis_config, dtype=self.config.compute_dtype, remat=self.config.remat,
-                                attention=self.config.attention, unroll=self.config.unroll)
+                                attention=self.attention, unroll=self.config.unroll,
+                                quantization=self.config.quantization,
+                                parts=[part for part in MODEL_PARTS if part not in left_out])
 
-    def frozen(self, shapes) -> dict[str, np.ndarray]:
-        return self.folder.read()
+    def frozen(self, shapes) -> dict[str, jax.Array]:
+        return self.folder.read(shapes)
 
     def data(self, config) -> AnalogyLoader:
-        data = config.data
-        return AnalogyLoader(Analogies(self.tasks["train"]), config.train.batch, quadrant_size=data.quadrant_size,
+        """Of each global batch the rows that this process's devices hold."""
+        data, batch = config.data, config.train.batch
+        if self.precomputed:
+            print(f"text{'' if self.scope.queries_kept else ' and queries'} from {self.scope.root}", flush=True)
+        return AnalogyLoader(Analogies(self.tasks["train"]), batch, quadrant_size=data.quadrant_size,
                              seed=config.seed, caption_drop=data.caption_drop, task_balanced=data.task_balanced,
                              reverse_probability=data.reverse_probability, workers=data.workers,
-                             problems=self.problems)
+                             rows=sharding.batch_rows(sharding.make_mesh(config.mesh), batch), problems=self.problems)
 
     def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
         """Analogies of a split to look at, the same ones every time; `tasks` spread over the split's tasks."""
         chosen = self.tasks[split]
         if tasks:
             chosen = chosen[::max(1, len(chosen) // tasks)][:tasks]
-        return read_samples(chosen, per_task, Problems(), 2 * self.config.data.quadrant_size)
+        return read_samples(chosen, per_task, Problems(), 2 * self.config.data.quadrant_size or None)
 
     def prepare(self, batch: dict) -> dict:
-        """Captions become token ids, condition grids what the image encoder sees of them."""
-        clip_ids, t5_ids = self.folder.token_ids(list(batch["caption"]))
-        prepared = {"condition": batch["condition"], "target": batch["target"],
-                    "clip_ids": clip_ids, "t5_ids": t5_ids}
+        """Captions become token ids, condition grids what the image encoder sees of them; or both what is known of
+        them already."""
+        prepared = {"condition": batch["condition"], "target": batch["target"]}
+        if self.precomputed:
+            prepared["text"], prepared["pooled"] = self.precomputed.prompt(list(batch["caption"]))
+            query = self.precomputed.batch_query(batch["images"], batch["task"])
+            if query is not None:
+                return prepared | {"query": query}
+        else:
+            prepared["clip_ids"], prepared["t5_ids"] = self.folder.token_ids(list(batch["caption"]))
         if self.basis_config.query == "external":
             prepared["views"] = queries.views(self.basis_config.query_mode, list(batch["condition"]),
                                               self.folder.encoder.processor)
         return prepared
 
     def loss(self, model, batch, key):
-        x0, condition = (jax.lax.stop_gradient(model.tokens(batch[name])) for name in ("target", "condition"))
+        # Side by side in one call: the autoencoder is in the program once. An example's two grids stay together, so
+        # that a split of the batch remains one.
+        grids = jnp.stack([batch["target"], batch["condition"]], axis=1)
+        tokens = jax.lax.stop_gradient(model.tokens(grids.reshape(-1, *grids.shape[2:])))
+        x0, condition = jnp.moveaxis(tokens.reshape(*grids.shape[:2], *tokens.shape[1:]), 1, 0)
         noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
-        text, pooled = model.prompt(batch["clip_ids"], batch["t5_ids"])
-        query = model.query(batch["views"]) if "views" in batch else None
+        text, pooled = ((batch["text"], batch["pooled"]) if "text" in batch
+                        else model.prompt(batch["clip_ids"], batch["t5_ids"]))
+        query = model.query(batch["views"]) if "views" in batch else batch.get("query")
         guidance = jnp.full(x0.shape[:1], self.config.guidance)
         velocity = model.velocity(noised.tokens_bsc, condition, text, pooled, noised.time_b, guidance,
                                   batch["target"].shape[1:3], model.additions(query, x0.shape[0]))
@@ -101,12 +132,14 @@ class BasisJob:
 
     def show(self, model, step: int) -> dict[str, np.ndarray]:
         """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
-        pipeline, shown = Pipeline(self.folder, model), {}
+        pipeline, shown = Pipeline(self.folder, model, self.precomputed), {}
         for split in self.tasks:
             samples = self._samples(split, 1, self.config.show.tasks)
             shown[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
         if self.basis_config.query == "external":
             shown["router"] = self._router_map(pipeline)
+        if self.precomputed:
+            self.precomputed.release()
         return shown
 
     def _router_map(self, pipeline: Pipeline) -> np.ndarray:
@@ -114,7 +147,7 @@ class BasisJob:
         samples = self._samples("train", 2)
         coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
         stacks = [path for path in coefficients if path.endswith("attn.to_v")]
-        middle = np.asarray(coefficients[stacks[-1]])
+        middle = sharding.to_host(coefficients[stacks[-1]])
         layer = middle.shape[0] // 2
         tasks = list(dict.fromkeys(sample.task for sample in samples))
         rows = np.stack([middle[layer, [i for i, sample in enumerate(samples) if sample.task == task]].mean(0)
@@ -127,7 +160,7 @@ class BasisJob:
         if len(self.problems):
             self.problems.write(workdir / "problems.json")
             print(self.problems.summary(), flush=True)
-        pipeline = Pipeline(self.folder, model)
+        pipeline = Pipeline(self.folder, model, self.precomputed)
         if model.basis.config.routed:
             pipeline.save_basis(workdir / "export" / "basis.safetensors")
         else:

@@ -6,6 +6,7 @@ from flax import nnx
 
 from lorweb_jax.data.drawings import Drawings
 from lorweb_jax.data.operations import OPERATIONS, on_white
+from lorweb_jax.sharding import to_host
 
 BATCH = 250
 
@@ -16,7 +17,7 @@ def embeddings(job, model: nnx.Module, drawings: Drawings) -> np.ndarray:
                        for effect in (on_white, *(operation.apply for operation in OPERATIONS.values()))])
     embed = jax.jit(lambda vision, x: vision(job.processor.normalised(x)))
     padded = np.concatenate([images, images[:-len(images) % BATCH]])   # one compilation
-    found = [np.asarray(embed(model.vision, padded[i:i + BATCH])) for i in range(0, len(padded), BATCH)]
+    found = [to_host(embed(model.vision, padded[i:i + BATCH])) for i in range(0, len(padded), BATCH)]
     return np.concatenate(found)[:len(images)].reshape(len(drawings), 1 + len(OPERATIONS), -1)
 
 
@@ -26,7 +27,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 def _told(job, model: nnx.Module, embeddings_dop: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Which of the instructions `ids` fits E(edited) − E(plain) best: [drawings, operations]."""
-    texts = np.asarray(jax.jit(lambda model, ids: model.texts(ids))(model, ids))
+    texts = to_host(jax.jit(lambda model, ids: model.texts(ids))(model, ids))
     return (_unit(embeddings_dop[:, 1:] - embeddings_dop[:, :1]) @ texts.T).argmax(-1)
 
 

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Several processes on this machine as one run, over loopback with collectives on the CPU: to try what many hosts do.
+#
+#   launch/local.sh N [options of lorweb_jax.main]
+#   launch/local.sh 2 --config=configs/basis.py:smoke --workdir=runs/two
+#
+# LORWEB_LOCAL_DEVICES   CPU devices of each process; 1 by default
+# PYTHON                 which Python; .venv/bin/python if there is one
+#
+# Lines are marked with the number of their process. Ctrl-C or SIGTERM reaches all processes: the run writes a
+# checkpoint and ends. When one ends badly the others end too; the exit status is the worst one.
+set -euo pipefail
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+[[ $# -ge 1 && $1 =~ ^[1-9][0-9]*$ ]] || fail "the number of processes must come first, such as: launch/local.sh 2 --config=configs/basis.py:smoke"
+count=$1
+shift
+devices=${LORWEB_LOCAL_DEVICES:-1}
+[[ $devices =~ ^[1-9][0-9]*$ ]] || fail "LORWEB_LOCAL_DEVICES is '$devices'; give a number of devices, 1 or more"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" >/dev/null || python=python3
+
+export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=$count PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+# Two ports that follow each other and are free: jax's coordinator and the watch.
+port=$("$python" -c '
+import random, socket
+while True:
+    port = random.randrange(20000, 60000)
+    try:
+        with socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            break
+    except OSError:
+        pass
+print(port)')
+export JAX_COORDINATOR_ADDRESS=localhost:$port
+
+mark() { trap '' INT TERM; exec sed -u "s/^/[$1] /"; }
+
+pids=()
+for ((i = 0; i < count; i++)); do
+  JAX_PROCESS_ID=$i "$python" -m lorweb_jax.main "$@" > >(mark "$i") 2> >(mark "$i" >&2) &
+  pids+=($!)
+  echo "[$i] pid ${pids[i]}"
+done
+
+tell_all() { for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true; done; }
+trap 'tell_all TERM' TERM INT
+
+worst=0
+declare -A alive
+for pid in "${pids[@]}"; do alive[$pid]=1; done
+while ((${#alive[@]} > 0)); do
+  status=0 ended=
+  wait -n -p ended "${!alive[@]}" 2>/dev/null || status=$?
+  [[ -n ${ended:-} ]] || continue  # a signal ended the wait, not a process
+  unset "alive[$ended]"
+  ((status <= worst)) || worst=$status
+  # The others find out by themselves; this is for those that don't.
+  if ((worst > 0)) && [[ -z ${watcher:-} ]]; then
+    (sleep 60; tell_all TERM; sleep 30; tell_all KILL) > /dev/null 2>&1 &
+    watcher=$!
+  fi
+done
+[[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null || true
+exit "$worst"

@@ -1,0 +1,22 @@
+"""The data of a basis's training run: the tasks that are trained on, and those that are only looked at."""
+
+from pathlib import Path
+
+from lorweb_jax.data.embedded import build_embedded_dataset
+from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.relation252k import Task, read_tasks
+
+
+def read_splits(config, problems: Problems) -> dict[str, list[Task]]:
+    """{split: tasks} of `config.data`, "train" first; what can't be used goes into `problems`.
+
+    The embedded data set is built on the first call. Raises UserError for a folder without a usable task.
+    """
+    if config.data.root == "embedded":
+        made = build_embedded_dataset(Path(config.data.cache) / "embedded", Path(config.data.cache) / "drawings")
+        roots = {"train": made.train, "held_out_drawings": made.heldout_drawings, "held_out_tasks": made.heldout_tasks}
+    else:
+        roots = {"train": Path(config.data.root)}
+        if config.data.held_out:
+            roots["held_out_tasks"] = Path(config.data.held_out)
+    return {split: read_tasks(root, problems) for split, root in roots.items()}

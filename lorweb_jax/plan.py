@@ -1,0 +1,60 @@
+"""Whether a training or sampling run fits on hardware that isn't at hand, and what a step of it would cost.
+
+    python -m lorweb_jax.plan --config=configs/basis.py:kontext --topology=v6e:4x4 --config.train.batch=16
+    python -m lorweb_jax.plan --config=configs/basis.py:kontext --topology=gpu:h100x8 --config.train.batch=8
+    python -m lorweb_jax.plan --config=configs/basis.py:kontext --topology=v6e:2x4 --what=sample
+
+--config=FILE[:VARIANT]   config file of a basis; FLUX.1-Kontext-dev and clip-vit-large-patch14 need not be there
+--config.FIELD=VALUE      another value for a field of it, as often as wanted
+--topology=NAME           a TPU generation and its chips along each axis, or gpu: with a kind and a number
+--what=train              one step of training (default), or sample: all steps of one batch of config.show
+--json=FILE               the same figures as json
+--hlo=FILE                the compiled program's text
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from lorweb_jax import config as configs
+from lorweb_jax import main
+from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.images.io import write_file
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("topology", None, "devices to plan for")
+flags.DEFINE_enum("what", "train", ["train", "sample"], "what is planned")
+flags.DEFINE_string("json", None, "file for the figures as json")
+flags.DEFINE_string("hlo", None, "file for the compiled program's text")
+
+
+def command() -> None:
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    config, _ = main.read_command_line(sys.argv)
+    if FLAGS.workdir is not None:
+        raise UserError("a plan has no run folder; leave --workdir out", 2)
+    if not FLAGS.topology:
+        raise UserError("no topology was given; add --topology=v6e:4x4, or see --help", 2)
+    configs.check(config)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has, nothing runs on it
+    from lorweb_jax.planning import report, suggest
+    from lorweb_jax.planning.figures import make_plan
+    from lorweb_jax.planning.topology import target
+
+    plan = make_plan(config, target(FLAGS.topology), FLAGS.what)
+    print(report.table(plan), flush=True)
+    if not plan.fits:
+        print("\n" + "\n".join(suggest.lines(plan, suggest.suggestions(config, plan))))
+    if FLAGS.json:
+        write_file(Path(FLAGS.json), (json.dumps(report.to_json(plan), indent=1) + "\n").encode())
+    if FLAGS.hlo and plan.compiled:
+        write_file(Path(FLAGS.hlo), plan.compiled.text.encode())
+
+
+if __name__ == "__main__":
+    run_command(command)

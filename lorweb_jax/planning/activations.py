@@ -1,0 +1,74 @@
+"""What a step keeps on a device beside its arguments, estimated from the traced program where no compiler is at hand.
+
+Kept for the backward pass is what the scans over blocks put out block by block; that is counted exactly. On top comes
+one block's work, forward and backward, which is a number of vectors as wide as the model for each token.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.shapes import device_bytes, tokens
+from lorweb_jax.sharding import batch_shares
+from lorweb_jax.transformer.flux import block_linears
+
+# Vectors of width d a token, in the compute dtype: fitted to the TPU compiler's temporaries (tests/test_plan.py).
+BLOCK_VECTORS = 30
+# Of the autoencoder's widest layers, float32, held at once.
+IMAGE_MAPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on a device."""
+
+    kept: float
+    block: float
+    gathered: float
+    images: float
+
+    @property
+    def total(self) -> float:
+        # Images are encoded before the first block runs.
+        return max(self.kept + self.block + self.gathered, self.images)
+
+
+def estimate(program: Program, traced: jax.stages.Traced) -> Estimate:
+    job, mesh = program.job, program.mesh
+    flux, vae = job.folder.flux_config, job.folder.vae_config
+    local = -(-program.batch // batch_shares(mesh))
+    sequence = 2 * tokens(job) + job.folder.text_tokens
+    itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
+    kept = kept_bytes(traced.jaxpr.jaxpr, sequence) / program.batch * local if program.gradients else 0
+    block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * flux.features * itemsize / tensor
+    linears = block_linears(flux)
+    weights = max(sum(i * o for path, (_, i, o) in linears.items() if path.startswith(stack) and "norm" not in path)
+                  for stack in ("transformer_blocks", "single_transformer_blocks"))
+    gathered = 2 * weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
+    height, width = (2 * math.isqrt(tokens(job)) * vae.downscale,) * 2
+    images = IMAGE_MAPS * local * height * width * vae.block_out_channels[0] * 4 if program.gradients else 0
+    return Estimate(kept, block, gathered, images)
+
+
+def kept_bytes(jaxpr, sequence: int) -> float:
+    """Bytes that scans put out for the backward pass, over the whole batch; attention's s² scores are left out where
+    the traced implementation holds them."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "scan" and not params["reverse"]:
+            for out in equation.outvars[params["num_carry"]:]:
+                if out.aval.shape.count(sequence) < 2:
+                    total += out.aval.size * out.aval.dtype.itemsize
+        else:
+            total += sum(kept_bytes(inner, sequence) for inner in jax.extend.core.jaxprs_in_params(params))
+    return total
+
+
+def training_bytes(program: Program) -> float:
+    """Gradients, and the updates that the optimizer makes of them."""
+    return device_bytes(program.gradients)

@@ -1,0 +1,83 @@
+"""All the figures of one plan: bytes on a device, work, traffic, floor times."""
+
+import dataclasses
+
+import jax
+import jax.extend
+
+from lorweb_jax import sharding
+from lorweb_jax.planning.activations import estimate
+from lorweb_jax.planning.collectives import Traffic
+from lorweb_jax.planning.compiled import Compiled, compile_program
+from lorweb_jax.planning.expected_traffic import expected_traffic
+from lorweb_jax.planning.floors import Floors, floors
+from lorweb_jax.planning.program import PROGRAMS, Program
+from lorweb_jax.planning.shapes import device_bytes, planned_job
+from lorweb_jax.planning.topology import Target
+from lorweb_jax.planning.work import Work, work
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`memory`: bytes on a device by what they are for, adding up to `peak`; `compiled` is None where they are
+    estimated from shapes."""
+
+    target: Target
+    program: Program
+    memory: dict[str, float]
+    peak: float
+    capacity: float
+    traffic: dict[str, Traffic]
+    work: Work
+    floors: Floors
+    compiled: Compiled | None
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.capacity and (self.compiled is None or self.compiled.fits)
+
+
+def make_program(config, there: Target, what: str) -> Program:
+    """UserError for a mesh, a batch or a config that can't be; nothing has been compiled by then."""
+    return PROGRAMS[what](planned_job(config, there.platform), sharding.make_mesh(config.mesh, there.devices))
+
+
+def make_plan(config, there: Target, what: str, compile: bool = True) -> Plan:
+    """compile: with the devices' compiler where there is one; otherwise everything is estimated."""
+    program = make_program(config, there, what)
+    traced = program.traced()
+    compiled = compile_program(program, traced, there.platform) if compile and there.compiles else None
+    memory = arguments(program)
+    gradients = device_bytes(program.gradients)
+    if compiled and compiled.fits:
+        padding = max(0, compiled.arguments - used_bytes(program, traced))
+        memory |= {"padding of arguments": padding, "gradients": gradients,
+                   "activations, temporaries": compiled.temporaries - gradients,
+                   "results, program": compiled.results + compiled.code}
+        peak, traffic = sum(memory.values()), compiled.traffic
+    else:
+        memory |= {"gradients": gradients, "activations, temporaries": estimate(program, traced).total}
+        peak, traffic = sum(memory.values()), expected_traffic(program)
+        if compiled:
+            memory["activations, temporaries"] += compiled.needed - peak
+            peak = compiled.needed
+    done = work(program, traced)
+    sent = sum(kind.sent for kind in traffic.values())
+    capacity = compiled.capacity if compiled and compiled.capacity else there.chip.memory
+    return Plan(there, program, {name: size for name, size in memory.items() if size}, peak, capacity, traffic, done,
+                floors(program, done, sent, there.chip), compiled)
+
+
+def used_bytes(program: Program, traced: jax.stages.Traced) -> float:
+    """Of the arguments those that the compiled program takes: jit drops what has no use, such as the decoder of the
+    autoencoder, which lies on the devices all the same."""
+    jaxpr = traced.jaxpr.jaxpr
+    used = {variable for equation in jaxpr.eqns for variable in equation.invars
+            if isinstance(variable, jax.extend.core.Var)}
+    return device_bytes([leaf for leaf, variable in zip(jax.tree.leaves(program.arguments), jaxpr.invars, strict=True)
+                         if variable in used and leaf.sharding])
+
+
+def arguments(program: Program) -> dict[str, float]:
+    """Bytes that a device holds of what the step is given, from shapes and shardings: exact."""
+    return {name: device_bytes(tree) for name, tree in program.groups.items()}

@@ -1,0 +1,48 @@
+"""The least time that a step can take on a chip: for its products, its memory's traffic, and what it sends."""
+
+import dataclasses
+
+from lorweb_jax.planning.chips import Chip
+from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.shapes import device_bytes
+from lorweb_jax.planning.work import Work
+from lorweb_jax.sharding import batch_shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Floors:
+    """Seconds a step (all steps, when sampling)."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def bottleneck(self) -> str:
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.links)
+
+
+def floors(program: Program, work: Work, sent: float, chip: Chip) -> Floors:
+    """`sent`: bytes that a device sends."""
+    return Floors(work.total / parts(program) / chip.flops, memory_bytes(program) / chip.bandwidth, sent / chip.link)
+
+
+def parts(program: Program) -> int:
+    """Between how many devices the work is divided; others do the same as these."""
+    shares, tensor = batch_shares(program.mesh), program.mesh.shape["tensor"]
+    return (shares if program.batch % shares == 0 else 1) * tensor
+
+
+def memory_bytes(program: Program) -> float:
+    """What a device must read and write at least: the blocks' weights, whole along fsdp, for each pass over them; in
+    training the trainables, their gradients and the optimizer's state once in and once out."""
+    passes = program.steps
+    if program.what == "train":
+        passes = 2 if program.job.config.remat == "none" else 3
+    whole = sum(shape.size * shape.dtype.itemsize for shape in program.groups["base"].values())
+    read = passes * whole / program.mesh.shape["tensor"] + passes * device_bytes(program.groups["basis"])
+    return read + 2 * device_bytes((program.gradients, program.groups["basis"], program.groups.get("optimizer", ())))

@@ -1,0 +1,105 @@
+"""FLOPs of a program: what the model asks for, what its frozen encoders add, and what remat computes again.
+
+The first is counted from sizes (benchmark/flops.py); the last is what the traced program multiplies beyond that.
+"""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from lorweb_jax.benchmark.flops import base_flops, basis_flops
+from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.shapes import tokens
+from lorweb_jax.training.state import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of a step (all steps, when sampling) over all devices."""
+
+    model: float
+    encoders: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        return self.model + self.encoders + self.recomputed
+
+
+def work(program: Program, traced: jax.stages.Traced) -> Work:
+    model, encoders = model_flops(program), encoder_flops(program)
+    return Work(model, encoders, products(traced.jaxpr.jaxpr) - model - encoders)
+
+
+def model_flops(program: Program) -> float:
+    """Transformer and basis, forward and (in training) backward to what is trained."""
+    job, folder, basis = program.job, program.job.folder, program.job.basis_config
+    text, sequence = folder.text_tokens, 2 * tokens(job)
+    kind = "basis" if program.what == "train" else "forward"
+    flops = base_flops(kind, folder.flux_config, program.batch, sequence, text)
+    if program.groups["basis"]:
+        external = basis.query == "external"
+        # The router's products, for one vector an example: none where coefficients are fixed, and left out where
+        # each layer asks its own input, which is less than a thousandth.
+        sizes = SimpleNamespace(size=basis.size, rank=basis.rank, key_dim=basis.key_dim if external else 0,
+                                query_dim=folder.complete(basis, _encoder(job)).query_dim if external else 0)
+        setting = SimpleNamespace(model=folder.flux_config, basis=sizes, batch=program.batch, tokens=sequence,
+                                  text_tokens=text)
+        flops += basis_flops(kind, setting)
+    return flops * program.steps
+
+
+def _encoder(job):
+    from flax import nnx
+
+    return nnx.eval_shape(lambda: job.folder.encoder.make(nnx.Rngs(0)))
+
+
+def encoder_flops(program: Program) -> float:
+    """Autoencoder, text encoders and image encoder, those of them that are part of a training step."""
+    if program.what != "train":
+        return 0
+    layout = Layout.of(program.job, 0)
+
+    def run(trainable, frozen, batch):
+        model = layout.model(trainable, frozen)
+        found = [model.tokens(batch[name]) for name in ("target", "condition")]
+        found += model.prompt(batch["clip_ids"], batch["t5_ids"]) if "clip_ids" in batch else ()
+        return [*found, model.query(batch["views"])] if "views" in batch else found
+
+    groups = program.groups
+    return products(jax.make_jaxpr(run)(groups["basis"], groups["base"], groups["batch"]).jaxpr)
+
+
+def products(jaxpr) -> float:
+    """FLOPs of all matrix products and convolutions of a jaxpr, as often as loops and kernels' grids run them."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
+        elif name == "cond":
+            total += max(products(branch.jaxpr) for branch in params["branches"])
+        else:
+            total += _times(name, params) * sum(products(inner) for inner in jax.extend.core.jaxprs_in_params(params))
+    return total
+
+
+def _times(name: str, params: dict) -> int:
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":  # its body is what one device does
+        return params["mesh"].size
+    return 1

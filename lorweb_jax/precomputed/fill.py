@@ -1,0 +1,172 @@
+"""Fills a folder with what the frozen encoders say, alone or beside other processes that do the same."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.data import fingerprint
+from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.relation252k import Pair, read_pair
+from lorweb_jax.data.splits import read_splits
+from lorweb_jax.data.store import Store, shard_name
+from lorweb_jax.encoders import queries
+from lorweb_jax.errors import UserError
+from lorweb_jax.images import grid
+from lorweb_jax.precomputed.encoder import SharedEncoder
+from lorweb_jax.precomputed.read import Precomputed
+from lorweb_jax.precomputed.scope import TEXT_ENCODERS, Scope
+from lorweb_jax.weights.pipeline_folder import PipelineFolder
+
+CAPTIONS, FILES = 16, 64  # in a shard: 67 MB of T5-XXL's embeddings in bfloat16; 128 images
+SECONDS_BETWEEN_REPORTS = 10.0
+
+# Items of a shard -> (keys of the records that settle them, the records' arrays).
+Compute = Callable[[Sequence[str]], tuple[Sequence[str], dict[str, np.ndarray]]]
+
+
+def precompute(config) -> None:
+    """Fill `config.precomputed` for the config of a basis; what is there already stays.
+
+    Raises UserError for another kind of config, unusable data or models, a folder made by others, or a full disk.
+    """
+    if config.job != "basis":
+        raise UserError(f"the config is of the job {config.job!r}; only a basis's encoders are precomputed: give "
+                        "configs/basis.py or one like it", 2)
+    problems = Problems()
+    folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
+    scope = Scope.of(config, folder, read_splits(config, problems))
+    print(f"precomputing into {scope.root} with the encoders of {folder.folder}", flush=True)
+    _captions(scope)
+    if scope.queries_kept:
+        print(f"no queries: {scope.queries_kept}", flush=True)
+    else:
+        _images(scope, problems)
+    if len(problems):
+        print(problems.summary(), flush=True)
+    Precomputed(scope)
+    print(f"complete; train with --config.precomputed={scope.root}", flush=True)
+
+
+def _captions(scope: Scope) -> None:
+    store, texts = scope.text_store(create=True), {fingerprint.of_text(text): text for text in scope.captions()}
+
+    def load() -> Compute:
+        encoder = SharedEncoder(scope, TEXT_ENCODERS, CAPTIONS, lambda model, *ids: model.prompt(*ids))
+
+        def compute(keys):
+            text, pooled = encoder(*scope.folder.token_ids([texts[key] for key in keys]))
+            return keys, {"text": text, "pooled": pooled}
+
+        return compute
+
+    each = scope.folder.text_tokens * scope.folder.t5_config.d_model * jnp.dtype(scope.compute_dtype).itemsize
+    fill(store, list(texts), CAPTIONS, each, "captions", load)
+
+
+def _images(scope: Scope, problems: Problems) -> None:
+    mode, encoder_folder = scope.basis.query_mode, scope.folder.encoder
+    store = scope.image_store(create=True)
+    # With the time of change in its name, a file that was replaced by one as large is settled anew.
+    files = {f"{name} {_changed(file)}": file for name, file in scope.files().items()}
+
+    def read(item: str) -> tuple[list[np.ndarray], str | None]:
+        """Before and after as they stand in a grid; or none, and why."""
+        try:
+            return [grid.resize(half, scope.quadrant[::-1]) for half in read_pair(Pair(files[item], "", "", ""))], None
+        except (UserError, OSError) as error:
+            return [], str(error)
+
+    def load() -> Compute:
+        processor = encoder_folder.processor
+        encoder = SharedEncoder(scope, ("image_encoder",), 2 * FILES, lambda model, views: queries.embed(
+            mode, model.image_encoder, processor.normalised(views)))
+
+        def compute(items):
+            images: dict[str, np.ndarray] = {}
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+                found = list(readers.map(read, items))
+            for item, (halves, reason) in zip(items, found, strict=True):
+                images |= {fingerprint.of_image(half): half for half in halves}
+                if reason:
+                    _, task, file = item.rsplit(" ", 2)[0].split("/", 2)
+                    problems.add(task, file, reason)
+            if not images:
+                return [], {}
+            views = np.stack([processor.resized(image) for image in images.values()])
+            return list(images), {"embedding": encoder(views)}
+
+        return compute
+
+    width = queries.embedding_dim(mode, nnx.eval_shape(lambda: encoder_folder.make(nnx.Rngs(0))))
+    fill(store, list(files), FILES, 2 * 4 * width, "image files", load)
+
+
+def _changed(file: str) -> int:
+    """When a file was last written, nanoseconds; 0 if it is gone."""
+    try:
+        return os.stat(file).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def fill(store: Store, items: Sequence[str], per_shard: int, bytes_each: int, what: str,
+         load: Callable[[], Compute]) -> None:
+    """Settle `items` in shards of `per_shard`, beside whoever does the same; returns when all are, by whomever.
+
+    bytes_each: what an item takes on disk, roughly. load() is called when there is work for this process.
+    Raises UserError where there is no room.
+    """
+    chunks = [items[start:start + per_shard] for start in range(0, len(items), per_shard)]
+    chunks = [left for chunk in chunks if (left := [item for item in chunk if item not in store.settled])]
+    waiting = {shard_name(chunk): chunk for chunk in chunks}
+    progress = Progress(what, len(items), sum(map(len, chunks)))
+    if waiting:
+        print(f"{what}: {progress.left:,} of {len(items):,} are missing, {progress.left * bytes_each / 1e6:,.1f} MB",
+              flush=True)
+    store.require_space(progress.left * bytes_each)
+    compute = None
+    while waiting:
+        held = {}
+        # An order of each process's own: where locks don't reach, they seldom make the same shard.
+        for name in random.SystemRandom().sample(list(waiting), len(waiting)):
+            with store.claimed(name) as mine:
+                if not mine:
+                    held[name] = waiting[name]
+                    continue
+                if not store.holds(name):
+                    compute = compute or load()
+                    store.add(name, waiting[name], *compute(waiting[name]))
+            progress.done(len(waiting[name]))
+        if held.keys() == waiting.keys():
+            time.sleep(0.5)  # others are at all that is left
+        waiting = held
+    store.refresh()
+    print(f"{what}: all {len(items):,} are there", flush=True)
+
+
+class Progress:
+    """Lines that say how much is done, how fast, and how long the rest takes."""
+
+    def __init__(self, what: str, total: int, left: int):
+        self.what, self.total, self.left = what, total, left
+        self._begin = self._said = None
+        self._since = 0  # done since `_begin`
+
+    def done(self, count: int) -> None:
+        self.left -= count
+        now = time.monotonic()
+        if self._begin is None:  # the first shard's time is mostly reading weights and compiling
+            self._begin = self._said = now
+            return
+        self._since += count
+        if self.left and now - self._said >= SECONDS_BETWEEN_REPORTS:
+            self._said = now
+            rate = self._since / (now - self._begin)
+            print(f"{self.what}: {self.total - self.left:,} of {self.total:,}, {rate:.1f} a second, "
+                  f"{self.left / rate / 60:.1f} min left", flush=True)
