@@ -53,16 +53,20 @@ worst=0
 declare -A alive
 for pid in "${pids[@]}"; do alive[$pid]=1; done
 while ((${#alive[@]} > 0)); do
-  status=0 ended=
-  wait -n -p ended "${!alive[@]}" 2>/dev/null || status=$?
-  [[ -n ${ended:-} ]] || continue  # a signal ended the wait, not a process
-  unset "alive[$ended]"
-  ((status <= worst)) || worst=$status
+  for pid in "${!alive[@]}"; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      status=0
+      wait "$pid" 2>/dev/null || status=$?
+      unset "alive[$pid]"
+      ((status <= worst)) || worst=$status
+    fi
+  done
   # The others find out by themselves; this is for those that don't.
   if ((worst > 0)) && [[ -z ${watcher:-} ]]; then
     (sleep 60; tell_all TERM; sleep 30; tell_all KILL) > /dev/null 2>&1 &
     watcher=$!
   fi
+  sleep 0.2
 done
 [[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null || true
 exit "$worst"

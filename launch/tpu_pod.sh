@@ -10,7 +10,8 @@
 # Copies the project's files, installs what it needs into ~/lorweb on every host, starts the run detached and shows
 # what process 0 says; Ctrl-C ends only the showing, and the same command shows the run again. A run that was stopped
 # (preemption, maintenance) or lost a host is started again, from its last checkpoint, once the TPU is READY.
-# To stop it:  gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='pkill -TERM -f [l]orweb_jax.main'
+# To stop it, end this script and give
+#   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='kill -TERM -- -$(cat lorweb/pid)'
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
@@ -27,7 +28,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tpu() { local what=$1; shift; gcloud compute tpus tpu-vm "$what" "$@" --zone="$zone"; }
 on() { tpu ssh "$name" --worker="$1" --command="$2"; }
 
-running='pgrep -f "[l]orweb_jax.main" > /dev/null'
+running='{ kill -0 "$(cat lorweb/pid)"; } 2> /dev/null'  # on a host
 
 wait_until_ready() {
   local state
@@ -49,7 +50,8 @@ install() {
 
 start() {  # once what is left of an earlier run has ended
   on all "for i in \$(seq 150); do $running || break; sleep 1; done; cd lorweb && rm -f status &&
-    LORWEB_STOP_STATUS=75 setsid nohup bash -c '.venv/bin/python -m lorweb_jax.main \"\$@\"; echo \$? > status' \
+    LORWEB_STOP_STATUS=75 setsid nohup bash -c 'echo \$\$ > pid; trap : TERM
+    .venv/bin/python -m lorweb_jax.main \"\$@\"; echo \$? > status' \
     run $(printf '%q ' "$@") > run.log 2>&1 < /dev/null & sleep 2"
 }
 
@@ -59,12 +61,12 @@ if ! on 0 "$running"; then
   start "$@"
 fi
 while true; do
-  on 0 'tail -n +1 -f lorweb/run.log --pid="$(pgrep -o -f "[l]orweb_jax.main" || echo 999999999)"' || true
+  on 0 'tail -n +1 -f lorweb/run.log --pid="$(cat lorweb/pid)"' || true
   status=$(on 0 "cat lorweb/status 2> /dev/null || { $running && echo runs; }" || echo gone)
   case $status in
     0) exit 0 ;;
-    2) exit 2 ;;  # a wrong request, which another start doesn't mend
-    runs) ;;      # the connection broke
+    2) exit 2 ;;      # a wrong request, which another start doesn't mend
+    runs) sleep 5 ;;  # the connection broke
     *)
       echo "the run ended ($status); it is started again"
       sleep 30

@@ -9,7 +9,9 @@
     --workdir=FOLDER            run folder; runs/<config name> by default
 
 The run folder (runs/<config name> by default) receives log.txt, TensorBoard events, pictures/, checkpoints/ and, at
-the end, the exported result. A run that was stopped goes on when the same command is given again.
+the end, the exported result. A run that was stopped goes on when the same command is given again, also on another
+mesh. Several processes, on one or many hosts, make one run: the scripts in launch/ start them, and
+lorweb_jax/distributed.py says how they find each other.
 Each field is explained where it stands, in the config file itself or in lorweb_jax/config.py.
 """
 

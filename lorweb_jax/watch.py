@@ -17,126 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.hub import GRACE, PATIENCE, SILENCE, Hub, sleep
 
-SILENCE = 60.0    # s without a sign of life after which a process counts as gone
-PATIENCE = 300.0  # s that the first process waits for the last one at the start
-GRACE = 10.0      # s that processes have to end by themselves after another one ended with an error
-LAST = 3.0        # s that process 0, where jax's coordinator lives, waits for the others to end before it
-
-
-class _Link:
-    """One process as process 0 sees it."""
-
-    def __init__(self, connection: socket.socket, host: str):
-        self.connection, self.host, self.heard = connection, host, time.monotonic()
-        self.lock = threading.Lock()
-
-    def send(self, message: dict) -> None:
-        with self.lock, contextlib.suppress(OSError):  # one that is gone is found out by its reader
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-class Hub:
-    """Process 0's part: hears each process, and tells all of them what concerns all."""
-
-    def __init__(self, port: int, count: int, silence: float = SILENCE, patience: float = PATIENCE):
-        """UserError if the port is taken."""
-        self.count, self.silence, self.patience = count, silence, patience
-        self.links: dict[int, _Link] = {}
-        self.steps: dict[int, int] = {}  # after which each process can stop
-        self.finished: set[int] = set()
-        self.ended = False
-        self.lock = threading.RLock()
-        both = socket.has_dualstack_ipv6()
-        try:
-            self.server = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET,
-                                               dualstack_ipv6=both, backlog=count)
-        except OSError as error:
-            raise UserError(f"port {port} of {socket.gethostname()} can't be used ({error.strerror}); end what uses "
-                            "it, or give JAX_COORDINATOR_ADDRESS another port") from None
-        for work in (self._accept, self._beat):
-            threading.Thread(target=work, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            with contextlib.suppress(OSError):
-                connection, _ = self.server.accept()
-                threading.Thread(target=self._hear, args=(connection,), daemon=True).start()
-
-    def _hear(self, connection: socket.socket) -> None:
-        """Everything that one process says, until it is gone."""
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(OSError, ValueError, KeyError), connection.makefile("r") as lines:
-            index, link = self._greet(connection, json.loads(lines.readline()))
-            with contextlib.suppress(OSError, ValueError):
-                for line in lines:
-                    link.heard = time.monotonic()
-                    self._take(index, json.loads(line))
-            if self.links.get(index) is link:
-                self._lost(index, "its connection closed")
-                del self.links[index]
-
-    def _greet(self, connection: socket.socket, hello: dict) -> tuple[int, _Link]:
-        index, link = int(hello["index"]), _Link(connection, str(hello["host"]))
-        with self.lock:
-            if index in self.links or not 0 <= index < self.count:
-                link.send({"refused": f"there is a process {index} of {self.count} already, on "
-                           f"{self.links[index].host}" if index in self.links else f"process {index} was started, but "
-                           f"there are only {self.count}"})
-                raise ValueError
-            self.links[index] = link
-            if hello["command"] != sys.argv[1:]:
-                self._lost(index, "was started with another command")
-                link.send({"refused": f"process 0 was started with other options: {' '.join(sys.argv[1:])}"})
-            elif len(self.links) == self.count:
-                self._tell({"hosts": [self.links[number].host for number in range(self.count)]})
-        return index, link
-
-    def _take(self, index: int, message: dict) -> None:
-        with self.lock:
-            match message:
-                case {"ended": why}:
-                    self._lost(index, f"ended: {why}", GRACE)
-                case {"at": step}:
-                    self.steps[index] = step
-                    if len(self.steps) == self.count:
-                        self._tell({"until": max(self.steps.values())})
-                case {"finished": _}:
-                    self.finished.add(index)
-                    if len(self.finished) == self.count:
-                        self.ended = True
-                        self._tell(message)
-                case {"stop": _}:
-                    self._tell(message)
-                case {"leave": _} if not self.ended:
-                    self.ended = True
-                    self._tell(message)
-
-    def _tell(self, message: dict) -> None:
-        for link in list(self.links.values()):
-            link.send(message)
-
-    def _lost(self, index: int, why: str, grace: float = 0.0) -> None:
-        with self.lock:
-            if not self.ended:
-                self.ended = True
-                host = self.links[index].host if index in self.links else "unknown"
-                self._tell({"gone": index, "host": host, "why": why, "grace": grace})
-
-    def _beat(self) -> None:
-        start = time.monotonic()
-        while True:
-            asleep = _sleep(self.silence / 20)
-            self._tell({"beat": 0})
-            now = time.monotonic()
-            with self.lock:
-                silent = [index for index, link in self.links.items()
-                          if now - link.heard > self.silence and asleep < self.silence / 2]
-                missing = [index for index in range(self.count) if index not in self.links]
-            if silent:
-                self._lost(silent[0], f"nothing was heard of it for {self.silence:.0f} s")
-            elif missing and now - start > self.patience:
-                self._lost(missing[0], f"it did not come within {self.patience:.0f} s")
+LAST = 3.0  # s that process 0, where jax's coordinator lives, waits for the others to end before it
 
 
 class Peers:
@@ -159,14 +42,14 @@ class Peers:
         self._met, self._agreed, self._finished = threading.Event(), threading.Event(), threading.Event()
         self.connection = self._reach(address, patience)
         self.lines = self.connection.makefile("r")
-        self._lock, self.heard = threading.Lock(), time.monotonic()
+        self._lock, self._ending, self.heard = threading.Lock(), threading.Lock(), time.monotonic()
         self._send({"index": index, "host": socket.gethostname(), "command": sys.argv[1:]})
         for work in (self._listen, self._beat):
             threading.Thread(target=work, daemon=True).start()
         self._met.wait()
         if not self.hosts:
-            raise UserError(f"this process can't join the run: {self.loss}; give every process its own number and the "
-                            "same count, JAX_PROCESS_ID and JAX_NUM_PROCESSES")
+            raise UserError(f"this process can't join the run: {self.loss}; start all processes with the same options "
+                            "and count, each with a number of its own")
 
     def ask_stop(self) -> None:
         """Let all processes call `on_stop`."""
@@ -259,7 +142,7 @@ class Peers:
 
     def _beat(self) -> None:
         while not self.leaving:
-            asleep = _sleep(self.silence / 20)
+            asleep = sleep(self.silence / 20)
             self._send({"beat": self.index})
             if time.monotonic() - self.heard > self.silence and asleep < self.silence / 2:
                 self._lost(0, self.hosts[0] if self.hosts else "unknown",
@@ -278,6 +161,7 @@ class Peers:
         self._end_with_loss()
 
     def _end_with_loss(self) -> None:
+        self._ending.acquire()  # never released: the first thread that comes here ends the process
         self.leaving = True
         write_at_once(2, f"error: {self.loss}; {self.advice()}")
         self._exit(1, LAST)
@@ -288,13 +172,6 @@ class Peers:
         while self.hub and self.hub.links.keys() - {0} and time.monotonic() < end:
             time.sleep(0.02)
         os._exit(status)
-
-
-def _sleep(seconds: float) -> float:
-    """How long it took: much longer where this process itself stood still, and what others sent is still unread."""
-    start = time.monotonic()
-    time.sleep(seconds)
-    return time.monotonic() - start
 
 
 def write_at_once(stream: int, sentence: str) -> None:

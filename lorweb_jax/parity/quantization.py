@@ -115,14 +115,14 @@ def _velocity(pipeline: Pipeline, images: list[np.ndarray], additions=None) -> n
     text, pooled = pipeline.prompt(["put a frame around it"] * 4)
 
     @jax.jit
-    def velocity(model):
+    def velocity(model, additions):
         condition = jnp.repeat(model.tokens(jnp.asarray(grid)[None]), 4, axis=0)
         level = jnp.array([0.1, 0.4, 0.7, 0.95])
         noise = jax.random.normal(jax.random.key(0), condition.shape)
         noisy = condition + level[:, None, None] * (noise - condition)
         return model.velocity(noisy, condition, text, pooled, level, jnp.full(4, 2.5), grid.shape[:2], additions)
 
-    return np.asarray(velocity(pipeline.model))
+    return np.asarray(velocity(pipeline.model, additions))
 
 
 def table(rows: dict[str, np.ndarray]) -> str:

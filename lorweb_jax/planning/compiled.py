@@ -28,7 +28,7 @@ class Compiled:
     code: float = 0
     needed: float = 0
     capacity: float = 0
-    traffic: dict[str, collectives.Traffic] = dataclasses.field(default_factory=dict)
+    traffic: dict[str, collectives.Traffic] | None = None  # None where the program's text can't be had
     text: str = dataclasses.field(default="", repr=False)
 
     @property
@@ -46,11 +46,20 @@ def compile_program(program: Program, traced: jax.stages.Traced, platform: str) 
         except Exception as error:  # jax raises whatever the compiler does
             return _too_large(str(error), time.perf_counter() - clock, time.process_time() - cores)
     took = time.perf_counter() - clock, time.process_time() - cores
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), _text(compiled)
     return Compiled(*took, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
                     results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
                     code=memory.generated_code_size_in_bytes,
-                    traffic=collectives.traffic(text, program.mesh.size), text=text)
+                    traffic=collectives.traffic(text, program.mesh.size) if text else None, text=text)
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The compiled program, or "" where the library can't write out what its own compiler made (seen of libtpu 0.0.52
+    at full depth on v6e: an "async done" that it then takes for malformed)."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:

@@ -15,12 +15,15 @@ from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import Layout, StateShapes
 from lorweb_jax.training.step import jit_train_step
+from lorweb_jax.transformer.flux import block_linears
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """`function(*arguments)`, jitted; `groups` are the arguments by what they are called in the table. `batch`
-    examples at once, `steps` times the transformer; `gradients` is a tree of shapes, {} where there are none."""
+    examples at once, `steps` times the transformer; `gradients` is a tree of shapes, {} where there are none.
+
+    Groups hold all that lies on the devices meanwhile, of which the function may use a part."""
 
     what: str
     job: BasisJob
@@ -53,38 +56,39 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
 
 
 def sample_program(job: BasisJob, mesh: Mesh) -> Program:
-    """All sampling steps of one batch of config.show, from the condition's latents to the result's.
+    """All sampling steps of one batch of config.show, from the condition's latents to the result's, as a training run
+    makes its pictures.
 
-    As in pipeline.py: for one analogy the mix is folded into the weights beforehand, for several it stays beside them.
+    As in pipeline.py: for one analogy the mix is folded into a copy of the weights beforehand, for several, or over
+    quantised weights, it stays beside them.
     """
     config, flux = job.config, job.folder.flux_config
     sharding.check_heads(flux.num_attention_heads, mesh)
     b, steps, size = config.show.batch, config.show.steps, planned.grid_size(config)
     layout = Layout.of(job, config.seed)
-    folded = b == 1 and job.basis_config.query != "internal"
-    used = {path: shape for path, shape in layout.shapes("frozen", mesh, config.train.frozen_dtype).items()
-            if path.startswith(("transformer.", "vae."))}
-    trainable = {} if folded else layout.shapes("trainable", mesh, jnp.float32)
-    unused = {path: jnp.zeros((), shape.dtype) for path, shape in layout.shapes("frozen", mesh, jnp.float32).items()
-              if path not in used}
-    missing = {} if trainable else {path: jnp.zeros(()) for path in layout.trainable}
+    frozen = layout.shapes("frozen", mesh, config.train.frozen_dtype)
+    trainable = layout.shapes("trainable", mesh, jnp.float32)
+    folded = b == 1 and job.basis_config.query != "internal" and config.quantization == "none"
 
-    def sample(trainable, frozen, inputs, sigmas):
-        model = layout.model(trainable | missing, frozen | unused)
-        query = inputs.pop("query", None)
-        additions = model.additions(query, b) if trainable else None
+    def sample(trainable, frozen, inputs, query, sigmas):
+        model = layout.model(trainable, frozen)
+        additions = None if folded else model.additions(query, b)
         return model.sample(**inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size,
                             additions=additions)
 
+    split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())
     noise = ((b, planned.tokens(job), flux.in_channels), jnp.float32)
     wanted = {"noise_bsc": noise, "condition_bsc": noise, **planned.prompt_shapes(job, b)}
-    if job.basis_config.query == "external" and trainable:
-        wanted["query"] = ((b, planned.query_width(job)), jnp.float32)
-    split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())
     inputs = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in wanted.items()}
+    query = None
+    if job.basis_config.query == "external":
+        query = jax.ShapeDtypeStruct((b, planned.query_width(job)), jnp.float32, sharding=split)
+    groups = {"base": frozen, "basis": trainable, "batch": inputs}
+    if folded:
+        groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in block_linears(flux)}
     sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
-    groups = {"base": used, "basis": trainable, "batch": inputs}
-    return Program("sample", job, mesh, jax.jit(sample), (trainable, used, inputs, sigmas), groups, {}, b, steps)
+    return Program("sample", job, mesh, jax.jit(sample), (trainable, frozen, inputs, query, sigmas), groups, {}, b,
+                   steps)
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lorweb_jax.benchmark.flops import base_flops, basis_flops
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import tokens
+from lorweb_jax.planning.shapes import query_width, tokens
 from lorweb_jax.training.state import Layout
 
 
@@ -32,7 +32,8 @@ class Work:
 
 def work(program: Program, traced: jax.stages.Traced) -> Work:
     model, encoders = model_flops(program), encoder_flops(program)
-    return Work(model, encoders, products(traced.jaxpr.jaxpr) - model - encoders)
+    again = products(traced.jaxpr.jaxpr) - model - encoders if program.what == "train" else 0
+    return Work(model, encoders, again)
 
 
 def model_flops(program: Program) -> float:
@@ -41,22 +42,16 @@ def model_flops(program: Program) -> float:
     text, sequence = folder.text_tokens, 2 * tokens(job)
     kind = "basis" if program.what == "train" else "forward"
     flops = base_flops(kind, folder.flux_config, program.batch, sequence, text)
-    if program.groups["basis"]:
+    if "folded weights" not in program.groups:
         external = basis.query == "external"
         # The router's products, for one vector an example: none where coefficients are fixed, and left out where
         # each layer asks its own input, which is less than a thousandth.
         sizes = SimpleNamespace(size=basis.size, rank=basis.rank, key_dim=basis.key_dim if external else 0,
-                                query_dim=folder.complete(basis, _encoder(job)).query_dim if external else 0)
+                                query_dim=query_width(job) if external else 0)
         setting = SimpleNamespace(model=folder.flux_config, basis=sizes, batch=program.batch, tokens=sequence,
                                   text_tokens=text)
         flops += basis_flops(kind, setting)
     return flops * program.steps
-
-
-def _encoder(job):
-    from flax import nnx
-
-    return nnx.eval_shape(lambda: job.folder.encoder.make(nnx.Rngs(0)))
 
 
 def encoder_flops(program: Program) -> float:

@@ -84,7 +84,7 @@ class StopRequest:
 
     def _in_time(self) -> None:
         if not self.safe.wait(IN_TIME) and self.at_stake:
-            self._leave(f" in the middle of step {self.done + 1}, which did not end within {IN_TIME:.0f} s")
+            self._leave(f" {IN_TIME:.0f} s after it, in the middle of what follows step {self.done}")
 
     def _leave(self, when: str) -> None:
         sentence = f"stopped by SIGTERM{when}; {self.goes_on()}"

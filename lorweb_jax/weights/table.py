@@ -185,16 +185,15 @@ class Stored:
         self.checkpoint, self.layout = checkpoint, Layout(rows, shapes)
         self.layout.require(checkpoint, ignored)
 
-    def load(self, dtype: Any = None, paths: Collection[str] | None = None) -> dict[str, np.ndarray]:
-        """{our path: array} of all or of these paths, in the file's dtype or in `dtype`; stacked over blocks."""
+    def load(self, dtype: Any = None) -> dict[str, np.ndarray]:
+        """{our path: array} in the host's memory, in the file's dtype or in `dtype`; stacked over blocks."""
         flat: dict[str, np.ndarray] = {}
         for part in self.layout:
             path, layer = part
-            if paths is None or path in paths:
-                array = self.layout.read(self.checkpoint, part)
-                if path not in flat:
-                    flat[path] = np.empty(self.layout.shapes[path], array.dtype if dtype is None else dtype)
-                flat[path][... if layer is None else layer] = array
+            array = self.layout.read(self.checkpoint, part)
+            if path not in flat:
+                flat[path] = np.empty(self.layout.shapes[path], array.dtype if dtype is None else dtype)
+            flat[path][... if layer is None else layer] = array
         return flat
 
 

@@ -1,0 +1,205 @@
+"""lorweb_jax.plan: sizes and products against counts by hand, collectives of programs whose traffic is known, and the
+command for GPUs. What needs the TPU compiler is skipped where libtpu isn't installed.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from lorweb_jax import sharding
+from lorweb_jax.errors import UserError
+from lorweb_jax.main import read_config
+from lorweb_jax.planning import collectives, report, suggest
+from lorweb_jax.planning.collectives import Traffic
+from lorweb_jax.planning.compiled import compile_program
+from lorweb_jax.planning.figures import make_plan
+from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.shapes import batch_shapes, planned_job
+from lorweb_jax.planning.topology import target
+from lorweb_jax.planning.work import products
+from lorweb_jax.training.state import count
+from lorweb_jax.training.step import numeric
+from lorweb_jax.weights.known_pipeline import KontextSizes
+
+ROOT = Path(__file__).parents[1]
+
+
+def smoke(**changes):
+    config = read_config(str(ROOT / "configs" / "basis.py") + ":smoke")
+    config.pipeline = str(ROOT / "assets" / "small_kontext")
+    config.update_from_flattened_dict({"mesh.fsdp": 1, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def gpu_plan():
+    return make_plan(smoke(), target("gpu:h100"), "train")
+
+
+HLO = """
+%double (p.1: f32[8,64]) -> f32[8,64] {
+  ROOT %inside = f32[8,64]{1,0} all-reduce(%p.1), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%body (p.2: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %counter = s32[] get-tuple-element(%p.2), index=0
+  %two = s32[] constant(2)
+  %ag = (bf16[2,64]{1,0:T(8,128)(2,1)}, bf16[8,64]{1,0:T(8,128)(2,1)S(1)}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %ag.done = bf16[8,64]{1,0} all-gather-done(%ag)
+  %rs = f32[2,64]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, to_apply=%add
+  %cp = (f32[8,64], f32[8,64], u32[], u32[]) collective-permute-start(%z), source_target_pairs={{0,1},{1,0}}
+  %next = s32[] add(%counter, %two)
+  ROOT %out = (s32[], f32[8,64]) tuple(%next, %rs)
+}
+
+%condition (p.3: (s32[], f32[8,64])) -> pred[] {
+  %at = s32[] get-tuple-element(%p.3), index=0
+  %limit = s32[] constant(6)
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (p.4: f32[8,64]) -> f32[8,64] {
+  %loop = (s32[], f32[8,64]) while(%start), condition=%condition, body=%body
+  %a2a = (f32[4,64], f32[4,64]) all-to-all(%a, %b), replica_groups={{0,1},{2,3}}
+  ROOT %called = f32[8,64]{1,0} call(%p.4), to_apply=%double
+}
+"""
+
+
+def test_collectives_of_hlo_text():
+    """Bytes by the ring formulas of collectives.py; the loop runs from 0 by 2 to 6: 3 times."""
+    assert collectives.traffic(HLO, 8) == {
+        "all-gather": Traffic(3, 3 * 8 * 64 * 2 * 3 / 4), "reduce-scatter": Traffic(3, 3 * 2 * 64 * 4 * 3),
+        "all-reduce": Traffic(1, 2 * 8 * 64 * 4 * 3 / 4), "all-to-all": Traffic(1, 2 * 4 * 64 * 4 / 2),
+        "collective-permute": Traffic(3, 3 * 8 * 64 * 4)}
+
+
+def program(function, mesh, *arguments):
+    return Program("train", None, mesh, jax.jit(function), arguments, {}, {}, 1, 1)
+
+
+def test_collectives_of_a_tpu_program():
+    """Gather a weight and scatter a gradient in each of 5 steps of a scan, then one sum, on 2 x 2 chips."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    there = target("v5e:2x2")
+    mesh = Mesh(np.array(there.devices), ("x",))
+
+    def local(w, x):
+        def step(x, _):
+            whole = jax.lax.all_gather(w, "x", tiled=True)
+            y = jnp.tanh(x @ whole.astype(jnp.float32))
+            return y + jax.lax.psum_scatter(y, "x", tiled=True).mean(), None
+
+        return jax.lax.psum(jax.lax.scan(step, x, length=5)[0], "x")
+
+    w, x = (jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("x")))
+            for shape, dtype in (((512, 512), jnp.bfloat16), ((1024, 512), jnp.float32)))
+    made = program(jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P("x")), out_specs=P()), mesh, w, x)
+    compiled = compile_program(made, made.traced(), "tpu")
+    found = compiled.traffic
+    assert compiled.fits and compiled.arguments == (512 * 512 * 2 + 1024 * 512 * 4) // 4
+    assert found["all-gather"].sent == 5 * 512 * 512 * 2 * 3 / 4
+    scattered = 5 * 256 * 512 * 4 * 3 / 4
+    assert found["reduce-scatter"].sent == scattered and found["all-reduce"].sent == 2 * 256 * 512 * 4 * 3 / 4
+
+
+def test_too_little_memory_on_a_tpu_is_told():
+    """Two arguments and the sum of 6.4 GB each; a v5e has 15.75 GiB for programs."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    there = target("v5e:1x1")
+    mesh = Mesh(np.array(there.devices), ("x",))
+    x = jax.ShapeDtypeStruct((40_000, 40_000), jnp.float32, sharding=NamedSharding(mesh, P()))
+    made = program(lambda x, y: x + y, mesh, x, x)
+    compiled = compile_program(made, made.traced(), "tpu")
+    assert not compiled.fits and compiled.capacity == there.chip.memory
+    assert compiled.needed == pytest.approx(3 * 40_000 ** 2 * 4, rel=0.01)
+
+
+def test_products():
+    """A convolution of 3x3 from 2 to 5 channels at 4x6 places, and 7 times a product [3, 4] [4, 4]."""
+    def f(image, kernel, x, w):
+        y = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y.sum() + jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0].sum()
+
+    arguments = [jnp.ones(shape) for shape in ((1, 4, 6, 2), (3, 3, 2, 5), (3, 4), (4, 4))]
+    assert products(jax.make_jaxpr(f)(*arguments).jaxpr) == 2 * 4 * 6 * 9 * 2 * 5 + 7 * 2 * 3 * 4 * 4
+
+
+def test_batch_is_that_of_training():
+    """Shapes and dtypes of what the job makes of a batch of its loader's."""
+    job = planned_job(smoke(), "gpu")
+    grids = np.zeros((4, 64, 64, 3), np.uint8)
+    made = numeric(job.prepare({"condition": grids, "target": grids, "caption": ["blur it"] * 4}))
+    expected = batch_shapes(job, sharding.make_mesh(job.config.mesh))
+    assert {name: (value.shape, value.dtype) for name, value in made.items()} == {
+        name: (shape.shape, shape.dtype) for name, shape in expected.items()}
+
+
+def test_published_sizes():
+    """Parameters of FLUX.1 Kontext's parts, with CLIP ViT-L/14 as the router's encoder, no file read."""
+    made = nnx.eval_shape(lambda: KontextSizes("").make(nnx.Rngs(0)))
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(getattr(made, name))))
+              for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")}
+    assert counts == {"transformer": 11_901_408_320, "vae": 83_819_683, "text_encoder": 123_060_480,
+                      "text_encoder_2": 4_762_310_656, "image_encoder": 303_966_208}
+
+
+def test_bytes_from_shapes(gpu_plan):
+    """All float32, one device: 4 bytes a parameter, twice that for two moments (and two counts)."""
+    memory, groups = gpu_plan.memory, gpu_plan.program.groups
+    assert memory["base"] == 4 * count(groups["base"]) and memory["basis"] == 4 * count(groups["basis"])
+    assert 0 <= memory["optimizer"] - 2 * memory["basis"] <= 16 and memory["gradients"] == memory["basis"]
+    assert gpu_plan.fits and gpu_plan.peak == sum(memory.values()) and gpu_plan.compiled is None
+    assert "it fits" in report.table(gpu_plan)
+    assert json.loads(json.dumps(report.to_json(gpu_plan)))["memory"] == memory
+
+
+def test_suggestions_fit(gpu_plan):
+    """With too little memory, each change that is offered makes the plan fit; the flags are options of the command."""
+    need = gpu_plan.peak
+    there = dataclasses.replace(gpu_plan.target, chip=dataclasses.replace(gpu_plan.target.chip, memory=0.9 * need))
+    plan = make_plan(smoke(), there, "train")
+    changes = suggest.suggestions(smoke(), plan)
+    assert not plan.fits and {"remat": "full"} in [change.values for change in changes]
+    assert make_plan(smoke(**changes[-1].values), there, "train").peak == pytest.approx(changes[-1].peak)
+    for change in changes:
+        assert change.peak <= 0.9 * need and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
+    tiny = dataclasses.replace(there, chip=dataclasses.replace(there.chip, memory=1))
+    plan = make_plan(smoke(), tiny, "train")
+    (nearest,) = suggest.suggestions(smoke(), plan)
+    assert len(nearest.values) > 1 and nearest.peak < plan.peak
+    assert "take more or larger devices" in suggest.lines(plan, [nearest])[0]
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:", "h100"])
+def test_unknown_topologies(name):
+    with pytest.raises(UserError, match="give .*v6e|give one of .*gpu:h100x8") as told:
+        target(name)
+    assert told.value.code == 2
+
+
+def test_command(tmp_path):
+    """Eight GPUs share what one held; a batch that doesn't divide is refused."""
+    def run(*options):
+        return subprocess.run([sys.executable, "-m", "lorweb_jax.plan", f"--config={ROOT}/configs/basis.py:smoke",
+                               f"--config.pipeline={ROOT}/assets/small_kontext", "--topology=gpu:h100x8",
+                               f"--json={tmp_path}/plan.json", *options], capture_output=True, text=True, cwd=ROOT)
+
+    refused = run("--config.train.batch=12")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: a batch of 12 does not divide over 8")
+    done = run("--config.train.batch=8")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert made["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and made["fits"] and made["estimated"]
+    assert made["memory"]["basis"] == pytest.approx(4 * made["parameters"]["basis"] / 8, rel=0.05)
+    assert set(made["traffic"]) == {"all-gather", "reduce-scatter"}
