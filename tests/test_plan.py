@@ -37,12 +37,13 @@ ROOT = Path(__file__).parents[1]
 def smoke(**changes):
     config = read_config(str(ROOT / "configs" / "basis.py") + ":smoke")
     config.pipeline = str(ROOT / "assets" / "small_kontext")
-    config.update_from_flattened_dict({"mesh.fsdp": 1, **changes})
+    config.update_from_flattened_dict({"mesh.fsdp": 1, "precomputed": "elsewhere", **changes})
     return config
 
 
 @pytest.fixture(scope="module")
 def gpu_plan():
+    """Without encoders, which take seconds to trace."""
     return make_plan(smoke(), target("gpu:h100"), "train")
 
 
@@ -137,7 +138,7 @@ def test_products():
 
 def test_batch_is_that_of_training():
     """Shapes and dtypes of what the job makes of a batch of its loader's."""
-    job = planned_job(smoke(), "gpu")
+    job = planned_job(smoke(precomputed=""), "gpu")
     grids = np.zeros((4, 64, 64, 3), np.uint8)
     made = numeric(job.prepare({"condition": grids, "target": grids, "caption": ["blur it"] * 4}))
     expected = batch_shapes(job, sharding.make_mesh(job.config.mesh))
@@ -166,19 +167,12 @@ def test_bytes_from_shapes(gpu_plan):
 
 def test_suggestions_fit(gpu_plan):
     """With too little memory, each change that is offered makes the plan fit; the flags are options of the command."""
-    need = gpu_plan.peak
-    there = dataclasses.replace(gpu_plan.target, chip=dataclasses.replace(gpu_plan.target.chip, memory=0.9 * need))
-    plan = make_plan(smoke(), there, "train")
+    plan = dataclasses.replace(gpu_plan, capacity=0.9 * gpu_plan.peak)
     changes = suggest.suggestions(smoke(), plan)
     assert not plan.fits and {"remat": "full"} in [change.values for change in changes]
-    assert make_plan(smoke(**changes[-1].values), there, "train").peak == pytest.approx(changes[-1].peak)
+    assert make_plan(smoke(**changes[-1].values), plan.target, "train").peak == pytest.approx(changes[-1].peak)
     for change in changes:
-        assert change.peak <= 0.9 * need and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
-    tiny = dataclasses.replace(there, chip=dataclasses.replace(there.chip, memory=1))
-    plan = make_plan(smoke(), tiny, "train")
-    (nearest,) = suggest.suggestions(smoke(), plan)
-    assert len(nearest.values) > 1 and nearest.peak < plan.peak
-    assert "take more or larger devices" in suggest.lines(plan, [nearest])[0]
+        assert change.peak <= plan.capacity and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:", "h100"])
@@ -193,7 +187,7 @@ def test_command(tmp_path):
     def run(*options):
         return subprocess.run([sys.executable, "-m", "lorweb_jax.plan", f"--config={ROOT}/configs/basis.py:smoke",
                                f"--config.pipeline={ROOT}/assets/small_kontext", "--topology=gpu:h100x8",
-                               f"--json={tmp_path}/plan.json", *options], capture_output=True, text=True, cwd=ROOT)
+                               "--config.precomputed=elsewhere", f"--json={tmp_path}/plan.json", *options], capture_output=True, text=True, cwd=ROOT)
 
     refused = run("--config.train.batch=12")
     assert refused.returncode == 2 and refused.stderr.startswith("error: a batch of 12 does not divide over 8")
@@ -202,4 +196,4 @@ def test_command(tmp_path):
     made = json.loads((tmp_path / "plan.json").read_text())
     assert made["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and made["fits"] and made["estimated"]
     assert made["memory"]["basis"] == pytest.approx(4 * made["parameters"]["basis"] / 8, rel=0.05)
-    assert set(made["traffic"]) == {"all-gather", "reduce-scatter"}
+    assert set(made["traffic"]) == {"all-gather", "all-reduce"}

@@ -29,11 +29,12 @@ Rows of "train":
 --quant, --remat and --moments take lists: of their combinations the first gets every row, the others "ours" and
 "low-rank" or the "basis train step". Torch's rows are never quantised.
 
-Columns: the median over the repeats with the shortest and the longest; model FLOPs (matrix products counted from
-shapes, what remat computes again left out) per second, and their share of the measured matmul ceiling (fp8's for fp8
-rows where the hardware multiplies fp8; int8 weights are multiplied in the row's dtype); the largest memory, of the
-accelerator or, on a CPU, of the row's whole process, building and compiling included; bytes of the frozen weights;
-bytes that the compiler sets aside for a step; compile time. Under the table stand the ratios of interest.
+Columns: the median over the repeats with the shortest and the longest; on a CPU also what all threads together spent,
+which other programs on the machine change less; model FLOPs (matrix products counted from shapes, what remat computes
+again left out) per second, and their share of the measured matmul ceiling (fp8's for fp8 rows where the hardware
+multiplies fp8; int8 weights are multiplied in the row's dtype); the largest memory, of the accelerator or, on a CPU,
+of the row's whole process, building and compiling included; bytes of the frozen weights; bytes that the compiler sets
+aside for a step; compile time. Under the table stand the ratios of interest.
 Needs jax, flax, optax, numpy and safetensors; torch and diffusers where they are to be compared with.
 """
 

@@ -91,7 +91,7 @@ def run_benchmark(variants: Sequence[Setting], with_torch: bool) -> dict[str, An
     rows = make_rows(variants, with_torch)
     results = {row.key: {"row": row.key, "name": row.name, "quantization": row.setting.quantization,
                          "moments": row.setting.moments, "remat": row.setting.remat, "flops": step_flops(row),
-                         "seconds": []} for row in rows}
+                         "seconds": [], "cpu_seconds": []} for row in rows}
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     for row in rows:
         if row.torch and (missing or platform not in ("cpu", "gpu")):
@@ -145,8 +145,9 @@ def attempt(row: dict[str, Any], ask) -> None:
     except Failed as failure:
         row["skipped"] = str(failure)
         return
-    if "seconds" in values:
-        row["seconds"].append(values.pop("seconds"))
+    for name in ("seconds", "cpu_seconds"):
+        if name in values:
+            row[name].append(values.pop(name))
     row.update(values)
 
 

@@ -1,5 +1,6 @@
 """The benchmark's result for a person to read."""
 
+from statistics import median
 from typing import Any
 
 
@@ -9,6 +10,7 @@ def table(result: dict[str, Any]) -> str:
     width = max(len(row["name"]) for row in rows) + 2
     lines = [*_header(result), "",
              f"{'':{width}}{'ms a step':>11}{'min - max':>18}" + f"{'ms a sample':>13}" * per_sample
+             + f"{'CPU ms':>8}" * on_cpu
              + "".join(f"{title:>{wide}}" for title, wide in (
                  ("TFLOP/s", 9), ("of matmul", 11), ("peak RSS" if on_cpu else "peak mem.", 10), ("weights", 10),
                  ("tempor.", 10), ("compile", 9)))]
@@ -20,6 +22,7 @@ def table(result: dict[str, Any]) -> str:
         milliseconds = 1e3 * row["median_seconds"]
         lines.append(f"{row['name']:{width}}{milliseconds:>11.4g}{f'{low} - {high}':>18}"
                      + f"{milliseconds / setting['batch']:>13.4g}" * per_sample
+                     + f"{1e3 * median(row['cpu_seconds']):>8.4g}" * on_cpu
                      + f"{row['flops_per_second'] / 1e12:>9.4g}{row['share_of_ceiling']:>11.1%}"
                      + "".join(f"{_size(row[name]):>10}" for name in ("peak_bytes", "weight_bytes", "temporary_bytes"))
                      + (f"{row['compile_seconds']:>7.1f} s" if row["compile_seconds"] else ""))

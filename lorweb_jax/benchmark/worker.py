@@ -65,9 +65,10 @@ def measure(request: dict, reply) -> None:
     count = max(1, round(SHORTEST_REPEAT / (time.perf_counter() - start)))
     reply(**{name: value for name, value in step._asdict().items() if name != "run"})
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         step.run(count)
-        reply(seconds=(time.perf_counter() - start) / count, peak_bytes=peak_bytes(module, request["platform"]))
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        reply(seconds=seconds / count, cpu_seconds=busy / count, peak_bytes=peak_bytes(module, request["platform"]))
 
 
 def peak_bytes(module: str, platform: str) -> int:

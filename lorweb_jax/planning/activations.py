@@ -12,12 +12,12 @@ import jax.extend
 import jax.numpy as jnp
 
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import device_bytes, tokens
+from lorweb_jax.planning.shapes import tokens
 from lorweb_jax.sharding import batch_shares
 from lorweb_jax.transformer.flux import block_linears
 
 # Vectors of width d a token, in the compute dtype: fitted to the TPU compiler's temporaries (tests/test_plan.py).
-BLOCK_VECTORS = 30
+BLOCK_VECTORS = 24
 # Of the autoencoder's widest layers, float32, held at once.
 IMAGE_MAPS = 4
 
@@ -45,10 +45,10 @@ def estimate(program: Program, traced: jax.stages.Traced) -> Estimate:
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
     kept = kept_bytes(traced.jaxpr.jaxpr, sequence) / program.batch * local if program.gradients else 0
     block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * flux.features * itemsize / tensor
-    linears = block_linears(flux)
-    weights = max(sum(i * o for path, (_, i, o) in linears.items() if path.startswith(stack) and "norm" not in path)
-                  for stack in ("transformer_blocks", "single_transformer_blocks"))
-    gathered = 2 * weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
+    # At the last single block going forward, or the first going backward, most is kept.
+    weights = sum(i * o for path, (_, i, o) in block_linears(flux).items()
+                  if path.startswith("single_transformer_blocks.") and "norm" not in path)
+    gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
     height, width = (2 * math.isqrt(tokens(job)) * vae.downscale,) * 2
     images = IMAGE_MAPS * local * height * width * vae.block_out_channels[0] * 4 if program.gradients else 0
     return Estimate(kept, block, gathered, images)
@@ -67,8 +67,3 @@ def kept_bytes(jaxpr, sequence: int) -> float:
         else:
             total += sum(kept_bytes(inner, sequence) for inner in jax.extend.core.jaxprs_in_params(params))
     return total
-
-
-def training_bytes(program: Program) -> float:
-    """Gradients, and the updates that the optimizer makes of them."""
-    return device_bytes(program.gradients)

@@ -60,6 +60,8 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
                 for branch in re.findall(r"%([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}",
                                                                    instruction.rest) or [""])[0]):
                     visit(branch, times)
+            elif instruction.opcode in ("async-update", "async-done"):
+                pass  # name the computation that async-start began
             elif called := _CALLED.search(instruction.rest):
                 visit(called.group(1), times)
 

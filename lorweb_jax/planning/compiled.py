@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 
@@ -28,7 +30,7 @@ class Compiled:
     code: float = 0
     needed: float = 0
     capacity: float = 0
-    traffic: dict[str, collectives.Traffic] | None = None  # None where the program's text can't be had
+    traffic: dict[str, collectives.Traffic] = dataclasses.field(default_factory=dict)
     text: str = dataclasses.field(default="", repr=False)
 
     @property
@@ -38,28 +40,21 @@ class Compiled:
 
 def compile_program(program: Program, traced: jax.stages.Traced, platform: str) -> Compiled:
     """UserError for a failure of the compiler other than too little memory."""
-    clock, cores = time.perf_counter(), time.process_time()
-    with jax.set_mesh(program.mesh):
+    with tempfile.TemporaryDirectory(prefix="lorweb_plan_") as dump, jax.set_mesh(program.mesh):
+        clock, cores = time.perf_counter(), time.process_time()
         lowered = traced.lower(lowering_platforms=(platform,))
         try:
-            compiled = lowered.compile()
+            # Dumped rather than asked of the result: libtpu 0.0.52 can't always read its own programs back.
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except Exception as error:  # jax raises whatever the compiler does
             return _too_large(str(error), time.perf_counter() - clock, time.process_time() - cores)
-    took = time.perf_counter() - clock, time.process_time() - cores
-    memory, text = compiled.memory_analysis(), _text(compiled)
+        took = time.perf_counter() - clock, time.process_time() - cores
+        text = max(Path(dump).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size).read_text()
+    memory = compiled.memory_analysis()
     return Compiled(*took, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
                     results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                    code=memory.generated_code_size_in_bytes,
-                    traffic=collectives.traffic(text, program.mesh.size) if text else None, text=text)
-
-
-def _text(compiled: jax.stages.Compiled) -> str:
-    """The compiled program, or "" where the library can't write out what its own compiler made (seen of libtpu 0.0.52
-    at full depth on v6e: an "async done" that it then takes for malformed)."""
-    try:
-        return compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError:
-        return ""
+                    code=memory.generated_code_size_in_bytes, traffic=collectives.traffic(text, program.mesh.size),
+                    text=text)
 
 
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:

@@ -54,8 +54,7 @@ def make_plan(config, there: Target, what: str, compile: bool = True) -> Plan:
         memory |= {"padding of arguments": padding, "gradients": gradients,
                    "activations, temporaries": compiled.temporaries - gradients,
                    "results, program": compiled.results + compiled.code}
-        peak = sum(memory.values())
-        traffic = expected_traffic(program) if compiled.traffic is None else compiled.traffic
+        peak, traffic = sum(memory.values()), compiled.traffic
     else:
         memory |= {"gradients": gradients, "activations, temporaries": estimate(program, traced).total}
         peak, traffic = sum(memory.values()), expected_traffic(program)

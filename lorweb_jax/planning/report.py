@@ -19,8 +19,8 @@ def table(plan: Plan) -> str:
 def _heading(plan: Plan) -> list[str]:
     program, config = plan.program, plan.program.job.config
     mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
-    what = ("a training step" if program.what == "train" else
-            f"{program.steps} sampling steps, the mix {'folded into' if 'folded weights' in program.groups else 'beside'} the weights,")
+    mix = "folded into" if "folded weights" in program.groups else "beside"
+    what = "a training step" if program.what == "train" else f"{program.steps} sampling steps, the mix {mix} the weights,"
     sizes = f"batch {program.batch}, {2 * tokens(program.job)} + {program.job.folder.text_tokens} tokens"
     how = [f"attention {program.job.planned_attention}", f"quantization {config.quantization}"]
     if program.what == "train":
@@ -49,8 +49,7 @@ def _work(plan: Plan) -> list[str]:
 
 
 def _traffic(plan: Plan) -> list[str]:
-    compiled = plan.compiled and plan.compiled.traffic is not None
-    how = "compiled" if compiled else "expected of the sharding rules"
+    how = "compiled" if plan.compiled and plan.compiled.fits else "expected of the sharding rules"
     lines = [_line(f"sent by a device ({how})", "GB", "collectives")]
     lines += [_line(f"  {kind}", f"{found.sent / 1e9:.3f}", f"{found.count:.0f}") for kind, found in plan.traffic.items()]
     return lines if plan.traffic else [_line("sent by a device", "none")]

@@ -5,6 +5,7 @@ The first is counted from sizes (benchmark/flops.py); the last is what the trace
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import jax
@@ -70,24 +71,38 @@ def encoder_flops(program: Program) -> float:
     return products(jax.make_jaxpr(run)(groups["basis"], groups["base"], groups["batch"]).jaxpr)
 
 
-def products(jaxpr) -> float:
-    """FLOPs of all matrix products and convolutions of a jaxpr, as often as loops and kernels' grids run them."""
+def products(jaxpr, live: Sequence[bool] | None = None) -> float:
+    """FLOPs of all matrix products and convolutions of a jaxpr, as often as loops and kernels' grids run them.
+
+    live: which outputs are wanted (None: all). What nothing wanted depends on isn't counted, as no compiler keeps it.
+    """
+    outputs = [out for out, wanted in zip(jaxpr.outvars, live or [True] * len(jaxpr.outvars), strict=True) if wanted]
+    needed = {out for out in outputs if isinstance(out, jax.extend.core.Var)}
     total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
-        elif name == "cond":
-            total += max(products(branch.jaxpr) for branch in params["branches"])
-        else:
-            total += _times(name, params) * sum(products(inner) for inner in jax.extend.core.jaxprs_in_params(params))
+    for equation in reversed(jaxpr.eqns):
+        used = [out in needed for out in equation.outvars]
+        if any(used) or equation.effects:
+            needed |= {variable for variable in equation.invars if isinstance(variable, jax.extend.core.Var)}
+            total += _products(equation, used)
     return total
+
+
+def _products(equation, used: list[bool]) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
+    if name == "cond":
+        return max(products(branch.jaxpr) for branch in params["branches"])
+    if name == "scan":  # what is carried may be wanted by the next turn
+        used = [True] * params["num_carry"] + used[params["num_carry"]:]
+    return _times(name, params) * sum(products(inner, used if len(inner.outvars) == len(used) else None)
+                                      for inner in jax.extend.core.jaxprs_in_params(params))
 
 
 def _times(name: str, params: dict) -> int:
