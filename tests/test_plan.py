@@ -170,7 +170,7 @@ def test_suggestions_fit(gpu_plan):
     plan = dataclasses.replace(gpu_plan, capacity=0.9 * gpu_plan.peak)
     changes = suggest.suggestions(smoke(), plan)
     assert not plan.fits and {"remat": "full"} in [change.values for change in changes]
-    assert make_plan(smoke(**changes[-1].values), plan.target, "train").peak == pytest.approx(changes[-1].peak)
+    assert make_plan(smoke(**changes[-1].values), plan.target, "train").peak == pytest.approx(changes[-1].peak, rel=0.05)
     for change in changes:
         assert change.peak <= plan.capacity and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
 

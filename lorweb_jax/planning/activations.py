@@ -37,13 +37,13 @@ class Estimate:
         return max(self.kept + self.block + self.gathered, self.images)
 
 
-def estimate(program: Program, traced: jax.stages.Traced) -> Estimate:
+def estimate(program: Program, kept: float) -> Estimate:
+    """kept: see `kept_by_example`."""
     job, mesh = program.job, program.mesh
     flux, vae = job.folder.flux_config, job.folder.vae_config
     local = -(-program.batch // batch_shares(mesh))
     sequence = 2 * tokens(job) + job.folder.text_tokens
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
-    kept = kept_bytes(traced.jaxpr.jaxpr, sequence) / program.batch * local if program.gradients else 0
     block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * flux.features * itemsize / tensor
     # At the last single block going forward, or the first going backward, most is kept.
     weights = sum(i * o for path, (_, i, o) in block_linears(flux).items()
@@ -51,7 +51,13 @@ def estimate(program: Program, traced: jax.stages.Traced) -> Estimate:
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
     height, width = (2 * math.isqrt(tokens(job)) * vae.downscale,) * 2
     images = IMAGE_MAPS * local * height * width * vae.block_out_channels[0] * 4 if program.gradients else 0
-    return Estimate(kept, block, gathered, images)
+    return Estimate(kept * local, block, gathered, images)
+
+
+def kept_by_example(program: Program, traced: jax.stages.Traced) -> float:
+    """Bytes that are kept for the backward pass, for each example of a batch."""
+    sequence = 2 * tokens(program.job) + program.job.folder.text_tokens
+    return kept_bytes(traced.jaxpr.jaxpr, sequence) / program.batch if program.gradients else 0
 
 
 def kept_bytes(jaxpr, sequence: int) -> float:

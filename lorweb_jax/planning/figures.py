@@ -6,7 +6,7 @@ import jax
 import jax.extend
 
 from lorweb_jax import sharding
-from lorweb_jax.planning.activations import estimate
+from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
 from lorweb_jax.planning.expected_traffic import expected_traffic
@@ -56,7 +56,7 @@ def make_plan(config, there: Target, what: str, compile: bool = True) -> Plan:
                    "results, program": compiled.results + compiled.code}
         peak, traffic = sum(memory.values()), compiled.traffic
     else:
-        memory |= {"gradients": gradients, "activations, temporaries": estimate(program, traced).total}
+        memory |= {"gradients": gradients, "activations, temporaries": estimate(program, kept_by_example(program, traced)).total}
         peak, traffic = sum(memory.values()), expected_traffic(program)
         if compiled:
             memory["activations, temporaries"] += compiled.needed - peak

@@ -1,11 +1,12 @@
 """What would make a plan fit that doesn't: changes of its config, estimated from shapes."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from lorweb_jax.config import get
 from lorweb_jax.errors import UserError
-from lorweb_jax.planning.activations import estimate
+from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan, arguments, make_program
 from lorweb_jax.planning.shapes import device_bytes
@@ -24,22 +25,42 @@ class Change:
 
 def suggestions(config, plan: Plan) -> list[Change]:
     """Single changes that suffice; where none does, the fewest of them together that do, or that come nearest."""
+    estimator = _Estimator(plan)
     # What the estimate misses now, it is taken to miss then.
-    offset = plan.peak - _estimated(config, plan)
-    found, together, taken = [], {}, None
+    offset = plan.peak - estimator.bytes(config)
+    found, together, nearest = [], {}, None
     for values in _candidates(config, plan):
-        peak = _peak(config, plan, values)
-        if peak is None:
-            continue
-        change = Change(values, peak + offset)
+        change = Change(values, estimator.changed(config, values) + offset)
         if change.peak <= plan.capacity:
             found.append(change)
-        elif not found:
-            joint = _peak(config, plan, together | values)
-            if joint is not None and (taken is None or joint + offset < taken.peak):
-                together = together | values
-                taken = Change(together, joint + offset)
-    return found or ([taken] if taken else [])
+        elif not found and change.peak < plan.peak:
+            joint = Change(together | values, estimator.changed(config, together | values) + offset)
+            if nearest is None or joint.peak < nearest.peak:
+                nearest, together = joint, joint.values
+    return found or ([nearest] if nearest else [])
+
+
+class _Estimator:
+    """Bytes on a device of changed configs; programs are traced once for each way of computing again."""
+
+    def __init__(self, plan: Plan):
+        self._plan, self._kept = plan, {}
+
+    def changed(self, config, values: dict[str, object]) -> float:
+        """Infinite where the changed config can't run."""
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(values)
+        try:
+            return self.bytes(changed)
+        except UserError:
+            return math.inf
+
+    def bytes(self, config) -> float:
+        program = make_program(config, self._plan.target, self._plan.program.what)
+        if config.remat not in self._kept:
+            self._kept[config.remat] = kept_by_example(program, program.traced())
+        return (sum(arguments(program).values()) + device_bytes(program.gradients)
+                + estimate(program, self._kept[config.remat]).total)
 
 
 def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
@@ -72,29 +93,12 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
         batch = batch // 2 // shares * shares
 
 
-def _peak(config, plan: Plan, values: dict[str, object]) -> float | None:
-    """None where the changed config can't run."""
-    changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict(values)
-    try:
-        return _estimated(changed, plan)
-    except UserError:
-        return None
-
-
-def _estimated(config, plan: Plan) -> float:
-    program = make_program(config, plan.target, plan.program.what)
-    return (sum(arguments(program).values()) + device_bytes(program.gradients)
-            + estimate(program, program.traced()).total)
-
-
 def lines(plan: Plan, changes: list[Change]) -> list[str]:
     if not changes:
         return ["no single setting, nor all of them together, makes it fit; take more or larger devices"]
-    enough = changes[0].peak <= plan.capacity
-    head = ("any one of these would make it fit (estimated):" if enough else
-            "nothing makes it fit; this comes nearest (estimated), so take more or larger devices:")
-    if enough and len(changes) == 1:
-        head = "this would make it fit (estimated):"
+    if changes[0].peak > plan.capacity:
+        head = "nothing makes it fit; this comes nearest (estimated), so take more or larger devices:"
+    else:
+        head = f"{'any one of these' if len(changes) > 1 else 'this'} would make it fit (estimated):"
     return [head, *(f"  {change.flags()}   {change.peak / GIB:.2f} of {plan.capacity / GIB:.2f} GiB"
                     for change in changes)]

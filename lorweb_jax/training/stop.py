@@ -93,3 +93,14 @@ class StopRequest:
         else:
             write_at_once(1, sentence)
             os._exit(stop_status())
+
+
+def _forget_in_child() -> None:
+    """A forked process (a reader of images) has the parent's handler and wakeup: being ended is its own affair."""
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopRequest):
+        with contextlib.suppress(ValueError):  # not the main thread: then no handler runs either
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

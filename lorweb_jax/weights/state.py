@@ -19,9 +19,13 @@ def flat_state(module: nnx.Module, only: Any = nnx.Not(nnx.RngState)) -> dict[st
 
 def shapes(make: Callable[[], nnx.Module], only: Any = nnx.Not(nnx.RngState)) -> dict[str, jax.ShapeDtypeStruct]:
     """{dotted path: shape and dtype} of the module that `make()` returns, without allocating it."""
-    state = nnx.state(nnx.eval_shape(make), only)
+    return abstract_shapes(nnx.eval_shape(make), only)
+
+
+def abstract_shapes(module: nnx.Module, only: Any = nnx.Not(nnx.RngState)) -> dict[str, jax.ShapeDtypeStruct]:
+    """The same of a module that nnx.eval_shape made."""
     return {_dotted(path): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
-            for path, variable in nnx.to_flat_state(state)}
+            for path, variable in nnx.to_flat_state(nnx.state(module, only))}
 
 
 def build(make: Callable[[], nnx.Module], flat: Mapping[str, Any], what: str = "the weights") -> nnx.Module:
@@ -30,7 +34,12 @@ def build(make: Callable[[], nnx.Module], flat: Mapping[str, Any], what: str = "
     Arrays that jax already holds (sharded or not) are taken as they are. Raises UserError with the differences if a
     path is missing, is not the model's, or has another shape.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return fill(nnx.eval_shape(make), flat, what)
+
+
+def fill(module: nnx.Module, flat: Mapping[str, Any], what: str = "the weights") -> nnx.Module:
+    """The same from a module that nnx.eval_shape made; a whole pipeline takes seconds to trace."""
+    graphdef, state = nnx.split(module)
     variables = [(_dotted(path), variable) for path, variable in nnx.to_flat_state(state)]
     require_equal({path: array.shape for path, array in flat.items()},
                   {path: variable.shape for path, variable in variables}, what)
