@@ -8,8 +8,12 @@
 --config.FIELD=VALUE      another value for a field of it, as often as wanted
 --topology=NAME           a TPU generation and its chips along each axis, or gpu: with a kind and a number
 --what=train              one step of training (default), or sample: all steps of one batch of config.show
+--confirm                 if it doesn't fit, compile again with the first change that should make it fit
 --json=FILE               the same figures as json
---hlo=FILE                the compiled program's text
+--hlo=FILE                the compiled program's text (TPUs)
+
+TPU programs are compiled by libtpu (pip install libtpu==0.0.52), which needs no TPU; minutes on two CPU cores, and
+about 4 GB of memory. For GPUs, bytes of arguments are exact and the rest is estimated.
 """
 
 import json
@@ -27,6 +31,7 @@ from lorweb_jax.images.io import write_file
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", None, "devices to plan for")
 flags.DEFINE_enum("what", "train", ["train", "sample"], "what is planned")
+flags.DEFINE_bool("confirm", False, "compile the first change that should make it fit")
 flags.DEFINE_string("json", None, "file for the figures as json")
 flags.DEFINE_string("hlo", None, "file for the compiled program's text")
 
@@ -46,13 +51,20 @@ def command() -> None:
     from lorweb_jax.planning.figures import make_plan
     from lorweb_jax.planning.topology import target
 
-    plan = make_plan(config, target(FLAGS.topology), FLAGS.what)
+    there = target(FLAGS.topology)
+    if not there.compiles and (FLAGS.hlo or FLAGS.confirm):
+        raise UserError(f"nothing is compiled for {there.name}; leave --hlo and --confirm out", 2)
+    plan = make_plan(config, there, FLAGS.what)
     print(report.table(plan), flush=True)
-    if not plan.fits:
-        print("\n" + "\n".join(suggest.lines(plan, suggest.suggestions(config, plan))))
+    changes = (suggest.faster if plan.fits else suggest.suggestions)(config, plan)
+    print("\n".join(["", *suggest.lines(plan, changes)]), flush=True)
+    if FLAGS.confirm and changes and not plan.fits:
+        config.update_from_flattened_dict(changes[0].values)
+        print(f"\ncompiled with {changes[0].flags()}:\n")
+        print(report.table(make_plan(config, there, FLAGS.what)))
     if FLAGS.json:
         write_file(Path(FLAGS.json), (json.dumps(report.to_json(plan), indent=1) + "\n").encode())
-    if FLAGS.hlo and plan.compiled:
+    if FLAGS.hlo:
         write_file(Path(FLAGS.hlo), plan.compiled.text.encode())
 
 

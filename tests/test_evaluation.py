@@ -268,7 +268,8 @@ class FakePipeline:
     """A base that answers grey and a basis that inverts."""
 
     calls = []
-    model = SimpleNamespace(image_encoder=None, basis=SimpleNamespace(config=SimpleNamespace(routed=True)))
+    image_encoder = None
+    model = SimpleNamespace(basis=SimpleNamespace(config=SimpleNamespace(routed=True)))
 
     @classmethod
     def load(cls, folder, image_encoder=None):

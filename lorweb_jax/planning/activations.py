@@ -12,11 +12,10 @@ import jax.extend
 import jax.numpy as jnp
 
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import tokens
+from lorweb_jax.planning.shapes import grid_size, scanned_linears, tokens
 from lorweb_jax.sharding import batch_shares
-from lorweb_jax.transformer.flux import block_linears
 
-# Vectors of width d a token, in the compute dtype: fitted to the TPU compiler's temporaries (tests/test_plan.py).
+# Vectors of width d a token, in the compute dtype; fitted to the TPU compiler's temporaries, as the next.
 BLOCK_VECTORS = 24
 # Of the autoencoder's widest layers, float32, held at once.
 IMAGE_MAPS = 4
@@ -46,11 +45,11 @@ def estimate(program: Program, kept: float) -> Estimate:
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
     block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * flux.features * itemsize / tensor
     # At the last single block going forward, or the first going backward, most is kept.
-    weights = sum(i * o for path, (_, i, o) in block_linears(flux).items()
-                  if path.startswith("single_transformer_blocks.") and "norm" not in path)
+    weights = sum(i * o for path, (_, i, o) in scanned_linears(flux).items()
+                  if path.startswith("single_transformer_blocks."))
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
-    height, width = (2 * math.isqrt(tokens(job)) * vae.downscale,) * 2
-    images = IMAGE_MAPS * local * height * width * vae.block_out_channels[0] * 4 if program.gradients else 0
+    pixels = 2 * local * math.prod(grid_size(job.config))  # of target and condition
+    images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0
     return Estimate(kept * local, block, gathered, images)
 
 

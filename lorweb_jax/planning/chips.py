@@ -7,8 +7,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip. `memory` in bytes that programs can have, `flops` dense bfloat16 a second, `bandwidth` of its memory and
-    `link` of all its connections to other chips together, one way, in bytes a second. `variant` of libtpu's configs."""
+    """One chip. `memory` in bytes that programs can have, `flops` dense bfloat16 a second, `bandwidth` of its memory
+    and `link` of all its connections to other chips together, one way, in bytes a second. `variant` is the name of
+    libtpu's config for it."""
 
     name: str
     memory: float
@@ -33,8 +34,8 @@ TPUS = {chip.name: chip for chip in (
     Chip("v6e", 31.24 * GIB, 918e12, 1640e9, 400e9),
     Chip("tpu7x", 2 * 94.74 * GIB, 2307e12, 7380e9, 600e9),
 )}
-# NVIDIA's data sheets, SXM forms, dense; NVLink is halved to one way. Memory: what the driver reports of 40, 80, 80, 141
-# and 180 GB, less half a GiB that a CUDA process takes for itself.
+# NVIDIA's data sheets, SXM forms, dense; NVLink is halved to one way. Memory: what the driver reports of 40, 80, 80,
+# 141 and 180 GB, less about half a GiB that a CUDA process takes for itself.
 GPUS = {chip.name: chip for chip in (
     Chip("a100-40", 39.0 * GIB, 312e12, 1555e9, 300e9),
     Chip("a100-80", 79.2 * GIB, 312e12, 2039e9, 300e9),

@@ -1,7 +1,7 @@
 """What a compiled step sends between devices, read from its HLO text.
 
-The body of a loop counts as often as it runs; of an asynchronous pair only the start counts. Bytes are those that one
-device sends with the ring algorithms, n devices in a group and S bytes of the whole array in a group:
+The body of a loop counts as often as it runs; of an asynchronous pair only the start counts. Bytes are those that
+one device sends with the ring algorithms, n devices in a group and S bytes of the whole array in a group:
 all-gather, reduce-scatter, all-to-all S·(n−1)/n · all-reduce 2·S·(n−1)/n · collective-permute what it passes on.
 """
 

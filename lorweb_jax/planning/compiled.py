@@ -59,7 +59,8 @@ def compile_program(program: Program, traced: jax.stages.Traced, platform: str) 
 
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:
     # "the total memory required for HLO temporaries (23.88G) exceeds available HBM (15.75G)": arguments are in it.
-    found = re.search(r"total memory required[^(]*\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
+    size = r"\(([\d.]+)([KMGT]?)\)"
+    found = re.search(rf"total memory required[^(]*{size} exceeds available HBM {size}", message)
     if not found:
         raise UserError("the compiler failed: " + message.strip().splitlines()[0])
     needed, needed_unit, capacity, capacity_unit = found.groups()

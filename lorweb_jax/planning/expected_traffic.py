@@ -1,11 +1,10 @@
-"""What a step must send between devices by the sharding rules, where no compiler is at hand to say what it does send."""
+"""What a step must send between devices by the sharding rules, where no compiler is at hand to say what it sends."""
 
 import jax.numpy as jnp
 
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import tokens
-from lorweb_jax.transformer.flux import block_linears
+from lorweb_jax.planning.shapes import scanned_linears, tokens
 
 
 def expected_traffic(program: Program) -> dict[str, Traffic]:
@@ -19,7 +18,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     # Going backward a block's weights are gathered once, even if its forward pass is computed again.
     passes = 2 if training else program.steps
     found: dict[str, Traffic] = {}
-    linears = {path: shape for path, shape in block_linears(flux).items() if "norm" not in path}
+    linears = scanned_linears(flux)
     low_rank = sum(program.groups["basis"][f"basis.layers.{path}.{part}"].size for path in linears for part in "ab")
 
     if fsdp > 1:

@@ -42,11 +42,11 @@ def make_program(config, there: Target, what: str) -> Program:
     return PROGRAMS[what](planned_job(config, there.platform), sharding.make_mesh(config.mesh, there.devices))
 
 
-def make_plan(config, there: Target, what: str, compile: bool = True) -> Plan:
-    """compile: with the devices' compiler where there is one; otherwise everything is estimated."""
+def make_plan(config, there: Target, what: str) -> Plan:
+    """By the devices' compiler where there is one; otherwise estimated."""
     program = make_program(config, there, what)
     traced = program.traced()
-    compiled = compile_program(program, traced, there.platform) if compile and there.compiles else None
+    compiled = compile_program(program, traced, there.platform) if there.compiles else None
     memory = arguments(program)
     gradients = device_bytes(program.gradients)
     if compiled and compiled.fits:
@@ -56,7 +56,8 @@ def make_plan(config, there: Target, what: str, compile: bool = True) -> Plan:
                    "results, program": compiled.results + compiled.code}
         peak, traffic = sum(memory.values()), compiled.traffic
     else:
-        memory |= {"gradients": gradients, "activations, temporaries": estimate(program, kept_by_example(program, traced)).total}
+        temporaries = estimate(program, kept_by_example(program, traced)).total
+        memory |= {"gradients": gradients, "activations, temporaries": temporaries}
         peak, traffic = sum(memory.values()), expected_traffic(program)
         if compiled:
             memory["activations, temporaries"] += compiled.needed - peak

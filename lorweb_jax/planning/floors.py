@@ -4,7 +4,7 @@ import dataclasses
 
 from lorweb_jax.planning.chips import Chip
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import device_bytes
+from lorweb_jax.planning.shapes import device_bytes, scanned_linears
 from lorweb_jax.planning.work import Work
 from lorweb_jax.sharding import batch_shares
 
@@ -21,10 +21,6 @@ class Floors:
     def bottleneck(self) -> str:
         return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
 
-    @property
-    def seconds(self) -> float:
-        return max(self.compute, self.memory, self.links)
-
 
 def floors(program: Program, work: Work, sent: float, chip: Chip) -> Floors:
     """`sent`: bytes that a device sends."""
@@ -38,11 +34,14 @@ def parts(program: Program) -> int:
 
 
 def memory_bytes(program: Program) -> float:
-    """What a device must read and write at least: the blocks' weights, whole along fsdp, for each pass over them; in
-    training the trainables, their gradients and the optimizer's state once in and once out."""
+    """What a device must read and write at least: the blocks' weights, whole along fsdp, for each pass over them, and
+    its other weights once; in training the trainables, their gradients and the optimizer's state in and out."""
     passes = program.steps
     if program.what == "train":
         passes = 2 if program.job.config.remat == "none" else 3
-    whole = sum(shape.size * shape.dtype.itemsize for shape in program.groups["base"].values())
-    read = passes * whole / program.mesh.shape["tensor"] + passes * device_bytes(program.groups["basis"])
-    return read + 2 * device_bytes((program.gradients, program.groups["basis"], program.groups.get("optimizer", ())))
+    base, basis = program.groups["base"], program.groups["basis"]
+    kernels = {f"transformer.{path}.kernel" for path in scanned_linears(program.job.folder.flux_config)}
+    whole = sum(base[path].size * base[path].dtype.itemsize for path in kernels) / program.mesh.shape["tensor"]
+    once = device_bytes([shape for path, shape in base.items()
+                         if path.startswith("transformer.") and path not in kernels])
+    return passes * whole + once + 2 * device_bytes((program.gradients, basis, program.groups.get("optimizer", ())))

@@ -20,7 +20,8 @@ def _heading(plan: Plan) -> list[str]:
     program, config = plan.program, plan.program.job.config
     mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     mix = "folded into" if "folded weights" in program.groups else "beside"
-    what = "a training step" if program.what == "train" else f"{program.steps} sampling steps, the mix {mix} the weights,"
+    what = ("a training step" if program.what == "train" else
+            f"{program.steps} sampling steps, the mix {mix} the weights,")
     sizes = f"batch {program.batch}, {2 * tokens(program.job)} + {program.job.folder.text_tokens} tokens"
     how = [f"attention {program.job.planned_attention}", f"quantization {config.quantization}"]
     if program.what == "train":
@@ -43,15 +44,16 @@ def _work(plan: Plan) -> list[str]:
     work, batch = plan.work, plan.program.batch
     rows = [("model, from shapes", work.model), ("frozen encoders", work.encoders),
             ("computed again (remat, attention)", work.recomputed)]
-    lines = [_line("products, all devices", "TFLOP", "an example")]
-    return lines + [_line(f"  {name}", f"{flops / 1e12:.1f}", f"{flops / batch / 1e12:.1f}")
+    lines = [_line("products, all devices", "TFLOP", "an example" + (" and step" if plan.program.steps > 1 else ""))]
+    return lines + [_line(f"  {name}", f"{flops / 1e12:.1f}", f"{flops / batch / plan.program.steps / 1e12:.1f}")
                     for name, flops in rows if flops > 0]
 
 
 def _traffic(plan: Plan) -> list[str]:
     how = "compiled" if plan.compiled and plan.compiled.fits else "expected of the sharding rules"
     lines = [_line(f"sent by a device ({how})", "GB", "collectives")]
-    lines += [_line(f"  {kind}", f"{found.sent / 1e9:.3f}", f"{found.count:.0f}") for kind, found in plan.traffic.items()]
+    lines += [_line(f"  {kind}", f"{found.sent / 1e9:.3f}", f"{found.count:.0f}")
+              for kind, found in plan.traffic.items()]
     return lines if plan.traffic else [_line("sent by a device", "none")]
 
 
@@ -60,7 +62,8 @@ def _time(plan: Plan) -> list[str]:
     chip = plan.target.chip
     rows = [("compute", f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16"), ("memory", f"{chip.bandwidth / 1e9:.0f} GB/s"),
             ("links", f"{chip.link / 1e9:.0f} GB/s one way")]
-    lines = [_line("floor of the time, if nothing else took any", "ms", "at a device's peak")]
+    whole = f", all {program.steps} steps" if program.steps > 1 else ""
+    lines = [_line(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
     lines += [_line(f"  {name}" + (", the bottleneck" if name == floors.bottleneck else ""),
                     f"{1e3 * getattr(floors, name):.1f}", peak) for name, peak in rows]
     if (divided := parts(program)) < program.mesh.size:
@@ -85,4 +88,5 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "estimated": compiled is None, "memory": plan.memory, "peak": plan.peak, "capacity": plan.capacity,
             "fits": plan.fits, "flops": dataclasses.asdict(plan.work), "floors": dataclasses.asdict(plan.floors),
             "traffic": {kind: dataclasses.asdict(found) for kind, found in plan.traffic.items()},
-            "compile_seconds": compiled and compiled.seconds, "compile_core_seconds": compiled and compiled.core_seconds}
+            "compile_seconds": compiled and compiled.seconds,
+            "compile_core_seconds": compiled and compiled.core_seconds}

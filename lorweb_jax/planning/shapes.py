@@ -20,6 +20,7 @@ from lorweb_jax.precomputed.scope import Scope
 from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.training.state import Shapes
 from lorweb_jax.transformer.attention import resolve
+from lorweb_jax.transformer.flux import FluxConfig, LinearShape, block_linears
 from lorweb_jax.weights.known_pipeline import open_pipeline
 from lorweb_jax.weights.pipeline_folder import PipelineFolder
 
@@ -53,7 +54,7 @@ def _opened(pipeline: str, image_encoder: str) -> PipelineFolder:
 
 
 def planned_job(config, platform: str) -> PlannedBasisJob:
-    """The job as it would be on a "tpu" or "gpu". UserError for another job: its data alone know its batches' shapes."""
+    """The job as it would be on a "tpu" or "gpu". UserError for another one: its data alone know what a batch is."""
     if config.job != "basis":
         raise UserError(f"the config is of the job {config.job!r}; only a basis's training is planned: give "
                         "configs/basis.py:kontext or one like it", 2)
@@ -105,6 +106,11 @@ def prompt_shapes(job: BasisJob, b: int) -> dict[str, tuple[tuple[int, ...], np.
 def query_width(job: BasisJob) -> int:
     encoder = nnx.eval_shape(lambda: job.folder.encoder.make(nnx.Rngs(0)))
     return queries.query_dim(job.basis_config.query_mode, encoder)
+
+
+def scanned_linears(flux: FluxConfig) -> dict[str, LinearShape]:
+    """The linear layers that each block runs: all but the modulations, which are made for all blocks beforehand."""
+    return {path: shape for path, shape in block_linears(flux).items() if "norm" not in path}
 
 
 def device_bytes(shapes) -> int:

@@ -15,7 +15,7 @@ EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4, v6e:4x4, tpu7x:2x2x1, gpu:h100 or gpu:h
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`devices` to make a mesh of; `chip` is what each of them has. `compiles`: whether a compiler is there for them."""
+    """`devices` to make a mesh of; `chip` is what each has. `compiles`: whether there is a compiler for them."""
 
     name: str
     platform: str
@@ -53,7 +53,8 @@ def _slice(name: str, chip: Chip) -> Target:
                                                 chip_config_name=chip.variant).devices
     except Exception as error:  # jax raises whatever libtpu does
         reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(f"the TPU compiler knows no topology {name!r} ({reason}); give one like {EXAMPLES}", 2) from None
+        raise UserError(f"the TPU compiler knows no topology {name!r} ({reason}); give one like {EXAMPLES}",
+                        2) from None
     return Target(name, "tpu", chip.share(1 + max(device.core_on_chip for device in devices)), devices, True)
 
 
