@@ -44,12 +44,13 @@ def compile_program(program: Program, traced: jax.stages.Traced, platform: str) 
         clock, cores = time.perf_counter(), time.process_time()
         lowered = traced.lower(lowering_platforms=(platform,))
         try:
-            # Dumped rather than asked of the result: libtpu 0.0.52 can't always read its own programs back.
+            # Dumped rather than asked of the result: libtpu 0.0.52 can't always read its own programs back (an "async
+            # done" that it takes for malformed, at full depth on v6e).
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except Exception as error:  # jax raises whatever the compiler does
             return _too_large(str(error), time.perf_counter() - clock, time.process_time() - cores)
         took = time.perf_counter() - clock, time.process_time() - cores
-        text = max(Path(dump).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size).read_text()
+        text = "".join(path.read_text() for path in Path(dump).glob("*.after_optimizations.txt"))
     memory = compiled.memory_analysis()
     return Compiled(*took, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
                     results=memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -54,7 +54,7 @@ def make_plan(config, there: Target, what: str) -> Plan:
         memory |= {"padding of arguments": padding, "gradients": gradients,
                    "activations, temporaries": compiled.temporaries - gradients,
                    "results, program": compiled.results + compiled.code}
-        peak, traffic = sum(memory.values()), compiled.traffic
+        peak, traffic = sum(memory.values()), compiled.traffic if compiled.text else expected_traffic(program)
     else:
         temporaries = estimate(program, kept_by_example(program, traced)).total
         memory |= {"gradients": gradients, "activations, temporaries": temporaries}

@@ -50,7 +50,7 @@ def _work(plan: Plan) -> list[str]:
 
 
 def _traffic(plan: Plan) -> list[str]:
-    how = "compiled" if plan.compiled and plan.compiled.fits else "expected of the sharding rules"
+    how = "compiled" if plan.compiled and plan.compiled.text else "expected of the sharding rules"
     lines = [_line(f"sent by a device ({how})", "GB", "collectives")]
     lines += [_line(f"  {kind}", f"{found.sent / 1e9:.3f}", f"{found.count:.0f}")
               for kind, found in plan.traffic.items()]
