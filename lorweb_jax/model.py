@@ -35,9 +35,13 @@ class AnalogyModel(nnx.Module):
         """Token ids [b, 77] and [b, t] -> text [b, t, j] and pooled [b, p]."""
         return (self.text_encoder_2(t5_ids, dtype=self.dtype), self.text_encoder(clip_ids).astype(self.dtype))
 
+    def latents(self, images: jax.Array) -> jax.Array:
+        """uint8 images [b, H, W, 3] -> latents float32 [b, H/f, W/f, c], the mode of the autoencoder's posterior."""
+        return self.vae.latents(to_float(images))
+
     def tokens(self, images: jax.Array) -> jax.Array:
-        """uint8 images [b, H, W, 3] -> packed latents float32 [b, s, c], the mode of the autoencoder's posterior."""
-        return pack(self.vae.latents(to_float(images)))
+        """uint8 images [b, H, W, 3] -> packed latents float32 [b, s, 4c]."""
+        return pack(self.latents(images))
 
     def images(self, tokens_bsc: jax.Array, height: int, width: int) -> jax.Array:
         """Packed latents -> images [b, height, width, 3] in −1..1."""

@@ -128,16 +128,21 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda shape: shape.sharding, shapes)
 
 
+def batch_split(mesh: Mesh) -> NamedSharding:
+    """Of arrays [b, …]: over the mesh's data and fsdp axes."""
+    return NamedSharding(mesh, P(BATCH))
+
+
 def batch_rows(mesh: Mesh, batch: int) -> list[int]:
     """Which rows of a batch this process's devices hold, in the order in which `put_batch` takes them."""
-    split = NamedSharding(mesh, P(BATCH))
+    split = batch_split(mesh)
     return sorted({row for (part, *_) in split.addressable_devices_indices_map((batch,)).values()
                    for row in range(*part.indices(batch))})
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Arrays [b, …] of a host's share of the batch, split over the mesh's data and fsdp axes."""
-    split = NamedSharding(mesh, P(BATCH))
+    """Arrays [b, …] of a host's share of the batch, in their places."""
+    split = batch_split(mesh)
     return {name: jax.make_array_from_process_local_data(split, np.asarray(value)) for name, value in batch.items()}
 
 

@@ -27,7 +27,7 @@ from lorweb_jax.training.jobs import make_job
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
 from lorweb_jax.training.report import Report
 from lorweb_jax.training.state import Layout, StateShapes, count, frozen_weights, initial_trainables
-from lorweb_jax.training.step import jit_train_step, numeric
+from lorweb_jax.training.step import TrainStep, numeric
 from lorweb_jax.training.stop import StopRequest
 
 
@@ -72,7 +72,7 @@ def train(config, workdir: Path) -> bool:
         closing.callback(report.close)
 
         closing.enter_context(jax.set_mesh(mesh))
-        train_step = jit_train_step(job, layout, optimizer, config.seed, mesh, shapes)
+        train_step = TrainStep(job, layout, optimizer, config.seed, mesh, shapes)
         schedule = make_schedule(config)
         every, steps = config.train, config.train.steps
 

@@ -17,7 +17,7 @@ from lorweb_jax.config import base_config
 from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import Layout, StateShapes, frozen_weights
-from lorweb_jax.training.step import jit_train_step
+from lorweb_jax.training.step import TrainStep
 
 FLUX = FluxConfig(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=8,
                   joint_attention_dim=24, pooled_projection_dim=12, axes_dims_rope=(2, 2, 4))
@@ -84,7 +84,7 @@ def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, 
     opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
     losses = []
     with jax.set_mesh(mesh):
-        step = jit_train_step(job, layout, optimizer, 0, mesh, shapes)
+        step = TrainStep(job, layout, optimizer, 0, mesh, shapes)
         for index, batch in enumerate(batches()):
             trainable, opt_state, metrics = step(trainable, opt_state, frozen, sharding.put_batch(mesh, batch),
                                                  np.uint32(index))

@@ -23,7 +23,7 @@ from lorweb_jax.planning import collectives, report, suggest
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import compile_program
 from lorweb_jax.planning.figures import make_plan
-from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.program import Part, Program
 from lorweb_jax.planning.shapes import batch_shapes, planned_job
 from lorweb_jax.planning.topology import target
 from lorweb_jax.planning.work import products
@@ -86,7 +86,7 @@ def test_collectives_of_hlo_text():
 
 
 def program(function, mesh, *arguments):
-    return Program("train", None, mesh, jax.jit(function), arguments, {}, {}, 1, 1)
+    return Program("train", None, mesh, (Part(jax.jit(function), arguments),), {}, {}, 1, 1)
 
 
 def test_collectives_of_a_tpu_program():

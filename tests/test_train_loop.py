@@ -23,7 +23,7 @@ from lorweb_jax.training import checkpoints
 from lorweb_jax.training.checkpoints import restore_trainables
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
 from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
-from lorweb_jax.training.step import make_train_step
+from lorweb_jax.training.step import make_update
 
 LINE_JOB = str(Path(__file__).parent / "line_job.py")
 
@@ -86,7 +86,7 @@ def test_only_trainables_reach_optimizer_and_checkpoint_and_frozen_are_arguments
     np.testing.assert_array_equal(frozen["frozen.a.b"], 0.5)
     opt_state = optimizer.init(trainable)
     assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (4, 4)}
-    step = jax.make_jaxpr(make_train_step(job, layout, optimizer, 0))(
+    step = jax.make_jaxpr(make_update(job, layout, optimizer, 0))(
         trainable, opt_state, frozen, {"x": jnp.zeros((8, 4))}, np.uint32(0))
     assert all(np.size(constant) <= 1 for constant in step.consts)
 

@@ -6,6 +6,7 @@ one block's work, forward and backward, which is a number of vectors as wide as 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.extend
@@ -53,10 +54,10 @@ def estimate(program: Program, kept: float) -> Estimate:
     return Estimate(kept * local, block, gathered, images)
 
 
-def kept_by_example(program: Program, traced: jax.stages.Traced) -> float:
+def kept_by_example(program: Program, traced: Sequence[jax.stages.Traced]) -> float:
     """Bytes that are kept for the backward pass, for each example of a batch."""
     sequence = 2 * tokens(program.job) + program.job.folder.text_tokens
-    return kept_bytes(traced.jaxpr.jaxpr, sequence) / program.batch if program.gradients else 0
+    return kept_bytes(traced[-1].jaxpr.jaxpr, sequence) / program.batch if program.gradients else 0
 
 
 def kept_bytes(jaxpr, sequence: int) -> float:

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
@@ -66,6 +67,16 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
                 visit(called.group(1), times)
 
     visit(entry, 1.0)
+    return {kind: total[kind] for kind in KINDS if kind in total}
+
+
+def added(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
+    """Of several programs together."""
+    total: dict[str, Traffic] = collections.defaultdict(Traffic)
+    for part in parts:
+        for kind, found in part.items():
+            total[kind].count += found.count
+            total[kind].sent += found.sent
     return {kind: total[kind] for kind in KINDS if kind in total}
 
 

@@ -1,24 +1,29 @@
 """Compiling a program for devices that aren't there, and what its compiler says of it."""
 
 import dataclasses
+import functools
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.planning import collectives
 from lorweb_jax.planning.program import Program
+from lorweb_jax.training.step import side_by_side
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Bytes on a device: `arguments` as the device lays them out, `results` beyond those that take an argument's
-    place, `temporaries` and `code`. Or, if the compiler found that memory doesn't suffice, `needed` of `capacity`.
+    """Bytes on a device: all parts' `arguments` as the device lays them out and `code`; of the part that needs most,
+    `temporaries` and `results` beyond those that take an argument's place. Or, if the compiler found that memory
+    doesn't suffice, `needed` of `capacity`.
 
     `seconds` by the clock, and of all this machine's cores together."""
 
@@ -38,24 +43,44 @@ class Compiled:
         return not self.needed
 
 
-def compile_program(program: Program, traced: jax.stages.Traced, platform: str) -> Compiled:
-    """UserError for a failure of the compiler other than too little memory."""
-    with tempfile.TemporaryDirectory(prefix="lorweb_plan_") as dump, jax.set_mesh(program.mesh):
-        clock, cores = time.perf_counter(), time.process_time()
-        lowered = traced.lower(lowering_platforms=(platform,))
+def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platform: str) -> Compiled:
+    """All parts, side by side. UserError for a failure of the compiler other than too little memory."""
+    clock, cores = time.perf_counter(), time.process_time()
+    with jax.set_mesh(program.mesh):
+        lowered = [part.lower(lowering_platforms=(platform,)) for part in traced]
+    made = side_by_side([functools.partial(_compile, part, program.mesh.size) for part in lowered])
+    took = time.perf_counter() - clock, time.process_time() - cores
+    if failed := [part for part in made if isinstance(part, str)]:
+        return max((_too_large(message, *took) for message in failed), key=lambda found: found.needed)
+    memory = [part.memory for part in made]
+    most = max(memory, key=lambda part: part.temp_size_in_bytes + _results(part))
+    return Compiled(*took, arguments=sum(part.argument_size_in_bytes for part in memory),
+                    temporaries=most.temp_size_in_bytes, results=_results(most),
+                    code=sum(part.generated_code_size_in_bytes for part in memory),
+                    traffic=collectives.added(part.traffic for part in made), text="\n".join(part.text for part in made))
+
+
+class _Part(NamedTuple):
+    memory: Any
+    traffic: dict[str, collectives.Traffic]
+    text: str
+
+
+def _results(memory) -> int:
+    return memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _compile(lowered: jax.stages.Lowered, devices: int) -> _Part | str:
+    """What the compiler made, or its complaint."""
+    with tempfile.TemporaryDirectory(prefix="lorweb_plan_") as dump:
         try:
             # Dumped rather than asked of the result: libtpu 0.0.52 can't always read its own programs back (an "async
             # done" that it takes for malformed, at full depth on v6e).
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except Exception as error:  # jax raises whatever the compiler does
-            return _too_large(str(error), time.perf_counter() - clock, time.process_time() - cores)
-        took = time.perf_counter() - clock, time.process_time() - cores
+            return str(error)
         text = "".join(path.read_text() for path in Path(dump).glob("*.after_optimizations.txt"))
-    memory = compiled.memory_analysis()
-    return Compiled(*took, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-                    results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                    code=memory.generated_code_size_in_bytes, traffic=collectives.traffic(text, program.mesh.size),
-                    text=text)
+    return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text)
 
 
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:

@@ -11,7 +11,7 @@ from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
 from lorweb_jax.planning.expected_traffic import expected_traffic
 from lorweb_jax.planning.floors import Floors, floors
-from lorweb_jax.planning.program import PROGRAMS, Program
+from lorweb_jax.planning.program import PROGRAMS, Part, Program
 from lorweb_jax.planning.shapes import device_bytes, planned_job
 from lorweb_jax.planning.topology import Target
 from lorweb_jax.planning.work import Work, work
@@ -50,7 +50,7 @@ def make_plan(config, there: Target, what: str) -> Plan:
     memory = arguments(program)
     gradients = device_bytes(program.gradients)
     if compiled and compiled.fits:
-        padding = max(0, compiled.arguments - used_bytes(program, traced))
+        padding = max(0, compiled.arguments - sum(map(used_bytes, program.parts, traced)))
         memory |= {"padding of arguments": padding, "gradients": gradients,
                    "activations, temporaries": compiled.temporaries - gradients,
                    "results, program": compiled.results + compiled.code}
@@ -69,13 +69,13 @@ def make_plan(config, there: Target, what: str) -> Plan:
                 floors(program, done, sent, there.chip), compiled)
 
 
-def used_bytes(program: Program, traced: jax.stages.Traced) -> float:
-    """Of the arguments those that the compiled program takes: jit drops what has no use, such as the decoder of the
-    autoencoder, which lies on the devices all the same."""
+def used_bytes(part: Part, traced: jax.stages.Traced) -> float:
+    """Of a part's arguments those that its compiled program takes: jit drops what has no use, such as the decoder of
+    the autoencoder, which lies on the devices all the same."""
     jaxpr = traced.jaxpr.jaxpr
     used = {variable for equation in jaxpr.eqns for variable in equation.invars
             if isinstance(variable, jax.extend.core.Var)}
-    return device_bytes([leaf for leaf, variable in zip(jax.tree.leaves(program.arguments), jaxpr.invars, strict=True)
+    return device_bytes([leaf for leaf, variable in zip(jax.tree.leaves(part.arguments), jaxpr.invars, strict=True)
                          if variable in used and leaf.sharding])
 
 

@@ -1,8 +1,8 @@
-"""What is planned: the function that training or sampling runs, and its arguments as shapes in their places."""
+"""What is planned: the functions that training or sampling runs, and their arguments as shapes in their places."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +14,38 @@ from lorweb_jax.planning import shapes as planned
 from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import Layout, StateShapes
-from lorweb_jax.training.step import jit_train_step
+from lorweb_jax.training.step import TrainStep
 from lorweb_jax.transformer.flux import block_linears
+
+
+class Part(NamedTuple):
+    """`function(*arguments)`, jitted."""
+
+    function: Callable
+    arguments: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`function(*arguments)`, jitted; `groups` are the arguments by what they are called in the table. `batch`
-    examples at once, `steps` times the transformer; `gradients` is a tree of shapes, {} where there are none.
+    """Parts that run one after the other; the last is the step itself. `groups` are their arguments by what they are
+    called in the table. `batch` examples at once, `steps` times the transformer; `gradients` is a tree of shapes, {}
+    where there are none.
 
-    Groups hold all that lies on the devices meanwhile, of which the function may use a part."""
+    Groups hold all that lies on the devices meanwhile, of which a part may use some."""
 
     what: str
     job: BasisJob
     mesh: Mesh
-    function: Callable
-    arguments: tuple[Any, ...]
+    parts: tuple[Part, ...]
     groups: dict[str, Any]
     gradients: dict[str, jax.ShapeDtypeStruct]
     batch: int
     steps: int
 
-    def traced(self) -> jax.stages.Traced:
+    def traced(self) -> list[jax.stages.Traced]:
+        """Of each part."""
         with jax.set_mesh(self.mesh):
-            return self.function.trace(*self.arguments)
+            return [part.function.trace(*part.arguments) for part in self.parts]
 
 
 def train_program(job: BasisJob, mesh: Mesh) -> Program:
@@ -48,10 +56,14 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     layout, optimizer = Layout.of(job, config.seed), make_optimizer(config)
     state = StateShapes.of(layout, optimizer, config, mesh)
     batch = planned.batch_shapes(job, mesh)
-    step = jax.ShapeDtypeStruct((), np.uint32)
-    return Program("train", job, mesh, jit_train_step(job, layout, optimizer, config.seed, mesh, state),
-                   (state.trainable, state.opt_state, state.frozen, batch, step),
-                   {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": batch},
+    step = TrainStep(job, layout, optimizer, config.seed, mesh, state)
+    with jax.set_mesh(mesh):
+        encoded = step.encoded(state.frozen, batch)
+    number = jax.ShapeDtypeStruct((), np.uint32)
+    return Program("train", job, mesh,
+                   (Part(step.encode, (state.frozen, batch)),
+                    Part(step.update, (state.trainable, state.opt_state, state.frozen, encoded, number))),
+                   {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": (batch, encoded)},
                    state.trainable, config.train.batch, 1)
 
 
@@ -87,8 +99,8 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     if folded:
         groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in block_linears(flux)}
     sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
-    return Program("sample", job, mesh, jax.jit(sample), (trainable, frozen, inputs, query, sigmas), groups, {}, b,
-                   steps)
+    part = Part(jax.jit(sample), (trainable, frozen, inputs, query, sigmas))
+    return Program("sample", job, mesh, (part,), groups, {}, b, steps)
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}

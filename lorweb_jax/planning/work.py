@@ -10,12 +10,10 @@ from types import SimpleNamespace
 
 import jax
 import jax.extend
-import jax.numpy as jnp
 
 from lorweb_jax.benchmark.flops import base_flops, basis_flops
 from lorweb_jax.planning.program import Program
 from lorweb_jax.planning.shapes import query_width, tokens
-from lorweb_jax.training.state import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Work:
         return self.model + self.encoders + self.recomputed
 
 
-def work(program: Program, traced: jax.stages.Traced) -> Work:
-    model, encoders = model_flops(program), encoder_flops(program)
-    again = products(traced.jaxpr.jaxpr) - model - encoders if program.what == "train" else 0
+def work(program: Program, traced: Sequence[jax.stages.Traced]) -> Work:
+    model, encoders = model_flops(program), sum(products(part.jaxpr.jaxpr) for part in traced[:-1])
+    again = products(traced[-1].jaxpr.jaxpr) - model if program.what == "train" else 0
     return Work(model, encoders, again)
 
 
@@ -53,22 +51,6 @@ def model_flops(program: Program) -> float:
                                   text_tokens=text)
         flops += basis_flops(kind, setting)
     return flops * program.steps
-
-
-def encoder_flops(program: Program) -> float:
-    """Autoencoder, text encoders and image encoder, those of them that are part of a training step."""
-    if program.what != "train":
-        return 0
-    layout = Layout.of(program.job, 0)
-
-    def run(trainable, frozen, batch):
-        model = layout.model(trainable, frozen)
-        found = [model.tokens(batch[name]) for name in ("target", "condition")]
-        found += model.prompt(batch["clip_ids"], batch["t5_ids"]) if "clip_ids" in batch else ()
-        return [*found, model.query(batch["views"])] if "views" in batch else found
-
-    groups = program.groups
-    return products(jax.make_jaxpr(run)(groups["basis"], groups["base"], groups["batch"]).jaxpr)
 
 
 def products(jaxpr, live: Sequence[bool] | None = None) -> float:

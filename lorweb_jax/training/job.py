@@ -68,6 +68,14 @@ class Job(Protocol):
         Without it, entries that are not numeric arrays are dropped.
         """
 
+    def encode(self, model: nnx.Module, batch: Batch) -> Batch:
+        """Optional, on the devices before each step: arrays [b, …] that frozen parts alone make of the batch, such as
+        latents of images, for `loss` to take in its place.
+
+        Traced, in a program of its own: it is compiled beside the step's, and nothing of it is kept for the backward
+        pass. `model`'s trainables are mere shapes here; to use one is an error.
+        """
+
     def loss(self, model: nnx.Module, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(scalar loss, scalar metrics) of one batch; traced, differentiated; all randomness comes from `key`."""
 

@@ -53,8 +53,15 @@ class Layout:
     def model(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
         """The model that holds these arrays."""
         variables = {path: variable.replace(trainable[name]) for name, (path, variable) in self.trainable.items()}
-        variables |= {path: variable.replace(frozen[name]) for name, (path, variable) in self.frozen.items()}
-        return nnx.merge(self.graphdef, nnx.from_flat_state(variables))
+        return self._model(variables, frozen)
+
+    def frozen_model(self, frozen: Arrays) -> nnx.Module:
+        """The model that holds these arrays, and shapes where its trainables are."""
+        return self._model(dict(self.trainable.values()), frozen)
+
+    def _model(self, variables: dict[tuple, nnx.Variable], frozen: Arrays) -> nnx.Module:
+        held = {path: variable.replace(frozen[name]) for name, (path, variable) in self.frozen.items()}
+        return nnx.merge(self.graphdef, nnx.from_flat_state(variables | held))
 
 
 def split(job: Job, model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -1,6 +1,11 @@
-"""One update of the trainables, as a pure function that train.py jits and plan.py compiles without any array."""
+"""One step of training, as pure functions that train.py runs and plan.py compiles without any array.
 
-from collections.abc import Callable
+A step is two programs: `encode`, what frozen parts alone make of the batch, and `update`, the loss, its gradient and
+the trainables' update. Apart, they compile side by side, and the first leaves nothing in the second's memory.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,12 +18,12 @@ from lorweb_jax.training.job import Batch, Job
 from lorweb_jax.training.state import Arrays, Layout, StateShapes
 
 
-def make_train_step(job: Job, layout: Layout, optimizer: optax.GradientTransformation, seed: int) -> Callable:
-    """The pure step (trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics).
+def make_update(job: Job, layout: Layout, optimizer: optax.GradientTransformation, seed: int) -> Callable:
+    """The pure function (trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics).
 
     `step` is the step's index, uint32; all randomness of a step comes from it and from `seed`.
     """
-    def train_step(trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: jax.Array):
+    def update(trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), step)
 
         def loss_of(trainable: Arrays):
@@ -29,18 +34,50 @@ def make_train_step(job: Job, layout: Layout, optimizer: optax.GradientTransform
         trainable = optax.apply_updates(trainable, updates)
         return trainable, opt_state, {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradient)}
 
-    return train_step
+    return update
 
 
-def jit_train_step(job: Job, layout: Layout, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh,
-                   shapes: StateShapes) -> Callable:
-    """`make_train_step`, jitted: trainables and optimizer state are donated and keep their shardings.
+class TrainStep:
+    """(trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics), jitted.
 
-    Call and lower it within `jax.set_mesh(mesh)`: the model's activations are placed by the mesh of the context.
+    Trainables and optimizer state are donated and keep their shardings. Call it within `jax.set_mesh(mesh)`: the
+    model's activations are placed by the mesh of the context.
+
+    `encode`: (frozen, batch) -> batch for `update`, split over the mesh as batches are; None if the job has none.
+    `update`: see make_update.
     """
-    kept = sharding.shardings_of((shapes.trainable, shapes.opt_state))
-    return jax.jit(make_train_step(job, layout, optimizer, seed), donate_argnums=(0, 1),
-                   out_shardings=(*kept, sharding.copied(mesh)))
+
+    def __init__(self, job: Job, layout: Layout, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh,
+                 shapes: StateShapes):
+        self._split = sharding.batch_split(mesh)
+        self.encode = None
+        if hasattr(job, "encode"):
+            self.encode = jax.jit(lambda frozen, batch: job.encode(layout.frozen_model(frozen), batch),
+                                  out_shardings=self._split)
+        kept = sharding.shardings_of((shapes.trainable, shapes.opt_state))
+        self.update = jax.jit(make_update(job, layout, optimizer, seed), donate_argnums=(0, 1),
+                              out_shardings=(*kept, sharding.copied(mesh)))
+        self._compiled = False
+
+    def encoded(self, frozen: Any, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `update` takes as its batch, as shapes; arguments may be shapes too."""
+        return jax.tree.map(lambda made: jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=self._split),
+                            jax.eval_shape(self.encode, frozen, batch))
+
+    def __call__(self, trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: np.uint32):
+        if self.encode:
+            if not self._compiled:
+                side_by_side([self.encode.lower(frozen, batch).compile, self.update.lower(
+                    trainable, opt_state, frozen, self.encoded(frozen, batch), step).compile])
+                self._compiled = True
+            batch = self.encode(frozen, batch)
+        return self.update(trainable, opt_state, frozen, batch, step)
+
+
+def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Results of tasks that run at once, a thread each: compilers leave cores idle."""
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        return [done.result() for done in [threads.submit(task) for task in tasks]]
 
 
 def numeric(batch: Batch) -> dict[str, np.ndarray]:

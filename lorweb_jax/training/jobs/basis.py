@@ -1,7 +1,7 @@
 """Trains a basis of LoRAs and its router on analogies over a frozen FLUX Kontext pipeline (method.md §5).
 
-Images become latents inside the step. Captions and images become text embeddings and queries there too, or these are
-taken from disk (config.precomputed), and the model has no encoders.
+Images become latents before each step, on the devices. Captions and images become text embeddings and queries there
+too, or these are taken from disk (config.precomputed), and the model has no encoders.
 """
 
 import functools
@@ -23,6 +23,7 @@ from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
+from lorweb_jax.latents.packing import pack
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.pipeline import Pipeline
 from lorweb_jax.precomputed.read import Precomputed
@@ -115,19 +116,26 @@ class BasisJob:
                                               self.folder.encoder.processor)
         return prepared
 
-    def loss(self, model, batch, key):
+    def encode(self, model, batch):
+        """Latents [b, h, w, c], text [b, t, j], pooled [b, p] and, where the router asks from outside, query [b, q]."""
         # Side by side in one call: the autoencoder is in the program once. An example's two grids stay together, so
         # that a split of the batch remains one.
         grids = jnp.stack([batch["target"], batch["condition"]], axis=1)
-        tokens = jax.lax.stop_gradient(model.tokens(grids.reshape(-1, *grids.shape[2:])))
-        x0, condition = jnp.moveaxis(tokens.reshape(*grids.shape[:2], *tokens.shape[1:]), 1, 0)
-        noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
+        latents = model.latents(grids.reshape(-1, *grids.shape[2:]))
+        target, condition = jnp.moveaxis(latents.reshape(*grids.shape[:2], *latents.shape[1:]), 1, 0)
         text, pooled = ((batch["text"], batch["pooled"]) if "text" in batch
                         else model.prompt(batch["clip_ids"], batch["t5_ids"]))
+        encoded = {"target": target, "condition": condition, "text": text, "pooled": pooled}
         query = model.query(batch["views"]) if "views" in batch else batch.get("query")
+        return encoded if query is None else encoded | {"query": query}
+
+    def loss(self, model, batch, key):
+        x0, condition = pack(batch["target"]), pack(batch["condition"])
+        noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
+        height, width = (side * self.folder.vae_config.downscale for side in batch["target"].shape[1:3])
         guidance = jnp.full(x0.shape[:1], self.config.guidance)
-        velocity = model.velocity(noised.tokens_bsc, condition, text, pooled, noised.time_b, guidance,
-                                  batch["target"].shape[1:3], model.additions(query, x0.shape[0]))
+        velocity = model.velocity(noised.tokens_bsc, condition, batch["text"], batch["pooled"], noised.time_b, guidance,
+                                  (height, width), model.additions(batch.get("query"), x0.shape[0]))
         return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0], {}
 
     def show(self, model, step: int) -> dict[str, np.ndarray]:
