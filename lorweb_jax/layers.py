@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorweb_jax import sharding
 from lorweb_jax.quantization import product, quantize
 
 # What a linear layer may be given on top of its product: `addition(x, text_tokens)` returns an update of
@@ -70,8 +71,11 @@ class Conv(nnx.Module):
         self.bias = Weight(jnp.zeros((out_features,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # Small and used once: every device takes the whole kernel to its share of the images. Left to themselves,
+        # partitioners pass pieces of images around.
+        kernel = sharding.constrain(self.kernel[...], None, None, None, None).astype(x.dtype)
         y = jax.lax.conv_general_dilated(
-            x, self.kernel[...].astype(x.dtype), (self.stride, self.stride), self.padding,
+            sharding.constrain(x, "batch", None, None, None), kernel, (self.stride, self.stride), self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + self.bias[...].astype(x.dtype)
 

@@ -92,7 +92,7 @@ def both(made):
 
 def loss_of(job, model, batch):
     prepared = {name: np.asarray(value) for name, value in job.prepare(batch).items()}
-    return float(nnx.jit(lambda model, batch, key: job.loss(model, job.encode(model, batch), key))(
+    return float(nnx.jit(lambda model, batch, key: job.loss(model, batch | job.encode(model, batch), key))(
         model, prepared, jax.random.key(0))[0])
 
 

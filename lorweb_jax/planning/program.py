@@ -63,7 +63,7 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     return Program("train", job, mesh,
                    (Part(step.encode, (state.frozen, batch)),
                     Part(step.update, (state.trainable, state.opt_state, state.frozen, encoded, number))),
-                   {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": (batch, encoded)},
+                   {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": encoded},
                    state.trainable, config.train.batch, 1)
 
 

@@ -80,7 +80,7 @@ def tokens(job: BasisJob) -> int:
 def batch_shapes(job: BasisJob, mesh: Mesh) -> Shapes:
     """What `job.prepare` makes of a batch, split over the mesh as `sharding.put_batch` does."""
     config, b = job.config, job.config.train.batch
-    shapes = dict.fromkeys(("condition", "target"), ((b, *grid_size(config), 3), np.uint8))
+    shapes = {"grids": ((b, 2, *grid_size(config), 3), np.uint8)}
     if job.scope:
         shapes |= prompt_shapes(job, b)
     else:

@@ -70,7 +70,7 @@ class Job(Protocol):
 
     def encode(self, model: nnx.Module, batch: Batch) -> Batch:
         """Optional, on the devices before each step: arrays [b, …] that frozen parts alone make of the batch, such as
-        latents of images, for `loss` to take in its place.
+        latents of images, to be added to it.
 
         Traced, in a program of its own: it is compiled beside the step's, and nothing of it is kept for the backward
         pass. `model`'s trainables are mere shapes here; to use one is an error.

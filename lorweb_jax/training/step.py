@@ -43,7 +43,7 @@ class TrainStep:
     Trainables and optimizer state are donated and keep their shardings. Call it within `jax.set_mesh(mesh)`: the
     model's activations are placed by the mesh of the context.
 
-    `encode`: (frozen, batch) -> batch for `update`, split over the mesh as batches are; None if the job has none.
+    `encode`: (frozen, batch) -> what is added to the batch, split over the mesh as it is; None if the job has none.
     `update`: see make_update.
     """
 
@@ -53,16 +53,18 @@ class TrainStep:
         self.encode = None
         if hasattr(job, "encode"):
             self.encode = jax.jit(lambda frozen, batch: job.encode(layout.frozen_model(frozen), batch),
-                                  out_shardings=self._split)
+                                  out_shardings=self._split, compiler_options=_encode_options(mesh))
         kept = sharding.shardings_of((shapes.trainable, shapes.opt_state))
         self.update = jax.jit(make_update(job, layout, optimizer, seed), donate_argnums=(0, 1),
                               out_shardings=(*kept, sharding.copied(mesh)))
         self._compiled = False
 
     def encoded(self, frozen: Any, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `update` takes as its batch, as shapes; arguments may be shapes too."""
-        return jax.tree.map(lambda made: jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=self._split),
-                            jax.eval_shape(self.encode, frozen, batch))
+        """The batch and what `encode` adds to it, as shapes; arguments may be shapes too."""
+        def shape(array):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._split)
+
+        return jax.tree.map(shape, batch | jax.eval_shape(self.encode, frozen, batch))
 
     def __call__(self, trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: np.uint32):
         if self.encode:
@@ -70,8 +72,14 @@ class TrainStep:
                 side_by_side([self.encode.lower(frozen, batch).compile, self.update.lower(
                     trainable, opt_state, frozen, self.encoded(frozen, batch), step).compile])
                 self._compiled = True
-            batch = self.encode(frozen, batch)
+            batch = batch | self.encode(frozen, batch)
         return self.update(trainable, opt_state, frozen, batch, step)
+
+
+def _encode_options(mesh: Mesh) -> dict[str, int] | None:
+    # XLA's level O1: the TPU compiler takes seven times as long over the autoencoder's convolutions by default, so that
+    # they move 13 % fewer bytes, in a few hundredths of a step's time.
+    return {"optimization_level": 19} if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
