@@ -69,7 +69,19 @@ HLO = """
   ROOT %less = pred[] compare(%at, %limit), direction=LT
 }
 
+%fused.1 (p.5: bf16[2,64]) -> bf16[8,64] {
+  %started = bf16[8,64]{1,0} all-gather(%p.5), channel_id=5, replica_groups=[2,4]<=[8], backend_config={"async_collective_fusion_config":{}}
+  ROOT %state.1 = bf16[8,64]{1,0} custom-call(%started), custom_call_target="AsyncCollectiveStart"
+}
+
+%fused.2 (p.6: bf16[2,64]) -> bf16[8,64] {
+  %goes.on = bf16[8,64]{1,0} all-gather(%p.6), channel_id=5, replica_groups=[2,4]<=[8], backend_config={"async_collective_fusion_config":{}}
+  ROOT %state.2 = bf16[8,64]{1,0} custom-call(%goes.on), custom_call_target="AsyncCollectiveDone"
+}
+
 ENTRY %main (p.4: f32[8,64]) -> f32[8,64] {
+  %begin = bf16[8,64]{1,0} fusion(%w), kind=kCustom, calls=%fused.1
+  %end = bf16[8,64]{1,0} fusion(%begin), kind=kCustom, calls=%fused.2
   %loop = (s32[], f32[8,64]) while(%start), condition=%condition, body=%body
   %a2a = (f32[4,64], f32[4,64]) all-to-all(%a, %b), replica_groups={{0,1},{2,3}}
   ROOT %called = f32[8,64]{1,0} call(%p.4), to_apply=%double
@@ -80,7 +92,7 @@ ENTRY %main (p.4: f32[8,64]) -> f32[8,64] {
 def test_collectives_of_hlo_text():
     """Bytes by the ring formulas of collectives.py; the loop runs from 0 by 2 to 6: 3 times."""
     assert collectives.traffic(HLO, 8) == {
-        "all-gather": Traffic(3, 3 * 8 * 64 * 2 * 3 / 4), "reduce-scatter": Traffic(3, 3 * 2 * 64 * 4 * 3),
+        "all-gather": Traffic(4, 4 * 8 * 64 * 2 * 3 / 4), "reduce-scatter": Traffic(3, 3 * 2 * 64 * 4 * 3),
         "all-reduce": Traffic(1, 2 * 8 * 64 * 4 * 3 / 4), "all-to-all": Traffic(1, 2 * 4 * 64 * 4 / 2),
         "collective-permute": Traffic(3, 3 * 8 * 64 * 4)}
 

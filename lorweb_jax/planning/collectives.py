@@ -1,6 +1,7 @@
 """What a compiled step sends between devices, read from its HLO text.
 
-The body of a loop counts as often as it runs; of an asynchronous pair only the start counts. Bytes are those that
+The body of a loop counts as often as it runs; of an asynchronous collective, a pair of instructions or a chain of
+fusions that compute meanwhile, only the start counts. Bytes are those that
 one device sends with the ring algorithms, n devices in a group and S bytes of the whole array in a group:
 all-gather, reduce-scatter, all-to-all S·(n−1)/n · all-reduce 2·S·(n−1)/n · collective-permute what it passes on.
 """
@@ -50,9 +51,13 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
     total: dict[str, Traffic] = collections.defaultdict(Traffic)
 
     def visit(name: str, times: float) -> None:
-        for instruction in computations.get(name, ()):
+        instructions = computations.get(name, ())
+        begins = any('"AsyncCollectiveStart"' in instruction.rest for instruction in instructions)
+        for instruction in instructions:
             kind = _kind(instruction)
-            if kind:
+            if kind and "async_collective_fusion_config" in instruction.rest and not begins:
+                pass  # one that other fusions go on with while they compute
+            elif kind:
                 total[kind].count += times
                 total[kind].sent += times * _sent(kind, instruction, devices)
             elif instruction.opcode == "while":

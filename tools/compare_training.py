@@ -1,0 +1,141 @@
+"""State what options of a config do to training: the same steps on the same batches and noise, once for each option.
+
+  tools/compare_training.py optimizer.moments=bfloat16 optimizer.moments=int8 quantization=int8 quantization=fp8
+  tools/compare_training.py --config=configs/basis.py:smoke --steps=20 optimizer.moments=int8
+
+The first row is the config as it is. Columns: mean loss of the last steps, mean loss on held-out splits after them (the
+same analogies, noise and noise levels for all), bytes of the frozen weights and of the optimizer's state, and seconds
+a step by the clock. Nothing is written.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
+
+HELD_OUT_BATCHES = 8
+SHOWN = 50  # last steps whose loss is averaged
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help", 2)
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("options", nargs="+", metavar="FIELD=VALUE", help="of the config, as --config.FIELD=VALUE of main")
+    parser.add_argument("--config", default=f"{ROOT}/configs/basis.py", metavar="FILE[:VARIANT]",
+                        help="of a basis (default: configs/basis.py)")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="default: 300")
+    parser.add_argument("--batch", type=int, default=6, metavar="N", help="default: 6")
+    args = parser.parse_args()
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; give at least 1", 2)
+    return args
+
+
+def changed(config, option: str) -> None:
+    """Sets the field of "FIELD=VALUE"; UserError for a field that isn't there or a value of another kind."""
+    from lorweb_jax import config as configs
+    from lorweb_jax.main import unknown_field
+
+    name, _, value = option.partition("=")
+    known = dict(configs.fields(config))
+    if name not in known:
+        raise unknown_field(f"config.{name}", known)
+    try:
+        config.update_from_flattened_dict({name: type(known[name])(value)})
+    except ValueError:
+        raise UserError(f"{value!r} is no value for config.{name}, which is {known[name]!r}", 2) from None
+
+
+class Row(NamedTuple):
+    training: float
+    held_out: dict[str, float]
+    seconds: float
+    kept: str
+
+
+def trained(config, name: str) -> Row:
+    """One run, from the first step."""
+    import jax
+    import numpy as np
+
+    from lorweb_jax import sharding
+    from lorweb_jax.data.loader import AnalogyLoader
+    from lorweb_jax.data.relation252k import Analogies
+    from lorweb_jax.quantization import bytes_by_dtype
+    from lorweb_jax.train import next_batch
+    from lorweb_jax.training.jobs import make_job
+    from lorweb_jax.training.optimizer import make_optimizer
+    from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
+    from lorweb_jax.training.step import TrainStep
+
+    steps, batch_size = config.train.steps, config.train.batch
+    mesh = sharding.make_mesh(config.mesh)
+    job, optimizer = make_job(config), make_optimizer(config)
+    layout = Layout.of(job, config.seed)
+    shapes = StateShapes.of(layout, optimizer, config, mesh)
+    frozen, trainable = frozen_weights(job, shapes.frozen, config), initial_trainables(job, shapes.trainable, config)
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
+    losses, held_out, start = [], {}, None
+    with jax.set_mesh(mesh):
+        step = TrainStep(job, layout, optimizer, config.seed, mesh, shapes)
+
+        @jax.jit
+        def loss(trainable, frozen, batch, number):
+            return job.loss(layout.model(trainable, frozen), batch, jax.random.key(number))[0]
+
+        data = job.data(config)
+        for index in range(steps):
+            batch = next_batch(job, data, batch_size, mesh)
+            trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch, np.uint32(index))
+            losses.append(float(metrics["loss"]))
+            start = start or time.perf_counter()  # the first step holds the compiler's time
+            if (index + 1) % 20 == 0:
+                print(f"{name}: step {index + 1} of {steps}, loss {np.mean(losses[-20:]):.4f}", file=sys.stderr)
+        seconds = (time.perf_counter() - start) / max(1, steps - 1)
+        getattr(data, "close", lambda: None)()  # its worker processes
+        for split in list(job.tasks)[1:]:
+            batches = AnalogyLoader(Analogies(job.tasks[split]), batch_size, quadrant_size=config.data.quadrant_size,
+                                    seed=config.seed, caption_drop=0.0, task_balanced=True, workers=0,
+                                    reverse_probability=0.0, problems=job.problems)
+            drawn = [next_batch(job, batches, batch_size, mesh) for _ in range(HELD_OUT_BATCHES)]
+            held_out[split] = np.mean([loss(trainable, frozen, batch | step.encode(frozen, batch), number)
+                                       for number, batch in enumerate(drawn)])
+    return Row(np.mean(losses[-SHOWN:]), held_out, seconds,
+               f"{bytes_by_dtype(frozen)}; {bytes_by_dtype(opt_state)}")
+
+
+def main() -> None:
+    args = parse()
+    # After the arguments, so that --help answers at once.
+    from lorweb_jax import config as configs
+    from lorweb_jax.main import read_config
+
+    planned = {}
+    for option in [None, *args.options]:
+        config = planned[option or "as it is"] = read_config(args.config)
+        config.train.steps, config.train.batch = args.steps, args.batch
+        if option:
+            changed(config, option)
+        configs.check(config)
+    rows = {name: trained(config, name) for name, config in planned.items()}
+    splits = list(next(iter(rows.values())).held_out)
+    print(f"{args.steps} steps of {args.batch}; training: mean loss of the last {min(SHOWN, args.steps)}\n"
+          + " " * 28 + "".join(f"{name:>19}" for name in ("training", *splits)) + "    s a step   frozen; optimizer")
+    for name, row in rows.items():
+        losses = "".join(f"{value:>19.5f}" for value in (row.training, *row.held_out.values()))
+        print(f"{name:<28}{losses}{row.seconds:>12.3f}   {row.kept}")
+
+
+if __name__ == "__main__":
+    run_command(main)
