@@ -139,8 +139,13 @@ class Flux(nnx.Module):
 
         def of_stack(stack: str) -> dict[str, jax.Array]:
             blocks, add = getattr(self, stack), _within(stack, additions or {})
-            made = {name: map_stack(getattr(blocks, name), lambda layer, addition: layer(vector, addition),
-                                    add.get(f"{name}.linear")) for name in blocks.MODULATIONS}
+            made = {}
+            for name in blocks.MODULATIONS:
+                layers = getattr(blocks, name)
+                # A row for each layer: a product batched over l reads the kernels [l, i, o] as they lie, where one
+                # of a shared row would have them transposed first.
+                rows = jnp.broadcast_to(vector, (layers.linear.kernel.shape[0], *vector.shape))
+                made[name] = map_stack(layers, lambda layer, xs: layer(*xs), (rows, add.get(f"{name}.linear")))
             for rows, features in (("data", ("fsdp", "tensor")), ("data", "fsdp"), ("batch", None)):
                 made = {name: sharding.constrain(y, None, rows, features) for name, y in made.items()}
             return made
