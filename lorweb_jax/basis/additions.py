@@ -31,7 +31,26 @@ class LowRankMix:
         b = sharding.constrain(self.b_nro.astype(x.dtype), None, None, sharding.ANY)
         a, b = a.transpose(1, 0, 2).reshape(i, n * r), b.reshape(n * r, -1)
         coeff = jnp.repeat(self.scale * self.coeff_bn, r, axis=-1).astype(x.dtype)
-        return ((x @ a) * (coeff if x.ndim == 2 else coeff[:, None])) @ b
+        return _expand((x @ a) * (coeff if x.ndim == 2 else coeff[:, None]), b)
+
+
+@jax.custom_vjp
+def _expand(h: jax.Array, b_mo: jax.Array) -> jax.Array:
+    """h [..., m] @ b [m, o]. The gradient of b is made as hᵀ g; jax's own rule would make its transpose gᵀ h, for which
+    CPUs transpose g [..., o] in place of h, which is many times narrower."""
+    return h @ b_mo
+
+
+def _expand_forward(h, b_mo):
+    return h @ b_mo, (h, b_mo)
+
+
+def _expand_backward(kept, g):
+    h, b_mo = kept
+    return jnp.einsum("...o,mo->...m", g, b_mo), jnp.einsum("...m,...o->mo", h, g)
+
+
+_expand.defvjp(_expand_forward, _expand_backward)
 
 
 @jax.tree_util.register_dataclass

@@ -1,9 +1,9 @@
 """What a compiled step sends between devices, read from its HLO text.
 
 The body of a loop counts as often as it runs; of an asynchronous collective, a pair of instructions or a chain of
-fusions that compute meanwhile, only the start counts. Bytes are those that
-one device sends with the ring algorithms, n devices in a group and S bytes of the whole array in a group:
-all-gather, reduce-scatter, all-to-all S·(n−1)/n · all-reduce 2·S·(n−1)/n · collective-permute what it passes on.
+fusions that compute meanwhile, only the start counts. Bytes are those that one device sends with the ring algorithms,
+n devices in a group and S bytes of the whole array in a group: all-gather, reduce-scatter, all-to-all S·(n−1)/n ·
+all-reduce 2·S·(n−1)/n · collective-permute what it passes on.
 """
 
 import collections

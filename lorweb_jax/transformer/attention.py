@@ -29,7 +29,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax
     q, k, v = (sharding.constrain(x, "batch", None, "tensor", None) for x in (q, k, v))
     if implementation == "pallas":
         return _pallas(q, k, v)
+    if implementation == "xla":
+        return checkpoint_name(_products(q, k, v), SAVED)
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, implementation=implementation), SAVED)
+
+
+def _products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Two matrix products, softmax in float32. Rows are divided by their sums after the second one, which takes s·a
+    divisions in place of s², and fewer passes over the scores, forward and backward."""
+    scores = jnp.einsum("bqha,bkha->bhqk", q, k, preferred_element_type=jnp.float32)
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp((scores - largest) * q.shape[-1] ** -0.5)
+    out = jnp.einsum("bhqk,bkha->bhqa", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype).transpose(0, 2, 1, 3)
 
 
 def candidates(platform: str, dtype: jnp.dtype, head_dim: int) -> tuple[str, ...]:
