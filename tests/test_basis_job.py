@@ -1,6 +1,7 @@
 """The basis's training job on the small base: what is trained, what it starts from, what a run leaves."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Weight
 from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.weights.adapters import load_basis
@@ -41,6 +43,30 @@ def test_run_leaves_pictures_tables_and_a_basis(run):
         table = json.loads((folder / "evaluation" / split / "table.json").read_text())
         assert {"copy b", "base, text only", "basis"} <= set(table["rows"])
         assert (folder / "evaluation" / split / "sheet.png").exists()
+
+
+def test_training_is_compared(run, monkeypatch, capsys):
+    """Two steps as the config is and two with moments in 8 bit, from the same start; a field that isn't there."""
+    tool = runpy.run_path(str(ROOT / "tools" / "compare_training.py"))
+    monkeypatch.chdir(ROOT)
+
+    def compare(*options):
+        monkeypatch.setattr(sys, "argv", ["compare_training.py", "--config=configs/basis.py:smoke", "--steps=2",
+                                          "--batch=2", *options])
+        tool["main"]()
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    monkeypatch.setitem(tool["main"].__globals__, "HELD_OUT_BATCHES", 1)
+    _, head, plain, small = compare("optimizer.moments=int8")
+    assert head[:3] == ["training", "held_out_drawings", "held_out_tasks"]
+    assert plain[:3] == ["as", "it", "is"] and small[0] == "optimizer.moments=int8"
+    # The first update takes no moments from before, so that both second losses are nearly the same.
+    for one, other in zip(map(float, plain[3:6]), map(float, small[1:4])):
+        assert 0.01 < one < 10 and one == pytest.approx(other, rel=1e-2)
+    assert "int8" in small and "int8" not in plain
+    with pytest.raises(UserError, match="optimizer.moments") as told:
+        compare("optimizer.moment=int8")
+    assert told.value.code == 2
 
 
 def test_exported_basis_is_the_checkpoints(run):

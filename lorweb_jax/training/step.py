@@ -52,8 +52,10 @@ class TrainStep:
         self._split = sharding.batch_split(mesh)
         self.encode = None
         if hasattr(job, "encode"):
-            self.encode = jax.jit(lambda frozen, batch: job.encode(layout.frozen_model(frozen), batch),
-                                  out_shardings=self._split, compiler_options=_encode_options(mesh))
+            def encode(frozen: Arrays, batch: Batch) -> Batch:
+                return job.encode(layout.frozen_model(frozen), batch)
+
+            self.encode = jax.jit(encode, out_shardings=self._split, compiler_options=_encode_options(mesh))
         kept = sharding.shardings_of((shapes.trainable, shapes.opt_state))
         self.update = jax.jit(make_update(job, layout, optimizer, seed), donate_argnums=(0, 1),
                               out_shardings=(*kept, sharding.copied(mesh)))
