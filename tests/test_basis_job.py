@@ -45,13 +45,19 @@ def test_run_leaves_pictures_tables_and_a_basis(run):
         assert (folder / "evaluation" / split / "sheet.png").exists()
 
 
-def test_training_is_compared(run, monkeypatch, capsys):
+def test_training_is_compared(run, tmp_path, monkeypatch, capsys):
     """Two steps as the config is and two with moments in 8 bit, from the same start; a field that isn't there."""
     tool = runpy.run_path(str(ROOT / "tools" / "compare_training.py"))
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.py").write_text(f"""
+import runpy
+def get_config():
+    config = runpy.run_path({str(ROOT / "configs" / "basis.py")!r})["get_config"]("smoke")
+    config.pipeline, config.data.cache = {str(ROOT / "assets" / "small_kontext")!r}, {str(run[0].parent / "data")!r}
+    return config
+""")
 
     def compare(*options):
-        monkeypatch.setattr(sys, "argv", ["compare_training.py", "--config=configs/basis.py:smoke", "--steps=2",
+        monkeypatch.setattr(sys, "argv", ["compare_training.py", f"--config={tmp_path}/config.py", "--steps=2",
                                           "--batch=2", *options])
         tool["main"]()
         return [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -63,7 +69,7 @@ def test_training_is_compared(run, monkeypatch, capsys):
     # The first update takes no moments from before, so that both second losses are nearly the same.
     for one, other in zip(map(float, plain[3:6]), map(float, small[1:4])):
         assert 0.01 < one < 10 and one == pytest.approx(other, rel=1e-2)
-    assert "int8" in small and "int8" not in plain
+    assert any("int8" in word for word in small[4:]) and not any("int8" in word for word in plain)
     with pytest.raises(UserError, match="optimizer.moments") as told:
         compare("optimizer.moment=int8")
     assert told.value.code == 2
