@@ -70,9 +70,11 @@ def get_config():
     for one, other in zip(map(float, plain[3:6]), map(float, small[1:4])):
         assert 0.01 < one < 10 and one == pytest.approx(other, rel=1e-2)
     assert any("int8" in word for word in small[4:]) and not any("int8" in word for word in plain)
-    with pytest.raises(UserError, match="optimizer.moments") as told:
-        compare("optimizer.moment=int8")
-    assert told.value.code == 2
+    for option, message in (("optimizer.moment=int8", "optimizer.moments"), ("seed=one", "'one' is no value"),
+                            ("data.task_balanced=false", "'false' is no value for config.data.task_balanced")):
+        with pytest.raises(UserError, match=message) as told:
+            compare(option)
+        assert told.value.code == 2
 
 
 def test_exported_basis_is_the_checkpoints(run):

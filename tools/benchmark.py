@@ -47,18 +47,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help", 2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+from lorweb_jax.command_line import Parser, positive  # noqa: E402  (the path above comes first)
+from lorweb_jax.errors import UserError, run_command  # noqa: E402
 
 
 def one_or_more(*choices: str):

@@ -9,6 +9,7 @@ a step by the clock. Nothing is written.
 """
 
 import argparse
+import ast
 import sys
 import time
 from pathlib import Path
@@ -17,15 +18,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
+from lorweb_jax.command_line import Parser, positive  # noqa: E402  (the path above comes first)
+from lorweb_jax.errors import UserError, run_command  # noqa: E402
 
 HELD_OUT_BATCHES = 8
 SHOWN = 50  # last steps whose loss is averaged
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help", 2)
 
 
 def parse() -> argparse.Namespace:
@@ -33,13 +30,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("options", nargs="+", metavar="FIELD=VALUE", help="of the config, as --config.FIELD=VALUE of main")
     parser.add_argument("--config", default=f"{ROOT}/configs/basis.py", metavar="FILE[:VARIANT]",
                         help="of a basis (default: configs/basis.py)")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="default: 300")
-    parser.add_argument("--batch", type=int, default=6, metavar="N", help="default: 6")
-    args = parser.parse_args()
-    for name in ("steps", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; give at least 1", 2)
-    return args
+    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default: 300")
+    parser.add_argument("--batch", type=positive, default=6, metavar="N", help="default: 6")
+    return parser.parse_args()
 
 
 def changed(config, option: str) -> None:
@@ -52,8 +45,8 @@ def changed(config, option: str) -> None:
     if name not in known:
         raise unknown_field(f"config.{name}", known)
     try:
-        config.update_from_flattened_dict({name: type(known[name])(value)})
-    except ValueError:
+        config.update_from_flattened_dict({name: value if isinstance(known[name], str) else ast.literal_eval(value)})
+    except (ValueError, SyntaxError, TypeError):
         raise UserError(f"{value!r} is no value for config.{name}, which is {known[name]!r}", 2) from None
 
 

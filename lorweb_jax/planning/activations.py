@@ -49,7 +49,7 @@ def estimate(program: Program, kept: float) -> Estimate:
     weights = sum(i * o for path, (_, i, o) in scanned_linears(flux).items()
                   if path.startswith("single_transformer_blocks."))
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
-    pixels = 2 * local * math.prod(grid_size(job.config))  # of target and condition
+    pixels = local * math.prod(grid_size(job.config))  # of the targets; the conditions follow them
     images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0
     return Estimate(kept * local, block, gathered, images)
 

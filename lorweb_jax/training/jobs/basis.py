@@ -103,8 +103,7 @@ class BasisJob:
     def prepare(self, batch: dict) -> dict:
         """Captions become token ids, condition grids what the image encoder sees of them; or both what is known of
         them already."""
-        # An example's two grids stay together, so that the autoencoder is called once and a split of the batch remains
-        # one: [b, 2, H, W, 3].
+        # An example's two grids side by side, [b, 2, H, W, 3]: a split of the batch keeps them together.
         prepared = {"grids": np.stack([batch["target"], batch["condition"]], axis=1)}
         if self.precomputed:
             prepared["text"], prepared["pooled"] = self.precomputed.prompt(list(batch["caption"]))
@@ -121,7 +120,8 @@ class BasisJob:
     def encode(self, model, batch):
         """Latents of target and condition [b, 2, h, w, c]; of what is not precomputed, text [b, t, j] and pooled [b, p],
         and the query [b, q] of a router that asks from outside."""
-        # One after the other, not all 2b at once: half the memory, and TPUs' convolutions move half as many bytes.
+        # All targets, then all conditions: half the memory of both at once, and a quarter fewer bytes moved as the TPU
+        # compiler counts them.
         latents = jax.lax.map(model.latents, jnp.moveaxis(batch["grids"], 1, 0))
         encoded = {"latents": jnp.moveaxis(latents, 0, 1)}
         if "clip_ids" in batch:
