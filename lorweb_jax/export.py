@@ -111,7 +111,7 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
 
 def _model_layers(pipeline: Path) -> dict:
     from lorweb_jax.transformer.flux import FluxConfig, block_linears
-    from lorweb_jax.weights.safetensors_io import read_json
+    from lorweb_jax.schema import read_json
 
     return block_linears(FluxConfig.from_json(read_json(pipeline / "transformer" / "config.json")))
 

@@ -15,10 +15,10 @@ from flax import nnx
 from golden import golden_dir
 from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
+from lorweb_jax.schema import read_json
 from lorweb_jax.transformer.flux import Flux, FluxConfig
 from lorweb_jax.weights import flux_table, pretrained, vae_table
 from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build, shapes
 from lorweb_jax.weights.table import Layout
 

@@ -81,7 +81,8 @@ def main() -> None:
 
 
 def _copy(part: str, folder: Path) -> tuple[int, int]:
-    from lorweb_jax.weights.safetensors_io import read_json, write_json
+    from lorweb_jax.schema import read_json
+    from lorweb_jax.weights.safetensors_io import write_json
 
     shutil.copytree(BASE / part, folder)
     if part == "tokenizer_2":
@@ -95,7 +96,8 @@ def _random(part: str, folder: Path, args: argparse.Namespace) -> tuple[int, int
     import ml_dtypes
     import numpy as np
 
-    from lorweb_jax.weights.safetensors_io import Spec, read_json, write_json, write_sharded
+    from lorweb_jax.schema import read_json
+    from lorweb_jax.weights.safetensors_io import Spec, write_json, write_sharded
     from lorweb_jax.weights.table import Layout
 
     config, rows, shapes = model(part, SIZES[args.size][part], args.blocks)

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.schema import read_json
 from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import read_json, write, write_json
+from lorweb_jax.weights.safetensors_io import write, write_json
 
 IDENTITY = "identity.json"
 # File systems that know no locks: the work is then done in another order by each process, some of it twice.

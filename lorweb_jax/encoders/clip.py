@@ -16,8 +16,9 @@ from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextTransformer,
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Linear, Weight
+from lorweb_jax.schema import read_json
 from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import read_json, write_json, write_stream
+from lorweb_jax.weights.safetensors_io import write_json, write_stream
 from lorweb_jax.weights.state import build, flat_state, shapes
 from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored, tensors_of
 

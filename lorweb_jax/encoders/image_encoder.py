@@ -12,8 +12,8 @@ from flax import nnx
 from lorweb_jax.encoders import queries, siglip
 from lorweb_jax.encoders.processor import ImageProcessor
 from lorweb_jax.errors import UserError
+from lorweb_jax.schema import read_json
 from lorweb_jax.sharding import to_host
-from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build
 from lorweb_jax.weights.table import Stored
 

@@ -14,8 +14,8 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
+from lorweb_jax.schema import read_json
 from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import read_json
 from lorweb_jax.weights.state import build, shapes
 from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored
 

@@ -13,9 +13,9 @@ from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.errors import UserError
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.parity.report import EXACT, Absent, Report
+from lorweb_jax.schema import read_json
 from lorweb_jax.weights.basis_file import read_basis, write_basis
 from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import read_json
 
 Recording = dict[str, np.ndarray]
 

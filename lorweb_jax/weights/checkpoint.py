@@ -5,21 +5,26 @@ one-sentence errors.
 """
 
 import copy
-import json
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.weights.safetensors_io import DTYPES, read_json
+from lorweb_jax.files import cannot_be_read, inside, regular_file
+from lorweb_jax.schema import INDEX_BYTES, Between, json_value, read_json, shown
+from lorweb_jax.weights.safetensors_io import DTYPES
 
 _STANDARD = ("diffusion_pytorch_model", "model")  # the stems that diffusers and transformers write
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 100_000_000                     # the reference's limit
+# What files of other dtypes are usually called.
+_OTHERS = {"F4": " (MXFP4, NVFP4)", "F8_E8M0": " (scales of MXFP4 and MXFP8)", "F6_E2M3": " (MXFP6)",
+           "F6_E3M2": " (MXFP6)"}
 
 
 class Extent(NamedTuple):
@@ -32,7 +37,10 @@ class Extent(NamedTuple):
     def read(self) -> np.ndarray:
         """uint8 [nbytes], from the disk now. UserError if the file no longer holds them."""
         # Read, not mapped: mapped pages would count as this process's memory while 24 GB stream through it.
-        array = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+        try:
+            array = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+        except OSError as error:
+            raise cannot_be_read(self.file, error) from None
         if array.size != self.nbytes:
             raise UserError(f"{self.file} became shorter while it was read; leave it alone until this command ends")
         return array
@@ -43,6 +51,13 @@ class _Entry(NamedTuple):
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """NAME.safetensors.index.json."""
+
+    weight_map: Annotated[dict[str, str], Between(1, math.inf)]  # tensor -> file
 
 
 class Checkpoint:
@@ -136,16 +151,12 @@ def ahead(executor: Executor, load: Callable[[Any], Any], items: Iterable[Any], 
 
 def _find(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """(files, index's weight_map or None) of a checkpoint."""
-    if path.is_file():
-        return [path], None
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a .safetensors file or a folder that holds one")
+        return [regular_file(path, "give a .safetensors file or a folder that holds one")], None
     indices = _prefer_standard(sorted(path.glob("*.safetensors.index.json")))
     if len(indices) == 1:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{indices[0]} has no weight_map; download it again")
-        return [path / name for name in sorted(set(weight_map.values()))], weight_map
+        weight_map = read_json(indices[0], _Index, limit=INDEX_BYTES).weight_map
+        return [inside(path, name, indices[0]) for name in sorted(set(weight_map.values()))], weight_map
     files = _prefer_standard(sorted(path.glob("*.safetensors")))
     if len(files) == 1 and not indices:
         return files, None
@@ -161,31 +172,62 @@ def _prefer_standard(paths: list[Path]) -> list[Path]:
 
 
 def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Entries and metadata of one file, checked against its size."""
+    """Entries and metadata of one file. Nothing that the header says is used before it is checked."""
+    size = regular_file(file, "download it, or give another file").stat().st_size
     try:
-        size = file.stat().st_size
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(_LONGEST_HEADER, size - 8) and not stream.peek(1).startswith(b"{"):
+            if size < 8 or not stream.peek(1).startswith(b"{") or length > _LONGEST_HEADER:
                 raise ValueError("it does not begin with a header")
+            if length > size - 8:
+                raise UserError(f"{file} is cut short within its header ({size} bytes); download it again")
             text = stream.read(length)
-        if len(text) < length:
-            raise UserError(f"{file} is cut short within its header ({size} bytes); download it again")
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        entries = {}
-        end = 0
-        for name, entry in header.items():
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
-                raise ValueError(f"the size of {name} does not agree with its shape")
-            entries[name] = _Entry(file, 8 + length + start, dtype, shape)
-            end = max(end, 8 + length + stop)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; download it, or give another file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries, metadata, end = _entries(file, json_value(text.decode()), 8 + length)
+    except OSError as error:
+        raise cannot_be_read(file, error) from None
+    except ValueError as error:
         raise UserError(f"{file} is not a safetensors file ({error}); give a .safetensors file, or convert a .ckpt, "
                         ".bin or .gguf with its own tools first") from None
     if end > size:
         raise UserError(f"{file} is cut short: {size} bytes found, {end} expected; download it again")
+    if end < size:
+        raise UserError(f"{file} has {size} bytes, {size - end} more than its tensors take; download it again")
     return entries, metadata
+
+
+def _entries(file: Path, header: dict[str, Any], start: int) -> tuple[dict[str, _Entry], dict[str, str], int]:
+    """(entries, metadata, where the data ends) of a header that is followed by the data at `start`; ValueError, in
+    words for a person, unless the tensors follow one another without a gap and each is as long as its shape says."""
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    extents = {name: _extent(name, entry) for name, entry in header.items()}
+    entries, end = {}, 0
+    for name, (first, last) in sorted(extents.items(), key=lambda item: item[1]):
+        dtype, shape = header[name]["dtype"], header[name]["shape"]
+        if first != end:
+            raise ValueError(f"{shown(name)} begins at byte {first}, and the tensor before it ends at {end}")
+        if dtype not in DTYPES:
+            raise UserError(f"{file} holds numbers of type {dtype}{_OTHERS.get(dtype, '')} in {shown(name)}, which are "
+                            f"not known here; known are {', '.join(DTYPES)}: give the file in one of these")
+        # 2^63: what a file or an array can hold; sizes of 0 don't make it less.
+        if len(shape) > 64 or math.prod(max(size, 1) for size in shape) * DTYPES[dtype].itemsize >= 2 ** 63:
+            raise ValueError(f"{shown(name)} has the shape {shown(shape)}")
+        if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise ValueError(f"the size of {shown(name)} does not agree with its shape")
+        entries[name] = _Entry(file, start + first, DTYPES[dtype], tuple(shape))
+        end = last
+    return {name: entries[name] for name in header}, metadata, start + end
+
+
+def _extent(name: str, entry: Any) -> tuple[int, int]:
+    """(first, last) byte of a header's entry, whose fields have the right types; ValueError if not."""
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sizes = [*shape, first, last]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"the entry of {shown(name)} has no dtype, shape and data_offsets") from None
+    if not isinstance(dtype, str) or not all(type(size) is int and 0 <= size < 2 ** 63 for size in sizes):
+        raise ValueError(f"the entry of {shown(name)} holds {shown(entry)}")
+    return first, last

@@ -19,10 +19,10 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.model import AnalogyModel
+from lorweb_jax.schema import read_json
 from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
 from lorweb_jax.weights.placed import place
 from lorweb_jax.weights.pretrained import open_model
-from lorweb_jax.weights.safetensors_io import read_json
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 # The model's frozen parts; a use may leave out those that it doesn't need.

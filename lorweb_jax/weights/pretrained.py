@@ -10,11 +10,12 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
+from lorweb_jax.schema import read_json
 from lorweb_jax.transformer.flux import Flux, FluxConfig
 from lorweb_jax.weights import flux_table, vae_table
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.conversion import JOURNAL, Progress, Run, check, one_sentence_if_full, record, write_files
-from lorweb_jax.weights.safetensors_io import Spec, index_of, read_json, shards_of, write_json, write_sharded
+from lorweb_jax.weights.safetensors_io import Spec, index_of, shards_of, write_json, write_sharded
 from lorweb_jax.weights.state import require_equal, shapes
 from lorweb_jax.weights.table import Layout, Row, Stored, tensors_of
 

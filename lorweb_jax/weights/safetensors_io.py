@@ -21,7 +21,8 @@ from lorweb_jax.errors import UserError
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32,
-    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}.items()}
+    "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+    "C64": np.complex64, "BOOL": np.bool_}.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FORMAT = {"format": "pt"}  # the metadata that diffusers and transformers ask for
 
@@ -133,20 +134,6 @@ def write_json(path: str | Path, data: Any) -> None:
     """Write JSON as diffusers does (indented, one newline at the end), atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. UserError if the file is missing or holds something else."""
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the folder that holds it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object; download it again")
-    return data
 
 
 def require_space(path: Path, nbytes: int) -> None:
