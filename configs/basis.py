@@ -17,6 +17,8 @@ For kontext, say where the weights and data lie: --config.pipeline, --config.bas
 and --config.data.root, to `python -m lorweb_jax.precompute` first and then to lorweb_jax.main.
 """
 
+from ml_collections.config_dict import placeholder
+
 from lorweb_jax.config import base_config, choose_variant
 
 
@@ -31,7 +33,7 @@ def default():
     config.basis = dict(
         size=16, rank=4, key_dim=64, heads=1, activation="softmax", reduction="mean",
         query="external", query_mode="cat-aa'b", pooling="avg", projection="linear",
-        query_dim=None,                       # its width; None takes the image encoder's
+        query_dim=placeholder(int),           # its width: None takes the image encoder's, another is refused
         encoder="")                           # folder of the router's image encoder; "" is <pipeline>/clip_vision
 
     config.data = dict(

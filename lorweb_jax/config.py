@@ -1,4 +1,4 @@
-"""What every training config has in common, and what can be wrong with one.
+"""What every training config has in common, and how configs are read, written and compared.
 
 Configs are ml_collections files in configs/: `get_config(variant)` starts from `base_config(job)` and sets what
 differs, so that each field stands once. Nothing here imports jax: `--help` and a misspelt field answer at once.
@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lorweb_jax import config_fields
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.io import write_file
 
@@ -62,33 +63,8 @@ def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) 
 
 
 def check(config: ConfigDict) -> None:
-    """UserError for values of base_config's fields that no run could use."""
-    train, optimizer = config.train, config.optimizer
-    for field in ("train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.picture_every"):
-        value = get(config, field)
-        if value < 1:
-            raise UserError(f"config.{field} is {value}; it must be at least 1: set --config.{field}=…", code=2)
-    if not 0 <= train.ema < 1:
-        raise UserError(f"config.train.ema is {train.ema}; it must be at least 0 (no averaging) and below 1", code=2)
-    if train.frozen_dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"config.train.frozen_dtype is {train.frozen_dtype!r}; "
-                        "it must be float32, bfloat16 or float16", code=2)
-    if optimizer.name not in ("adamw", "muon"):
-        raise UserError(f"config.optimizer.name is {optimizer.name!r}; it must be adamw or muon", code=2)
-    if optimizer.moments not in ("float32", "bfloat16", "int8"):
-        raise UserError(f"config.optimizer.moments is {optimizer.moments!r}; it must be float32, bfloat16 or int8",
-                        code=2)
-    if optimizer.moments != "float32" and optimizer.name != "adamw":
-        raise UserError(f"config.optimizer.moments is {optimizer.moments!r}, but {optimizer.name} keeps its averages in "
-                        "float32; leave it at float32, or set --config.optimizer.name=adamw", code=2)
-    if optimizer.schedule not in ("constant", "cosine"):
-        raise UserError(f"config.optimizer.schedule is {optimizer.schedule!r}; it must be constant or cosine", code=2)
-    if not 0 <= optimizer.warmup < train.steps:
-        raise UserError(f"config.optimizer.warmup is {optimizer.warmup}; it must be at least 0 and below "
-                        f"config.train.steps, which is {train.steps}", code=2)
-    for field in ("learning_rate", "clip"):
-        if not optimizer[field] > 0:
-            raise UserError(f"config.optimizer.{field} is {optimizer[field]}; it must be above 0", code=2)
+    """UserError, with status 2, for a field whose value no run could use (config_fields.py has the ranges)."""
+    config_fields.check(dict(fields(config)))
 
 
 def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,10 +18,11 @@ Each field is explained where it stands, in the config file itself or in lorweb_
 import difflib
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lorweb_jax import config as configs
 from lorweb_jax import distributed
@@ -35,10 +36,13 @@ flags.DEFINE_string("workdir", None, "run folder; by default runs/<config name>"
 
 def read_command_line(argv: list[str]):
     """(config, run folder) of a command line; UserError, with status 2, for one that makes no sense."""
-    file = next((word.partition("=")[2] or following for word, following in zip(argv, [*argv[1:], ""])
-                 if word.partition("=")[0] in ("--config", "-config")), None)
-    if not file:
+    files = [word.partition("=")[2] or following for word, following in zip(argv, [*argv[1:], ""])
+             if word.partition("=")[0] in ("--config", "-config")]
+    if not any(files):
         raise UserError("no config was given; start with --config=configs/basis.py, or see --help", code=2)
+    if len(files) > 1:
+        raise UserError(f"{len(files)} configs were given, {' and '.join(files)}; give one", code=2)
+    [file] = files
     known = dict(configs.fields(read_config(file)))
     for word in argv[1:]:
         name = word.partition("=")[0].removeprefix("--")
@@ -62,10 +66,20 @@ def read_config(file: str):
     if not path.is_file():
         there = ", ".join(sorted(str(near) for near in path.parent.glob("*.py"))) or "none in that folder"
         raise UserError(f"there is no config file {path}; there are: {there}", code=2)
-    get_config = runpy.run_path(name).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path} has no function get_config; name one of the files in configs/", code=2)
-    return get_config(*variant)
+    try:
+        get_config = runpy.run_path(name).get("get_config")
+        config = get_config(*variant) if get_config else None
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        raise UserError(f"the config file {path} can't be run: {type(error).__name__}{f' in line {line}' if line else ''}"
+                        f", {str(error).strip().partition(chr(10))[0] or 'without a word'}; correct it", code=2) from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} has no function get_config that gives a ConfigDict; name one of the files in configs/, "
+                        "or write one like them", code=2)
+    return config
 
 
 def unknown_field(name: str, known: dict) -> UserError:

@@ -11,6 +11,7 @@ import pytest
 from lorweb_jax import config as configs
 from lorweb_jax.errors import UserError
 from lorweb_jax.main import read_config, unknown_field
+from lorweb_jax.training.jobs import make_job
 
 LINE_JOB = str(Path(__file__).parent / "line_job.py")
 
@@ -32,9 +33,12 @@ def test_help_is_quick_and_does_not_import_jax():
     ([], "no config was given"),
     ([f"--config={LINE_JOB}", "--config.train.stepz=3"], "config.train.steps"),
     ([f"--config={LINE_JOB}", "--config.train.steps=many"], "config.train.steps=many"),
-    ([f"--config={LINE_JOB}", "--config.train.steps=0"], "at least 1"),
+    ([f"--config={LINE_JOB}", "--config.train.steps=0"], "a whole number from 1 to"),
     ([f"--config={LINE_JOB}", "--wrokdir=x"], "workdir"),
     (["--config=configs/nothing.py"], "no config file"),
+    (["--config=configs/basis.py", "--config.optimizer.b1=nan"], "config.optimizer.b1 is nan; it must be a number"),
+    (["--config=configs/basis.py", "--config.basis.query_dim=0"], "config.basis.query_dim is 0"),
+    (["--config=configs/basis.py", "--config=configs/basis.py"], "2 configs were given"),
 ])
 def test_a_command_line_that_makes_no_sense_is_answered_in_one_line(options, told):
     shown = main(*options)
@@ -55,17 +59,30 @@ def test_a_misspelt_field_names_the_nearest(name, near):
     assert near in str(unknown_field(name, dict(configs.fields(line_job.get_config()))))
 
 
-@pytest.mark.parametrize("field, value", [
-    ("train.steps", 0), ("train.batch", -1), ("train.log_every", 0), ("train.ema", 1.0), ("optimizer.clip", 0.0),
-    ("train.frozen_dtype", "int8"), ("optimizer.schedule", "linear"), ("optimizer.warmup", 24),
-    ("optimizer.learning_rate", float("nan")), ("optimizer.moments", "int4"),
+@pytest.mark.parametrize("text, told", [
+    ("def get_config(:", "SyntaxError in line 1"),
+    ("import nothing_of_this_name", "ModuleNotFoundError in line 1, No module named"),
+    ("def get_config():\n    return nothing", "NameError in line 2"),
+    ("def get_config():\n    return {}", "no function get_config that gives a ConfigDict"),
+    ("x = 1", "no function get_config"),
+    (b"\xff\x00", "SyntaxError"),
 ])
-def test_values_that_no_run_could_use(field, value):
+def test_a_config_file_that_can_not_be_run(tmp_path, text, told):
+    file = tmp_path / "config.py"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=told) as caught:
+        read_config(str(file))
+    assert caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("job, told", [("nothing_of_this_name:make", "no module nothing_of_this_name"),
+                                       ("line_job:nothing", "line_job has no function nothing"),
+                                       ("lorweb_jax.nothing.at_all:make", "no module lorweb_jax.nothing")])
+def test_a_job_that_is_not_there(job, told):
     config = line_job.get_config()
-    configs.check(config)
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(UserError, match=f"config.{field} is {value}|config.{field} is '{value}'") as caught:
-        configs.check(config)
+    config.job = job
+    with pytest.raises(UserError, match=told) as caught:
+        make_job(config)
     assert caught.value.code == 2
 
 

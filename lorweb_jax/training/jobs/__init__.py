@@ -14,10 +14,16 @@ JOBS = {
 
 
 def make_job(config) -> Job:
-    """The job named by `config.job`: one of JOBS, or an import path `package.module:function`."""
-    path = JOBS.get(config.job, config.job)
-    module, _, function = path.partition(":")
-    if not function:
-        raise UserError(f"config.job is {config.job!r}; it must be one of {', '.join(JOBS)} "
-                        "or an import path package.module:function")
-    return getattr(importlib.import_module(module), function)(config)
+    """The job named by `config.job`: one of JOBS, or an import path `package.module:function`. UserError if there is
+    no such module or function."""
+    module, _, name = JOBS.get(config.job, config.job).partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"config.job is {config.job!r}, but there is no module {error.name}; it must be one of "
+                            f"{', '.join(JOBS)}, or an import path package.module:function", 2) from None
+        raise
+    if not callable(function):
+        raise UserError(f"config.job is {config.job!r}, but {module} has no function {name}; name one of it", 2)
+    return function(config)
