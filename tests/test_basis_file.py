@@ -164,13 +164,19 @@ def test_bad_configs(folder):
 
     for change, message in [
             (lambda words: words["network_kwargs"].update(only_if_contains=["x"], dropout=1),
-             "dropout, only_if_contains"),
+             '"dropout", "only_if_contains"'),
             (lambda words: words.update(linear=8), "rank = 8, but the tensors have 4"),
             (lambda words: words["network_kwargs"].update(loras_num=32), "size = 32, but the tensors have 8"),
             (lambda words: words["network_kwargs"].update(query_projection_type="none"), "projection = none"),
-            (lambda words: words["network_kwargs"].update(mixing_coeffs_type="max"), "basis.reduction is 'max'"),
-            (lambda words: words.pop("network_kwargs"), "no config.process"),
-            (lambda words: words.update(linear="four"), "no config.process")]:
+            (lambda words: words["network_kwargs"].update(mixing_coeffs_type="max"), "mixing_coeffs_type is \"max\", expected 'mean' or 'sum'"),
+            (lambda words: words.pop("network_kwargs"), r"config.process\[0\].network: network_kwargs is missing"),
+            (lambda words: words.update(linear="four"), 'linear is "four", expected a whole number'),
+            (lambda words: words.update(linear=True), "linear is true, expected a whole number"),
+            (lambda words: words["network_kwargs"].update(lora_heads="x"), 'lora_heads is "x", expected a whole'),
+            (lambda words: words["network_kwargs"].update(lora_keys_dim=-1), "lora_keys_dim is -1, expected from 1"),
+            (lambda words: words["network_kwargs"].update(lora_softmax=1), "lora_softmax is 1, expected true or"),
+            (lambda words: words["network_kwargs"].update(query_mode=[1]), r"query_mode is \[1\], expected text"),
+            (lambda words: words["network_kwargs"].update(query_mode="x"), "query mode 'x' is not known")]:
         rewrite(change)
         with pytest.raises(UserError, match=message):
             basis_file.read_basis(folder)

@@ -5,16 +5,19 @@ with diffusers' layer names, block index included. Ours stack the blocks: {path:
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
 
 from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.encoders import queries
 from lorweb_jax.errors import UserError
+from lorweb_jax.schema import Between, Heads, Width, checked, read_yaml, shown
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.layer_names import layer_name, split_layer_name, stack_blocks
 from lorweb_jax.weights.safetensors_io import replacing, write
@@ -29,7 +32,49 @@ _PREFIX = "transformer."
 _SAME = {"loras_num": "size", "lora_keys_dim": "key_dim", "lora_heads": "heads", "mixing_coeffs_type": "reduction",
          "query_mode": "query_mode", "query_projection_type": "projection", "pooling_type": "pooling",
          "external_query_model": "encoder"}
-_KNOWN = {*_SAME, "lora_softmax", "external_query", "external_query_dim"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Process:
+    network: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    process: Annotated[list[_Process], Between(1, math.inf)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Document:
+    """config.yaml."""
+
+    config: _Job
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kwargs:
+    """`network_kwargs` as published; null is what is left out."""
+
+    loras_num: Width | None = None
+    lora_keys_dim: Width | None = None
+    lora_heads: Heads | None = None
+    lora_softmax: bool | None = None
+    mixing_coeffs_type: Literal["mean", "sum"] | None = None
+    external_query: bool | None = None
+    external_query_dim: Width | None = None
+    external_query_model: str | None = None
+    query_mode: str | None = None
+    query_projection_type: Literal["linear", "none"] | None = None
+    pooling_type: Literal["avg", "max"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    linear: Width
+    network_kwargs: dict[str, Any]
+
+
+_KNOWN = {field.name for field in dataclasses.fields(_Kwargs)}
 
 
 def read_basis(path: str | Path, config_path: str | Path | None = None,
@@ -96,20 +141,7 @@ def _describes(config_file: Path, config: BasisConfig, arrays: Mapping[str, Mapp
 
 def read_network(path: str | Path) -> dict[str, Any]:
     """`config.process[0].network` of a config.yaml. UserError if the file is missing or holds no such thing."""
-    try:
-        document = yaml.safe_load(Path(path).read_text())
-        network = document["config"]["process"][0]["network"]
-        if not isinstance(network["network_kwargs"], dict) or not isinstance(network["linear"], int):
-            raise TypeError("of a wrong type")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the basis's config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}); "
-                        "give the basis's config.yaml") from None
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} has no config.process[0].network with linear and network_kwargs ({error}); "
-                        "give the basis's config.yaml") from None
-    return network
+    return read_yaml(path, _Document, remedy="give the basis's config.yaml").config.process[0].network
 
 
 def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str = "the config") -> BasisConfig:
@@ -117,15 +149,18 @@ def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str =
 
     Raises UserError for unknown network_kwargs and where a size disagrees with the tensors.
     """
-    kwargs = network["network_kwargs"]
-    if unknown := sorted(set(kwargs) - _KNOWN):
-        raise UserError(f"{where} has unknown network_kwargs {', '.join(unknown)}; known are "
-                        f"{', '.join(sorted(_KNOWN))}: remove what this basis doesn't need")
+    given = checked(dict(network), _Network, f"{where}: config.process[0].network")
+    if unknown := sorted(set(given.network_kwargs) - _KNOWN):
+        raise UserError(f"{where} has unknown network_kwargs {', '.join(map(shown, unknown))}; known are {', '.join(sorted(_KNOWN))}: "
+                        "remove what this basis doesn't need")
+    kwargs = checked(given.network_kwargs, _Kwargs, f"{where}: config.process[0].network.network_kwargs")
     sizes = _sizes(arrays)
-    fields = {ours: kwargs[theirs] for theirs, ours in _SAME.items() if kwargs.get(theirs) is not None}
-    fields["rank"] = network["linear"]
-    fields["activation"] = "softmax" if kwargs.get("lora_softmax", True) else "tanh"
-    fields["query"] = "external" if kwargs.get("external_query", True) else "internal"
+    fields = {ours: found for theirs, ours in _SAME.items() if (found := getattr(kwargs, theirs)) is not None}
+    fields["rank"] = given.linear
+    fields["activation"] = "tanh" if kwargs.lora_softmax is False else "softmax"
+    fields["query"] = "internal" if kwargs.external_query is False else "external"
+    if fields["query"] == "external" and "query_mode" in fields:
+        queries.query_mode(fields["query_mode"])  # refuses an unknown one
     fields["projection"] = fields.get("projection") or "linear"
     for name, found in (("rank", sizes["rank"]), ("size", sizes["size"]), ("key_dim", sizes["key_dim"]),
                         ("projection", sizes["projection"])):
@@ -179,6 +214,7 @@ def _read_arrays(checkpoint: Checkpoint) -> Arrays:
     """Stacked arrays of every layer kind, checked against each other."""
     parts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     parts_of_suffix = {suffix: part for part, suffix in _SUFFIXES.items()}
+    checkpoint.require_floats()
     for key in checkpoint:
         layer, suffix = next(((key.removesuffix("." + suffix), suffix) for suffix in parts_of_suffix
                               if key.endswith("." + suffix)), (None, None))

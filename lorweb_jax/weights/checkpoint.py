@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 from lorweb_jax.errors import UserError
 from lorweb_jax.files import cannot_be_read, inside, regular_file
 from lorweb_jax.schema import INDEX_BYTES, Between, json_value, read_json, shown
-from lorweb_jax.weights.safetensors_io import DTYPES
+from lorweb_jax.weights.safetensors_io import DTYPES, FLOATS, NAMES
 
 _STANDARD = ("diffusion_pytorch_model", "model")  # the stems that diffusers and transformers write
 _LONGEST_HEADER = 100_000_000                     # the reference's limit
@@ -97,6 +97,13 @@ class Checkpoint:
         """How many tensors there are of each dtype."""
         names = [entry.dtype.name for entry in self._entries.values()]
         return {name: names.count(name) for name in sorted(set(names))}
+
+    def require_floats(self, ignored: Collection[str] = ()) -> None:
+        """UserError for a tensor of whole numbers, truth values or complex numbers where weights are expected."""
+        for name, entry in self._entries.items():
+            if entry.dtype not in FLOATS and name not in ignored:
+                raise UserError(f"{entry.file} holds {NAMES[entry.dtype]} in {shown(name)}, floating-point weights were "
+                                "expected; give a file that isn't packed or quantised")
 
     def without_prefix(self, prefix: str) -> "Checkpoint":
         """The same tensors, their names without `prefix`, which all of them must have."""

@@ -17,15 +17,17 @@ def layer_name(path: str, block: int) -> str:
 
 def split_layer_name(name: str) -> tuple[str, int] | None:
     """Inverse of `layer_name`; None for a layer that is not inside the blocks."""
-    match = re.fullmatch(r"(\w+)\.(\d+)(\..+)", name)
+    # One spelling a block: "00" would be block 0 a second time.
+    match = re.fullmatch(r"(\w+)\.(0|[1-9][0-9]{0,3})(\..+)", name)
     path = _PATHS.get(f"{match[1]}.{{l}}{match[3]}") if match else None
     return None if path is None else (path, int(match[2]))
 
 
 def stack_blocks(path: str, blocks: dict[int, np.ndarray], what: str) -> np.ndarray:
     """{block: array} -> [l, …]; UserError if a block between is missing or blocks have different shapes."""
-    if absent := sorted(set(range(max(blocks) + 1)) - set(blocks)):
-        raise UserError(f"{what} of {layer_name(path, absent[0])} is missing, but later blocks have one; "
+    if max(blocks) >= len(blocks):
+        absent = next(block for block in range(len(blocks)) if block not in blocks)
+        raise UserError(f"{what} of {layer_name(path, absent)} is missing, but later blocks have one; "
                         "download the file again")
     arrays = [blocks[block] for block in range(len(blocks))]
     if odd := [block for block, array in enumerate(arrays) if array.shape != arrays[0].shape]:

@@ -24,6 +24,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in {
     "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
     "C64": np.complex64, "BOOL": np.bool_}.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = {DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")}
 FORMAT = {"format": "pt"}  # the metadata that diffusers and transformers ask for
 
 

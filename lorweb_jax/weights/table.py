@@ -120,9 +120,11 @@ class Layout:
         return iter(self._places)
 
     def require(self, checkpoint: Checkpoint, ignored: Collection[str] = ()) -> None:
-        """UserError with the differences unless the checkpoint holds just this layout's tensors (and `ignored`)."""
+        """UserError with the differences unless the checkpoint holds just this layout's tensors, in floating point (and
+        `ignored`)."""
         found = {key: shape for key, shape in checkpoint.shapes.items() if key not in ignored}
         require_equal(found, self.tensors, str(checkpoint.path))
+        checkpoint.require_floats(ignored)
 
     def read(self, checkpoint: Checkpoint, part: Part) -> np.ndarray:
         """Our parameter, or one block's slice of it, from the checkpoint."""
