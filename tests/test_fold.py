@@ -53,7 +53,7 @@ def first(values):
 def test_a_fresh_basis_changes_nothing_bit_for_bit(model, values):
     plain = np.asarray(velocity(model, values))
     query = jax.random.normal(jax.random.key(0), (2, 10))
-    internal = BasisConfig(size=4, rank=3, key_dim=8, query="internal", query_mode="caa'b", pooling="max",
+    internal = BasisConfig(size=4, rank=3, key_dim=8, query="internal", query_mode="caa'", pooling="max",
                            query_dim=None)
     for config in (CONFIG, internal):
         basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))

@@ -58,6 +58,8 @@ def test_golden_data_pass():
     kinds = {line.split()[0] for line in lines[:-1] if line.endswith(" ok")}
     assert kinds == {"basis_a:", "basis_a_fp16:", "basis_c:", "basis_e:", "grid", "scheduler", "external_query",
                      "case_a", "case_c", "case_e", "train_step", "e2e_square"}
+    held = {(line.split()[0], line.split(" tol ")[1].split()[0]) for line in lines if " mix/" in line}
+    assert held == {("case_a", "1e-06"), ("case_c", "1e-06"), ("case_e", "1e-05")}
     assert "not checked" not in done.stdout
     assert all("external_query" in line or "loss weighting" in line for line in lines if "deviates" in line)
 

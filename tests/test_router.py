@@ -51,23 +51,28 @@ def test_equals_the_formula(heads, activation, reduction, projection):
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-# 5 text tokens, 8 noisy ones, 8 of the condition in raster order.
-TOKENS = {"aa'bb'": range(0, 21), "caa'bb'": range(13, 21), "caa'b": range(13, 19), "caa'": range(13, 17)}
+# How many of the condition's m tokens each mode takes: ⌊m/4⌋ whole quarters, so 21 of 30 and not 22.
+TAKEN = {8: {"caa'bb'": 8, "caa'b": 6, "caa'": 4}, 30: {"caa'bb'": 30, "caa'b": 21, "caa'": 15},
+         7: {"caa'bb'": 7, "caa'b": 3, "caa'": 3}}
 
 
-@pytest.mark.parametrize("mode,pooling", list(itertools.product(TOKENS, ["avg", "max"])))
-def test_internal_queries_pool_the_named_tokens(mode, pooling):
-    x = np.random.default_rng(0).normal(size=(2, 21, 6)).astype(np.float32)
-    picked = x[:, list(TOKENS[mode])].astype(np.float64)
+@pytest.mark.parametrize("m,mode,pooling", list(itertools.product(TAKEN, ["aa'bb'", *TAKEN[8]], ["avg", "max"])))
+def test_internal_queries_pool_the_named_tokens(m, mode, pooling):
+    """5 text tokens, m noisy ones, m of the condition in raster order."""
+    x = np.random.default_rng(0).normal(size=(2, 5 + 2 * m, 6)).astype(np.float32)
+    picked = (x if mode == "aa'bb'" else x[:, 5 + m:5 + m + TAKEN[m][mode]]).astype(np.float64)
     expected = picked.mean(1) if pooling == "avg" else picked.max(1)
     np.testing.assert_allclose(internal_query(jnp.asarray(x), 5, mode, pooling), expected, rtol=1e-5, atol=1e-6)
     # A stream of one kind (a double block's): its own second half is taken, the text stream's, too.
     if mode != "aa'bb'":
-        length = {"caa'bb'": 8, "caa'b": 6, "caa'": 4}[mode]
-        picked = x[:, 5 + 8:5 + 8 + length].astype(np.float64)
-        expected = picked.mean(1) if pooling == "avg" else picked.max(1)
         np.testing.assert_allclose(internal_query(jnp.asarray(x[:, 5:]), 0, mode, pooling), expected, rtol=1e-5,
                                    atol=1e-6)
+
+
+@pytest.mark.parametrize("mode,m", [("caa'b", 3), ("caa'", 1)])
+def test_too_few_tokens_are_told(mode, m):
+    with pytest.raises(UserError, match=f"takes none of the {m} tokens"):
+        internal_query(jnp.zeros((1, 5 + 2 * m, 6)), 5, mode, "avg")
 
 
 def test_modulation_inputs_are_used_as_they_are():
@@ -113,7 +118,7 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
     tiny = pytest.importorskip("tiny_flux")
     import torch
 
-    theirs, values = tiny.theirs(), tiny.inputs()
+    theirs, values = tiny.theirs(), tiny.inputs(text_tokens=12)  # m = 6 in every stream
     model = tiny.ours(theirs, tmp_path)
     config = BasisConfig(size=3, rank=2, key_dim=4, query="internal", query_mode=mode, pooling=pooling,
                          activation=activation, query_dim=None)
@@ -125,11 +130,11 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
         def add(module, given, out):
             x = pooled = given[0]
             if x.ndim == 3:
-                skipped = 5 if name.startswith("single") and mode != "aa'bb'" else 0
+                skipped = 12 if name.startswith("single") and mode != "aa'bb'" else 0
                 pooled = x[:, skipped:]
                 if mode != "aa'bb'":
                     pooled = pooled[:, pooled.shape[1] // 2:]
-                    pooled = pooled[:, :{"caa'bb'": 4, "caa'b": 3, "caa'": 2}[mode] * pooled.shape[1] // 4]
+                    pooled = pooled[:, :{"caa'bb'": 6, "caa'b": 3, "caa'": 3}[mode]]
                 pooled = pooled.mean(1) if pooling == "avg" else pooled.amax(1)
             scores = torch.einsum("bi,ki,nk->bn", pooled, projection, keys) / 2
             mix = scores.softmax(-1) if activation == "softmax" else scores.tanh()

@@ -33,16 +33,16 @@ def ours(model: FluxTransformer2DModel, folder, **options) -> Flux:
     return build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0), **options), parameters)
 
 
-def inputs(batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
-    """6 noisy and 6 conditioning tokens, 5 text tokens. Timesteps and guidance are small: diffusers' sinusoids
+def inputs(batch: int = 2, seed: int = 0, text_tokens: int = 5) -> dict[str, np.ndarray]:
+    """6 noisy and 6 conditioning tokens beside those of the text. Timesteps and guidance are small: diffusers' sinusoids
     depend on torch's exp on this machine, by an angle of up to 6e-8 · 1000 · timestep."""
     random = np.random.default_rng(seed)
     y, x = np.divmod(np.arange(6), 3)
     ids = [np.stack([np.full(6, image), y, x], -1) for image in (0, 1)]
     values = dict(
-        hidden_states=random.normal(size=(batch, 12, 16)), encoder_hidden_states=random.normal(size=(batch, 5, 24)),
+        hidden_states=random.normal(size=(batch, 12, 16)), encoder_hidden_states=random.normal(size=(batch, text_tokens, 24)),
         pooled_projections=random.normal(size=(batch, 12)), timestep=np.linspace(0.1, 0.2, batch),
-        guidance=np.linspace(0.3, 0.1, batch), img_ids=np.concatenate(ids), txt_ids=np.zeros((5, 3)))
+        guidance=np.linspace(0.3, 0.1, batch), img_ids=np.concatenate(ids), txt_ids=np.zeros((text_tokens, 3)))
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from lorweb_jax.errors import UserError
+
 
 def coefficients(query_bq: jax.Array, keys_nk: jax.Array, projection_kq: jax.Array | None, *, heads: int,
                  activation: str, reduction: str) -> jax.Array:
@@ -27,15 +29,19 @@ def internal_query(x: jax.Array, text_tokens: int, mode: str, pooling: str) -> j
     """The layer's own input, pooled over the tokens that `mode` names: [b, s, i] or [b, i] -> [b, i].
 
     "aa'bb'" takes all, leading text tokens included (as recorded: golden case e). The others leave out `text_tokens`
-    leading tokens; the first half of the rest is the noisy image, the second the condition in raster order:
-    "caa'bb'" takes the condition, "caa'b" its first three quarters, "caa'" its first half. A modulation's input
-    [b, i] is used as it is.
+    leading tokens; the first half of the rest is the noisy image, the second the condition, m tokens in raster order:
+    "caa'bb'" takes all m, "caa'b" the first 3·⌊m/4⌋, "caa'" the first ⌊m/2⌋. A modulation's input [b, i] is used as
+    it is. UserError where m is too small for any token to be taken.
     """
     if x.ndim == 2:
         return x
     if mode != "aa'bb'":
         x = x[:, text_tokens:]
         x = x[:, x.shape[1] // 2:]
-        kept = {"caa'bb'": x.shape[1], "caa'b": 3 * x.shape[1] // 4, "caa'": x.shape[1] // 2}[mode]
+        m = x.shape[1]
+        kept = {"caa'bb'": m, "caa'b": 3 * (m // 4), "caa'": m // 2}[mode]
+        if not kept:
+            raise UserError(f"the query mode {mode!r} takes none of the {m} tokens that a layer has of its condition; "
+                            "give larger images or a longer text, or use the mode aa'bb'")
         x = x[:, :kept]
     return x.mean(axis=1) if pooling == "avg" else x.max(axis=1)

@@ -150,6 +150,10 @@ class Bases:
             raise Absent(self._missing.get(name, f"{self._folder} has no basis_{name}.safetensors"))
         return self._found[name]
 
+    def query(self, name: str) -> str | None:
+        """How basis `name` is asked, "external" or "internal"; None without it."""
+        return self._found[name].config.query if name in self._found else None
+
     def default(self) -> Stored:
         """The basis that train_step and e2e recordings use, which don't name it: a, or the only one."""
         if "a" not in self._found and len(self._found) == 1:

@@ -21,6 +21,7 @@ class Tolerance(NamedTuple):
 
 
 OUTPUT, GRADIENT, COEFFICIENT = Tolerance(1e-5), Tolerance(1e-4), Tolerance(1e-6)
+INTERNAL_COEFFICIENT = OUTPUT  # they follow hidden states
 EXACT, LEVEL = Tolerance(0, relative=False), Tolerance(1, relative=False)
 
 

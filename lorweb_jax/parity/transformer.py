@@ -12,7 +12,7 @@ from flax import nnx
 from lorweb_jax.basis.additions import LowRankMix, RoutedMix
 from lorweb_jax.basis.basis import Basis
 from lorweb_jax.parity.folder import Bases, Pipeline, Recording, Stored
-from lorweb_jax.parity.report import COEFFICIENT, GRADIENT, OUTPUT, Absent, Report
+from lorweb_jax.parity.report import COEFFICIENT, GRADIENT, INTERNAL_COEFFICIENT, OUTPUT, Absent, Report
 from lorweb_jax.transformer.embeddings import rotary
 from lorweb_jax.transformer.flux import Flux
 from lorweb_jax.weights.layer_names import layer_name, split_layer_name
@@ -142,12 +142,13 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
     def gradients():
         return loss_and_gradients(pipeline.transformer, adapted().basis, query, inputs, _sum_of_squares)
 
+    mix_tolerance = INTERNAL_COEFFICIENT if bases.query(name.removeprefix("case_")) == "internal" else COEFFICIENT
     for key, theirs in data.items():
         kind, _, rest = key.partition("/")
         if key in _OUTPUTS:
             ours, tolerance = functools.partial(output, _OUTPUTS[key]), OUTPUT
         elif kind == "mix":
-            ours, tolerance = lambda rest=rest: coefficients()[rest], COEFFICIENT
+            ours, tolerance = lambda rest=rest: coefficients()[rest], mix_tolerance
         elif kind == "dbg":
             ours, tolerance = functools.partial(intermediate, rest), OUTPUT
         elif key == "grad_loss":
