@@ -132,6 +132,7 @@ def model(part: str, sizes: dict, blocks: list[int] | None) -> tuple[dict, list,
 
     from lorweb_jax.encoders import clip, t5
     from lorweb_jax.latents.vae import VAEConfig
+    from lorweb_jax.schema import checked
     from lorweb_jax.transformer.flux import FluxConfig
     from lorweb_jax.weights.pretrained import KINDS
     from lorweb_jax.weights.state import shapes
@@ -145,10 +146,10 @@ def model(part: str, sizes: dict, blocks: list[int] | None) -> tuple[dict, list,
         config = t5.T5Config(**sizes)
         return config.to_json(), t5.TABLE, shapes(lambda: t5.T5Encoder(config, rngs=nnx.Rngs(0)))
     if part == "text_encoder":
-        found = shapes(lambda: clip.ClipText(clip.CLIPTextConfig(**sizes), rngs=nnx.Rngs(0)))
-    else:
-        found = shapes(lambda: clip.ClipVision(clip.CLIPVisionConfig(**sizes), rngs=nnx.Rngs(0)))
-    return sizes, clip.table(found), found
+        text = checked(sizes, clip.CLIPTextConfig, part)
+        return sizes, clip.TEXT_TABLE, shapes(lambda: clip.ClipText(text, rngs=nnx.Rngs(0)))
+    vision = checked(sizes, clip.CLIPVisionConfig, part)
+    return sizes, clip.VISION_TABLE, shapes(lambda: clip.ClipVision(vision, rngs=nnx.Rngs(0)))
 
 
 if __name__ == "__main__":
