@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from transformers import CLIPTextConfig
 
 from lorweb_jax.data.drawings import load_drawings
 from lorweb_jax.data.operations import LAST_ONLY, OPERATIONS, all_sentences, on_white
 from lorweb_jax.encoders import t5
-from lorweb_jax.encoders.clip import ClipText, save_clip
+from lorweb_jax.encoders.clip import ClipText, CLIPTextConfig, save_clip
 from lorweb_jax.encoders.small_tokenizers import CLIP_TOKENS, train_small_tokenizers
 from lorweb_jax.encoders.tokenizers import tokenize_clip, tokenize_t5
 from lorweb_jax.errors import UserError
