@@ -16,7 +16,7 @@ from lorweb_jax.basis.basis import Basis
 from lorweb_jax.errors import UserError
 from lorweb_jax.export import main
 from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
-from lorweb_jax.weights import adapters, basis_file, lora_file
+from lorweb_jax.weights import adapters, basis_file, lora_file, lora_read
 from lorweb_jax.weights.pretrained import load_transformer
 from lorweb_jax.weights.state import build
 
@@ -129,7 +129,7 @@ def test_one_member_is_an_ordinary_lora(layers, transformer, tmp_path):
 
     config, flat = load_transformer(golden_dir() / "tiny_pipeline" / "transformer")
     flux = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), flat)
-    basis = Basis.from_arrays(*lora_file.read_lora(tmp_path / "x.safetensors", layers))
+    basis = Basis.from_arrays(*lora_read.read_lora(tmp_path / "x.safetensors", layers))
     found = nnx.jit(lambda flux, basis, arrays: flux(*arrays, basis.additions(basis.coefficients(batch=1))))(
         flux, basis, tuple(tensor.numpy() for tensor in inputs(torch, case).values()))
     assert relative(np.asarray(found), expected) <= 1e-5
@@ -175,7 +175,7 @@ def test_lora_as_basis(basis, coefficients, layers, tmp_path):
     for part in ("lora_A.weight", "lora_B.weight", "alpha"):
         del tensors[f"transformer.transformer_blocks.0.attn.to_q.{part}"]
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
-    config, arrays = lora_file.read_lora(tmp_path / "x.safetensors", layers)
+    config, arrays = lora_read.read_lora(tmp_path / "x.safetensors", layers)
     assert (config.size, config.rank, config.query) == (1, 32, "fixed")
     again = lora_file.mixed_factors(arrays, {path: np.ones(parts["a"].shape[:2]) for path, parts in arrays.items()})
     for path in factors:
@@ -197,7 +197,7 @@ def test_foreign_loras(layers, tmp_path):
             ({good.replace("0", "1") + "lora_A.weight": np.zeros((2, 128))}, "only one of")]:
         safetensors.numpy.save_file(pair | change, tmp_path / "x.safetensors")
         with pytest.raises(UserError, match=message):
-            lora_file.read_lora(tmp_path / "x.safetensors", layers)
+            lora_read.read_lora(tmp_path / "x.safetensors", layers)
 
 
 def export(*arguments) -> None:

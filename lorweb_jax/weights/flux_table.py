@@ -14,7 +14,8 @@ _D, _S = "transformer_blocks.{l}.", "single_transformer_blocks.{l}."
 _BD, _BS = "double_blocks.{l}.", "single_blocks.{l}."
 _T = "time_text_embed."
 
-_LINEARS = [line.split() for line in f"""
+# (our path, diffusers' name, Black Forest Labs' name) of every linear layer.
+LINEARS = [line.split() for line in f"""
 x_embedder                         x_embedder                         img_in
 context_embedder                   context_embedder                   txt_in
 {_T}timestep_embedder.linear_1     {_T}timestep_embedder.linear_1     time_in.in_layer
@@ -60,13 +61,13 @@ single_transformer_blocks.attn.norm_k   {_S}attn.norm_k         {_BS}norm.key_no
 _SWAPPED = "norm_out.linear"
 
 # Stacked path of each linear layer inside the blocks -> its name in diffusers' files, with "{l}".
-BLOCK_LAYERS = {ours: theirs for ours, theirs, _ in _LINEARS if "{l}" in theirs}
+BLOCK_LAYERS = {ours: theirs for ours, theirs, _ in LINEARS if "{l}" in theirs}
 
-DIFFUSERS = [row for ours, theirs, _ in _LINEARS
+DIFFUSERS = [row for ours, theirs, _ in LINEARS
              for row in (Row(f"{ours}.kernel", f"{theirs}.weight", LINEAR), Row(f"{ours}.bias", f"{theirs}.bias"))]
 DIFFUSERS += [Row(f"{ours}.scale", f"{theirs}.weight") for ours, theirs, _ in _NORMS]
 
-BLACK_FOREST = [row for ours, _, theirs in _LINEARS
+BLACK_FOREST = [row for ours, _, theirs in LINEARS
                 for row in (Row(f"{ours}.kernel", f"{theirs}.weight", LINEAR, ours == _SWAPPED),
                             Row(f"{ours}.bias", f"{theirs}.bias", None, ours == _SWAPPED))]
 BLACK_FOREST += [Row(f"{ours}.scale", f"{theirs}.scale") for ours, _, theirs in _NORMS]

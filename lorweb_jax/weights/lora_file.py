@@ -1,22 +1,21 @@
-"""Ordinary LoRA files, as PEFT and diffusers read them: `transformer.<layer>.lora_A.weight [R,i]`,
-`.lora_B.weight [o,R]` and, for tools that want it, `.alpha`. y = W x + (alpha / R) · B A x, with alpha = R if absent.
+"""One mix of a basis as an ordinary LoRA, y = W x + (alpha / R) · B A x: in full or at a lower rank, and written.
+
+diffusers' names are `transformer.<layer>.lora_A.weight [R,i]`, `.lora_B.weight [o,R]` and, for tools that want it,
+`.alpha`; lora_names.py has the others'. lora_read.py reads such files.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.layer_names import layer_name, split_layer_name
+from lorweb_jax.weights import lora_names
+from lorweb_jax.weights.layer_names import layer_name
 from lorweb_jax.weights.safetensors_io import write
 
-_PREFIX = "transformer."
-_KEY = re.compile(r"transformer\.(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
+NAMES = ("diffusers", "kohya", "comfyui")
 
 
 class Factors(NamedTuple):
@@ -91,63 +90,73 @@ def _pad(array: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 
 def write_lora(path: str | Path, factors: Mapping[str, Factors], dtype: Any = np.float32,
-               alpha: bool = False) -> None:
-    """Write an ordinary LoRA in `dtype`; with `alpha`, alpha = R is stored with every layer."""
+               alpha: bool | float = False, names: str = "diffusers",
+               layers: Mapping[str, tuple[int, int, int]] | None = None) -> None:
+    """Write an ordinary LoRA in `dtype`.
+
+    alpha: True stores alpha = R with every layer; a number stores that and divides B by alpha / R, so that the update
+    stays the same. kohya's names always have an alpha. names: one of NAMES. In kohya's and ComfyUI's, layers are fused
+    as in Black Forest Labs' files; layers, {path: (l, i, o)} of the model, tells the widths of parts without an update.
+    Raises UserError for numbers beyond the range of `dtype`.
+    """
+    if names not in NAMES:
+        raise UserError(f"the names are {names!r}; choose one of {', '.join(NAMES)}", 2)
+    ending = (".lora_A.weight", ".lora_B.weight") if names == "diffusers" else (".lora_down.weight", ".lora_up.weight")
+    alpha = alpha or names == "kohya"
     tensors = {}
-    for stack, (a, b) in factors.items():
-        for block in range(a.shape[0]):
-            name = _PREFIX + layer_name(stack, block)
-            tensors[f"{name}.lora_A.weight"] = a[block].T.astype(dtype)
-            tensors[f"{name}.lora_B.weight"] = b[block].T.astype(dtype)
-            if alpha:
-                tensors[f"{name}.alpha"] = np.asarray(a.shape[2], dtype)
+    for name, a, b in _named(factors, names, layers or {}):
+        stored = a.shape[1] if alpha is True else float(alpha)
+        tensors[name + ending[0]] = _stored(a.T, dtype, name)
+        tensors[name + ending[1]] = _stored(b.T * np.float32(a.shape[1] / stored if alpha else 1.0), dtype, name)
+        if alpha:
+            tensors[f"{name}.alpha"] = _stored(np.asarray(stored), dtype, name)
     write(path, tensors, {"format": "pt"})
 
 
-def read_lora(path: str | Path, layers: Mapping[str, tuple[int, int, int]]
-              ) -> tuple[BasisConfig, dict[str, dict[str, np.ndarray]]]:
-    """An ordinary LoRA as a basis of one member with the fixed coefficient 1: (config, {path: {"a", "b"}}).
-
-    layers: {path: (l, i, o)} of the model. Layers of lower rank are filled up with zeros, blocks without an update
-    are zero, kinds of layers without any are left out; alpha / R is multiplied into b. Raises UserError for a layer
-    outside the blocks, a width that is not the model's, or keys of another format.
-    """
-    checkpoint = Checkpoint(path)
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key in checkpoint:
-        match = _KEY.fullmatch(key)
-        if not match or not split_layer_name(match["layer"]):
-            raise UserError(f"{path} holds {key}; expected transformer.<layer>.lora_A.weight and .lora_B.weight of "
-                            "layers inside the blocks: give a LoRA in diffusers' format for such layers")
-        found.setdefault(match["layer"], {})[match["part"]] = checkpoint.read(key).astype(np.float32)
-    if not found:
-        raise UserError(f"{path} holds no tensors; give a LoRA in diffusers' format")
-    for name, parts in found.items():
-        _require_pair(name, parts, layers, str(path))
-    rank = max(parts["lora_A.weight"].shape[0] for parts in found.values())
-    arrays: dict[str, dict[str, np.ndarray]] = {}
-    for name, parts in found.items():
-        stack, block = split_layer_name(name)
-        depth, i, o = layers[stack]
-        if stack not in arrays:
-            arrays[stack] = {"a": np.zeros((depth, 1, i, rank), np.float32),
-                             "b": np.zeros((depth, 1, rank, o), np.float32)}
-        a, b = parts["lora_A.weight"], parts["lora_B.weight"]
-        own = a.shape[0]
-        arrays[stack]["a"][block, 0, :, :own] = a.T
-        arrays[stack]["b"][block, 0, :own] = b.T * (float(parts["alpha"]) / own if "alpha" in parts else 1.0)
-    return BasisConfig(size=1, rank=rank, query="fixed", query_dim=None), arrays
+def _stored(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # told below
+        stored = array.astype(dtype)
+    if not np.isfinite(stored.astype(np.float32)).all():
+        raise UserError(f"the update of {name} holds numbers that {np.dtype(dtype).name} can't; write it in float32")
+    return stored
 
 
-def _require_pair(name: str, parts: Mapping[str, np.ndarray], layers: Mapping[str, tuple[int, int, int]],
-                  path: str) -> None:
-    stack, block = split_layer_name(name)
-    if stack not in layers or block >= layers[stack][0]:
-        raise UserError(f"{path} adapts {name}, which the model hasn't got; use the LoRA with its own model")
-    if not {"lora_A.weight", "lora_B.weight"} <= set(parts):
-        raise UserError(f"{path} has only one of lora_A and lora_B for {name}; download it again")
-    a, b = parts["lora_A.weight"].shape, parts["lora_B.weight"].shape
-    _, i, o = layers[stack]
-    if len(a) != 2 or len(b) != 2 or a[1] != i or b[0] != o or a[0] != b[1]:
-        raise UserError(f"{path}: {name} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] and [{o}, R]; "
-                        "use the LoRA with its own model")
+def _named(factors: Mapping[str, Factors], names: str, layers: Mapping[str, tuple[int, int, int]]
+           ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(layer's name in the file, a [i, R], b [R, o]) of every layer."""
+    if names == "diffusers":
+        for stack, (a, b) in factors.items():
+            for block in range(a.shape[0]):
+                yield "transformer." + layer_name(stack, block), a[block], b[block]
+        return
+    for name, parts in lora_names.fused(factors):
+        for block in range(next(factors[part].a.shape[0] for part in parts if part in factors)):
+            where = name.replace("{l}", str(block))
+            yield (f"lora_unet_{where.replace('.', '_')}" if names == "kohya" else f"diffusion_model.{where}",
+                   *_fused([(factors[part].a[block], factors[part].b[block]) if part in factors else None
+                            for part in parts],
+                           [_width(part, factors, layers) for part in parts]))
+
+
+def _width(path: str, factors: Mapping[str, Factors], layers: Mapping[str, tuple[int, int, int]]) -> int:
+    if path in factors:
+        return factors[path].b.shape[2]
+    if path not in layers:
+        raise UserError(f"{path} has no update, and its width isn't known; name the model, or write diffusers' names")
+    return layers[path][2]
+
+
+def _fused(parts: list[tuple[np.ndarray, np.ndarray] | None], widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Layers side by side as one: a [i, R] of all different A's, b [R, Σ o] with zeros where one isn't asked."""
+    sides: list[np.ndarray] = []
+    rows: list[list[np.ndarray]] = []
+    for place, part in enumerate(parts):
+        if part is None:
+            continue
+        a, b = part
+        number = next((k for k, side in enumerate(sides) if np.array_equal(side, a)), len(sides))
+        if number == len(sides):
+            sides.append(a)
+            rows.append([np.zeros((a.shape[1], width), b.dtype) for width in widths])
+        rows[number][place] = b
+    return np.concatenate(sides, axis=1), np.concatenate([np.concatenate(row, axis=1) for row in rows])
