@@ -5,19 +5,22 @@
   one analogy -> an ordinary LoRA          python -m lorweb_jax.export lora runs/basis out/edit.safetensors \\
       --pipeline assets/small_kontext --a a.png --a2 a_edited.png --b b.png --rank 16
 
-The last one freezes the mix that one analogy asks for: diffusers, and whatever reads LoRAs in its format, then makes
-this edit without the router. At full rank it is exact; a lower rank is the nearest there is, its error is printed.
+The last one freezes the mix that one analogy asks for: diffusers, kohya's tools or ComfyUI (--format) then make this
+edit without the router. At full rank it is exact; a lower rank is the nearest there is, its error is printed. Given a
+LoRA's file in place of a basis, it writes that LoRA in another program's names.
 """
 
 import argparse
+import math
 from pathlib import Path
 
+from lorweb_jax.command_line import Parser
 from lorweb_jax.errors import UserError, run_command
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m lorweb_jax.export", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{published,checkpoint,lora}")
 
     published = commands.add_parser("published", help="a run -> the published LoRWeB format, with its config.yaml")
@@ -34,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                             help="folder of the base model; given, the basis is checked against its layers")
 
     lora = commands.add_parser("lora", help="one analogy's mix -> an ordinary LoRA for diffusers and others")
-    lora.add_argument("basis", type=Path, help="a run's folder, or a published basis (file or folder)")
+    lora.add_argument("basis", type=Path, help="a run's folder, a published basis (file or folder), or a LoRA's file")
     lora.add_argument("out", type=Path, help="the .safetensors file to write")
     lora.add_argument("--pipeline", type=Path, required=True,
                       help="folder of the base model that the basis belongs to")
@@ -42,10 +45,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     lora.add_argument("--a2", type=Path, help="the same image after the edit")
     lora.add_argument("--b", type=Path, help="the image to be edited likewise")
     lora.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank N·r, exact)")
-    lora.add_argument("--alpha", action="store_true", help="store alpha = rank too, for tools that want it")
+    lora.add_argument("--format", choices=["diffusers", "kohya", "comfyui"], default="diffusers",
+                      help="whose names the layers get (default: diffusers, which reads all three)")
+    lora.add_argument("--alpha", type=_positive_number, nargs="?", const=True, default=False,
+                      help="store an alpha with every layer, the rank unless a number is given; the update stays the "
+                           "same (default: none, but kohya's files always have one)")
     lora.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     _add_dtype(lora)
     return parser.parse_args(arguments)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +96,18 @@ def export_lora(args: argparse.Namespace) -> None:
     from lorweb_jax.weights.lora_file import mixed_factors, truncate, write_lora
 
     out = _safetensors(args.out)
-    config, arrays = load_basis(args.basis, _model_layers(args.pipeline), args.config)
+    layers = _model_layers(args.pipeline)
+    config, arrays = load_basis(args.basis, layers, args.config)
     factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
     if args.rank is not None:
         factors, error = truncate(factors, args.rank)
         print(f"rank {args.rank}: the update is off by {error.overall:.3g} of its norm over all layers; most in")
         for name, value in sorted(error.layers.items(), key=lambda item: -item[1])[:5]:
             print(f"  {value:.3g}  {name}")
-    write_lora(out, factors, args.dtype, args.alpha)
+    write_lora(out, factors, args.dtype, args.alpha, args.format, layers)
     rank = next(iter(factors.values())).a.shape[2]
-    print(f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}")
+    print(f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}, "
+          f"{args.format} names")
 
 
 def _coefficients(args: argparse.Namespace, config, arrays) -> dict:

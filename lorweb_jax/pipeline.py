@@ -177,17 +177,18 @@ class Pipeline:
             write_basis(path, basis.config, arrays, dtype)
 
     def save_lora(self, path: str | Path, coefficients: Coefficients, *, rank: int | None = None,
-                  dtype: str = "float32", alpha: bool = False) -> TruncationError | None:
+                  dtype: str = "float32", alpha: bool | float = False, names: str = "diffusers"
+                  ) -> TruncationError | None:
         """One mix as an ordinary LoRA that diffusers reads, of rank n·r, or of a lower `rank` by SVD.
 
-        Returns the error of the lower rank, relative to the update's norm (None at full rank). alpha: store alpha = rank
-        too, for tools that want it.
+        Returns the error of the lower rank, relative to the update's norm (None at full rank). alpha, names: see
+        lora_file.write_lora.
         """
         basis, error = self._basis(), None
         factors = mixed_factors(_arrays(basis), coefficients, basis.config.scale)
         if rank is not None:
             factors, error = truncate(factors, rank)
-        write_lora(path, factors, dtype, alpha)
+        write_lora(path, factors, dtype, alpha, names, block_linears(self.folder.flux_config))
         return error
 
     def _basis(self) -> Basis:
