@@ -8,14 +8,14 @@ import numpy as np
 
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
+from lorweb_jax.schema import shown
 from lorweb_jax.weights import lora_names
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.layer_names import layer_name
 from lorweb_jax.weights.lora_scale import Scales
-from lorweb_jax.weights.safetensors_io import DTYPES
+from lorweb_jax.weights.safetensors_io import FLOATS
 
 Layers = Mapping[str, tuple[int, int, int]]  # {path: (l, i, o)}
-_FLOATS = {dtype for name, dtype in DTYPES.items() if name.startswith(("F", "B")) and name != "BOOL"}
 _NOT_ADAPTERS = ("alpha", "whole weights", "whole differences of weights")
 # What an update by B A leaves out, which trainers write as zeros where it wasn't trained.
 _MAY_BE_ZERO = ("a LoRA bias", "whole weights", "whole differences of weights")
@@ -49,7 +49,7 @@ def read_lora(path: str | Path, layers: Layers) -> tuple[BasisConfig, dict[str, 
         for own, part in zip(where.paths, np.split(b, np.cumsum(widths)[:-1])):
             if (own, where.block) in updates:
                 raise UserError(f"{found.file} holds two updates of {layer_name(own, where.block)}, in the names of "
-                                f"two programs; remove one of them ({layer.keys['down']})")
+                                f"two programs ({_told(layer.keys['down'])}); remove one of them")
             updates[own, where.block] = _needed(a, part) if len(widths) > 1 else (a, part)
     with_alpha = sum("alpha" in layer.keys for layer in found.layers.values())
     for note in [*scales.say(ranks, with_alpha, len(ranks)), *found.left_out()]:
@@ -92,16 +92,21 @@ class _Layer:
         """(R, a [R, i], b [o, R]), float32."""
         file = checkpoint.files[0]
         if any(path not in layers or where.block >= layers[path][0] for path in where.paths):
-            raise UserError(f"{file} adapts {self.name}, which the model hasn't got; use the LoRA with its own model")
+            raise UserError(f"{file} adapts {_told(self.name)}, which the model hasn't got; use the LoRA with its own model")
         if not {"down", "up"} <= set(self.keys):
-            raise UserError(f"{file} holds only one of the two factors of {self.name} ({next(iter(self.keys.values()))}); "
+            raise UserError(f"{file} holds only one of the two factors of {_told(self.name)} ({_told(next(iter(self.keys.values())))}); "
                             "download it again")
         a, b = (_flat(checkpoint.shapes[self.keys[side]]) for side in ("down", "up"))
         i, o = layers[where.paths[0]][1], sum(self.widths(layers))
         if len(a) != 2 or len(b) != 2 or a[1] != i or b[0] != o or a[0] != b[1] or not a[0]:
-            raise UserError(f"{file}: {self.name} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] and "
+            raise UserError(f"{file}: {_told(self.name)} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] and "
                             f"[{o}, R]; use the LoRA with its own model")
         return a[0], finite(checkpoint, self.keys["down"]).reshape(a), finite(checkpoint, self.keys["up"]).reshape(b)
+
+
+def _told(key: str) -> str:
+    """A key as a message shows it; whatever is in it, it stays one line."""
+    return key if key.isascii() and key.isprintable() and len(key) < 200 else shown(key)
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -111,14 +116,14 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def finite(checkpoint: Checkpoint, key: str) -> np.ndarray:
     """A tensor of floating-point numbers in float32. UserError, with the place, for others and where one is not finite."""
-    if checkpoint.dtype(key) not in _FLOATS:
-        raise UserError(f"{checkpoint.files[0]}: {key} holds numbers of type {checkpoint.dtype(key).name}, expected "
+    if checkpoint.dtype(key) not in FLOATS:
+        raise UserError(f"{checkpoint.files[0]}: {_told(key)} holds numbers of type {checkpoint.dtype(key).name}, expected "
                         "floating point; give an ordinary LoRA")
     with np.errstate(over="ignore"):  # told below
         array = checkpoint.read(key).astype(np.float32)
     if not np.isfinite(array).all():
         place = [int(index) for index in np.argwhere(~np.isfinite(array))[0]]
-        raise UserError(f"{checkpoint.files[0]}: {key} holds {array[tuple(place)]} at {place}, which is no finite number; "
+        raise UserError(f"{checkpoint.files[0]}: {_told(key)} holds {array[tuple(place)]} at {place}, which is no finite number; "
                         "download it again, or train it again")
     return array
 
@@ -157,23 +162,23 @@ class _Found:
         layer = self.layers.setdefault((key.prefix, key.module), _Layer(key.prefix + key.module, where))
         layer.adapters |= {key.adapter} if key.role != "alpha" else set()
         if len(layer.adapters) > 1:
-            raise UserError(f"{self.file} holds several LoRAs, {', '.join(sorted(layer.adapters))}; save the one that is "
+            raise UserError(f"{self.file} holds several LoRAs, {', '.join(map(shown, sorted(layer.adapters)))}; save the one that is "
                             "wanted in a file of its own")
         if key.role in layer.keys:
-            raise UserError(f"{self.file} holds both {layer.keys[key.role]} and {name}; remove one of them")
+            raise UserError(f"{self.file} holds both {_told(layer.keys[key.role])} and {_told(name)}; remove one of them")
         layer.keys[key.role] = name
 
     def _refuse(self, others: Mapping[str, list[str]], unknown: list[str]) -> None:
         whose = " and ".join(sorted(self.schemes)) or "no known program's"
         if (others or unknown) and (model := lora_names.other_model(self.checkpoint)):
-            raise UserError(f"{self.file} is a LoRA for {model} ({(unknown or next(iter(others.values())))[0]}); give one "
-                            "for FLUX.1")
+            raise UserError(f"{self.file} is a LoRA for {model} ({_told((unknown or next(iter(others.values())))[0])}); give "
+                            "one for FLUX.1")
         for kind, keys in others.items():
             if not (kind in _MAY_BE_ZERO and all(not finite(self.checkpoint, key).any() for key in keys)):
-                raise UserError(f"{self.file} holds {kind} ({keys[0]}), which isn't read here; give an ordinary LoRA, "
+                raise UserError(f"{self.file} holds {kind} ({_told(keys[0])}), which isn't read here; give an ordinary LoRA, "
                                 "whose layers are two factors each")
         if unknown:
-            raise UserError(f"{self.file} is a LoRA in {whose} names that adapts {unknown[0]}, which FLUX.1 hasn't got; "
+            raise UserError(f"{self.file} is a LoRA in {whose} names that adapts {_told(unknown[0])}, which FLUX.1 hasn't got; "
                             "use it with its own model")
         if not self.layers:
             what = ", ".join([*self.text, *self.outside]) or "nothing"
