@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from lorweb_jax import config_fields
 from lorweb_jax.errors import UserError
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 
 # Fields that a run may change when it goes on from its own checkpoint.
 MAY_CHANGE = frozenset({"train.steps", "train.log_every", "train.checkpoint_every", "train.picture_every",

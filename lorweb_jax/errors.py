@@ -1,7 +1,10 @@
 """Errors meant for a person, and how a command shows them."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -25,14 +28,64 @@ def told(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def say(sentence: str) -> None:
+    """Tell a person something that stops nothing, whatever the terminal's encoding."""
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            print(sentence, flush=True)
+        except UnicodeEncodeError:
+            print(sentence.encode("ascii", "backslashreplace").decode(), flush=True)
+
+
+class _Patient:
+    """A text stream whose reader may go away: what is written from then on is lost, and nothing ends for it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._patience():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._patience():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a closed pipe, a terminal that is gone, a full disk behind `> file`
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def patient_output() -> Iterator[None]:
+    """Within it printing never fails: what a terminal's encoding lacks is shown as \\u…, and a closed pipe is no error."""
+    before = sys.stdout, sys.stderr
+    with contextlib.suppress(AttributeError):  # not a file's stream, or none at all
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream and _Patient(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
 def run_command(command: Callable[[], int | None]) -> None:
     """Run a command-line program: a UserError or a full/read-only disk becomes one line and an exit status."""
-    try:
-        sys.exit(command() or 0)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        message, status = told(error)
-        print(message, file=sys.stderr)
-        sys.exit(status)
+    with patient_output():
+        try:
+            status = command() or 0
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            message, status = told(error)
+            print(message, file=sys.stderr)
+    sys.exit(status)

@@ -26,7 +26,7 @@ from absl import flags
 from lorweb_jax import config as configs
 from lorweb_jax import main
 from lorweb_jax.errors import UserError, run_command
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", None, "devices to plan for")

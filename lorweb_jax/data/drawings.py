@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 
 HELD_OUT_PERCENT = 10
 # OpenMoji draws on a 72-unit square and leaves its outermost 4 units nearly always empty: they are cut off.

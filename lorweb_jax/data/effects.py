@@ -7,6 +7,8 @@ unless the operation says otherwise. Colours are (red, green, blue) in 0..255.
 import numpy as np
 from PIL import Image, ImageFilter
 
+from lorweb_jax.images.resize import resize
+
 COLOURS = {"red": (228, 30, 38), "orange": (255, 140, 0), "yellow": (255, 220, 20), "green": (20, 165, 60),
            "blue": (35, 85, 230), "purple": (140, 50, 200), "pink": (255, 130, 190), "black": (0, 0, 0),
            "white": (255, 255, 255), "gray": (128, 128, 128)}
@@ -112,9 +114,8 @@ def lines(rgba, paper, ink) -> np.ndarray:
 def pixelate(rgba) -> np.ndarray:
     height, width = rgba.shape[:2]
     cell = _unit(rgba) / 8
-    small = Image.fromarray(on_white(rgba)).resize((max(1, round(width / cell)), max(1, round(height / cell))),
-                                                   Image.Resampling.BOX)
-    return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
+    small = resize(on_white(rgba), (max(1, round(width / cell)), max(1, round(height / cell))), Image.Resampling.BOX)
+    return resize(small, (width, height), Image.Resampling.NEAREST)
 
 
 def blur(rgba) -> np.ndarray:
@@ -131,7 +132,7 @@ def _placed(rgba, boxes) -> np.ndarray:
         x, y = round(left * width), round(top * height)
         size = max(1, round(right * width) - x), max(1, round(bottom * height) - y)
         layer = Image.new("RGBA", (width, height))
-        layer.paste(Image.fromarray(rgba).resize(size, Image.Resampling.BICUBIC), (x, y))
+        layer.paste(Image.fromarray(resize(rgba, size)), (x, y))
         layer = np.asarray(layer)
         canvas = _over(canvas, layer[..., :3], _alpha(layer))
     return canvas

@@ -19,6 +19,7 @@ from lorweb_jax.data.problems import Problem, Problems
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.errors import UserError
 from lorweb_jax.images import grid
+from lorweb_jax.images.resize import resize
 
 # Not absl's logger, which training silences below errors since libraries chatter there.
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class _Reader:
         (a, a_prime), (b, b_prime) = images
         # Resized once here, a', b and b' are not resized for each grid anew.
         size = self._quadrant_size[::-1] if self._quadrant_size else a.shape[1::-1]
-        a, a_prime, b, b_prime = (grid.resize(image, size) for image in (a, a_prime, b, b_prime))
+        a, a_prime, b, b_prime = (resize(image, size) for image in (a, a_prime, b, b_prime))
         condition, note = grid.fit_to_model(grid.condition_grid(a, a_prime, b, self._max_size))
         target, _ = grid.fit_to_model(grid.target_grid(a, a_prime, b, b_prime, self._max_size))
         return {

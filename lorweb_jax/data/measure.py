@@ -30,6 +30,7 @@ from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, read_tasks
 from lorweb_jax.errors import UserError, run_command
 from lorweb_jax.images import grid
+from lorweb_jax.images.resize import resize
 
 WARM_UP = 4  # batches that aren't counted: imports, worker processes, full buffers
 
@@ -79,7 +80,7 @@ def breakdown(root: str | Path, quadrant_size: int, grids: int = 48) -> dict[str
 
     for index in np.linspace(0, len(analogies) - 1, grids).astype(int):
         images = timed("two files read and decoded", analogies[int(index)].read)
-        small = timed("four images resized", lambda: [grid.resize(image, side) for image in images])
+        small = timed("four images resized", lambda: [resize(image, side) for image in images])
         timed("two grids put together", lambda: (grid.condition_grid(*small[:3]), grid.target_grid(*small)))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -94,8 +95,8 @@ def write_pairs(root: Path, height: int = 512, tasks: int = 4, pairs: int = 12) 
             image = np.full((height, 2 * height, 3), 128.0)
             for level in range(2, 10):  # each octave of detail a little fainter than the one before
                 noise = 70 * 2 ** (-level / 2) * random.normal(0, 1, (2 ** level, 2 ** (level + 1), 3))
-                image += np.stack([np.asarray(Image.fromarray(channel.astype(np.float32)).resize(
-                    (2 * height, height), Image.Resampling.BICUBIC)) for channel in np.moveaxis(noise, -1, 0)], -1)
+                image += np.stack([resize(channel.astype(np.float32), (2 * height, height))
+                                   for channel in np.moveaxis(noise, -1, 0)], -1)
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{pair}.jpg", quality=92)
         (folder / "labels.json").write_text(json.dumps(
             [{"img_name": f"{pair}.jpg", "edit_instruction": f"edit {task}"} for pair in range(pairs)]))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)

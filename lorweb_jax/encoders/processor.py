@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.images.resize import resize
 
 FILE = "preprocessor_config.json"
 
@@ -82,8 +83,7 @@ class ImageProcessor:
             target = (self.shortest_edge, longer) if height <= width else (longer, self.shortest_edge)
         else:
             target = self.size or (height, width)
-        if target != (height, width):
-            image = np.asarray(Image.fromarray(image).resize(target[::-1], self.resample))
+        image = resize(image, target[::-1], self.resample)
         return _centre_crop(image, *self.crop) if self.crop else image
 
     def normalised(self, images: jax.Array | np.ndarray) -> jax.Array:

@@ -13,7 +13,8 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.lpips import lpips
 from lorweb_jax.evaluation.table import TRUTH, Table
-from lorweb_jax.images.grid import fit_to_model, quadrants, resize, target_grid
+from lorweb_jax.images.grid import fit_to_model, quadrants, target_grid
+from lorweb_jax.images.resize import resize
 from lorweb_jax.training.pictures import sheet
 
 BATCH = 16          # images of one size that a model is given at once

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lorweb_jax.evaluation.metrics import mean, task_means, wilson_interval
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 
 TRUTH = "true b′"
 # {score: (heading, digits after the point)}

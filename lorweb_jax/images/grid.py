@@ -1,16 +1,9 @@
 """The analogy grid [a, a'; b, b'] and its parts (method.md section 2). All images are uint8 [H,W,3]."""
 
 import numpy as np
-from PIL import Image
 
 from lorweb_jax.errors import UserError
-
-
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic to `size` = (width, height)."""
-    if (image.shape[1], image.shape[0]) == tuple(size):
-        return image
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+from lorweb_jax.images.resize import resize
 
 
 def condition_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, max_size: int | None = None) -> np.ndarray:

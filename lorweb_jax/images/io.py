@@ -1,35 +1,60 @@
-"""Images from and to files, as uint8 [H,W,3] RGB in 0..255."""
+"""Images from and to files, as uint8 [H,W,3] sRGB in 0..255."""
 
 import io
 import os
+import stat
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.errors import UserError, say
+from lorweb_jax.images.arrays import as_image
+from lorweb_jax.images.convert import to_rgb
+from lorweb_jax.outputs import write_file
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
+# What is read. Pillow knows many more formats, of which some run an interpreter or another program.
+READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+# {suffix: format} of what is written, and the longest side that a format has room for, pixels.
+WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
            ".tiff": "TIFF"}
+_LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
 MAX_PIXELS = 80_000_000                       # below Pillow's own limit; such a picture takes 240 MB in memory
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ours comes first, as an error
+
+# {how a file begins: what it is}, of formats that people take for pictures of a kind that any program reads.
+_KNOWN = {b"%!PS": "an EPS or PostScript file", b"%PDF": "a PDF", b"8BPS": "a Photoshop file", b"<svg": "an SVG drawing",
+          b"<?xml": "an SVG drawing or another XML file", b"\xff\x0a": "a JPEG XL image",
+          b"\0\0\0\x0cJXL ": "a JPEG XL image", b"\0\0\0\x0cjP  ": "a JPEG 2000 image", b"v/1\x01": "an OpenEXR image"}
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """The image of any usual file format as uint8 [H,W,3].
+def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None) -> np.ndarray:
+    """The image of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file as uint8 [H,W,3], sRGB.
 
-    The EXIF rotation is applied, transparent parts are laid on white, 16-bit grey is scaled to 8 bits. Raises
-    UserError for a file that is missing, damaged, not an image or larger than MAX_PIXELS.
+    Turned as its EXIF data asks, 16 bits scaled to 8, colours of an embedded profile converted to sRGB, transparent
+    parts laid on white; of several frames the first. tell(path, what): is told what had to be left out; by default it
+    is printed. Raises UserError for a file that is missing, damaged, no image, larger than MAX_PIXELS, or of samples
+    whose range isn't known.
     """
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"an image's path is a {type(path).__name__}, a str or Path was expected; images that are in "
+                        "memory need no reading")
     try:
-        with Image.open(path) as image:
+        path = Path(path)
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UserError(f"{path} is a device or a pipe, an image file was expected; copy it into a file first")
+        notes: list[str] = []
+        with open(path, "rb") as file, Image.open(file, formats=READ) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} in all were "
                                 "expected; make it smaller first")
-            ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image, path)
-    except UserError:
-        raise
+            if _frames(image) > 1:
+                notes.append("it holds several frames or pages; the first one is taken")
+            pixels = to_rgb(image, notes, lambda: Image.open(path, formats=READ))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"there is no image {path}; check the path") from None
     except IsADirectoryError:
@@ -37,61 +62,64 @@ def read_image(path: str | Path) -> np.ndarray:
     except PermissionError:
         raise UserError(f"the image {path} may not be read; change its permissions or copy it") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image in a known format; give a PNG, JPEG or WebP file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path} is {_kind(path)}; give a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file") from None
+    except Image.DecompressionBombError:
         raise UserError(f"{path} has far too many pixels, at most {MAX_PIXELS:,} were expected; make it smaller "
                         "first") from None
     except Exception as error:                # on damaged files Pillow's readers raise nearly every kind of error
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"the image {path} could not be read ({error.strerror}); check the path") from None
         raise UserError(f"the image {path} is damaged ({error}); replace it by an intact copy") from None
+    for note in notes:
+        tell(str(path), note) if tell else say(f"{path}: {note}")
+    return pixels
 
 
-def _rgb(image: Image.Image, path: Path) -> np.ndarray:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    elif image.mode.startswith("I"):                                   # Pillow would clip 16 bits at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path} has 32-bit grey values ({values.min()} to {values.max()}), 8 or 16 bits were "
-                            "expected; save it with 8 bits a channel")
-        return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, -1)
-    elif image.mode == "F":
-        raise UserError(f"{path} holds floating-point numbers of unknown range, 8 or 16 bits were expected; save it "
-                        "with 8 bits a channel")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+def _frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # a phone's JPEG with a preview or a second view, which no program shows
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # a later frame is damaged, and not wanted
+        return 2
+    finally:
+        image.seek(0)
+
+
+def _kind(path: Path) -> str:
+    """What a file is that isn't an image we read."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"heim", b"hevc"):
+        return "a HEIC photo"
+    return next((kind for magic, kind in _KNOWN.items() if start.startswith(magic)),
+                "not an image in a known format" if start else "empty")
+
+
+def require_image_name(path: str | Path, size: tuple[int, int] | None = None) -> None:
+    """UserError unless `path` has a suffix that images are written with, and room for `size` = (width, height)."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITTEN:
+        raise UserError(f"{path} has the suffix {suffix or '(none)'}, one of {' '.join(WRITTEN)} was expected; "
+                        "rename it", 2)
+    longest = _LONGEST.get(WRITTEN[suffix], max(size or [0]))
+    if size and max(size) > longest:
+        raise UserError(f"{path} would have {size[0]}x{size[1]} pixels, and a {WRITTEN[suffix]} file holds at most "
+                        f"{longest} a side; give a .png", 2)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write uint8 [H,W,3] in the format that the suffix says, at once or not at all; makes missing folders.
 
-    Raises UserError for an unknown suffix or when the file cannot be written.
+    A file of this name is replaced. Raises UserError for an unknown suffix, another kind of array, or when the file
+    cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path} has the suffix {path.suffix or '(none)'}, one of {' '.join(FORMATS)} was expected; "
-                        "rename it")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"an image is uint8 [H,W,3], not {image.dtype} {list(image.shape)}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"an image's path is a {type(path).__name__}, a str or Path was expected; give a file's name")
+    image = as_image(image, "the image to write")
+    require_image_name(path, image.shape[1::-1])
+    kind = WRITTEN[Path(path).suffix.lower()]
     data = io.BytesIO()
-    kind = FORMATS[path.suffix.lower()]
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
     Image.fromarray(image).save(data, kind, **options)
     write_file(path, data.getvalue())
-
-
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write `data` under a temporary name, then rename; makes missing folders. Raises UserError if it can't."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}); check the folder, its permissions and the "
-                        "free space") from None

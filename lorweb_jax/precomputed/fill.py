@@ -17,7 +17,7 @@ from lorweb_jax.data.splits import read_splits
 from lorweb_jax.data.store import Store, shard_name
 from lorweb_jax.encoders import queries
 from lorweb_jax.errors import UserError
-from lorweb_jax.images import grid
+from lorweb_jax.images.resize import resize
 from lorweb_jax.precomputed.encoder import SharedEncoder
 from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.precomputed.scope import TEXT_ENCODERS, Scope
@@ -78,7 +78,7 @@ def _images(scope: Scope, problems: Problems) -> None:
     def read(item: str) -> tuple[list[np.ndarray], str | None]:
         """Before and after as they stand in a grid; or none, and why."""
         try:
-            return [grid.resize(half, scope.quadrant[::-1]) for half in read_pair(Pair(files[item], "", "", ""))], None
+            return [resize(half, scope.quadrant[::-1]) for half in read_pair(Pair(files[item], "", "", ""))], None
         except (UserError, OSError) as error:
             return [], str(error)
 

@@ -15,7 +15,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 from lorweb_jax.training import pictures
 
 # clu's own summary writer is the one part of clu.metric_writers that needs TensorFlow. A module of that name

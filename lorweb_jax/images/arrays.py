@@ -1,0 +1,68 @@
+"""Images that a program hands over: uint8 [H,W,3], or a sentence that says how to get there."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lorweb_jax.errors import UserError, say
+from lorweb_jax.images.convert import to_rgb
+
+
+def as_image(value: Any, name: str) -> np.ndarray:
+    """uint8 [H,W,3] of an array of just this kind, or of a PIL image of any mode (see images.convert).
+
+    Raises UserError, which calls the image `name`, for everything else: its range or the order of its axes would have
+    to be guessed.
+    """
+    if isinstance(value, Image.Image):
+        notes: list[str] = []
+        try:
+            pixels = to_rgb(value, notes)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        except Exception as error:  # an image that was opened and not yet read, from a damaged file
+            raise UserError(f"{name} could not be read ({error}); replace it by an intact copy") from None
+        for note in notes:
+            say(f"{name}: {note}")
+        value = pixels
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
+        found, advice = _found(value)
+        raise UserError(f"{name} is {found}, a uint8 array [H, W, 3] in 0..255 was expected; {advice}")
+    if not value.size:
+        raise UserError(f"{name} has {value.shape[1]}x{value.shape[0]} pixels, at least one was expected; give an image")
+    return value
+
+
+def _found(value: Any) -> tuple[str, str]:
+    """(what it is, how to make an image of it)."""
+    if isinstance(value, str | bytes) or hasattr(value, "__fspath__"):
+        return f"a path or text ({str(value)[:80]!r})", "read it with read_image"
+    if not isinstance(value, np.ndarray):
+        kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            kind += f" {list(value.shape)} of {value.dtype}"
+            return f"a {kind}", "make it a numpy array of uint8 [H, W, 3]"
+        return f"a {kind}", "give a numpy array, or read a file with read_image"
+    found = f"an array {list(value.shape)} of {value.dtype}"
+    shape = value.shape
+    if value.dtype == np.uint8:
+        if value.ndim == 2:
+            return found, "repeat the grey values with np.repeat(image[..., None], 3, -1)"
+        if value.ndim == 3 and shape[2] == 4:
+            return found, "lay it on a background, or leave its transparency out with image[..., :3]"
+        if value.ndim == 3 and shape[2] == 1:
+            return found, "repeat the grey values with np.repeat(image, 3, -1)"
+        if value.ndim == 3 and shape[0] == 3:
+            return found, "move the channels to the end with image.transpose(1, 2, 0)"
+        return found, "give one image" + (" at a time, such as images[0]" if value.ndim == 4 else "")
+    if value.dtype == np.bool_:
+        return found, "scale it with image.astype('uint8') * 255"
+    if value.dtype == np.uint16:
+        return found, "scale it with (image / 257).round().astype('uint8')"
+    if value.dtype.kind == "f" and np.isfinite(value).any():
+        finite = value[np.isfinite(value)]
+        low, high = float(finite.min()), float(finite.max())
+        scale = "((image + 1) * 127.5)" if low < 0 else "(image * 255)" if high <= 1 else "image"
+        return f"{found} from {low:.3g} to {high:.3g}", f"scale it with {scale}.round().clip(0, 255).astype('uint8')"
+    return found, "give its values as uint8"

@@ -1,0 +1,23 @@
+"""The one way in which images get another size."""
+
+import numpy as np
+from PIL import Image
+
+_PREMULTIPLIED = {"RGBA": "RGBa", "LA": "La"}  # so that colours of transparent pixels don't shine through
+
+
+def resize(image: np.ndarray, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
+    """To `size` = (width, height), by PIL's filter `resample`: uint8 [H, W], [H, W, 3] or RGBA [H, W, 4], float32 [H, W].
+
+    The width first, then the height. Before Pillow 13 one call did so; it now takes the height first where only that
+    shrinks, which rounds to other bytes, and recorded ones are reproduced on every Pillow.
+    """
+    height, width = image.shape[:2]
+    if (width, height) == tuple(size):
+        return image
+    picture = Image.fromarray(image)
+    mode = picture.mode
+    if mode in _PREMULTIPLIED and resample != Image.Resampling.NEAREST:
+        picture = picture.convert(_PREMULTIPLIED[mode])
+    picture = picture.resize((size[0], height), resample).resize(size, resample)
+    return np.asarray(picture.convert(mode) if picture.mode != mode else picture)

@@ -1,0 +1,145 @@
+"""Files that commands write: checked before the work, whole or not at all, never over what the user has.
+
+Nothing here imports jax: a command asks `require_writable` before it loads anything.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lorweb_jax.errors import UserError
+
+_PROBE = bytes(4096)  # written and taken away again, to see that a folder takes files
+
+
+def require_writable(paths: Sequence[str | Path], inputs: Iterable[str | Path] = (), *, overwrite: bool = False,
+                     nbytes: int = 0) -> None:
+    """UserError, before any work, where one of the files could not be written or would take another's place.
+
+    paths: files to be written; missing folders are made with them. inputs: what is read, which is never replaced.
+    overwrite: whether other files that are there may be. nbytes: what all files take on disk together, roughly.
+    """
+    paths, inputs = [Path(path) for path in paths], list(inputs)
+    names: dict[str, Path] = {}
+    for path in paths:
+        # Some file systems take names that differ in case, or in how accents are coded, for the same.
+        same = unicodedata.normalize("NFC", os.path.abspath(path)).casefold()
+        if same in names:
+            raise UserError(f"two results would be written to {path}"
+                            f"{'' if names[same] == path else f' and {names[same]}, which differ in case only'}; "
+                            "rename one of the inputs, or make the results one by one", 2)
+        names[same] = path
+    for path in paths:
+        _require_free(path, inputs, overwrite)
+    for path in {path.parent: path for path in paths}.values():
+        _probe(path, nbytes)
+
+
+def require_writable_folder(folder: str | Path, nbytes: int = 0) -> None:
+    """UserError where no file could be written into `folder`, which may be missing."""
+    _probe(Path(folder) / "results", nbytes)
+
+
+def _require_free(path: Path, inputs: list[str | Path], overwrite: bool) -> None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return  # a file in a folder's place: _probe tells
+    except (OSError, ValueError) as error:
+        raise _not_writable(path, error) from None
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path} is a folder, a file is to be written; give a file's name", 2)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is a device or a pipe, and results go into files; give a file's name", 2)
+    for given in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(found, os.stat(given)):
+                raise UserError(f"the result would replace {given}, which is one of the inputs"
+                                f"{'' if Path(given) == path else f' (as {path})'}; give another name or folder", 2)
+    if not overwrite:
+        raise UserError(f"{path} exists already; give another name, or add --overwrite to replace it", 2)
+
+
+def _probe(path: Path, nbytes: int) -> None:
+    """Write a little beside `path` and take it away again, with the folders that were made for it."""
+    made: list[Path] = []
+    try:
+        missing = []
+        folder = Path(os.path.realpath(path)).parent
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            made.append(folder)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long, now that its folder is there
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
+            file.write(_PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        raise _not_writable(path, error) from None
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    if nbytes > free:
+        raise UserError(f"{path.parent} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed; make room "
+                        "or write elsewhere")
+
+
+def _not_writable(path: Path, error: OSError | ValueError) -> UserError:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UserError(f"{path} could not be written, for {error.filename or path.parent} is a file and no folder; "
+                         "give another folder")
+    return UserError(f"{path} could not be written ({getattr(error, 'strerror', None) or error}); check the folder, its "
+                     "permissions and the free space")
+
+
+@contextlib.contextmanager
+def told_if_unwritable(path: str | Path) -> Iterator[None]:
+    """Within it, a failure to write `path` is a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null" not in str(error):  # a NUL in the name
+            raise
+        raise _not_writable(Path(path), error) from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes `path`'s place if the body ends well and is removed if not.
+
+    Makes missing folders. Where `path` is a link, the file that it names is replaced. Raises OSError.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of its own process, so that two that write the same file don't mix; names are limited to 255 bytes.
+    start = os.fsdecode(os.fsencode(path.name)[:200])
+    temporary = path.with_name(f"{start}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write `data` under a temporary name, then rename; makes missing folders. Raises UserError if it can't."""
+    with told_if_unwritable(path), replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """The same of a text, as UTF-8. What UTF-8 doesn't have (names of files in other encodings) is written \\udc.., which
+    JSON reads back as it was."""
+    write_file(path, text.encode(errors="backslashreplace"))
