@@ -1,0 +1,15 @@
+"""Texts from people, files and command lines, as the text encoders can take them."""
+
+from typing import Any
+
+from lorweb_jax.errors import UserError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def as_text(value: Any, name: str) -> str:
+    """A str that UTF-8 can hold. Bytes of a command line or a file that are not UTF-8 (Python keeps them as lone
+    surrogates) become �. UserError, which calls the text `name`, for what is no str."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {value!r:.80}, a text (str) was expected; give \"\" for none")
+    return "".join(REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in value)
