@@ -137,7 +137,9 @@ _WIDTH = Whole(1, 65_536)      # of features
 _LAYERS = Whole(1, 1000)
 _SHARE = Real(0, 1)            # a probability
 _WEIGHT = Real(0, 1e6)         # of a part of a loss
-_GUIDANCE = Real(0, 100)
+GUIDANCE = Real(0, 100)
+SAMPLING_STEPS = Whole(1, 1000)
+SEED = Whole(0, 2**64 - 1)     # each gives other random keys (seeds.py)
 _DTYPE = Choice(("float32", "bfloat16", "float16"))
 _SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then divide into 2x2 patches
 _TOKENS = Whole(1, 512)
@@ -146,7 +148,7 @@ INTERNAL_MODES = ("aa'bb'", "caa'bb'", "caa'b", "caa'")
 QUERY_MODES = ("cat-aa'b", "ca'-ca", "ca'-ca+cb", *INTERNAL_MODES, "paa'b", "cat-paa'b", "paa'b3", "cat-paa'b3")
 
 COMMON: dict[str, Rule] = {
-    "seed": Whole(0, 2**32 - 1),  # as many as jax's random keys tell apart
+    "seed": SEED,
     "train.steps": _COUNT,
     "train.batch": Whole(1, 2**20),
     "train.log_every": _COUNT,
@@ -192,7 +194,7 @@ BASIS: dict[str, Rule] = {
     "data.workers": Whole(0, 1024),
     "precomputed": Folder(empty=True),
     "loss_weight": Choice(("bell", "uniform")),
-    "guidance": _GUIDANCE,
+    "guidance": GUIDANCE,
     "compute_dtype": _DTYPE,
     "quantization": Choice(("none", "int8", "fp8")),
     "remat": Choice(("none", "dots", "attention", "full")),
@@ -201,8 +203,8 @@ BASIS: dict[str, Rule] = {
     "show.tasks": Whole(1, 10**6),
     "show.per_task": Whole(1, 10**6),
     "show.batch": Whole(1, 65_536),
-    "show.steps": Whole(1, 1000),
-    "show.guidance": _GUIDANCE,
+    "show.steps": SAMPLING_STEPS,
+    "show.guidance": GUIDANCE,
 }
 
 BASE_VAE: dict[str, Rule] = {
@@ -271,7 +273,7 @@ BASE_TRANSFORMER: dict[str, Rule] = {
     "data.vague": _SHARE,
     "data.silent": _SHARE,
     "loss_weight": Choice(("bell", "uniform")),
-    "guidance": Several(_GUIDANCE, 2, 2),
+    "guidance": Several(GUIDANCE, 2, 2),
     "show_steps": Whole(1, 1000),
 }
 

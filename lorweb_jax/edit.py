@@ -3,17 +3,26 @@
   python -m lorweb_jax.edit --pipeline assets/small_kontext --basis runs/basis \\
       --a a.png --a2 a2.png --b b.png --prompt "put a frame around it" --out result.png
 
-Several --b give several results: with --out results/ they are written there under the names of the b's.
+Several --b give several results: with --out results/ they are written there under the names of the b's. An image that
+is there already is replaced with --overwrite only, one of the inputs never. Images: PNG, JPEG, WebP, GIF, BMP, TIFF,
+AVIF, PPM of any depth; embedded colour profiles are converted to sRGB, transparent parts laid on white.
 """
 
 import argparse
+import os
 from pathlib import Path
 
+from lorweb_jax.arguments import MAX_SIZE, as_value
+from lorweb_jax.command_line import Parser
+from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, SEED
 from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.images.grid import condition_grid, fit_to_model
+from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
+from lorweb_jax.outputs import require_writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.edit", description=__doc__,
+    parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=Path("assets/small_kontext"),
                         help="folder of a FLUX.1 Kontext pipeline in diffusers' layout (default: the small one here)")
@@ -26,11 +35,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--a", type=Path, required=True, help="an image before the edit; its size is the result's")
     parser.add_argument("--a2", type=Path, required=True, help="the same image after the edit")
     parser.add_argument("--b", type=Path, required=True, nargs="+", help="one or more images to edit likewise")
-    parser.add_argument("--out", type=Path, required=True, help="image file to write; a folder for several --b")
+    parser.add_argument("--out", required=True,
+                        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several --b; write / at its end)")
+    parser.add_argument("--overwrite", action="store_true", help="replace images of the same names, but never an input")
     parser.add_argument("--prompt", default="", help="the edit in words (default: none)")
-    parser.add_argument("--steps", type=int, default=28, help="sampling steps (default: 28)")
+    parser.add_argument("--steps", type=int, default=28, help="sampling steps, 1 to 1000 (default: 28)")
     parser.add_argument("--guidance", type=float, default=2.5, help="guidance input of the model (default: 2.5)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same image (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="0 to 2^64 - 1; the same seed gives the same image (default: 0)")
     parser.add_argument("--max-size", type=int, help="longest edge of the 2x2 grid, pixels; larger grids are resized")
     parser.add_argument("--apply", choices=["auto", "folded", "low-rank"], default="auto",
                         help="fold the mix into the weights or apply it beside them (default: whichever is possible "
@@ -46,42 +57,57 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def targets(out: Path, bs: list[Path]) -> list[Path]:
-    """Where each result goes."""
-    if len(bs) == 1 and out.suffix:
-        return [out]
-    if out.suffix:
+def targets(out: str, bs: list[Path]) -> list[Path]:
+    """Where each result goes: into the file `out`, or under the name of its b into the folder."""
+    path, suffix = Path(out), Path(out).suffix
+    # A version such as results/v1.5 is a folder's name; other suffixes are of files, wanted or misspelt.
+    folder = (out.endswith(("/", os.sep)) or path.is_dir() or not suffix or suffix[1:].isdecimal()
+              or len(bs) > 1 and suffix.lower() not in WRITTEN)
+    if folder:
+        return [path / f"{b.stem}.png" for b in bs]
+    require_image_name(path)
+    if len(bs) > 1:
         raise UserError(f"{len(bs)} images --b were given and one file {out} to write; give a folder as --out", 2)
-    names = [f"{b.stem}.png" for b in bs]
-    if len(set(names)) < len(names):
-        raise UserError("two of the images --b have the same name, and their results would overwrite each other; "
-                        "rename one, or edit them one by one", 2)
-    return [out / name for name in names]
+    return [path]
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    as_value(args.steps, "--steps", SAMPLING_STEPS)
+    as_value(args.guidance, "--guidance", GUIDANCE)
+    as_value(args.seed, "--seed", SEED)
+    if args.max_size is not None:
+        as_value(args.max_size, "--max-size", MAX_SIZE)
+    if args.apply == "folded" and len(args.b) > 1:
+        raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
     outs = targets(args.out, args.b)
-    if args.steps < 1:
-        raise UserError(f"--steps is {args.steps}; it must be at least 1, such as 28", 2)
-    from lorweb_jax.images.io import read_image, write_image
-    from lorweb_jax.pipeline import Pipeline
-
+    require_writable(outs, [args.a, args.a2, *args.b, *filter(None, (args.basis, args.basis_config))],
+                     overwrite=args.overwrite)
     a, a2 = read_image(args.a), read_image(args.a2)
     bs = [read_image(path) for path in args.b]
+    grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
+    for path in outs:
+        require_image_name(path, (grid.shape[1] // 2, grid.shape[0] // 2))
+    from lorweb_jax.pipeline import Pipeline
+
     pipeline = Pipeline.load(args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention,
                              quantization=args.quantization)
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    if folded and len(bs) > 1:
-        raise UserError(f"--apply folded serves one --b, {len(bs)} were given; leave it out", 2)
     results = pipeline.edit_batch([(a, a2, b) for b in bs], [args.prompt] * len(bs), steps=args.steps,
                                   guidance=args.guidance, seed=args.seed, max_size=args.max_size, folded=folded,
                                   round_to_bfloat16=args.round_to_bfloat16)
+    failed = []
     for path, result in zip(outs, results):
-        write_image(path, result)
-        print(f"wrote {path}: {result.shape[1]}x{result.shape[0]} pixels")
+        try:
+            written = write_image(path, result, args.overwrite)
+        except UserError as error:  # the others are not lost for it
+            failed.append(str(error))
+        else:
+            print(f"wrote {written}: {result.shape[1]}x{result.shape[0]} pixels")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(outs)} results are not written: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

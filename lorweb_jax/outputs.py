@@ -4,6 +4,7 @@ Nothing here imports jax: a command asks `require_writable` before it loads anyt
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import stat
@@ -133,10 +134,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write `data` under a temporary name, then rename; makes missing folders. Raises UserError if it can't."""
-    with told_if_unwritable(path), replacing(path) as temporary:
-        temporary.write_bytes(data)
+def write_file(path: str | Path, data: bytes, overwrite: bool = True) -> Path:
+    """Write `data` under a temporary name, then rename; makes missing folders. Raises UserError if it can't.
+
+    Returns the path: with `overwrite` False, name-1.suffix and so on where something of this name has come to be there.
+    """
+    with told_if_unwritable(path):
+        path = Path(path) if overwrite else _claimed(Path(path))
+        try:
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+        except BaseException:
+            if not overwrite:
+                path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def _claimed(path: Path) -> Path:
+    """An empty file of this name, or of the next one that is free, made now so that no other process takes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        free = path.with_stem(f"{path.stem}-{number}") if number else path
+        with contextlib.suppress(FileExistsError):
+            open(free, "xb").close()
+            return free
 
 
 def write_text(path: str | Path, text: str) -> None:

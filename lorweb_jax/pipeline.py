@@ -8,6 +8,7 @@
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,34 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from lorweb_jax.arguments import MAX_SIZE, Images, as_analogies, as_path, as_prompts, as_value
 from lorweb_jax.basis.basis import Basis
 from lorweb_jax.basis.fold import can_fold, fold
+from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, Choice, Flag, Whole
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.image_encoder import ImageEncoder
-from lorweb_jax.errors import UserError
-from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model
+from lorweb_jax.errors import UserError, say
+from lorweb_jax.finite import require_finite
+from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model, stretched
 from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.layers import Addition
 from lorweb_jax.model import AnalogyModel
+from lorweb_jax.outputs import told_if_unwritable
 from lorweb_jax.precomputed.read import Precomputed
+from lorweb_jax.quantization import KINDS
+from lorweb_jax.seeds import random_key
 from lorweb_jax.sharding import to_host
-from lorweb_jax.quantization import check
-from lorweb_jax.transformer.attention import resolve
+from lorweb_jax.texts import REPLACEMENT
+from lorweb_jax.transformer.attention import IMPLEMENTATIONS, resolve
 from lorweb_jax.transformer.flux import block_linears
 from lorweb_jax.weights.adapters import load_basis
-from lorweb_jax.weights.basis_file import write_basis
+from lorweb_jax.weights.basis_file import require_fits, write_basis
 from lorweb_jax.weights.lora_file import TruncationError, mixed_factors, truncate, write_lora
 from lorweb_jax.weights.pipeline_folder import PipelineFolder
 from lorweb_jax.weights.state import abstract_shapes, fill
 
-Images = tuple[np.ndarray, np.ndarray, np.ndarray]
+_DTYPES = Choice(("float32", "bfloat16", "float16"))
+_RANK = Whole(1, 2**20)
 Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
 
 
@@ -56,11 +64,14 @@ class Pipeline:
         image_encoder: the router's image encoder (CLIP ViT-L/14 or SigLIP2 folder); default `folder`/clip_vision.
         dtype: what weights of transformer and text encoders are kept and computed in. attention, quantization: see
         Flux; nothing is folded into a quantised transformer.
-        Raises UserError for missing, truncated or foreign files, with the difference where keys don't match.
+        Raises UserError for missing, truncated, damaged or foreign files, with the difference where keys don't match,
+        and for weights that are not finite.
         """
-        check(quantization)
-        opened = PipelineFolder(folder, image_encoder)
-        dtype, device = jnp.dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
+        quantization = as_value(quantization, "quantization", Choice(KINDS))
+        opened = PipelineFolder(as_path(folder, "the pipeline"),
+                                None if image_encoder is None else as_path(image_encoder, "the image encoder"))
+        dtype, device = _dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
+        attention = as_value(attention, "attention", Choice(IMPLEMENTATIONS))
         attention = resolve(attention, jax.default_backend(), dtype, opened.flux_config.attention_head_dim)
 
         model = nnx.eval_shape(lambda: opened.make(nnx.Rngs(0), dtype=dtype, attention=attention,
@@ -82,13 +93,21 @@ class Pipeline:
         config: the published basis's config.yaml, where it doesn't lie beside it. Weights are shared, not copied.
         Raises UserError for a basis that doesn't fit the transformer or the image encoder.
         """
-        if not isinstance(basis, Basis):
-            basis = Basis.from_arrays(*load_basis(basis, block_linears(self.folder.flux_config), config))
+        layers = block_linears(self.folder.flux_config)
+        if isinstance(basis, Basis):
+            require_fits(basis.to_arrays(), layers, "the basis")
+        else:
+            config = None if config is None else as_path(config, "the basis's config")
+            basis = Basis.from_arrays(*load_basis(as_path(basis, "the basis"), layers, config))
         self.folder.complete(basis.config, self.model.image_encoder)
         return Pipeline(self.folder, _with(self.model, basis=basis), self.precomputed)
 
     def query(self, conditions: list[Images]) -> jax.Array:
         """The external query [b, q] of analogies (a, a′, b), each at its own size."""
+        self._basis()
+        return self._query(as_analogies(conditions))
+
+    def _query(self, conditions: list[Images]) -> jax.Array:
         grids = [condition_grid(*images) for images in conditions]
         if self.model.image_encoder is None and self.precomputed:
             return jnp.asarray(self.precomputed.query(grids))
@@ -96,9 +115,13 @@ class Pipeline:
         return _query(self.model, jnp.asarray(views))
 
     def prompt(self, texts: list[str]) -> tuple[jax.Array, jax.Array]:
-        """Instructions -> text [b, t, j] and pooled [b, p]."""
+        """Instructions -> text [b, t, j] and pooled [b, p]. Says so where an encoder doesn't take all of one."""
+        texts, given = as_prompts(texts), texts
+        if any(text != said for text, said in zip(texts, given)):
+            say("the prompt holds bytes that are not UTF-8; each is replaced by " + REPLACEMENT)
         if self.model.text_encoder_2 is None and self.precomputed:
             return tuple(map(jnp.asarray, self.precomputed.prompt(texts)))
+        self.folder.tell_left_out(texts, "prompt")
         return _prompt(self.model, *map(jnp.asarray, self.folder.token_ids(texts)))
 
     @property
@@ -111,8 +134,8 @@ class Pipeline:
     def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
         """The router's coefficients of one analogy, {path: [l, n]}. UserError without a basis, or with an internal
         query, whose coefficients depend on each layer's input."""
-        mixes = self._coefficients([(a, a2, b)])
-        return {path: to_host(coeff[:, 0]) for path, coeff in mixes.items()}
+        [images] = _told_if_stretched(as_analogies([(a, a2, b)]))
+        return {path: to_host(coeff[:, 0]) for path, coeff in self._coefficients([images]).items()}
 
     def edit(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, prompt: str = "", *, steps: int = 28,
              guidance: float = 2.5, seed: int = 0, max_size: int | None = None, folded: bool | None = None,
@@ -136,12 +159,20 @@ class Pipeline:
 
         The noise of the i-th analogy depends on the seed and i alone, unless `noise` [b, s, c] gives it, in packed
         latents (diffusers' `latents`). use_basis False leaves the basis out. `coefficients` serve all of them.
+        Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
-        if steps < 1:
-            raise UserError(f"{steps} sampling steps were asked for; give at least 1, such as 28", 2)
+        steps, guidance = as_value(steps, "steps", SAMPLING_STEPS), as_value(guidance, "guidance", GUIDANCE)
+        if max_size is not None:
+            max_size = as_value(max_size, "max_size", MAX_SIZE)
+        if folded is not None:
+            folded = as_value(folded, "folded", Flag())
+        key = random_key(seed)
+        conditions = as_analogies(conditions)
+        prompts = as_prompts(prompts, len(conditions))
         grids = [fit_to_model(condition_grid(*images, max_size)) for images in conditions]
         if note := next((note for _, note in grids if note), None):
-            print(note)
+            say(note)
+        _told_if_stretched(conditions)
         sizes = {grid.shape[:2] for grid, _ in grids}
         if len(sizes) > 1:
             raise UserError(f"the analogies give grids of different sizes {sorted(sizes)}; edit them one by one, or "
@@ -156,25 +187,35 @@ class Pipeline:
                                 "on the layers' inputs; leave folding out")
             if folded or (folded is None and foldable and can_fold(model.transformer)):
                 model, additions = _with(model, transformer=_fold(model.transformer, additions)), None
-        text, pooled = self.prompt(list(prompts))
+        text, pooled = self.prompt(prompts)
         condition = _encode(model, jnp.asarray(np.stack([grid for grid, _ in grids])))
         if noise is None:
-            noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), condition.shape[1:])
+            noise = np.stack([jax.random.normal(jax.random.fold_in(key, i), condition.shape[1:])
                               for i in range(batch)])
+        elif np.shape(noise) != condition.shape or np.asarray(noise).dtype.kind not in "fiu":
+            raise UserError(f"the noise is {list(np.shape(noise))}, numbers {list(condition.shape)} were expected; "
+                            "give packed latents [b, s, c], or leave it out")
+        noise = jnp.asarray(noise)
         sigmas = self.folder.schedule.sigmas(steps, condition.shape[1])
-        tokens = _sample(model, size, round_to_bfloat16, jnp.asarray(noise), condition, text, pooled,
+        tokens = _sample(model, size, bool(round_to_bfloat16), noise, condition, text, pooled,
                          jnp.float32(guidance), jnp.asarray(sigmas), additions)
-        return [bottom_right(image) for image in to_uint8(_decode(model, size, tokens))]
+        decoded = _decode(model, size, tokens)
+        _require_finite({"the text's embedding": text, "the text's pooled embedding": pooled,
+                         "the latents of a, a2 and b": condition, "the noise": noise,
+                         "the latents after sampling": tokens, "the decoded image": decoded})
+        return [bottom_right(image) for image in to_uint8(decoded)]
 
     def save_basis(self, path: str | Path, dtype: str = "float16") -> None:
         """The attached basis in the published format: `path` (.safetensors) and config.yaml beside it.
 
-        Where there are several processes all call this, and process 0 writes.
+        Where there are several processes all call this, and process 0 writes. Raises UserError for another suffix or
+        dtype, numbers that are not finite in it, and where the files can't be written.
         """
-        basis = self._basis()
+        basis, path, dtype = self._basis(), as_path(path, "the file", ".safetensors"), _dtype(dtype)
         arrays = _arrays(basis)
         if jax.process_index() == 0:
-            write_basis(path, basis.config, arrays, dtype)
+            with told_if_unwritable(path):
+                write_basis(path, basis.config, arrays, dtype)
 
     def save_lora(self, path: str | Path, coefficients: Coefficients, *, rank: int | None = None,
                   dtype: str = "float32", alpha: bool | float = False, names: str = "diffusers"
@@ -182,13 +223,18 @@ class Pipeline:
         """One mix as an ordinary LoRA that diffusers reads, of rank n·r, or of a lower `rank` by SVD.
 
         Returns the error of the lower rank, relative to the update's norm (None at full rank). alpha, names: see
-        lora_file.write_lora.
+        lora_file.write_lora. Raises UserError for coefficients of another basis, another suffix, rank, dtype, alpha or
+        names, numbers that are not finite in the dtype, and where the file can't be written.
         """
-        basis, error = self._basis(), None
+        basis, error, path, dtype = self._basis(), None, as_path(path, "the file", ".safetensors"), _dtype(dtype)
+        coefficients = self._fitting(coefficients)
+        if rank is not None:
+            rank = as_value(rank, "the rank", _RANK)
         factors = mixed_factors(_arrays(basis), coefficients, basis.config.scale)
         if rank is not None:
             factors, error = truncate(factors, rank)
-        write_lora(path, factors, dtype, alpha, names, block_linears(self.folder.flux_config))
+        with told_if_unwritable(path):
+            write_lora(path, factors, dtype, alpha, names, block_linears(self.folder.flux_config))
         return error
 
     def _basis(self) -> Basis:
@@ -198,20 +244,71 @@ class Pipeline:
 
     def _coefficients(self, conditions: list[Images]) -> dict[str, jax.Array]:
         basis = self._basis()
-        query = self.query(conditions) if basis.config.query == "external" else None
-        return basis.coefficients(query, len(conditions))
+        query = self._query(conditions) if basis.config.query == "external" else None
+        found = basis.coefficients(query, len(conditions))
+        for path, bad in jax.device_get(_not_finite(found)).items():
+            if bad:
+                raise UserError(f"the router's coefficients of {path} hold not-a-number or infinity; check the basis and "
+                                "the image encoder's weights")
+        return found
 
     def _additions(self, conditions: list[Images], coefficients: Coefficients | None) -> dict[str, Addition]:
         basis = self._basis()
         if coefficients is not None:
-            shape = {path: (layer.a.shape[0], basis.config.size) for path, layer in basis.layers.items()}
-            if {path: np.shape(coeff) for path, coeff in coefficients.items()} != shape:
-                raise UserError(f"the coefficients given don't fit the basis; expected [layers, {basis.config.size}] for "
-                                f"each of {len(shape)} paths, as `coefficients` returns them")
+            coefficients = self._fitting(coefficients)
             return basis.additions({path: jnp.broadcast_to(jnp.asarray(coeff)[:, None],
                                                            (coeff.shape[0], len(conditions), coeff.shape[1]))
                                     for path, coeff in coefficients.items()})
         return basis.additions(None if basis.config.query == "internal" else self._coefficients(conditions))
+
+
+    def _fitting(self, coefficients: Any) -> Coefficients:
+        """The coefficients as float32 [l, n], if they are finite and belong to the basis; UserError if not."""
+        basis = self._basis()
+        shapes = {path: (layer.a.shape[0], basis.config.size) for path, layer in basis.layers.items()}
+        given = dict(coefficients) if isinstance(coefficients, Mapping) else {}
+        for path, shape in shapes.items():
+            array = np.asarray(given.get(path))
+            if array.dtype.kind not in "fiu" and array.dtype != jnp.bfloat16 or array.shape != shape:
+                found = f"{list(array.shape)} of {array.dtype}" if path in given else "none"
+                raise UserError(f"the coefficients given don't fit the basis: of {path} there are {found}, numbers "
+                                f"{list(shape)} were expected; give all {len(shapes)} paths as `coefficients` returns "
+                                "them")
+            given[path] = array.astype(np.float32)
+            require_finite(given[path], f"the coefficients of {path}", "give finite ones")
+        if more := given.keys() - shapes.keys():
+            raise UserError(f"the coefficients given don't fit the basis, which has no {min(map(str, more))}; give its "
+                            f"{len(shapes)} paths as `coefficients` returns them")
+        return given
+
+
+def _dtype(given: Any) -> jnp.dtype:
+    """A floating-point dtype that weights are kept or stored in; UserError for everything else."""
+    try:
+        name = jnp.dtype(given).name if given is not None else None
+    except TypeError:
+        name = given
+    return jnp.dtype(as_value(name, "the dtype", _DTYPES))
+
+
+def _told_if_stretched(analogies: list[Images]) -> list[Images]:
+    for sentence in stretched(analogies):
+        say(sentence)
+    return analogies
+
+
+@jax.jit
+def _not_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: ~jnp.isfinite(array).all() for name, array in arrays.items()}
+
+
+def _require_finite(places: dict[str, jax.Array]) -> None:
+    """UserError that names the first of the places, in the order of computation, whose numbers are not all finite."""
+    bad = jax.device_get(_not_finite(places))
+    for place in places:
+        if bad[place]:
+            raise UserError(f"there is no result: {place} holds not-a-number or infinity; check the weights of the "
+                            "pipeline and the basis, give smaller coefficients, or compute in float32")
 
 
 def _arrays(basis: Basis) -> dict[str, dict[str, np.ndarray]]:

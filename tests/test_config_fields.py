@@ -61,13 +61,14 @@ def test_values_of_no_sense_for_every_field(config):
     fields, tried = values(made(config)), 0
     for name, default in fields.items():
         for value in SENSELESS[type(default)]:
-            refuse(fields, name, value)
-            tried += 1
+            if (name, value) != ("seed", 10**12):  # a good seed
+                refuse(fields, name, value)
+                tried += 1
     assert tried > 200
 
 
 @pytest.mark.parametrize("name, bad", [
-    ("seed", (-1, 2**32)),
+    ("seed", (-1, 2**64)),
     ("train.steps", (0,)), ("train.batch", (0, 2**21)), ("train.log_every", (0,)), ("train.checkpoint_every", (0,)),
     ("train.picture_every", (0,)), ("train.ema", (1.0, 1)), ("train.frozen_dtype", ("int8", "float", "")),
     ("optimizer.name", ("sgd", "AdamW")), ("optimizer.learning_rate", (0, 0.0, 11.0)),
@@ -139,7 +140,7 @@ def test_a_field_that_is_missing():
 @pytest.mark.parametrize("changes", [
     {"basis.query_dim": 384}, {"basis.projection": "none", "basis.query_dim": 64}, {"data.quadrant_size": 0},
     {"data.quadrant_size": [64, 128]}, {"data.root": "folder", "data.held_out": "other"}, {"optimizer.clip": 1e9},
-    {"guidance": 1}, {"optimizer.learning_rate": 1e-6}, {"optimizer.weight_decay": 0}, {"seed": 2**32 - 1},
+    {"guidance": 1}, {"optimizer.learning_rate": 1e-6}, {"optimizer.weight_decay": 0}, {"seed": 2**64 - 1},
     {"mesh.data": 2, "mesh.fsdp": 3, "mesh.tensor": 4}, {"basis.encoder": "with spaces/é"}, {"data.caption_drop": 1},
     {"basis.query": "fixed"}, {"data.root": "not_utf8_\udce9"},
 ])

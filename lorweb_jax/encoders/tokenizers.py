@@ -41,6 +41,13 @@ def _ids(tokenizer, texts, max_length: int) -> np.ndarray:
                                 return_attention_mask=False)["input_ids"], np.int32)
 
 
+def left_out(tokenizer, text: str, max_length: int) -> str:
+    """What of a text lies beyond `max_length` tokens, start and end included; "" where all of it is taken."""
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    # Both tokenizers cut the words before the end token, which stays.
+    return tokenizer.decode(ids[max_length - 1:-1], skip_special_tokens=True).strip() if len(ids) > max_length else ""
+
+
 def tokenize_clip(texts: list[str], folder: str | Path, max_length: int | None = None) -> np.ndarray:
     """int32 [b, t], t = max_length (default: the tokenizer's own, 77): texts between start and end tokens, padded.
 

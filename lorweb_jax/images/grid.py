@@ -1,5 +1,7 @@
 """The analogy grid [a, a'; b, b'] and its parts (method.md section 2). All images are uint8 [H,W,3]."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lorweb_jax.errors import UserError
@@ -13,6 +15,29 @@ def condition_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, max_size: int |
     Raises UserError for a `max_size` below 2.
     """
     return target_grid(a, a2, b, b, max_size)
+
+
+def stretched(analogies: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[str]:
+    """A sentence for a′, and one for b, where such an image takes another shape when it is brought to a's size."""
+    sentences = []
+    for place, name in ((1, "a2"), (2, "b")):
+        found = [(images[place].shape[1::-1], images[0].shape[1::-1]) for images in analogies
+                 if other_shape(images[place].shape[1::-1], images[0].shape[1::-1])]
+        if found:
+            (width, height), (a_width, a_height) = found[0]
+            among = f" in {len(found)} of {len(analogies)} analogies, in the first of them" if len(analogies) > 1 else ""
+            sentences.append(f"{name} is stretched to a's shape{among} from {width}x{height} to {a_width}x{a_height} "
+                             f"pixels; crop it to the same proportions if that is not wanted")
+    return sentences
+
+
+def other_shape(size: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether an image of `size` = (width, height) is distorted when it is resized to `target`: by more than 1 % and
+    more than the pixel that comes from rounding."""
+    (width, height), (to_width, to_height) = size, target
+    even_width, even_height = to_height * width / height, to_width * height / width
+    return (abs(even_width - to_width) > max(1, 0.01 * to_width)
+            and abs(even_height - to_height) > max(1, 0.01 * to_height))
 
 
 def target_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, b2: np.ndarray,

@@ -108,10 +108,11 @@ def require_image_name(path: str | Path, size: tuple[int, int] | None = None) ->
                         f"{longest} a side; give a .png", 2)
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
+def write_image(path: str | Path, image: np.ndarray, overwrite: bool = True) -> Path:
     """Write uint8 [H,W,3] in the format that the suffix says, at once or not at all; makes missing folders.
 
-    A file of this name is replaced. Raises UserError for an unknown suffix, another kind of array, or when the file
+    A file of this name is replaced; with `overwrite` False a free name beside it is taken. Returns where the image is.
+    Raises UserError for an unknown suffix, another kind of array, or when the file
     cannot be written.
     """
     if not isinstance(path, str | os.PathLike):
@@ -122,4 +123,4 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     data = io.BytesIO()
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
     Image.fromarray(image).save(data, kind, **options)
-    write_file(path, data.getvalue())
+    return write_file(path, data.getvalue(), overwrite)

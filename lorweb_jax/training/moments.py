@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorweb_jax.seeds import random_key
+
 _BLOCK = 128   # numbers that share a scale, at most (more where the axis has a larger odd factor)
 _POWER = 4     # of v's code: √v by 2 loses what is far below a block's largest, by 3 nearly as good as by 4
 _GOLDEN = 0x9E37  # 2¹⁶ times the golden ratio's fraction
@@ -54,7 +56,7 @@ def scale_by_adam(b1: float, b2: float, kind: str, seed: int, eps: float = 1e-8)
             m, v = unpack({name: arrays[path] for name, arrays in state.moments.items()})
             m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * jnp.square(gradient)
             directions[path] = m / (1 - b1 ** count) / (jnp.sqrt(v / (1 - b2 ** count)) + eps)
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"moments {path}".encode()))
+            key = jax.random.fold_in(random_key(seed), zlib.crc32(f"moments {path}".encode()))
             packed[path] = pack(m, v, *_thresholds(jax.random.bits(key, gradient.shape, jnp.uint32), count))
         return directions, AdamState(count, _by_name(packed))
 

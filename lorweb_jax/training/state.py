@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lorweb_jax import sharding
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Scale
+from lorweb_jax.seeds import random_key
 from lorweb_jax.training.job import Job
 
 Arrays = dict[str, jax.Array]  # by dotted path
@@ -35,7 +36,7 @@ class Layout:
     @classmethod
     def of(cls, job: Job, seed: int) -> "Layout":
         """From job.build, traced; UserError if nothing in the model is trainable."""
-        graphdef, trainable, frozen = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(seed))))
+        graphdef, trainable, frozen = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(random_key(seed)))))
         if not trainable:
             raise UserError(f"the model has no {job.trainable.__name__} that the job's filter would train; "
                             "check `trainable` and `trainable_filter` of the job")
@@ -115,7 +116,7 @@ def frozen_weights(job: Job, shapes: Shapes, config) -> Arrays:
 def _built(job: Job, part: str, shapes: Shapes, seed: int) -> Arrays:
     """One part of the job's fresh model, made where it will live; the other part is never computed."""
     def arrays() -> Arrays:
-        _, trainable, frozen = split(job, job.build(nnx.Rngs(seed)))
+        _, trainable, frozen = split(job, job.build(nnx.Rngs(random_key(seed))))
         held = _by_path(trainable if part == "trainable" else frozen)
         return {name: variable.get_value().astype(shapes[name].dtype) for name, (_, variable) in held.items()}
 

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from lorweb_jax import sharding
+from lorweb_jax.seeds import random_key
 from lorweb_jax.training.job import Batch, Job
 from lorweb_jax.training.state import Arrays, Layout, StateShapes
 
@@ -24,7 +25,7 @@ def make_update(job: Job, layout: Layout, optimizer: optax.GradientTransformatio
     `step` is the step's index, uint32; all randomness of a step comes from it and from `seed`.
     """
     def update(trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: jax.Array):
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(random_key(seed), step)
 
         def loss_of(trainable: Arrays):
             return job.loss(layout.model(trainable, frozen), batch, key)

@@ -17,10 +17,11 @@ import yaml
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.encoders import queries
 from lorweb_jax.errors import UserError
+from lorweb_jax.outputs import replacing
 from lorweb_jax.schema import Between, Heads, Width, checked, read_yaml, shown
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.layer_names import layer_name, split_layer_name, stack_blocks
-from lorweb_jax.weights.safetensors_io import replacing, write
+from lorweb_jax.weights.safetensors_io import write
 
 Arrays = dict[str, dict[str, np.ndarray]]
 

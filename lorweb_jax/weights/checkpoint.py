@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.finite import require_finite
 from lorweb_jax.files import cannot_be_read, inside, regular_file
 from lorweb_jax.schema import INDEX_BYTES, Between, json_value, read_json, shown
 from lorweb_jax.weights.safetensors_io import DTYPES, FLOATS, NAMES
@@ -120,9 +121,13 @@ class Checkpoint:
         return Extent(file, offset + start * row, len(range(*slice(start, stop).indices(shape[0]))) * row)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The tensor, or its rows start..stop along the leading axis, read from the disk now."""
-        dtype, shape = self._entries[name][2:]
+        """The tensor, or its rows start..stop along the leading axis, read from the disk now.
+
+        UserError if it is not finite.
+        """
+        file, _, dtype, shape = self._entries[name]
         array = self.extent(name, start, stop).read().view(dtype)
+        require_finite(array, f"{file}: {name}", "download the file again, or take an earlier one")
         return array.reshape(shape if stop is None and start == 0 else (-1, *shape[1:]))
 
     def __contains__(self, name: str) -> bool:

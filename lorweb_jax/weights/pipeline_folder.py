@@ -1,7 +1,7 @@
 """A FLUX Kontext pipeline folder in diffusers' layout: its configs now, its weights when they are asked for."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, open_image_encoder
 from lorweb_jax.encoders.t5 import T5Config, T5Encoder, open_t5
-from lorweb_jax.encoders.tokenizers import load_t5_tokenizer, tokenize_clip, tokenize_t5
-from lorweb_jax.errors import UserError
+from lorweb_jax.encoders.tokenizers import (left_out, load_clip_tokenizer, load_t5_tokenizer, tokenize_clip,
+                                            tokenize_t5)
+from lorweb_jax.errors import UserError, say
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.model import AnalogyModel
@@ -40,6 +41,7 @@ class PipelineFolder:
 
     def __init__(self, folder: str | Path, image_encoder: str | Path | None = None):
         self.folder = Path(folder)
+        self._told: set[str] = set()  # texts that `tell_left_out` has seen
         if missing := [part for part in PARTS if not (self.folder / part).is_dir()]:
             raise UserError(f"{self.folder} has no folder {', '.join(missing)}; give a FLUX.1 Kontext pipeline in "
                             f"diffusers' layout, which holds {', '.join(PARTS)}")
@@ -67,6 +69,28 @@ class PipelineFolder:
         """int32 CLIP ids [b, 77] and T5 ids [b, t]."""
         return (tokenize_clip(texts, self.folder / "tokenizer"),
                 tokenize_t5(texts, self.folder / "tokenizer_2", self.text_tokens))
+
+    def tell_left_out(self, texts: Iterable[str], name: str) -> None:
+        """Say in one line which of the texts (such as the "prompt") an encoder doesn't take to the end; each once."""
+        texts = [text for text in dict.fromkeys(texts) if text not in self._told]
+        self._told.update(texts)
+        longer, first = set(), {}
+        for encoder, tokenizer, tokens in self._text_encoders():
+            for text in texts:
+                if rest := left_out(tokenizer, text, tokens):
+                    longer.add(text)
+                    first.setdefault(encoder, f"after {encoder}'s {tokens} tokens {_shortened(rest)}")
+        if longer:
+            where = " and ".join(first.values())
+            say(f"the {name} is longer than the text encoders take: {where} is left out" if len(texts) == 1 else
+                f"{len(longer):,} of {len(texts):,} {name}s are longer than the text encoders take: {where} is left out "
+                "of the first of them")
+
+    def _text_encoders(self) -> Iterator[tuple[str, Any, int]]:
+        """(name, tokenizer, tokens that it takes) of each."""
+        clip = load_clip_tokenizer(str(self.folder / "tokenizer"))
+        yield "CLIP", clip, clip.model_max_length
+        yield "T5", load_t5_tokenizer(str(self.folder / "tokenizer_2")), self.text_tokens
 
     def make(self, rngs: nnx.Rngs, basis: BasisConfig | None = None, *, dtype=jnp.float32, remat: str = "none",
              attention: str = "xla", unroll: int = 1, quantization: str = "none",
@@ -127,3 +151,7 @@ class PipelineFolder:
                 found = place(open_part(), wanted) if wanted else {}
             held |= {f"{part}.{path}": array for path, array in found.items()}
         return held
+
+
+def _shortened(text: str, longest: int = 80) -> str:
+    return repr(text if len(text) <= longest else text[:longest - 1] + "…")

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.finite import require_finite
+from lorweb_jax.outputs import replacing
 
 # safetensors' names of dtypes, and back.
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
@@ -39,22 +40,11 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-@contextmanager
-def replacing(path: str | Path):
-    """A temporary path beside `path`; it takes `path`'s place if the body ends well and is removed if not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays that are in memory; `path` appears when all is written."""
+    """Write arrays that are in memory; `path` appears when all is written. UserError if one is not finite."""
+    for name, array in tensors.items():
+        require_finite(np.asarray(array), f"{name}, as it would be written to {path},",
+                       "nothing is written: give finite numbers, or write float32 if they are too large for less")
     write_stream(path, {name: Spec(array.shape, np.dtype(array.dtype)) for name, array in tensors.items()},
                  lambda name: np.asarray(tensors[name]), metadata)
 
