@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lorweb_jax.config_fields import Rule, Whole
+from lorweb_jax.config_fields import Rule, Whole, shown
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.arrays import as_image
 from lorweb_jax.texts import as_text
@@ -20,7 +20,7 @@ def as_value(given: Any, name: str, rule: Rule) -> Any:
     """A number (of Python or numpy) that the rule takes; UserError, which calls it `name`, for everything else."""
     value = given.item() if isinstance(given, np.generic) else given
     if not rule.takes(value):
-        raise UserError(f"{name} is {given!r:.80}; give {rule}", 2)
+        raise UserError(f"{name} is {shown(given)}; give {rule}", 2)
     return value
 
 
@@ -50,7 +50,7 @@ def as_analogies(given: Any) -> list[Images]:
 def as_prompts(given: Any, count: int | None = None) -> list[str]:
     """Texts, as many as there are analogies; UserError for everything else."""
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise UserError(f"the prompts are {given!r:.80}; give a list of texts, one for each analogy")
+        raise UserError(f"the prompts are {shown(given)}; give a list of texts, one for each analogy")
     texts = [as_text(text, "the prompt" if len(given) == 1 else f"prompt {i}") for i, text in enumerate(given)]
     if count is not None and len(texts) != count:
         raise UserError(f"{len(texts)} prompts were given for {count} analogies; give one for each")

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from lorweb_jax.config_fields import SEED
+from lorweb_jax.config_fields import SEED, shown
 from lorweb_jax.errors import UserError
 
 
@@ -14,7 +14,7 @@ def random_key(seed: int) -> jax.Array:
     """
     seed = seed.item() if isinstance(seed, np.generic) else seed
     if not SEED.takes(seed):
-        raise UserError(f"the seed is {seed!r:.80}; give {SEED}", 2)
+        raise UserError(f"the seed is {shown(seed)}; give {SEED}", 2)
     high, low = divmod(seed, 2**32)
     key = jax.random.key(np.uint32(low))
     return jax.random.fold_in(key, np.uint32(high)) if high else key

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lorweb_jax.config_fields import shown
 from lorweb_jax.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -11,5 +12,5 @@ def as_text(value: Any, name: str) -> str:
     """A str that UTF-8 can hold. Bytes of a command line or a file that are not UTF-8 (Python keeps them as lone
     surrogates) become �. UserError, which calls the text `name`, for what is no str."""
     if not isinstance(value, str):
-        raise UserError(f"{name} is {value!r:.80}, a text (str) was expected; give \"\" for none")
+        raise UserError(f"{name} is {shown(value)}, a text (str) was expected; give \"\" for none")
     return "".join(REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in value)
