@@ -132,7 +132,8 @@ def _model_layers(pipeline: Path) -> dict:
     from lorweb_jax.transformer.flux import FluxConfig, block_linears
     from lorweb_jax.schema import read_json
 
-    return block_linears(FluxConfig.from_json(read_json(pipeline / "transformer" / "config.json")))
+    path = pipeline / "transformer" / "config.json"
+    return block_linears(FluxConfig.from_json(read_json(path), path))
 
 
 def _safetensors(path: Path) -> Path:

@@ -15,6 +15,7 @@ Without a type they return what the file holds. Whatever is wrong is a UserError
 is imported at the first check, so that modules may describe their files without it.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -111,6 +112,18 @@ def checked(value: Any, schema: Any, source: str | Path) -> Any:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         raise UserError(f"{source}: {_sentence(problems[0])}{_others(problems)}; {_AGAIN}") from None
+
+
+def require_class(values: dict[str, Any], name: str, source: str | Path) -> None:
+    """UserError if a config of diffusers says that it is of another class than `name`."""
+    if (found := values.get("_class_name", name)) != name:
+        raise UserError(f"{source} is the config of a {shown(found)}, a {name} was expected; use the folder of a FLUX.1 "
+                        "Kontext pipeline")
+
+
+def given(found: Any, kind: type) -> Any:
+    """The dataclass `kind` from another one that has its fields, such as a file's with more of them."""
+    return kind(**{field.name: getattr(found, field.name) for field in dataclasses.fields(kind)})
 
 
 _AGAIN = "correct it or download it again"

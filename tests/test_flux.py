@@ -98,7 +98,7 @@ def test_real_model_has_the_published_number_of_parameters():
 def test_config_words():
     config = FluxConfig(num_layers=3, axes_dims_rope=(16, 56, 56))
     assert FluxConfig.from_json(config.to_json() | {"unknown_to_us": 1}) == config
-    for change, message in [({"patch_size": 2}, "patch_size 2"), ({"out_channels": 32}, "out_channels 32"),
+    for change, message in [({"patch_size": 2}, "patch_size is 2, expected 1"), ({"out_channels": 32}, "out_channels is 32"),
                             ({"axes_dims_rope": [16, 56, 40]}, "attention_head_dim = 128"),
                             ({"axes_dims_rope": [17, 55, 56]}, "must be even")]:
         with pytest.raises(UserError, match=message):

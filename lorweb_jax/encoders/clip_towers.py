@@ -7,7 +7,7 @@ names without the layer index, which is a leading axis; TEXT_TABLE and VISION_TA
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
-from lorweb_jax.schema import Blocks, Epsilon, Heads, Pixels, Width, Words
+from lorweb_jax.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, Words
 from lorweb_jax.weights.table import CONV, LINEAR, Row
 
 ACTIVATIONS = {
@@ -26,6 +26,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+_Id = Annotated[int, Between(0, 2_000_000)]
 
 
 class _Config:
@@ -54,9 +56,9 @@ class CLIPTextConfig(_Config):
     max_position_embeddings: Width = 77
     hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
-    pad_token_id: int | None = 1
-    bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407
+    pad_token_id: _Id | None = 1
+    bos_token_id: _Id | None = 49406
+    eos_token_id: _Id | None = 49407
 
     architecture: ClassVar[str] = "CLIPTextModel"
     model_type: ClassVar[str] = "clip_text_model"
@@ -73,7 +75,7 @@ class CLIPVisionConfig(_Config):
     projection_dim: Width = 512
     num_hidden_layers: Blocks = 12
     num_attention_heads: Heads = 12
-    num_channels: Width = 3
+    num_channels: Literal[3] = 3
     image_size: Pixels = 224
     patch_size: Pixels = 32
     hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"

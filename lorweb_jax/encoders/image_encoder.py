@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.encoders import queries, siglip
-from lorweb_jax.encoders.processor import ImageProcessor
+from lorweb_jax.encoders.processor import FILE, ImageProcessor
 from lorweb_jax.errors import UserError
-from lorweb_jax.schema import read_json
+from lorweb_jax.schema import read_json, shown
 from lorweb_jax.sharding import to_host
 from lorweb_jax.weights.state import build
 from lorweb_jax.weights.table import Stored
@@ -67,17 +67,28 @@ def open_image_encoder(folder: str | Path) -> ImageEncoderFolder:
     """Read configs, not weights. Raises UserError if the folder holds no image encoder that is known here."""
     model_type = read_json(Path(folder) / "config.json").get("model_type")
     processor = ImageProcessor.from_folder(folder)
+
+    def require_size(size: int, patch: int) -> None:
+        if processor.made_size != (size, size):
+            raise UserError(f"{Path(folder, FILE)} makes images of {processor.made_size} pixels, but the encoder takes "
+                            f"{(size, size)}; copy both files again from where the encoder came from")
+        if patch > size:
+            raise UserError(f"{folder}/config.json has patch_size {patch} and image_size {size}, which holds none; copy it "
+                            "again from where the encoder came from")
+
     if model_type in _CLIP:
         from lorweb_jax.encoders import clip  # transformers takes seconds to import
 
         config = clip.vision_config(folder)
+        require_size(config.image_size, config.patch_size)
         return ImageEncoderFolder(lambda rngs: clip.ClipVision(config, rngs=rngs),
                                   lambda: clip.open_clip_vision(folder)[1], processor)
     if model_type in _SIGLIP:
         config = siglip.SiglipConfig.from_folder(folder)
+        require_size(config.image_size, config.patch_size)
         return ImageEncoderFolder(lambda rngs: siglip.SiglipVision(config, rngs=rngs),
                                   lambda: siglip.open_siglip(folder)[1], processor)
-    raise UserError(f"{folder} holds a model of type {model_type!r}, expected one of {', '.join(_CLIP + _SIGLIP)}; "
+    raise UserError(f"{folder} holds a model of type {shown(model_type)}, expected one of {', '.join(_CLIP + _SIGLIP)}; "
                     "give the folder of a CLIP or SigLIP model")
 
 

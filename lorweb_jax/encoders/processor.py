@@ -5,9 +5,9 @@ The resize is PIL's, on the host and on uint8, since no other bicubic gives the 
 step may be handed uint8 images and call `normalised` inside jit.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,43 @@ from PIL import Image
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.resize import resize
+from lorweb_jax.schema import Between, Pixels, checked, read_json
 
 FILE = "preprocessor_config.json"
+
+
+_Mean = Annotated[float, Between(-1e4, 1e4)]
+_Scale = Annotated[float, Between(1e-6, 1e6)]
+
+
+@dataclass(frozen=True)
+class _Size:
+    height: Pixels | None = None
+    width: Pixels | None = None
+    shortest_edge: Pixels | None = None
+
+    def pair(self, source: str) -> tuple[int, int] | None:
+        """(height, width); None where neither is given."""
+        if (self.height is None) != (self.width is None):
+            raise UserError(f"{source} has one of height and width, both were expected; copy the file again from where "
+                            "the encoder came from")
+        return None if self.height is None else (self.height, self.width)
+
+
+@dataclass(frozen=True)
+class _ProcessorFile:
+    """preprocessor_config.json."""
+
+    image_mean: tuple[_Mean, _Mean, _Mean] | None = None
+    image_std: tuple[_Scale, _Scale, _Scale] | None = None
+    rescale_factor: _Scale = 1 / 255
+    resample: Annotated[int, Between(0, 5)] = Image.Resampling.BICUBIC
+    size: _Size | None = None
+    crop_size: _Size | None = None
+    do_resize: bool | None = True
+    do_center_crop: bool | None = None
+    do_rescale: bool | None = True
+    do_normalize: bool | None = True
 
 
 @dataclass(frozen=True)
@@ -36,33 +71,35 @@ class ImageProcessor:
     def from_folder(cls, folder: str | Path) -> "ImageProcessor":
         """Raises UserError if the folder holds no usable preprocessor_config.json."""
         path = Path(folder) / FILE
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls.from_json(data)
-        except FileNotFoundError:
-            raise UserError(f"{folder} holds no {FILE}, which says how images reach the encoder; copy it from where "
-                            "the encoder came from") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not an image processor's config ({error}); copy it again from where the "
-                            "encoder came from") from None
+        return cls.from_json(read_json(path, remedy="it says how images reach the encoder: copy it from where the "
+                                                    "encoder came from"), path)
 
     @classmethod
-    def from_json(cls, data: dict) -> "ImageProcessor":
-        size = data.get("size", 224) if data.get("do_resize", True) else {}
-        if isinstance(size, int):                                   # how older CLIP files write it
-            size = {"shortest_edge": size}
-        crop = data.get("crop_size", 224) if data.get("do_center_crop", "crop_size" in data) else None
-        if isinstance(crop, int):
-            crop = {"height": crop, "width": crop}
-        normalise = data.get("do_normalize", True)
-        return cls(
-            mean=tuple(data["image_mean"]) if normalise else (0.0,) * 3,
-            std=tuple(data["image_std"]) if normalise else (1.0,) * 3,
-            rescale=data.get("rescale_factor", 1 / 255) if data.get("do_rescale", True) else 1.0,
-            shortest_edge=size.get("shortest_edge"),
-            size=(size["height"], size["width"]) if "height" in size else None,
-            crop=(crop["height"], crop["width"]) if crop else None,
-            resample=data.get("resample", Image.Resampling.BICUBIC))
+    def from_json(cls, data: dict[str, Any], source: str | Path = FILE) -> "ImageProcessor":
+        """From the contents of a preprocessor_config.json, called `source` in messages; UserError where it makes no
+        sense."""
+        # Older files of CLIP give sizes as one number.
+        sizes = {name: {field: data[name] for field in fields} for name, fields in
+                 (("size", ["shortest_edge"]), ("crop_size", ["height", "width"])) if type(data.get(name)) is int}
+        found = checked(data | sizes, _ProcessorFile, source)
+        if found.do_normalize and not (found.image_mean and found.image_std):
+            raise UserError(f"{source} has no image_mean and image_std; copy it again from where the encoder came from")
+        size = (found.size or _Size(shortest_edge=224)) if found.do_resize else _Size()
+        crop = (found.crop_size or _Size(224, 224)) if data.get("do_center_crop", "crop_size" in data) else _Size()
+        made = cls(mean=found.image_mean if found.do_normalize else (0.0,) * 3,
+                   std=found.image_std if found.do_normalize else (1.0,) * 3,
+                   rescale=found.rescale_factor if found.do_rescale else 1.0,
+                   shortest_edge=size.shortest_edge, size=size.pair(f"{source}: size"),
+                   crop=crop.pair(f"{source}: crop_size"), resample=found.resample)
+        if made.made_size is None:
+            raise UserError(f"{source} gives no fixed size (crop_size, or size with height and width), which the encoder "
+                            "needs; copy it again from where the encoder came from")
+        return made
+
+    @property
+    def made_size(self) -> tuple[int, int] | None:
+        """(height, width) of what `resized` returns; None where it depends on the image."""
+        return self.crop or (None if self.shortest_edge else self.size)
 
     def to_json(self) -> dict:
         """The preprocessor_config.json that transformers' CLIPImageProcessor or SiglipImageProcessor reads."""

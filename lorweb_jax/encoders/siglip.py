@@ -4,9 +4,9 @@ Patches -> blocks -> final norm -> attention pooling by one learnt probe. Letter
 Paths are transformers' SiglipVisionModel names with the layer index as a leading axis; TABLE is the conversion.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
-from lorweb_jax.schema import read_json
+from lorweb_jax.schema import Blocks, Epsilon, Heads, Pixels, Width, checked, given, read_json, shown
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.state import build, shapes
 from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored
@@ -24,25 +24,36 @@ from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored
 class SiglipConfig:
     """Sizes, named as in config.json's vision_config; the defaults, which published files leave out, are base's."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 16
-    layer_norm_eps: float = 1e-6
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Blocks = 12
+    num_attention_heads: Heads = 12
+    num_channels: Literal[3] = 3
+    image_size: Pixels = 224
+    patch_size: Pixels = 16
+    layer_norm_eps: Epsilon = 1e-6
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"a SigLIP tower of width {self.hidden_size} has {self.num_attention_heads} heads, expected a "
+                            "number that divides the width; copy config.json again from where the model came from")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "SiglipConfig":
         """From a SiglipModel's or SiglipVisionModel's config.json. Raises UserError for anything else."""
-        data = read_json(Path(folder) / "config.json")
-        part = data.get("vision_config", data)
-        known = isinstance(part, dict) and data.get("model_type") in ("siglip", "siglip_vision_model")
-        if not known or part.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-            raise UserError(f"{folder} holds a model of type {data.get('model_type')!r}, expected a SigLIP of fixed "
+        path = Path(folder) / "config.json"
+        data = read_json(path)
+        if data.get("model_type") not in ("siglip", "siglip_vision_model"):
+            raise UserError(f"{folder} holds a model of type {shown(data.get('model_type'))}, expected a SigLIP of fixed "
                             "resolution; give a folder like siglip2-base-patch16-224")
-        return cls(**{f.name: part[f.name] for f in fields(cls) if f.name in part})
+        return given(checked(data.get("vision_config", data), _SiglipFile, path), cls)
+
+
+@dataclass(frozen=True)
+class _SiglipFile(SiglipConfig):
+    """config.json, or its vision_config."""
+
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
 
 
 class Attention(nnx.Module):

@@ -4,9 +4,9 @@ Letters: b batch, t text tokens, d model width, h heads, l blocks. Parameter pat
 names with the block index as a leading axis; TABLE is the conversion, used in both directions by lorweb_jax.weights.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Embedding, Linear, RMSNorm, scan_stack, stacked
-from lorweb_jax.schema import read_json
+from lorweb_jax.schema import Between, Blocks, Epsilon, Heads, Width, Words, checked, given, read_json
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.state import build, shapes
 from lorweb_jax.weights.table import LINEAR, Row, Stored
@@ -25,33 +25,41 @@ from lorweb_jax.weights.table import LINEAR, Row, Stored
 class T5Config:
     """Sizes, named as in the folder's config.json."""
 
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    feed_forward_proj: str = "gated-gelu"
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: Words
+    d_model: Width
+    d_kv: Width
+    d_ff: Width
+    num_layers: Blocks
+    num_heads: Heads
+    feed_forward_proj: Literal["gated-gelu", "relu"] = "gated-gelu"
+    relative_attention_num_buckets: Annotated[int, Between(4, 4096)] = 32
+    relative_attention_max_distance: Annotated[int, Between(2, 1_000_000)] = 128
+    layer_norm_epsilon: Epsilon = 1e-6
 
     def __post_init__(self):
-        if self.feed_forward_proj not in ("gated-gelu", "relu"):
-            raise UserError(f"the T5 config asks for feed_forward_proj {self.feed_forward_proj!r}, but only "
-                            "'gated-gelu' and 'relu' are known; use a T5 or T5 v1.1 text encoder")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise UserError(f"the T5 config has {self.relative_attention_num_buckets} relative_attention_num_buckets and "
+                            f"relative_attention_max_distance {self.relative_attention_max_distance}, which must be "
+                            "more than a quarter of them; download it again")
 
     @property
     def gated(self) -> bool:
         return self.feed_forward_proj == "gated-gelu"
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "T5Config":
-        """From a config.json's contents; fields that only concern the decoder or training are passed over."""
-        required = [f.name for f in fields(cls) if f.default is MISSING]
-        if absent := [name for name in required if name not in data]:
-            raise UserError(f"the T5 config has no {absent[0]}; give the config.json of a T5 text encoder")
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+    def from_json(cls, data: dict[str, Any], source: str | Path = "the T5 config") -> "T5Config":
+        """From the contents of a config.json, called `source` in messages; what is left out is as transformers has it,
+        and fields that only concern the decoder or training are passed over.
+
+        Raises UserError for a missing field, a wrong type or size, or another kind of model.
+        """
+        found = checked(data, _T5File, source)
+        for name, stated, expected in (("is_gated_act", found.is_gated_act, found.gated),
+                                       ("dense_act_fn", found.dense_act_fn, "gelu_new" if found.gated else "relu")):
+            if stated not in (None, expected):
+                raise UserError(f"{source}: {name} is {stated}, but feed_forward_proj is {found.feed_forward_proj}; use "
+                                "a T5 or T5 v1.1 text encoder")
+        return given(found, cls)
 
     def to_json(self) -> dict[str, Any]:
         """The config.json that transformers' T5EncoderModel reads."""
@@ -59,6 +67,16 @@ class T5Config:
                 "use_cache": False, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
                 "is_gated_act": self.gated, "dense_act_fn": "gelu_new" if self.gated else "relu",
                 "tie_word_embeddings": False, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+@dataclass(frozen=True)
+class _T5File(T5Config):
+    """config.json."""
+
+    feed_forward_proj: Literal["gated-gelu", "relu"] = "relu"
+    model_type: Literal["t5"] = "t5"
+    is_gated_act: bool | None = None
+    dense_act_fn: str | None = None
 
 
 def relative_position_buckets(tokens: int, buckets: int, max_distance: int) -> np.ndarray:
@@ -174,7 +192,8 @@ def open_t5(folder: str | Path) -> tuple[T5Config, Stored]:
 
     Raises UserError if config and weights don't fit.
     """
-    config = T5Config.from_json(read_json(Path(folder) / "config.json"))
+    path = Path(folder) / "config.json"
+    config = T5Config.from_json(read_json(path), path)
     return config, Stored(Checkpoint(folder), TABLE, shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), IGNORED)
 
 

@@ -1,9 +1,13 @@
 """Noise levels for sampling and for training (FLUX's flow-matching Euler schedule, method.md §1 and §5)."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+
+from lorweb_jax.errors import UserError
+from lorweb_jax.schema import Between, checked, given, require_class
 
 TRAIN_STEPS = 1000
 
@@ -12,14 +16,22 @@ TRAIN_STEPS = 1000
 class Schedule:
     """How sampling spaces its noise levels, named as in scheduler_config.json."""
 
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
+    base_image_seq_len: Annotated[int, Between(1, 1_000_000)] = 256
+    max_image_seq_len: Annotated[int, Between(1, 1_000_000)] = 4096
+    base_shift: Annotated[float, Between(-10.0, 10.0)] = 0.5
+    max_shift: Annotated[float, Between(-10.0, 10.0)] = 1.15
+
+    def __post_init__(self):
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise UserError(f"the schedule's base_image_seq_len is {self.base_image_seq_len}, it must be below "
+                            f"max_image_seq_len, which is {self.max_image_seq_len}; correct scheduler_config.json")
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Schedule":
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+    def from_json(cls, values: dict[str, Any], source: str | Path = "scheduler_config.json") -> "Schedule":
+        """From diffusers' scheduler_config.json, called `source` in messages. UserError for a wrong type or size, or
+        another schedule than FLUX's."""
+        require_class(values, "FlowMatchEulerDiscreteScheduler", source)
+        return given(checked(values, _ScheduleFile, source), cls)
 
     def shift(self, tokens: int) -> float:
         """mu, linear in the number of noisy tokens."""
@@ -31,6 +43,21 @@ class Schedule:
         sigma = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32).astype(np.float64)
         shift = np.exp(self.shift(tokens))
         return np.append(shift / (shift + (1.0 / sigma - 1.0)), 0.0).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScheduleFile(Schedule):
+    """scheduler_config.json, with what it may say only in one way."""
+
+    use_dynamic_shifting: Literal[True] = dataclasses.field(kw_only=True)
+    num_train_timesteps: Literal[1000] = TRAIN_STEPS
+    time_shift_type: Literal["exponential"] = "exponential"
+    shift_terminal: None = None
+    invert_sigmas: Literal[False] = False
+    stochastic_sampling: Literal[False] = False
+    use_karras_sigmas: Literal[False] | None = False
+    use_exponential_sigmas: Literal[False] | None = False
+    use_beta_sigmas: Literal[False] | None = False
 
 
 def train_timesteps() -> np.ndarray:

@@ -3,8 +3,9 @@
 An image [b, H, W, 3] in −1..1 becomes a Gaussian over latents [b, H/f, W/f, c]; f = 8 and c = 16 in FLUX.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +13,24 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Conv, Linear, Weight
-
-# What diffusers' config may say only in this one way here.
-_FIXED = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None,
-}
-
+from lorweb_jax.schema import Between, Pixels, Width, checked, given, require_class
 
 @dataclass(frozen=True)
 class VAEConfig:
     """Shape of the autoencoder, named as in diffusers' vae/config.json; the defaults are FLUX.1's."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 16
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    latent_channels: Width = 16
+    block_out_channels: Annotated[tuple[Width, ...], Between(1, 8)] = (128, 256, 512, 512)
+    layers_per_block: Annotated[int, Between(1, 16)] = 2
+    norm_num_groups: Width = 32
     mid_block_add_attention: bool = True
     use_quant_conv: bool = False
     use_post_quant_conv: bool = False
-    scaling_factor: float = 0.3611
-    shift_factor: float = 0.1159
-    sample_size: int = 1024
+    scaling_factor: Annotated[float, Between(1e-4, 1e4)] = 0.3611
+    shift_factor: Annotated[float, Between(-1e4, 1e4)] = 0.1159
+    sample_size: Pixels = 1024
 
     def __post_init__(self):
         for channels in self.block_out_channels:
@@ -48,30 +44,39 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_json(cls, config: dict[str, Any]) -> "VAEConfig":
-        """From the contents of diffusers' vae/config.json. UserError for an autoencoder of another kind."""
-        for name, value in _FIXED.items():
-            if config.get(name, value) != value:
-                raise UserError(f"the VAE's config has {name} = {config[name]!r}; only {value!r} is supported: "
-                                "use the vae folder of a FLUX pipeline")
-        for name, value in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if set(config.get(name, [value])) != {value}:
-                raise UserError(f"the VAE's config has {name} = {config[name]}; only {value} is supported: "
-                                "use the vae folder of a FLUX pipeline")
-        # The Stable Diffusion defaults that diffusers gives to a field missing from the file.
-        values = {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 0.18215,
-                  "layers_per_block": 1, "block_out_channels": (64,), "latent_channels": 4, "sample_size": 32}
-        values |= {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
-        values["block_out_channels"] = tuple(values["block_out_channels"])
-        values["shift_factor"] = float(config.get("shift_factor") or 0.0)
-        return cls(**values)
+    def from_json(cls, config: dict[str, Any], source: str | Path = "vae/config.json") -> "VAEConfig":
+        """From the contents of diffusers' vae/config.json, called `source` in messages; what is left out (or null) is
+        as diffusers has it. UserError for a wrong type or size, or an autoencoder of another kind."""
+        require_class(config, "AutoencoderKL", source)
+        stated = {name: value for name, value in config.items() if value is not None}
+        return given(checked(stated, _VAEFile, source), cls)
 
     def to_json(self) -> dict[str, Any]:
         """The contents of diffusers' vae/config.json."""
         blocks = len(self.block_out_channels)
-        return _FIXED | {
+        return {
+            "_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None,
             "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
             "force_upcast": True} | asdict(self) | {"block_out_channels": list(self.block_out_channels)}
+
+
+@dataclass(frozen=True)
+class _VAEFile(VAEConfig):
+    """config.json with diffusers' own defaults, which are Stable Diffusion's, and what it may say only in one way."""
+
+    latent_channels: Width = 4
+    block_out_channels: Annotated[tuple[Width, ...], Between(1, 8)] = (64,)
+    layers_per_block: Annotated[int, Between(1, 16)] = 1
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: Annotated[float, Between(1e-4, 1e4)] = 0.18215
+    shift_factor: Annotated[float, Between(-1e4, 1e4)] = 0.0
+    sample_size: Pixels = 32
+    act_fn: Literal["silu"] = "silu"
+    latents_mean: None = None
+    latents_std: None = None
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ()
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ()
 
 
 class GroupNorm(nnx.Module):

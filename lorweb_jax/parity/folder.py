@@ -3,7 +3,7 @@
 import functools
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -84,7 +84,8 @@ class Pipeline:
         from lorweb_jax.transformer.flux import FluxConfig, block_linears
 
         try:
-            return block_linears(FluxConfig.from_json(read_json(self.part("transformer") / "config.json")))
+            path = self.part("transformer") / "config.json"
+            return block_linears(FluxConfig.from_json(read_json(path), path))
         except Absent:
             return None
 
@@ -119,7 +120,8 @@ class Pipeline:
     def schedule(self) -> Schedule:
         """The folder's, or FLUX's where there is none."""
         try:
-            return Schedule.from_json(read_json(self.part("scheduler") / "scheduler_config.json"))
+            path = self.part("scheduler") / "scheduler_config.json"
+            return Schedule.from_json(read_json(path), path)
         except Absent:
             return Schedule()
 
@@ -162,7 +164,7 @@ class Bases:
 
     def _configs(self, report: Report) -> dict:
         try:
-            return read_json(self._folder / "configs.json")
+            return read_json(self._folder / "configs.json", dict[str, dict[str, Any]])
         except UserError as error:
             if (self._folder / "configs.json").exists():
                 report.fail("configs.json", str(error))

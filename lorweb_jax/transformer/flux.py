@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from lorweb_jax import sharding
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Addition, Linear, map_stack, scan_stack, stacked
+from lorweb_jax.schema import Between, Blocks, Heads, Width, checked, given, require_class
 from lorweb_jax.transformer.blocks import DoubleBlock, OutputNorm, SingleBlock
 from lorweb_jax.transformer.embeddings import TimeTextEmbedding, rotary
 
@@ -19,15 +21,15 @@ from lorweb_jax.transformer.embeddings import TimeTextEmbedding, rotary
 class FluxConfig:
     """Sizes, named as in diffusers' transformer/config.json; the defaults are FLUX.1 Kontext's."""
 
-    in_channels: int = 64
-    num_layers: int = 19
-    num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096
-    pooled_projection_dim: int = 768
+    in_channels: Width = 64
+    num_layers: Blocks = 19
+    num_single_layers: Blocks = 38
+    attention_head_dim: Annotated[int, Between(2, 4096)] = 128
+    num_attention_heads: Heads = 24
+    joint_attention_dim: Width = 4096
+    pooled_projection_dim: Width = 768
     guidance_embeds: bool = True
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    axes_dims_rope: Annotated[tuple[Annotated[int, Between(0, 4096)], ...], Between(3, 3)] = (16, 56, 56)
 
     def __post_init__(self):
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(dim % 2 for dim in self.axes_dims_rope):
@@ -40,22 +42,31 @@ class FluxConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "FluxConfig":
-        """From diffusers' config.json; raises UserError where it asks for something FLUX Kontext hasn't got."""
-        patch, out = values.get("patch_size", 1), values.get("out_channels")
-        if patch != 1 or out not in (None, values.get("in_channels", 64)):
-            raise UserError(f"transformer/config.json has patch_size {patch} and out_channels {out}; only patch_size "
-                            "1 and as many output as input channels are supported; use a FLUX.1 Kontext folder")
-        known = {field.name for field in dataclasses.fields(cls)}
-        picked = {key: value for key, value in values.items() if key in known}
-        if "axes_dims_rope" in picked:
-            picked["axes_dims_rope"] = tuple(picked["axes_dims_rope"])
-        return cls(**picked)
+    def from_json(cls, values: dict[str, Any], source: str | Path = "transformer/config.json") -> "FluxConfig":
+        """From diffusers' config.json, called `source` in messages; what is left out is as diffusers has it.
+
+        Raises UserError for a wrong type or size, and where it asks for something FLUX Kontext hasn't got.
+        """
+        require_class(values, "FluxTransformer2DModel", source)
+        found = checked(values, _FluxFile, source)
+        if found.out_channels not in (None, found.in_channels):
+            raise UserError(f"{source}: out_channels is {found.out_channels} and in_channels {found.in_channels}; only "
+                            "as many output as input channels are supported: use a FLUX.1 Kontext folder")
+        return given(found, cls)
 
     def to_json(self) -> dict[str, Any]:
         """What diffusers' config.json holds."""
         return {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35.1", "patch_size": 1,
                 "out_channels": None, **dataclasses.asdict(self), "axes_dims_rope": list(self.axes_dims_rope)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _FluxFile(FluxConfig):
+    """config.json, with what it may say only in one way."""
+
+    guidance_embeds: bool = False
+    patch_size: Literal[1] = 1
+    out_channels: Width | None = None
 
 
 class LinearShape(NamedTuple):

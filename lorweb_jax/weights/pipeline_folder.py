@@ -12,6 +12,7 @@ from flax import nnx
 
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.encoders import queries
+from lorweb_jax.encoders.clip import ClipText, open_clip_text, text_config
 from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, open_image_encoder
 from lorweb_jax.encoders.t5 import T5Config, T5Encoder, open_t5
 from lorweb_jax.encoders.tokenizers import (left_out, load_clip_tokenizer, load_t5_tokenizer, tokenize_clip,
@@ -30,6 +31,7 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "t
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 # T5 instructions are padded to this in FLUX; a pipeline whose tokenizer says less was trained with less.
 MAX_TEXT_TOKENS = 512
+_REMEDY = "give a FLUX.1 Kontext pipeline in diffusers' layout"
 
 
 class PipelineFolder:
@@ -45,14 +47,30 @@ class PipelineFolder:
         if missing := [part for part in PARTS if not (self.folder / part).is_dir()]:
             raise UserError(f"{self.folder} has no folder {', '.join(missing)}; give a FLUX.1 Kontext pipeline in "
                             f"diffusers' layout, which holds {', '.join(PARTS)}")
-        self.flux_config = FluxConfig.from_json(read_json(self.folder / "transformer" / "config.json"))
-        self.vae_config = VAEConfig.from_json(read_json(self.folder / "vae" / "config.json"))
-        self.t5_config = T5Config.from_json(read_json(self.folder / "text_encoder_2" / "config.json"))
-        self.schedule = Schedule.from_json(read_json(self.folder / "scheduler" / "scheduler_config.json"))
+        self.flux_config = self._read(FluxConfig, "transformer")
+        self.vae_config = self._read(VAEConfig, "vae")
+        self.t5_config = self._read(T5Config, "text_encoder_2")
+        self.schedule = self._read(Schedule, "scheduler", "scheduler_config.json")
+        self._require_widths()
         beside = self.folder / "clip_vision"
         self.encoder_folder = Path(image_encoder) if image_encoder else (beside if beside.is_dir() else None)
         self.encoder: ImageEncoderFolder | None = (
             open_image_encoder(self.encoder_folder) if self.encoder_folder else None)
+
+    def _read(self, kind: type, part: str, name: str = "config.json") -> Any:
+        path = self.folder / part / name
+        return kind.from_json(read_json(path, remedy=_REMEDY), path)
+
+    def _require_widths(self) -> None:
+        """UserError for parts of different pipelines."""
+        flux, text = self.flux_config, self.clip_text_config()
+        for part, name, found, field, wanted in (
+                ("vae", "latent_channels", 4 * self.vae_config.latent_channels, "in_channels", flux.in_channels),
+                ("text_encoder_2", "d_model", self.t5_config.d_model, "joint_attention_dim", flux.joint_attention_dim),
+                ("text_encoder", "hidden_size", text.hidden_size, "pooled_projection_dim", flux.pooled_projection_dim)):
+            if found != wanted:
+                raise UserError(f"{self.folder / part} gives the transformer {found} values a token ({name}), but "
+                                f"transformer/config.json has {field} {wanted}; take all parts from one pipeline")
 
     @property
     def text_tokens(self) -> int:
@@ -60,9 +78,7 @@ class PipelineFolder:
         return min(MAX_TEXT_TOKENS, load_t5_tokenizer(str(self.folder / "tokenizer_2")).model_max_length)
 
     def clip_text_config(self):
-        """transformers' CLIPTextConfig of the pooled text encoder."""
-        from lorweb_jax.encoders.clip import text_config  # transformers takes seconds to import
-
+        """CLIPTextConfig of the pooled text encoder."""
         return text_config(self.folder / "text_encoder")
 
     def token_ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -99,8 +115,6 @@ class PipelineFolder:
 
         parts: of MODEL_PARTS those that are made; the others are None. The other options are Flux's.
         """
-        from lorweb_jax.encoders.clip import ClipText  # transformers takes seconds to import
-
         # Made even if it is left out, then dropped: it tells the query's width, and random keys are drawn in order.
         encoder = self.encoder.make(rngs) if self.encoder else None
         made = Basis(self.complete(basis, encoder), block_linears(self.flux_config), rngs=rngs) if basis else None
@@ -133,8 +147,6 @@ class PipelineFolder:
         placed.place), and parts of the pipeline that don't occur are not opened. None: all of them, as arrays of this
         host in the files' dtypes.
         """
-        from lorweb_jax.encoders.clip import open_clip_text
-
         parts = {"transformer": lambda: open_model(self.folder / "transformer", "transformer")[1],
                  "vae": lambda: open_model(self.folder / "vae", "vae")[1],
                  "text_encoder": lambda: open_clip_text(self.folder / "text_encoder")[1],

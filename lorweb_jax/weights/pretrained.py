@@ -28,6 +28,7 @@ _PREFIX = "model.diffusion_model."  # what ComfyUI's files put before every name
 class _Kind(NamedTuple):
     """One model: its shapes and its tables for a config.json, and what tells its files from others."""
 
+    sizes: Callable[[dict[str, Any], str | Path], Any]  # UserError for a config.json that makes no sense
     shapes: Callable[[dict[str, Any]], dict[str, Any]]
     rows: Callable[[dict[str, Any], str], list[Row]]
     infer_config: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
@@ -43,11 +44,13 @@ def _vae_rows(config: dict[str, Any], layout: str) -> list[Row]:
 
 KINDS = {
     "transformer": _Kind(
+        FluxConfig.from_json,
         lambda config: shapes(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0))),
         lambda config, layout: flux_table.DIFFUSERS if layout == "diffusers" else flux_table.BLACK_FOREST,
         flux_table.black_forest_config,
         {"diffusers": "single_transformer_blocks.", "black_forest": "single_blocks."}, "flux1-kontext.safetensors"),
     "vae": _Kind(
+        VAEConfig.from_json,
         lambda config: shapes(lambda: AutoencoderKL(VAEConfig.from_json(config), rngs=nnx.Rngs(0))),
         _vae_rows, vae_table.black_forest_config,
         {"diffusers": "encoder.down_blocks.", "black_forest": "encoder.down."}, "ae.safetensors"),
@@ -82,6 +85,7 @@ def recognise(path: str | Path, config_path: str | Path | None = None) -> Source
     beside = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path.with_name("config.json")
     if config_path is not None or layout == "diffusers":
         config = read_json(config_path or beside)
+        KINDS[kind].sizes(config, config_path or beside)
     else:
         config = KINDS[kind].infer_config(checkpoint.shapes)
     return Source(kind, layout, config, checkpoint)
