@@ -20,7 +20,6 @@ from lorweb_jax.schema import Between, Pixels, checked, read_json
 
 FILE = "preprocessor_config.json"
 
-
 _Mean = Annotated[float, Between(-1e4, 1e4)]
 _Scale = Annotated[float, Between(1e-6, 1e6)]
 

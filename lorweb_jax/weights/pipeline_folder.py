@@ -83,8 +83,18 @@ class PipelineFolder:
 
     def token_ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """int32 CLIP ids [b, 77] and T5 ids [b, t]."""
-        return (tokenize_clip(texts, self.folder / "tokenizer"),
-                tokenize_t5(texts, self.folder / "tokenizer_2", self.text_tokens))
+        ids = (tokenize_clip(texts, self.folder / "tokenizer"),
+               tokenize_t5(texts, self.folder / "tokenizer_2", self.text_tokens))
+        # Beyond a table of embeddings, jax would silently take its last row.
+        clip = self.clip_text_config()
+        if ids[0].shape[1] > clip.max_position_embeddings:
+            raise UserError(f"{self.folder / 'tokenizer'} gives {ids[0].shape[1]} tokens a text, but text_encoder takes "
+                            f"{clip.max_position_embeddings}; take both from one pipeline")
+        for found, part, config in zip(ids, ("tokenizer", "tokenizer_2"), (clip, self.t5_config)):
+            if found.size and found.max() >= config.vocab_size:
+                raise UserError(f"{self.folder / part} gives the number {found.max()}, but its text encoder knows "
+                                f"{config.vocab_size} tokens; take both from one pipeline")
+        return ids
 
     def tell_left_out(self, texts: Iterable[str], name: str) -> None:
         """Say in one line which of the texts (such as the "prompt") an encoder doesn't take to the end; each once."""
