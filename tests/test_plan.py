@@ -20,6 +20,7 @@ from lorweb_jax import sharding
 from lorweb_jax.errors import UserError
 from lorweb_jax.main import read_config
 from lorweb_jax.planning import collectives, report, suggest
+from lorweb_jax.planning.activations import kept_bytes
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import compile_program
 from lorweb_jax.planning.figures import make_plan
@@ -97,6 +98,22 @@ def test_collectives_of_hlo_text():
         "collective-permute": Traffic(3, 3 * 8 * 64 * 4)}
 
 
+@pytest.mark.parametrize("version", ["0.10.2", "0.12.0"])
+def test_collectives_as_versions_of_jax_write_them(version):
+    """The program of test_collectives_of_a_tpu_program, recorded: what ROOT, while and collectives lead to of the text of
+    the TPU compiler. Newer text names parts of tuples in place, and groups by the mesh's axes."""
+    text = (Path(__file__).parent / "hlo" / f"scan_jax_{version}.txt").read_text()
+    assert ("#0" in text) == (version == "0.12.0")
+    weight, part = 512 * 512 * 2, 256 * 512 * 4
+    expected = {"all-gather": Traffic(5, 5 * weight * 3 / 4), "reduce-scatter": Traffic(5, 5 * part * 3 / 4),
+                "all-reduce": Traffic(1, 2 * part * 3 / 4)}
+    assert collectives.traffic(text, 4) == expected
+    # A loop of which nothing is known counts once, and what is in it is marked.
+    unknown = collectives.traffic(text.replace("direction=LT", "direction=GT"), 4)
+    assert unknown == {"all-gather": Traffic(1, weight * 3 / 4, True), "reduce-scatter": Traffic(1, part * 3 / 4, True),
+                       "all-reduce": expected["all-reduce"]}
+
+
 def program(function, mesh, *arguments):
     return Program("train", None, mesh, (Part(jax.jit(function), arguments),), {}, {}, 1, 1)
 
@@ -146,6 +163,20 @@ def test_products():
 
     arguments = [jnp.ones(shape) for shape in ((1, 4, 6, 2), (3, 3, 2, 5), (3, 4), (4, 4))]
     assert products(jax.make_jaxpr(f)(*arguments).jaxpr) == 2 * 4 * 6 * 9 * 2 * 5 + 7 * 2 * 3 * 4 * 4
+
+
+def test_products_and_bytes_of_what_a_scan_stacks():
+    """A carry [3, 4], and 7 times a stacked [3, 4], [5] and a number; what only an unwanted output needs isn't counted."""
+    def f(x, w, v):
+        def step(x, _):
+            return x @ w, (x, jnp.arange(5.0), (x @ v).sum())
+
+        return jax.lax.scan(step, x, length=7)
+
+    made = jax.make_jaxpr(f)(*(jnp.ones(shape) for shape in ((3, 4), (4, 4), (4, 2)))).jaxpr
+    assert kept_bytes(made, 99) == 7 * (3 * 4 + 5 + 1) * 4
+    carried, looked = 7 * 2 * 3 * 4 * 4, 7 * 2 * 3 * 4 * 2
+    assert products(made) == carried + looked and products(made, [True, False, False, False]) == carried
 
 
 def test_batch_is_that_of_training():

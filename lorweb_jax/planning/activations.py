@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lorweb_jax.planning.program import Program
 from lorweb_jax.planning.shapes import grid_size, scanned_linears, tokens
+from lorweb_jax.planning.work import carried
 from lorweb_jax.sharding import batch_shares
 
 # Vectors of width d a token, in the compute dtype; fitted to the TPU compiler's temporaries, as the next.
@@ -65,11 +66,10 @@ def kept_bytes(jaxpr, sequence: int) -> float:
     the traced implementation holds them."""
     total = 0.0
     for equation in jaxpr.eqns:
-        params = equation.params
-        if equation.primitive.name == "scan" and not params["reverse"]:
-            for out in equation.outvars[params["num_carry"]:]:
+        if equation.primitive.name == "scan" and not equation.params["reverse"]:
+            for out in equation.outvars[carried(equation):]:
                 if out.aval.shape.count(sequence) < 2:
                     total += out.aval.size * out.aval.dtype.itemsize
         else:
-            total += sum(kept_bytes(inner, sequence) for inner in jax.extend.core.jaxprs_in_params(params))
+            total += sum(kept_bytes(inner, sequence) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return total

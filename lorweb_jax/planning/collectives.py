@@ -30,7 +30,8 @@ class _Instruction:
     root: bool
 
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.rest.split("), ")[0])
+        """Names; a part of a tuple that is named in place, as name#place."""
+        return re.findall(r"%([\w.-]+(?:#\d+)*)", self.rest.split("), ")[0])
 
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
@@ -39,10 +40,17 @@ class _Instruction:
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one kind of collective in a step: how often it runs, and the bytes that a device sends."""
+    """Of one kind of collective in a step: how often it runs, and the bytes that a device sends. `at_least`: some are in
+    a loop of which the program doesn't say how often it runs; they are counted once."""
 
     count: float = 0
     sent: float = 0
+    at_least: bool = False
+
+    def add(self, count: float, sent: float, at_least: bool) -> None:
+        self.count += count
+        self.sent += sent
+        self.at_least |= at_least
 
 
 def traffic(text: str, devices: int) -> dict[str, Traffic]:
@@ -50,7 +58,7 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
     computations, entry = _parse(text)
     total: dict[str, Traffic] = collections.defaultdict(Traffic)
 
-    def visit(name: str, times: float) -> None:
+    def visit(name: str, times: float, at_least: bool) -> None:
         instructions = computations.get(name, ())
         begins = any('"AsyncCollectiveStart"' in instruction.rest for instruction in instructions)
         for instruction in instructions:
@@ -58,20 +66,20 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
             if kind and "async_collective_fusion_config" in instruction.rest and not begins:
                 pass  # one that other fusions go on with while they compute
             elif kind:
-                total[kind].count += times
-                total[kind].sent += times * _sent(kind, instruction, devices)
+                total[kind].add(times, times * _sent(kind, instruction, devices), at_least)
             elif instruction.opcode == "while":
-                visit(instruction.attribute("body"), times * _trips(instruction, computations))
+                trips = _trips(instruction, computations)
+                visit(instruction.attribute("body"), times * (trips or 1), at_least or trips is None)
             elif instruction.opcode == "conditional":
                 for branch in re.findall(r"%([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}",
                                                                    instruction.rest) or [""])[0]):
-                    visit(branch, times)
+                    visit(branch, times, at_least)
             elif instruction.opcode in ("async-update", "async-done"):
                 pass  # name the computation that async-start began
             elif called := _CALLED.search(instruction.rest):
-                visit(called.group(1), times)
+                visit(called.group(1), times, at_least)
 
-    visit(entry, 1.0)
+    visit(entry, 1.0, False)
     return {kind: total[kind] for kind in KINDS if kind in total}
 
 
@@ -80,8 +88,7 @@ def added(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
     total: dict[str, Traffic] = collections.defaultdict(Traffic)
     for part in parts:
         for kind, found in part.items():
-            total[kind].count += found.count
-            total[kind].sent += found.sent
+            total[kind].add(found.count, found.sent, found.at_least)
     return {kind: total[kind] for kind in KINDS if kind in total}
 
 
@@ -154,25 +161,34 @@ def _group(rest: str, devices: int) -> int:
     return devices
 
 
-def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
-    """How often a loop runs: what the compiler says, or counted from 0 by its step to its bound; 1 if neither."""
+def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    """How often a loop runs: what the compiler says, or counted from 0 by its step to its bound; None if neither."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(found.group(1))
     condition = {instruction.name: instruction for instruction in computations.get(loop.attribute("condition"), ())}
     body = {instruction.name: instruction for instruction in computations.get(loop.attribute("body"), ())}
     root = next((instruction for instruction in condition.values() if instruction.root), None)
     if root is None or root.opcode != "compare" or root.attribute("direction") != "LT":
-        return 1
-    counter, bound = (condition.get(name) for name in root.operands()[:2])
-    limit = _constant(bound)
-    if limit is None or counter.opcode != "get-tuple-element":
-        return 1
+        return None
+    counter, bound = root.operands()[:2]
+    limit, place = _constant(condition.get(bound)), _place(counter, condition)
+    if limit is None or place is None:
+        return None
     step, result = 1, next((instruction for instruction in body.values() if instruction.root), None)
     if result is not None and result.opcode == "tuple":
-        following = body.get(result.operands()[int(counter.attribute("index"))])
+        following = body.get(result.operands()[place])
         if following is not None and following.opcode == "add":
             step = next((value for name in following.operands() if (value := _constant(body.get(name)))), 1)
     return -(-limit // step)
+
+
+def _place(operand: str, instructions: dict[str, _Instruction]) -> int | None:
+    """Which part of a tuple an operand is: an instruction get-tuple-element of its own (jax 0.10), or named in place as
+    %tuple#0 (jax 0.11 and later). None if it isn't one."""
+    if "#" in operand:
+        return int(operand.rpartition("#")[2])
+    taken = instructions.get(operand)
+    return int(taken.attribute("index")) if taken and taken.opcode == "get-tuple-element" else None
 
 
 def _constant(instruction: _Instruction | None) -> int | None:

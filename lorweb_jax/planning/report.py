@@ -52,7 +52,8 @@ def _work(plan: Plan) -> list[str]:
 def _traffic(plan: Plan) -> list[str]:
     how = "compiled" if plan.compiled and plan.compiled.text else "expected of the sharding rules"
     lines = [_line(f"sent by a device ({how})", "GB", "collectives")]
-    lines += [_line(f"  {kind}", f"{found.sent / 1e9:.3f}", f"{found.count:.0f}")
+    lines += [_line(f"  {kind}", f"{found.sent / 1e9:.3f}", f"{found.count:.0f}"
+                    + ", or more: in a loop whose length the program doesn't say" * found.at_least)
               for kind, found in plan.traffic.items()]
     return lines if plan.traffic else [_line("sent by a device", "none")]
 

@@ -82,9 +82,16 @@ def _products(equation, used: list[bool]) -> float:
     if name == "cond":
         return max(products(branch.jaxpr) for branch in params["branches"])
     if name == "scan":  # what is carried may be wanted by the next turn
-        used = [True] * params["num_carry"] + used[params["num_carry"]:]
+        used = [True] * carried(equation) + used[carried(equation):]
     return _times(name, params) * sum(products(inner, used if len(inner.outvars) == len(used) else None)
                                       for inner in jax.extend.core.jaxprs_in_params(params))
+
+
+def carried(scan) -> int:
+    """How many of a scan equation's outputs, the first ones, are its carry; the others are stacked and so have one axis
+    more than its body's. Counted so because the parameter that says it has other names in other versions of jax."""
+    body = scan.params["jaxpr"].jaxpr.outvars
+    return sum(out.aval.ndim == inner.aval.ndim for out, inner in zip(scan.outvars, body, strict=True))
 
 
 def _times(name: str, params: dict) -> int:
