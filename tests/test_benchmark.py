@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lorweb_jax.benchmark import flops, ours, random_weights
 from lorweb_jax.benchmark.rows import Pair, Row, make_rows, pairs
 from lorweb_jax.benchmark.run import measure, ratios, summarise
 from lorweb_jax.benchmark.setting import SIZES, Setting
+from lorweb_jax.benchmark.table import table
 from lorweb_jax.errors import UserError
 from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
 
@@ -225,6 +227,32 @@ def test_command(tmp_path):
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["median_seconds"])
     assert [(found["row"], found["other"]) for found in result["ratios"]] == [
         ("inside", "base"), ("low-rank", "base"), ("folded", "base")]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_columns_stay_apart(platform):
+    """From microseconds to an hour a step: every line has the title's columns, right-aligned under it."""
+    def row(seconds):
+        return {"row": f"{seconds}", "name": f"a step of {seconds} s", "seconds": [seconds, 1.5 * seconds],
+                "cpu_seconds": [8 * seconds] * 2, "median_seconds": 1.25 * seconds, "flops_per_second": 4e13 / seconds,
+                "share_of_ceiling": 0.5, "peak_bytes": 10**11, "weight_bytes": 10**6, "temporary_bytes": None,
+                "compile_seconds": 12345.6}
+
+    seconds = [4e-6, 0.25, 9.9996, 12.34, 123.456, 3600]
+    result = {"setting": dataclasses.asdict(dataclasses.replace(TINY, batch=4)), "varied": [], "interleaved": True,
+              "machine": {"platform": platform, "device": "x", "threads": 1, "cores": 1, "jax": "1", "python": "3"},
+              "ceilings": {"matmul": 1e12, "matmul_shape": "x", "copy": 1e9}, "attention_seconds": {}, "ratios": [],
+              "rows": [*map(row, seconds), {"row": "s", "name": "another", "skipped": "no memory"}]}
+    lines = table(result).splitlines()
+    at = next(number for number, line in enumerate(lines) if "ms a step" in line)
+    titles = re.split(r"  +", lines[at].strip())
+    for number, length in enumerate(seconds):
+        cells = re.split(r"  +", lines[at + 1 + number])
+        # The cell without a value leaves a gap.
+        assert len(cells) == len(titles) and float(cells[1]) == pytest.approx(1250 * length, rel=1e-3)
+        assert lines[at + 1 + number].index(cells[1]) + len(cells[1]) == lines[at].index("ms a step") + len("ms a step")
+        assert cells[-1] == "12345.6 s" and len(lines[at + 1 + number]) == len(lines[at])
+    assert lines[at + 1 + len(seconds)].split("  ")[-1] == "skipped: no memory"
 
 
 @pytest.mark.parametrize("arguments", [

@@ -5,29 +5,47 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    setting, rows = result["setting"], result["rows"]
-    on_cpu, per_sample = result["machine"]["platform"] == "cpu", setting["batch"] > 1
-    width = max(len(row["name"]) for row in rows) + 2
-    lines = [*_header(result), "",
-             f"{'':{width}}{'ms a step':>11}{'min - max':>18}" + f"{'ms a sample':>13}" * per_sample
-             + f"{'CPU ms':>8}" * on_cpu
-             + "".join(f"{title:>{wide}}" for title, wide in (
-                 ("TFLOP/s", 9), ("of matmul", 11), ("peak RSS" if on_cpu else "peak mem.", 10), ("weights", 10),
-                 ("tempor.", 10), ("compile", 9)))]
-    for row in rows:
-        if "skipped" in row:
-            lines.append(f"{row['name']:{width}}skipped: {row['skipped']}")
-            continue
-        low, high = (f"{1e3 * bound(row['seconds']):.4g}" for bound in (min, max))
-        milliseconds = 1e3 * row["median_seconds"]
-        lines.append(f"{row['name']:{width}}{milliseconds:>11.4g}{f'{low} - {high}':>18}"
-                     + f"{milliseconds / setting['batch']:>13.4g}" * per_sample
-                     + f"{1e3 * median(row['cpu_seconds']):>8.4g}" * on_cpu
-                     + f"{row['flops_per_second'] / 1e12:>9.4g}{row['share_of_ceiling']:>11.1%}"
-                     + "".join(f"{_size(row[name]):>10}" for name in ("peak_bytes", "weight_bytes", "temporary_bytes"))
-                     + (f"{row['compile_seconds']:>7.1f} s" if row["compile_seconds"] else ""))
+    rows = result["rows"]
+    cells = [["", *_titles(result)], *(_cells(row, result) for row in rows if "skipped" not in row)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[0] = max(len(row["name"]) for row in rows)
+
+    def line(*cells: str) -> str:
+        return "  ".join(cell.rjust(width) if at else cell.ljust(width)
+                         for at, (cell, width) in enumerate(zip(cells, widths))).rstrip()
+
+    body = [line(row["name"], f"skipped: {row['skipped']}") if "skipped" in row else line(*_cells(row, result))
+            for row in rows]
     notes = [f"{row['name']}: {row['note']}" for row in rows if row.get("note")]
-    return "\n".join([*lines, "", *_ratios(result), *notes])
+    return "\n".join([*_header(result), "", line(*cells[0]), *body, "", *_ratios(result), *notes])
+
+
+def _titles(result: dict[str, Any]) -> list[str]:
+    on_cpu, per_sample = _kinds(result)
+    return ["ms a step", "min - max", *["ms a sample"] * per_sample, *["CPU ms"] * on_cpu, "TFLOP/s", "of matmul",
+            "peak RSS" if on_cpu else "peak mem.", "weights", "tempor.", "compile"]
+
+
+def _cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    on_cpu, per_sample = _kinds(result)
+    milliseconds = 1e3 * row["median_seconds"]
+    return [row["name"], _number(milliseconds),
+            " - ".join(_number(1e3 * bound(row["seconds"])) for bound in (min, max)),
+            *[_number(milliseconds / result["setting"]["batch"])] * per_sample,
+            *[_number(1e3 * median(row["cpu_seconds"]))] * on_cpu,
+            _number(row["flops_per_second"] / 1e12), f"{row['share_of_ceiling']:.1%}",
+            *[_size(row[name]) for name in ("peak_bytes", "weight_bytes", "temporary_bytes")],
+            f"{row['compile_seconds']:.1f} s" if row["compile_seconds"] else ""]
+
+
+def _kinds(result: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether it ran on a CPU, and whether a step is of several samples."""
+    return result["machine"]["platform"] == "cpu", result["setting"]["batch"] > 1
+
+
+def _number(value: float) -> str:
+    """Four digits, or all before the point."""
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def _header(result: dict[str, Any]) -> list[str]:
