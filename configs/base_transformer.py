@@ -1,9 +1,10 @@
-"""The small base's transformer and text encoders, trained from nothing to edit drawings by instruction.
+"""The small base's transformer and text encoders, trained from nothing to draw from text and to edit by instruction.
 
     python -m lorweb_jax.main --config=configs/base_transformer.py
 
 Needs the trained autoencoder (configs/base_vae.py). Leaves transformer, text_encoder, text_encoder_2 and both
-tokenizers in runs/base_transformer, with pictures of edits of drawings it never saw.
+tokenizers in runs/base_transformer, with pictures of edits of drawings it never saw. tools/gpu_base.sh trains the same
+in minutes on a GPU.
 """
 
 from lorweb_jax.config import base_config, choose_variant
@@ -15,33 +16,42 @@ def get_config(variant: str = ""):
 
 def default():
     config = base_config("base_transformer")
-    config.transformer = dict(num_layers=2, num_single_layers=6, num_attention_heads=4, attention_head_dim=32,
-                              in_channels=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
-    config.text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    config.text_2 = dict(d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4)
-    config.unroll = 8                # blocks compiled side by side; all of them, since there are few
+    config.transformer = dict(num_layers=2, num_single_layers=6, num_attention_heads=4, attention_head_dim=40,
+                              in_channels=64, guidance_embeds=True, axes_dims_rope=(8, 16, 16))
+    config.text = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
+    config.text_2 = dict(d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4)
+    config.unroll = 8                 # blocks compiled side by side; all of them, since there are few
 
     config.data = dict(
-        cache="local_data/drawings",  # rendered drawings and their latents are kept here
-        size=32,                      # side of a quadrant, pixels
+        drawings="local_data/drawings64.npz",  # the pack; made at the first run
+        cache="local_data/drawings",  # latents are kept here
+        size=64,                      # side of a quadrant, pixels
         vae="runs/base_vae/vae",
         variants=2,                   # of each drawing: as it is, and in other colours
-        text_tokens=16,               # length that instructions are padded to
-        last_only=0.35,               # share of canvases of which only the last drawing is to change
+        text_tokens=20,               # length that captions are padded to
+        style=0.12,                   # share of edits that draw the same thing in another set's style
+        last_only=0.4,                # share of canvases of which only the last drawing is to change
         edited_before=0.5,            # share of the other drawings on those canvases that come edited already
         twice=0.5,                    # share of those canvases that show the last drawing twice
         vague=0.15,                   # share of instructions that leave the operation's parameter open
-        silent=0.03)                  # share of empty instructions, which change nothing
+        silent=0.03,                  # share of empty instructions that change nothing
+        caption_drop=0.05,            # share of captions left out: for guidance without a classifier
+        condition_drop=0.12)          # share of text to image that shows an edit's result under its instruction
+
+    # A group of examples, of which a batch has config.train.batch: edits of canvases and of single drawings, text to
+    # image at a drawing's and at the canvas's size. And what each form weighs in the loss.
+    config.forms = dict(canvas=3, single=4, drawing=3, large=1)
+    config.form_weights = dict(canvas=0.5, single=0.15, drawing=0.22, large=0.13)
 
     config.loss_weight = "uniform"
     config.guidance = (1.0, 4.0)      # guidance values that the model is shown
     config.show_steps = 12            # Euler steps of the pictures
 
-    config.train.steps = 8000
-    config.train.batch = 32
+    config.train.steps = 40000
+    config.train.batch = 3            # groups
     config.train.log_every = 50
     config.train.checkpoint_every = 500
-    config.train.picture_every = 1500
+    config.train.picture_every = 2500
     config.train.ema = 0.999
 
     config.optimizer.learning_rate = 1e-3
@@ -57,6 +67,6 @@ def smoke():
     config.transformer.num_layers = config.transformer.num_single_layers = 1
     config.data.variants = 1
     config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
-    config.train.batch = 4
+    config.train.batch = 1
     config.optimizer.warmup = 0
     return config

@@ -21,9 +21,12 @@ def make_schedule(config) -> optax.Schedule:
     return optax.constant_schedule(optimizer.learning_rate)
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """The update after clipping by the global norm; with config.train.ema its state also holds the averaged weights."""
-    optimizer, schedule = config.optimizer, make_schedule(config)
+def make_optimizer(config, schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
+    """The update after clipping by the global norm; with config.train.ema its state also holds the averaged weights.
+
+    `schedule` takes the place of the config's own, as where a run ends by the clock.
+    """
+    optimizer, schedule = config.optimizer, schedule or make_schedule(config)
     update = _muon(optimizer, schedule) if optimizer.name == "muon" else _adamw(optimizer, schedule, config.seed)
     parts = [optax.clip_by_global_norm(optimizer.clip), update]
     if config.train.ema:
