@@ -1,9 +1,9 @@
-"""The small base's CLIP pair and tokenizers, trained from nothing on OpenMoji drawings and their names.
+"""The small base's CLIP vision tower, trained from nothing on drawings, their names and what is done to them.
 
     python -m lorweb_jax.main --config=configs/base_clip.py
 
-About ten minutes on two free CPU cores. Leaves clip_vision, text_encoder, tokenizer and tokenizer_2 in runs/base_clip, with
-quality.json: what the image embedding tells of held-out drawings.
+Leaves clip_vision in runs/base_clip, with quality.json: what the image embedding tells of held-out drawings. Needs the
+file of drawings that tools/pack_drawings.py makes. tools/gpu_clip.py trains the same in minutes on a GPU.
 """
 
 from lorweb_jax.config import base_config, choose_variant
@@ -15,24 +15,23 @@ def get_config(variant: str = ""):
 
 def default():
     config = base_config("base_clip")
-    config.vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-                         projection_dim=64, image_size=32, patch_size=8)
-    # hidden_size is the pooled width that the transformer is given.
-    config.text = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
+    config.vision = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=6, num_attention_heads=5,
+                         projection_dim=64, image_size=64, patch_size=8)
+    # The text tower is needed in training alone.
+    config.text = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
 
     config.data = dict(
-        cache="local_data/drawings",   # rendered drawings are kept here
-        edits=3,                       # operations shown of each drawing of a batch, beside the plain drawing
-        instruction_tokens=16)         # length that T5 instructions are padded to: the base's max_sequence_length
+        drawings="local_data/drawings64.npz",   # made by tools/pack_drawings.py
+        edits=3)                                # edits shown of each drawing of a batch, beside the plain drawing
 
-    # Captions against images; instructions against the difference of two images, by operation and by family.
-    config.loss = dict(caption=1.0, operation=1.0, family=0.3)
+    # Captions against images; instructions against the difference of two images, by edit and by family; kinds.
+    config.loss = dict(caption=1.0, edit=1.0, family=0.3, kind=0.3)
 
-    config.train.steps = 2000
+    config.train.steps = 4000
     config.train.batch = 24            # drawings
     config.train.log_every = 50
     config.train.checkpoint_every = 500
-    config.train.picture_every = 1000
+    config.train.picture_every = 2000
     config.train.ema = 0.99
 
     config.optimizer.learning_rate = 1e-3

@@ -60,6 +60,21 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
+def sign_name(code: str) -> str:
+    """What decides on which side a drawing is held out, of code points in hexadecimal joined by '-'.
+
+    Alike for all variants of a figure, skin tones and sexes; for a single code point it is its Unicode name, so that
+    every set of drawings and `load_drawings` hold out the same ones.
+    """
+    points = [point for part in code.split("-") if not 0x1F3FB <= (point := int(part, 16)) <= 0x1F3FF
+              and point not in (0xFE0F, 0x200D, 0x2640, 0x2642)]
+    if len(points) > 1:
+        points = [0x1F9D1 if point in (0x1F468, 0x1F469) else point for point in points]   # man, woman -> person
+    if len(points) == 1 and not any(points[0] in r for r in TOO_NEW):
+        return unicodedata.name(chr(points[0]), f"{points[0]:X}").lower().replace("-", " ")
+    return "-".join(f"{point:X}" for point in points)
+
+
 def load_drawings(cache_folder: str | Path, size: int = 32) -> Drawings:
     """All drawings at size x size pixels; rendered on the first call (seconds), then read from `cache_folder`.
 

@@ -67,6 +67,20 @@ def tint(rgba, colour) -> np.ndarray:
     return on_colour(np.concatenate([_bytes(shade), rgba[..., 3:]], -1), COLOURS["white"])
 
 
+def on_gradient(rgba, above, below) -> np.ndarray:
+    """On a background that goes from one colour at the top to another at the bottom."""
+    share = (np.arange(len(rgba), dtype=np.float32)[:, None, None] + 0.5) / len(rgba)
+    colour = np.asarray(above, np.float32) * (1 - share) + np.asarray(below, np.float32) * share
+    return on_colour(rgba, np.broadcast_to(colour, (*rgba.shape[:2], 3)))
+
+
+def on_pattern(rgba, colour, phase) -> np.ndarray:
+    """On white where `phase`(x, y) has an even whole part, on `colour` where it has an odd one."""
+    x, y = _coordinates(rgba)
+    odd = np.broadcast_to(np.floor(phase(x, y)) % 2, rgba.shape[:2])[..., None]
+    return on_colour(rgba, 255 + (np.asarray(colour, np.float32) - 255) * odd)
+
+
 def invert(rgba) -> np.ndarray:
     return 255 - on_white(rgba)
 
@@ -86,6 +100,13 @@ def lit(rgba, light) -> np.ndarray:
 
 def faded(rgba) -> np.ndarray:
     return _over(on_white(rgba), COLOURS["white"], np.full(rgba.shape[:2], 0.65))
+
+
+def swapped(rgba, first, second) -> np.ndarray:
+    """Two of the channels red, green and blue (0, 1, 2) change places within the drawing."""
+    order = [0, 1, 2, 3]
+    order[first], order[second] = second, first
+    return on_white(rgba[..., order])
 
 
 # Style

@@ -11,9 +11,20 @@ from functools import partial
 import numpy as np
 
 from lorweb_jax.data import effects
+from lorweb_jax.data.drawing_sets import STYLE_WORDS, caption_words
 from lorweb_jax.data.effects import COLOURS, on_white
 
-__all__ = ["HELD_OUT_TASKS", "LAST_ONLY", "OPERATIONS", "TRAINING_TASKS", "Operation", "all_sentences", "on_white", "operation"]
+__all__ = ["HELD_OUT_TASKS", "LAST_ONLY", "OPERATIONS", "STYLES", "TRAINING_TASKS", "Operation", "Style",
+           "all_sentences", "on_white", "operation"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """A set of drawings as the goal of an edit: the same code point in that set. Sentences as in Operation."""
+
+    instruction: str
+    specific: tuple[str, str]
+    describe: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,12 @@ class Operation:
     @property
     def name(self) -> str:
         return f"{self.family}_{self.parameter}"
+
+    @property
+    def needs_shape(self) -> bool:
+        """Whether it asks what is drawn and what is left free: without transparency, as of a photograph, it does
+        nothing, or fills the picture."""
+        return self.family in ("background", "backdrop", "silhouette", "outline", "shadow")
 
 
 def _coloured(family, effect, colours, instruction, first, second, describe) -> list[Operation]:
@@ -52,6 +69,15 @@ _ALL = [
                "make it {}", "paint it {}", "in {} shades"),
     *_coloured("background", effects.on_colour, "yellow pink blue green orange purple", "change the background",
                "make the background {}", "put it on a {} background", "on a {} background"),
+    *_family("backdrop", "put something behind it",
+             ("sky", "put the sky behind it", "show it before a blue sky", "before the sky",
+              effects.on_gradient, (90, 160, 250), (225, 240, 255)),
+             ("sunset", "put an evening sky behind it", "show it before an orange sky", "before an evening sky",
+              effects.on_gradient, (250, 120, 60), (255, 230, 150)),
+             ("stripes", "put stripes behind it", "show it before green stripes", "before stripes",
+              effects.on_pattern, (150, 215, 140), lambda x, y: x * 8 + 0 * y),
+             ("checker", "put a checker pattern behind it", "show it before gray squares", "before a checker pattern",
+              effects.on_pattern, (190, 190, 190), lambda x, y: np.floor(x * 8) + np.floor(y * 8))),
     *_coloured("frame", effects.frame, "red blue green black yellow purple", "put a frame around it",
                "put a {} frame around it", "add a {} border", "with a {} frame"),
     *_coloured("silhouette", effects.silhouette, "black red blue green", "turn it into a silhouette",
@@ -69,6 +95,10 @@ _ALL = [
              ("faded", "make it paler", "fade it", "faded", effects.faded),
              ("night", "make it night", "show it in blue light", "at night", effects.lit, (0.3, 0.45, 0.95)),
              ("sunset", "make it sunset", "show it in orange light", "at sunset", effects.lit, (1.0, 0.65, 0.3))),
+    *_family("swap", "swap its colours", *(
+        (f"{first}_{second}", f"swap {first} and {second}", f"swap the {first} and {second} colours",
+         f"with {first} and {second} swapped", effects.swapped, *channels)
+        for first, second, *channels in (("red", "green", 0, 1), ("red", "blue", 0, 2), ("green", "blue", 1, 2)))),
     *_family("lines", "turn it into a line drawing",
              ("pencil", "draw it in black lines", "keep only the black lines", "in black lines",
               effects.lines, _WHITE, _BLACK),
@@ -83,6 +113,7 @@ _ALL = [
     *_family("rotate", "rotate it",
              ("right", "rotate it to the right", "turn it to the right", "turned to the right", effects.rotate, -90),
              ("left", "rotate it to the left", "turn it to the left", "turned to the left", effects.rotate, 90),
+             ("around", "turn it by half a turn", "rotate it halfway", "turned halfway", effects.rotate, 180),
              ("tilt", "tilt it", "rotate it a little", "tilted", effects.rotate, 35)),
     *_family("shift", "move it",
              ("left", "move it to the left", "push it left", "at the left", effects.placed, (-0.3, 0, 0.7, 1)),
@@ -132,6 +163,9 @@ _ALL = [
               effects.mirror, 0)),
 ]
 
+STYLES: dict[str, Style] = {name: Style("change its style", (f"draw it in {word} style", f"make it look like {word}"),
+                                        f"in {word} style") for name, word in STYLE_WORDS.items()}
+
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _ALL}
 
 # What the basis learns by default. Most families come with several parameters, which their instruction leaves open.
@@ -170,4 +204,6 @@ def all_sentences() -> list[str]:
     """Every sentence and description there is, once, in a fixed order: what a tokenizer has to know."""
     return list(dict.fromkeys([*(sentence for operation in OPERATIONS.values()
                                  for sentence in (operation.instruction, *operation.specific, operation.describe)),
-                               LAST_ONLY.format("change it")]))
+                               *(sentence for style in STYLES.values()
+                                 for sentence in (style.instruction, *style.specific, style.describe)),
+                               LAST_ONLY.format("change it"), *caption_words()]))
