@@ -11,6 +11,7 @@ as worker processes make them.
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,8 @@ def read_prepared():
 
 
 def train(args) -> None:
+    # Searching for the fastest kernels takes longer than they save.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
     size = SimpleNamespace(table=48, batch=8, steps=2, processes=1) if args.tiny else \
         SimpleNamespace(table=1024, batch=128, steps=20, processes=args.processes)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,7 @@ def train(args) -> None:
         return rows[:count].astype(np.int32), images[:count]
 
     state = made.fresh()
-    program.result()
+    step = program.result()
     while sum(len(index) for index, _ in list(pieces)) < size.table // 2:
         if maker.error:
             maker.result()
@@ -176,7 +179,7 @@ def train(args) -> None:
             waiting.append(Background(lambda: tuple(map(jax.device_put, table(size.table)))))
 
     state = run_until(args.seconds - SECONDS_TO_END, log, "clip", size.steps, state,
-                      (*map(jax.device_put, first), plain), lambda: program.made, every)
+                      (*map(jax.device_put, first), plain), step, every)
     log.record["tables"], log.record["trained_seconds"] = len(shown), round(log.now() - begun, 1)
     average = jax.device_get(made.averaged(state[1]))
     save(args.out / "clip_vision.safetensors",
@@ -187,23 +190,25 @@ def train(args) -> None:
 def finish(out: Path) -> None:
     """Writes runs/base_clip/clip_vision and quality.json of the weights in `out`."""
     from flax import nnx
+    from safetensors.numpy import load_file
 
+    from lorweb_jax.data.drawing_sets import load_sets
     from lorweb_jax.encoders.clip import ClipVision, save_clip
     from lorweb_jax.encoders.processor import FILE
     from lorweb_jax.training.jobs.base_clip import image_processor, tower_configs
     from lorweb_jax.training.jobs.clip_quality import write_quality
-    from lorweb_jax.weights.safetensors_io import read, write_json
+    from lorweb_jax.weights.safetensors_io import write_json
     from lorweb_jax.weights.state import build
 
     sentences, config = read_prepared()
     vision, _ = tower_configs(config, sentences.words)
-    weights = {name.removeprefix("vision."): array for name, array in read(out / "clip_vision.safetensors").items()}
+    weights = {name.removeprefix("vision."): array for name, array in load_file(out / "clip_vision.safetensors").items()}
     model = build(lambda: ClipVision(vision, rngs=nnx.Rngs(0)), weights)
     processor = image_processor(vision.image_size)
     folder = Path("runs/base_clip/clip_vision")
     save_clip(model, folder, np.float16)
     write_json(folder / FILE, processor.to_json())
-    write_quality(folder.parent, model, processor, DRAWINGS)
+    write_quality(folder.parent, model, processor, load_sets(DRAWINGS))
 
 
 def main() -> None:

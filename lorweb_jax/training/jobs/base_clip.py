@@ -7,7 +7,6 @@ embedding must tell drawing, style and operation. E(edited) − E(plain) belongs
 the router asks of it. And a plain image belongs to its kind ("a fruit") among all kinds.
 """
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +202,9 @@ def pair_loss(model: ClipPair, batch: dict[str, jax.Array], sentences: Sentences
     described = jnp.concatenate([jnp.asarray(styles)[jnp.asarray(set_of)[drawing]][:, None], edits], 1).reshape(-1)
     name = jnp.repeat(jnp.asarray(sentences.name_of)[drawing], 1 + e)
     wording = jax.random.randint(key, (len(EDITS),), 0, 2)
-    captions = model.texts(joined(jnp.asarray(sentences.names)[name], jnp.asarray(sentences.descriptions)[described], end))
-    specific, vague, kinds = (model.texts(jnp.asarray(ids)) for ids in (
-        jnp.asarray(sentences.specific)[jnp.arange(len(EDITS)), wording], sentences.vague, sentences.kinds))
+    captions, specific, vague, kinds = texts(
+        model, end, joined(jnp.asarray(sentences.names)[name], jnp.asarray(sentences.descriptions)[described], end),
+        jnp.asarray(sentences.specific)[jnp.arange(len(EDITS)), wording], sentences.vague, sentences.kinds)
     images = batch["images"].reshape(-1, *batch["images"].shape[2:])
     embeddings = model.vision(processor.normalised(images).astype(dtype)).astype(jnp.float32)
     caption_scale, edit_scale, kind_scale = model.scales()
@@ -227,6 +226,13 @@ def pair_loss(model: ClipPair, batch: dict[str, jax.Array], sentences: Sentences
     loss = sum(weights[name] * value for name, value in parts.items())
     return loss, parts | {"captions_right": (logits.argmax(1) == own).mean(),
                           "edits_right": (told.argmax(1) == edits).mean()}
+
+
+def texts(model: ClipPair, end: int, *ids: Any) -> list[jax.Array]:
+    """model.texts of several arrays [·, t] of their own t, all in one call."""
+    longest = max(part.shape[1] for part in ids)
+    padded = [jnp.pad(jnp.asarray(part), ((0, 0), (0, longest - part.shape[1])), constant_values=end) for part in ids]
+    return jnp.split(model.texts(jnp.concatenate(padded)), np.cumsum([len(part) for part in ids])[:-1])
 
 
 def tower_configs(config, words: int) -> tuple[CLIPVisionConfig, CLIPTextConfig]:
@@ -271,10 +277,8 @@ class BaseClip:
 
     def finish(self, model, workdir: Path) -> None:
         """Writes clip_vision, a folder of the pipeline, in float16, and `workdir`/quality.json."""
-        from lorweb_jax.training.jobs.clip_quality import quality
+        from lorweb_jax.training.jobs.clip_quality import write_quality
 
         save_clip(model.vision, workdir / "clip_vision", np.float16)
         write_json(workdir / "clip_vision" / FILE, self.processor.to_json())
-        measured = quality(self, model)
-        write_json(workdir / "quality.json", measured)
-        print(json.dumps(measured, indent=1))
+        write_quality(workdir, model.vision, self.processor, self.drawings)

@@ -1,48 +1,72 @@
-"""What the small CLIP's image embedding tells of drawings it never saw."""
+"""What the small CLIP's image embedding tells of drawings it never saw.
+
+Everything is told by the vision tower alone, as the router has nothing else: an edit by the direction in which the
+embedding moves, compared with the mean direction of each edit on training drawings.
+"""
+
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
-from lorweb_jax.data.drawings import Drawings
-from lorweb_jax.data.operations import OPERATIONS, on_white
+from lorweb_jax.data.bulk import operated_chunk
+from lorweb_jax.data.drawing_sets import PHOTOGRAPH, SETS, DrawingSets
+from lorweb_jax.data.operations import OPERATIONS
+from lorweb_jax.encoders.processor import ImageProcessor
 from lorweb_jax.sharding import to_host
+from lorweb_jax.weights.safetensors_io import write_json
 
-BATCH = 250
+BATCH = 256
+NAMES = list(OPERATIONS)
+FAMILIES = list(dict.fromkeys(operation.family for operation in OPERATIONS.values()))
+FAMILY_OF = np.array([FAMILIES.index(operation.family) for operation in OPERATIONS.values()])
+NEEDS_SHAPE = np.array([operation.needs_shape for operation in OPERATIONS.values()])
 
 
-def embeddings(job, model: nnx.Module, drawings: Drawings) -> np.ndarray:
+def embeddings(vision: nnx.Module, processor: ImageProcessor, drawings: DrawingSets) -> np.ndarray:
     """float32 [drawings, 1 + operations, p]: each drawing plain, then after every operation."""
-    images = np.stack([effect(drawing) for drawing in drawings.images
-                       for effect in (on_white, *(operation.apply for operation in OPERATIONS.values()))])
-    embed = jax.jit(lambda vision, x: vision(job.processor.normalised(x)))
-    padded = np.concatenate([images, images[:-len(images) % BATCH]])   # one compilation
-    found = [to_host(embed(model.vision, padded[i:i + BATCH])) for i in range(0, len(padded), BATCH)]
-    return np.concatenate(found)[:len(images)].reshape(len(drawings), 1 + len(OPERATIONS), -1)
+    embed = jax.jit(lambda vision, x: vision(processor.normalised(x)))
+    found = []
+    for start in range(0, len(drawings), 16):
+        images = operated_chunk(drawings.images[start:start + 16], ["", *NAMES])
+        flat = images.reshape(-1, *images.shape[2:])
+        padded = np.concatenate([flat, flat[:-len(flat) % BATCH]])      # one compilation
+        rows = np.concatenate([to_host(embed(vision, padded[i:i + BATCH])) for i in range(0, len(padded), BATCH)])
+        found.append(rows[:len(flat)].reshape(*images.shape[:2], -1))
+    return np.concatenate(found)
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
 
-def _told(job, model: nnx.Module, embeddings_dop: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Which of the instructions `ids` fits E(edited) − E(plain) best: [drawings, operations]."""
-    texts = to_host(jax.jit(lambda model, ids: model.texts(ids))(model, ids))
-    return (_unit(embeddings_dop[:, 1:] - embeddings_dop[:, :1]) @ texts.T).argmax(-1)
+def directions(x: np.ndarray) -> np.ndarray:
+    """[drawings, 1 + operations, p] -> unit vectors [drawings, operations, p] in which each edit moves a drawing."""
+    return unit(x[:, 1:] - x[:, :1])
 
 
-def _part(drawings: Drawings, count: int) -> Drawings:
-    return Drawings(drawings.names[:count], drawings.images[:count], drawings.held_out[:count])
+def told(x: np.ndarray, prototypes: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """int [drawings, operations]: which operation's prototype [operations, p] each edit's direction is nearest to."""
+    return np.where(allowed, directions(x) @ prototypes.T, -np.inf).argmax(-1)
+
+
+def sample(drawings: DrawingSets, of: int, held_out: bool, count: int) -> DrawingSets:
+    """Up to `count` drawings of one set, always the same."""
+    indices = np.flatnonzero((drawings.set_of == of) & (drawings.held_out == held_out))
+    return drawings.chosen(np.random.default_rng(0).permutation(indices)[:count])
 
 
 def told_operations(job, model: nnx.Module, drawings: int) -> np.ndarray:
     """[operations, operations]: the share of held-out drawings on which an operation is taken for another."""
-    found = embeddings(job, model, _part(job.drawings.part(held_out=True), drawings))
-    told = _told(job, model, found, job.specific[:, 0])
-    return np.stack([np.bincount(column, minlength=len(OPERATIONS)) for column in told.T]) / len(told)
+    train, held_out = (embeddings(model.vision, job.processor, sample(job.drawings, 0, part, drawings))
+                       for part in (False, True))
+    found = told(held_out, unit(directions(train).mean(0)), np.ones(len(NAMES), bool))
+    return np.stack([np.bincount(column, minlength=len(NAMES)) for column in found.T]) / len(found)
 
 
-def _probe(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+def probe(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """Operations told by ridge regression on features [drawings, operations, f]: right or not, of `held_out`."""
     mean, deviation = train.mean((0, 1)), train.std((0, 1)) + 1e-6
 
@@ -57,30 +81,49 @@ def _probe(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     return (features(held_out) @ weights).reshape(-1, operations, operations).argmax(-1) == np.arange(operations)
 
 
-def quality(job, model: nnx.Module) -> dict:
-    """Shares of right answers on held-out drawings after every operation (chance: 1 in the number of answers)."""
-    held_out_drawings = job.drawings.part(held_out=True)
-    train = embeddings(job, model, _part(job.train_drawings, 200))
-    held_out = embeddings(job, model, held_out_drawings)
-    operations = np.arange(len(OPERATIONS))
-    told = _told(job, model, held_out, job.specific[:, 0])
+def quality(vision: nnx.Module, processor: ImageProcessor, drawings: DrawingSets, *, train: int = 120,
+            held_out: int = 60) -> dict:
+    """Shares of right answers on held-out drawings of each set (chance: 1 in the number of answers).
 
-    def pairs(x):
-        return np.concatenate([np.broadcast_to(x[:, :1], x[:, 1:].shape), x[:, 1:]], -1)
+    Prototypes are the mean directions on `train` training drawings, spread over the sets of drawings.
+    """
+    result = {"operations": len(NAMES), "families": len(FAMILIES)}
+    sets = range(len(SETS) - 1)
+    trained = np.concatenate([embeddings(vision, processor, sample(drawings, of, False, train // len(sets)))
+                              for of in sets])
+    prototypes = unit(directions(trained).mean(0))
+    family_prototypes = unit(np.stack([prototypes[FAMILY_OF == f].sum(0) for f in range(len(FAMILIES))]))
+    right_by_family = []
+    for of, name in enumerate(SETS):
+        part = sample(drawings, of, True, held_out)
+        found = embeddings(vision, processor, part)
+        allowed = ~NEEDS_SHAPE if of == PHOTOGRAPH else np.ones(len(NAMES), bool)
+        right = (told(found, prototypes, allowed) == np.arange(len(NAMES)))[:, allowed]
+        family = (directions(found) @ family_prototypes.T).argmax(-1) == FAMILY_OF
+        plain = unit(found[:, 0])
+        drawing = (unit(found[:, 1:]) @ plain.T).argmax(-1) == np.arange(len(plain))[:, None]
+        result[name] = {
+            "held_out": len(part),
+            "operation_from_difference": share(right),
+            "family_from_difference": share(family[:, allowed])}
+        if of != PHOTOGRAPH:
+            result[name] |= {"operation_linear_probe_of_difference": share(probe(directions(trained),
+                                                                                 directions(found))),
+                             "drawing_of_an_edited_image": share(drawing)}
+            right_by_family.append(right.mean(0))
+    by_operation = np.mean(right_by_family, 0)
+    result["operation_from_difference_by_family"] = {
+        family: share(by_operation[FAMILY_OF == f]) for f, family in enumerate(FAMILIES)}
+    result["root_mean_square_of_embedding"] = share(np.sqrt(np.square(trained).mean()))
+    return result
 
-    by_probe = _probe(train[:, 1:], held_out[:, 1:])
-    by_pair = _probe(pairs(train), pairs(held_out))
-    plain = _unit(held_out[:, 0])
-    drawing = (_unit(held_out[:, 1:]) @ plain.T).argmax(-1) == np.arange(len(plain))[:, None]
-    family_told = _told(job, model, held_out, job.vague)
-    per_family = {family: round(float(by_pair[:, job.family_of == i].mean()), 3)
-                  for i, family in enumerate(job.families)}
-    return {
-        "held_out_drawings": len(plain), "operations": len(operations), "families": len(job.families),
-        "operation_from_difference_and_instruction": round(float((told == operations).mean()), 3),
-        "family_from_difference_and_instruction": round(float((family_told == job.family_of).mean()), 3),
-        "operation_linear_probe_edited_alone": round(float(by_probe.mean()), 3),
-        "operation_linear_probe_before_and_after": round(float(by_pair.mean()), 3),
-        "drawing_of_an_edited_image": round(float(drawing.mean()), 3),
-        "root_mean_square_of_embedding": round(float(np.sqrt(np.square(held_out).mean())), 3),
-        "linear_probe_by_family": per_family}
+
+def share(x) -> float:
+    return round(float(np.mean(x)), 3)
+
+
+def write_quality(folder: Path, vision: nnx.Module, processor: ImageProcessor, drawings: DrawingSets) -> None:
+    """`folder`/quality.json of a trained tower, on the screen as well."""
+    measured = quality(vision, processor, drawings)
+    write_json(folder / "quality.json", measured)
+    print(json.dumps(measured, indent=1))
