@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 sys.path.append(str(ROOT / ".venv" / "tpu_compiler"))  # see the Makefile
@@ -12,3 +14,11 @@ os.environ.update({"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_
                    "TOKENIZERS_PARALLELISM": "false",
                    # Processes that tests start find the same modules.
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
+
+
+@pytest.fixture(scope="session")
+def drawing_pack(tmp_path_factory):
+    """A small file of drawings, as tools/pack_drawings.py makes it."""
+    from small_pack import make_pack
+
+    return make_pack(tmp_path_factory.mktemp("packages"))

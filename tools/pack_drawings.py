@@ -65,12 +65,12 @@ MOST_WORDS = 7
 TONE = re.compile("1F3F[B-F]")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, default=Path("local_data/packages"), help="where the packages lie")
     parser.add_argument("--out", type=Path, default=Path("local_data/drawings64.npz"), help="the file to write")
     parser.add_argument("--size", type=int, default=64, help="side of a drawing, pixels (default: 64)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     names = {name: read_package(args.packages, *source[:3]) for name, source in SOURCES.items()}
     table = signs(args.packages)
     common = sorted(set.intersection(set(table), *map(set, names.values())), key=lambda code: table[code]["order"])
