@@ -23,7 +23,8 @@ def default():
     config.unroll = 8                 # blocks compiled side by side; all of them, since there are few
 
     config.data = dict(
-        drawings="local_data/drawings64.npz",  # the pack; made at the first run
+        drawings="local_data/drawings64.npz",  # the pack: tools/pack_drawings.py makes it
+        signs=0,                      # that are shown, in all sets; 0 takes all there are
         cache="local_data/drawings",  # latents are kept here
         size=64,                      # side of a quadrant, pixels
         vae="runs/base_vae/vae",
@@ -64,6 +65,7 @@ def default():
 def smoke():
     """A few seconds, to see that everything works."""
     config = default()
+    config.data.signs = 3
     config.transformer.num_layers = config.transformer.num_single_layers = 1
     config.data.variants = 1
     config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4

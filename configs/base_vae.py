@@ -22,7 +22,8 @@ def default():
         mid_block_add_attention=False, sample_size=128)
 
     config.data = dict(
-        drawings="local_data/drawings64.npz",  # the pack; made at the first run
+        drawings="local_data/drawings64.npz",  # the pack: tools/pack_drawings.py makes it
+        signs=0,                      # that are shown, in all sets; 0 takes all there are
         size=64,                      # side of a quadrant, pixels
         plain=0.3,                    # share of quadrants shown without an operation
         enlarged=0.1)                 # share of canvases that show one drawing, twice as large
@@ -46,6 +47,7 @@ def default():
 def smoke():
     """A few seconds, to see that everything works."""
     config = default()
+    config.data.signs = 3
     config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
     config.train.batch = 4
     config.optimizer.warmup = 0

@@ -1,14 +1,15 @@
 """Trains the small base's autoencoder, transformer and text encoders in minutes on one GPU, by the clock.
 
   python tools/gpu_base.py --prepare                        # here, with everything installed: captions' tokens, configs
-  python tools/gpu_base.py --seconds 380 --out OUT          # there: jax, flax, optax, numpy and Pillow are enough
+  python tools/gpu_base.py --seconds 300 --out OUT          # there: jax, flax, optax, numpy and Pillow are enough
   python tools/gpu_base.py --seconds 300 --out OUT --tiny   # a rehearsal on a CPU
+  python tools/gpu_base.py --finish OUT                     # here again: runs/base_vae, runs/base_transformer
 
 Model, losses and batches are those of lorweb_jax.training.small_base, which the documented jobs (configs/base_vae.py,
 configs/base_transformer.py) use as well; sizes are read from their configs. Here batches are drawn on the device from
 tables of all drawings after all operations, steps run by the dozen in one dispatch, and the learning rate falls to zero
-when the time is over. OUT gets vae.safetensors and transformer.safetensors (by our paths), base.json (curves, rates) and
-sheets; tools/build_base.py makes the pipeline folder of them.
+when the time is over. OUT gets vae.safetensors, transformer.safetensors (by our paths) and base.json (curves, rates);
+tools/build_base.py makes the pipeline folder of them.
 """
 
 import argparse
@@ -26,9 +27,9 @@ import numpy as np  # noqa: E402
 
 PREPARED = Path("local_data/gpu")
 DRAWINGS = Path("local_data/drawings64.npz")
-SECONDS_TO_END = 22          # for the sheets and the last writing
-VAE_SHARE = 0.39             # of the time, from the start: when the autoencoder has to be done
-ENCODED = 2048               # quadrants that are encoded at once
+SECONDS_TO_END = 7           # for the last writing
+VAE_SHARE = 0.33             # of the time, from the start: when the autoencoder has to be done
+ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are and twice as large
 
 
 class Settings(dict):
@@ -67,6 +68,36 @@ def prepare(drawings_path: Path) -> None:
     (PREPARED / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     cut = (clip_ids[:, -1] == clip_words - 1).sum() - (clip_ids[:, -2] == clip_words - 1).sum()
     print(f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut")
+
+
+def finish(out: Path) -> None:
+    """Writes runs/base_vae and the models of runs/base_transformer, as the jobs would, of the weights in `out`."""
+    import runpy
+
+    from flax import nnx
+    from safetensors.numpy import load_file
+
+    from lorweb_jax import config as configs
+    from lorweb_jax.images.io import write_image
+    from lorweb_jax.latents.vae import AutoencoderKL
+    from lorweb_jax.training.jobs.base_transformer import write_editor
+    from lorweb_jax.training.jobs.base_vae import BaseVAE, write_autoencoder
+    from lorweb_jax.training.small_base.editor import Editor, editor_config
+    from lorweb_jax.weights.state import build
+
+    record = json.loads((out / "base.json").read_text())
+    made = {name: runpy.run_path(f"configs/{name}.py")["get_config"]() for name in ("base_vae", "base_transformer")}
+    for name, config in made.items():
+        configs.save(config, Path("runs") / name / "config.json")
+    job = BaseVAE(made["base_vae"])
+    vae = build(lambda: AutoencoderKL(job.vae_config, rngs=nnx.Rngs(0)), load_file(out / "vae.safetensors"))
+    write_autoencoder(Path("runs/base_vae"), job, vae, record["scaling_factor"], record["shift_factor"])
+    for name, picture in job.show(vae, 0).items():
+        write_image(Path(f"runs/base_vae/pictures/{name}.png"), picture)
+    sizes = editor_config(made["base_transformer"], *map(int, np.load(PREPARED / "captions.npz")["words"]))
+    editor = build(lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)), {
+        name: array.astype(np.float32) for name, array in load_file(out / "transformer.safetensors").items()})
+    write_editor(Path("runs/base_transformer"), sizes, editor)
 
 
 class Log:
@@ -210,16 +241,21 @@ def trainer(job, config, steps: int, loss):
         state, metrics = jax.lax.scan(step, state, jnp.arange(steps, dtype=jnp.float32))
         return state, jax.tree.map(lambda x: x.mean(), metrics)
 
+    def begun():
+        """`fresh`'s arrays, made on the CPU, which compiles random numbers sooner."""
+        with jax.default_device(jax.devices("cpu")[0]):
+            return jax.device_get(jax.jit(fresh)())
+
     number = jax.ShapeDtypeStruct((), np.float32)
 
     def lower(*tables):
         return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), number, number, *tables)
 
-    return SimpleNamespace(fresh=jax.jit(fresh), lower=lower, layout=layout, averaged=averaged)
+    return SimpleNamespace(fresh=begun, lower=lower, layout=layout, averaged=averaged)
 
 
 def run_until(deadline: float, log: Log, curve: str, steps: int, state, tables, program, every=None):
-    """Dispatches of `program()` until the clock stands at `deadline`; the learning rate reaches zero there.
+    """Dispatches of `program` until the clock stands at `deadline`; the learning rate reaches zero there.
 
     every: called as every(state, progress) between dispatches; it may return other tables.
     """
@@ -233,7 +269,7 @@ def run_until(deadline: float, log: Log, curve: str, steps: int, state, tables, 
             break
         span = deadline - begin
         progress, a_step = (now - begin) / span, a_chunk / steps / span
-        state, metrics = program()(state, np.float32(progress), np.float32(a_step), *tables)
+        state, metrics = program(state, np.float32(progress), np.float32(a_step), *tables)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not first:                           # the first dispatch loads the program
             took.append(log.now() - now)
@@ -269,15 +305,17 @@ def same_shapes(corpus, wanted):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true", help="write what the other machine needs, into local_data/gpu")
+    parser.add_argument("--finish", type=Path, metavar="OUT", help="write runs/base_vae and runs/base_transformer")
     parser.add_argument("--drawings", type=Path, default=DRAWINGS, help=f"the pack of drawings (default: {DRAWINGS})")
-    parser.add_argument("--seconds", type=float, default=380.0, help="when all has to be done (default: 380)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="when all has to be done (default: 300)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_base"), help="where results go")
     parser.add_argument("--processes", type=int, default=13, help="that make pixels (default: 13)")
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
     if args.prepare:
-        prepare(args.drawings)
-        return
+        return prepare(args.drawings)
+    if args.finish:
+        return finish(args.finish)
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, args.seconds)
     try:
@@ -292,17 +330,19 @@ def train(args, log: Log) -> None:
     from lorweb_jax.data.drawing_sets import SETS, load_sets
     from lorweb_jax.data.operations import OPERATIONS
     from lorweb_jax.training.small_base.captions import Captions
-    from lorweb_jax.training.small_base.corpus import VARIANTS, make_corpus
+    from lorweb_jax.training.small_base.corpus import VARIANTS, make_corpus, some
 
     configs = Settings.of(json.loads((PREPARED / "configs.json").read_text()))
     vae, flow = configs.base_vae, configs.base_transformer
     held = np.load(PREPARED / "captions.npz")
     drawings = load_sets(args.drawings)
-    # Sizes of this machine's batches; the optimizers, losses and shares are the configs'.
-    size = SimpleNamespace(groups=128, vae=64, table=2000, vae_steps=25, flow_steps=25)
+    # Sizes of this machine's batches, twenty times the configs' own, with a learning rate to suit; all else is theirs.
+    size = SimpleNamespace(groups=64, vae=64, table=1200, vae_steps=25, flow_steps=25)
+    flow.optimizer.update(learning_rate=2e-3)
     if args.tiny:
         size = SimpleNamespace(groups=1, vae=2, table=40, vae_steps=2, flow_steps=2)
-        drawings = fewer(drawings, 6)
+        drawings = some(drawings, 6)
+        globals().update(ENCODED=64, ENLARGED=8)
         vae.model.update(block_out_channels=(8, 8, 8, 8))
         flow.transformer.update(num_layers=1, num_single_layers=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
     captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
@@ -325,27 +365,14 @@ def train(args, log: Log) -> None:
     log.set(device=jax.devices()[0].device_kind, jax=jax.__version__, sizes=vars(size))
     on_gpu = jax.default_backend() == "gpu"
     stage = Stages(args, log, size, "bfloat16" if on_gpu else "float32")
-    autoencoder = stage.autoencoder(vae, pixels, corpora[len(variants)])
-    programs = stage.transformer_programs(flow, drawings, corpora[len(variants)], words, held["words"])
-    weights, scale = stage.train_autoencoder(vae, autoencoder, pixels)
-    tables, count = stage.encode_all(weights, vae, scale, pixels, drawings, len(OPERATIONS) + 1)
-    corpus = same_shapes(corpora[count], corpora[len(variants)])
-    stage.train_transformer(flow, programs, tables, corpus, words)
-    try:
-        stage.sheet(flow, vae, weights, scale, tables, drawings, captions, words, count)
-    except Exception:
-        log.say("no sheet: " + traceback.format_exc())
-
-
-def fewer(drawings, per_set: int):
-    """The first code points that every style has, and some photographs; some of both held out."""
-    from lorweb_jax.data.drawing_sets import SETS
-
-    rest = [i for i, name in enumerate(SETS) if name != "photograph"]
-    whole = [i for i in np.flatnonzero((drawings.twins[:, rest] >= 0).all(1)) if drawings.set_of[i] == 0]
-    kept = [i for part in (True, False) for i in [i for i in whole if drawings.held_out[i] == part][:per_set]]
-    index = [*drawings.twins[kept][:, rest].reshape(-1), *np.flatnonzero(drawings.set_of == SETS.index("photograph"))[:10]]
-    return drawings.chosen(np.array(index))
+    corpus = corpora[len(variants)]
+    autoencoder, editor = stage.autoencoder(vae, corpus), stage.editor(flow, drawings, corpus, words, held["words"])
+    encoders = stage.encoders(vae, autoencoder)
+    # One after the other: programs that compile at once get in each other's way.
+    programs = Background(lambda: [made.compile() for made in (autoencoder, encoders, editor)])
+    weights, scale = stage.train_autoencoder(autoencoder, encoders, pixels, programs)
+    tables, count = stage.encode_all(encoders.program, weights, scale, pixels, drawings, len(OPERATIONS) + 1)
+    stage.train_editor(editor, tables, same_shapes(corpora[count], corpus), words, programs)
 
 
 class Stages:
@@ -353,18 +380,19 @@ class Stages:
         self.args, self.log, self.size, self.dtype = args, log, size, dtype
         self.vae_end, self.end = VAE_SHARE * log.seconds, log.seconds - SECONDS_TO_END
 
-    def compiled(self, what: str, lower) -> Background:
-        def make():
-            begin = time.monotonic()
-            lowered = lower()
-            traced = time.monotonic()
-            program = lowered.compile()
-            self.log.say(f"{what}: traced in {traced - begin:.1f} s, compiled in {time.monotonic() - traced:.1f} s")
-            return program
-        return Background(make)
+    def to_compile(self, what: str, made, *tables):
+        """`made.compile()` sets made.program; made.begun makes the state to start from, meanwhile."""
+        def compile_it():
+            begin = self.log.now()
+            lowered = made.lower(*tables)
+            traced = self.log.now()
+            made.program = lowered.compile()
+            self.log.say(f"{what}: traced in {traced - begin:.1f} s, compiled in {self.log.now() - traced:.1f} s")
+        made.program, made.compile, made.begun = None, compile_it, Background(made.fresh)
+        return made
 
-    def autoencoder(self, config, pixels, corpus):
-        """The autoencoder's trainer, with its program under way."""
+    def autoencoder(self, config, corpus):
+        """The autoencoder's trainer."""
         import jax
         import jax.numpy as jnp
 
@@ -385,13 +413,11 @@ class Stages:
 
         vae_config = autoencoder_config(config)
         job = SimpleNamespace(trainable=Weight, build=lambda rngs: new_autoencoder(vae_config, rngs))
-        made = trainer(job, config, self.size.vae_steps, loss)
         table = jax.ShapeDtypeStruct((self.size.table, count, side, side, 3), np.uint8)
-        made.program = self.compiled("autoencoder's step", lambda: made.lower(table))
-        return made
+        return self.to_compile("autoencoder's steps", trainer(job, config, self.size.vae_steps, loss), table)
 
-    def transformer_programs(self, config, drawings, corpus, words, vocabularies):
-        """The transformer's trainer, with two programs under way: one that is soon compiled, and one that is faster."""
+    def editor(self, config, drawings, corpus, words, vocabularies):
+        """The trainer of transformer and text encoders."""
         import jax
 
         from lorweb_jax.layers import Weight
@@ -412,28 +438,18 @@ class Stages:
         tables = (jax.ShapeDtypeStruct((total, operations, side, side, 16), np.float16),
                   jax.ShapeDtypeStruct((len(drawings.names), 2 * side, 2 * side, 16), np.float16),
                   jax.tree.map(shape, corpus), shape(words.clip), shape(words.t5))
-        made = []
-        for name, unroll in (("soon", 1), ("faster", config.unroll)):
-            job = SimpleNamespace(trainable=Weight, build=lambda rngs, unroll=unroll: Editor(
-                sizes, unroll, self.dtype, rngs=rngs))
-            with_steps = trainer(job, config, self.size.flow_steps, loss)
-            with_steps.program = self.compiled(f"transformer's step ({name})",
-                                               lambda with_steps=with_steps: with_steps.lower(*tables))
-            made.append(with_steps)
-        return made
+        # Blocks are scanned: side by side they take minutes to compile for a GPU.
+        job = SimpleNamespace(trainable=Weight, build=lambda rngs: Editor(sizes, 1, self.dtype, rngs=rngs))
+        return self.to_compile("transformer's steps", trainer(job, config, self.size.flow_steps, loss), *tables)
 
-    def train_autoencoder(self, config, made, pixels):
-        """(weights on the host, (scale, shift)); writes vae.safetensors and vae.png."""
+    def train_autoencoder(self, made, encoders, pixels, programs):
+        """(weights on the host, (scale, shift)); writes vae.safetensors."""
         import jax
-        import jax.numpy as jnp
-
-        from lorweb_jax.images.levels import to_float
 
         pixels.wait_for(max(60, self.size.table // 4))
         table = jax.device_put(pixels.table(self.size.table, 0))
-        state = made.fresh()
-        program = made.program.result()
-        self.log.say("the autoencoder begins")
+        self.log.say("pixels for the autoencoder are there")
+        wait_for(made, programs)
         waiting: list[Background] = []
 
         def every(state, progress):
@@ -445,57 +461,75 @@ class Stages:
                 table, waiting[-1].made = waiting[-1].made, None
                 return (table,)
 
-        state = run_until(self.vae_end, self.log, "vae", self.size.vae_steps, state, (table,), lambda: program, every)
+        deadline = max(self.vae_end, self.log.now() + 0.12 * self.log.seconds)
+        state = run_until(deadline, self.log, "vae", self.size.vae_steps, made.begun.result(), (table,),
+                          made.program, every)
         del table
         weights = jax.device_get(state[0])
-        model = made.layout.model(weights, {})
         sample = pixels.table(min(256, self.size.table), 9).reshape(-1, *pixels.pieces[0][1].shape[2:])
         sample = sample[np.random.default_rng(0).permutation(len(sample))[:ENCODED]]
-        encode = jax.jit(lambda weights, x: made.layout.model(weights, {}).encode(to_float(x))[0])
-        latents = np.asarray(encode(weights, np.resize(sample, (ENCODED, *sample.shape[1:]))))
+        wait_for(encoders, programs)
+        latents = encoders.program[0](weights, np.float32(1), np.float32(0),
+                                      np.resize(sample, (ENCODED, *sample.shape[1:])))
+        latents = np.asarray(latents).astype(np.float32)
         scale, shift = round(float(1 / latents.std()), 4), round(float(latents.mean()), 4)
         self.log.set(scaling_factor=scale, shift_factor=shift,
                      deviation_of_channels=latents.std((0, 1, 2)).round(3).tolist())
         save(self.args.out / "vae.safetensors", weights, np.float32)
         self.log.say(f"autoencoder written, scale {scale}, shift {shift}")
-        del model, jnp
         return weights, (scale, shift)
 
-    def encode_all(self, weights, config, scale, pixels, drawings, operations):
+    def encoders(self, config, autoencoder):
+        """Programs (weights, scale, shift, images uint8 [n, h, w, 3]) -> latents float16, of images as they are and twice
+        as large."""
+        import jax
+        import jax.numpy as jnp
+
+        from lorweb_jax.images.levels import to_float
+        from lorweb_jax.training.small_base.autoencoder import enlarged
+
+        def latents(weights, scale, shift, x):
+            model = autoencoder.layout.model(weights, {})
+            z = model.encode(to_float(x).astype(self.dtype))[0].astype(jnp.float32)
+            return ((z - shift) * scale).astype(jnp.float16)
+
+        made, side, number = SimpleNamespace(program=None), config.data.size, jax.ShapeDtypeStruct((), np.float32)
+
+        def compile_both():
+            begin = self.log.now()
+            weights = autoencoder.begun.result()[0]
+            made.program = [jax.jit(function).lower(
+                weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)).compile()
+                for function, count in ((latents, ENCODED),
+                                        (lambda w, a, b, x: latents(w, a, b, enlarged(x)), ENLARGED))]
+            self.log.say(f"encoders: compiled in {self.log.now() - begin:.1f} s")
+
+        made.compile = compile_both
+        return made
+
+    def encode_all(self, programs, weights, scale, pixels, drawings, operations):
         """((quadrants, large), variants that are in it): latents of everything, float16 on the device."""
         import functools
 
         import jax
         import jax.numpy as jnp
-        from flax import nnx
-
-        from lorweb_jax.images.levels import to_float
-        from lorweb_jax.latents.vae import AutoencoderKL
-        from lorweb_jax.training.small_base.autoencoder import autoencoder_config, enlarged
-        from lorweb_jax.weights.state import build
 
         pixels.wait_for(len(drawings.names))
         ready = pixels.variants_ready()
-        total, side = len(drawings.names), config.data.size // 8
-        vae = build(lambda: AutoencoderKL(autoencoder_config(config), rngs=nnx.Rngs(0)), weights)
-        graphdef, variables = nnx.split(vae)
-        factor, shift = scale
+        total, side = len(drawings.names), pixels.pieces[0][1].shape[2] // 8
+        encode, encode_large = programs
+        weights, scale = jax.device_put(weights), tuple(map(np.float32, scale))
 
-        def latents(variables, x):
-            z = nnx.merge(graphdef, variables).encode(to_float(x).astype(self.dtype))[0].astype(jnp.float32)
-            return ((z - shift) * factor).astype(jnp.float16)
+        @functools.partial(jax.jit, donate_argnums=0)
+        def put(table, at, latents):
+            return jax.lax.dynamic_update_slice(table, latents, (at, 0, 0, 0))
 
-        @functools.partial(jax.jit, donate_argnums=1)
-        def put(variables, table, at, x):
-            return jax.lax.dynamic_update_slice(table, latents(variables, x), (at, 0, 0, 0))
-
-        encode_large = jax.jit(lambda variables, x: latents(variables, enlarged(x)))
         # In the order of the pieces first, then in the drawings' order: one gather at the end.
         kept = [(index, images) for index, images in list(pixels.pieces) if index[0] < ready * total]
-        count = len(variables_of(kept, ENCODED, operations))
+        count = len(block_starts(kept, ENCODED, operations))
         table = jnp.zeros((count * ENCODED, side, side, 16), jnp.float16)
-        for at, block in variables_of(kept, ENCODED, operations):
-            table = put(variables, table, np.int32(at), blocks(kept, block, ENCODED, operations))
+        for at, block in block_starts(kept, ENCODED, operations):
+            table = put(table, np.int32(at), encode(weights, *scale, blocks(kept, block, ENCODED, operations)))
         order = np.concatenate([index for index, _ in kept])
         place = np.zeros(len(pixels.held_out), np.int64)
         place[order] = np.arange(len(order))
@@ -506,85 +540,46 @@ class Stages:
         for index, images in kept:
             original = index < total
             plain[index[original]] = images[original, 0]
-        step = 256
-        large = jnp.concatenate([encode_large(variables, np.resize(plain[i:i + step], (step, *plain.shape[1:])))
-                                 for i in range(0, total, step)])[:total]
+        large = jnp.concatenate([encode_large(weights, *scale, np.resize(plain[i:i + ENLARGED],
+                                                                         (ENLARGED, *plain.shape[1:])))
+                                 for i in range(0, total, ENLARGED)])[:total]
         jax.block_until_ready((quadrants, large))
         self.log.say(f"latents of {ready} variants on the device: {quadrants.nbytes / 1e9:.2f} GB, "
                      f"deviation {float(quadrants[:64].astype(jnp.float32).std()):.3f}")
         return (quadrants, large), ready
 
-    def train_transformer(self, config, programs, tables, corpus, words):
+    def train_editor(self, made, tables, corpus, words, programs):
         import jax
 
-        soon, faster = programs
-        state = soon.fresh()
+        wait_for(made, programs)
         tables = (*tables, jax.device_put(corpus), jax.device_put(words.clip), jax.device_put(words.t5))
-        while not faster.program.done and soon.program.is_alive() and faster.program.is_alive():
-            time.sleep(0.2)
-        saved = [0.0]
+        saved: list[float] = [0.0]
         writing: list[Background] = []
 
-        def program():
-            if faster.program.done:
-                return faster.program.made
-            return soon.program.result()
-
         def every(state, progress):
-            # Twice on the way, so that a run that is killed leaves something.
-            if progress > saved[0] + 0.4:
-                saved[0] = progress
-                average = jax.device_get(soon.averaged(state[1]))
-                writing.append(Background(save, self.args.out / "transformer.safetensors", average, np.float16))
+            # On the way, so that a run that is killed leaves something.
+            if progress > saved[-1] + 0.3:
+                saved.append(progress)
+                writing.append(Background(save, self.args.out / "transformer.safetensors",
+                                          jax.device_get(made.averaged(state[1])), np.float16))
 
-        state = run_until(self.end, self.log, "transformer", self.size.flow_steps, state, tables, program, every)
+        state = run_until(self.end, self.log, "transformer", self.size.flow_steps, made.begun.result(), tables,
+                          made.program, every)
         for each in writing:
             each.join()
-        self.average = jax.device_get(soon.averaged(state[1]))
-        save(self.args.out / "transformer.safetensors", self.average, np.float16)
+        save(self.args.out / "transformer.safetensors", jax.device_get(made.averaged(state[1])), np.float16)
         self.log.say("transformer and text encoders written")
-        self.layout = soon.layout
-
-    def sheet(self, config, vae_config, vae_weights, scale, tables, drawings, captions, words, variants):
-        """base.png: held-out drawings edited, and text to image, if there is time."""
-        import jax
-        import jax.numpy as jnp
-        from flax import nnx
-
-        from lorweb_jax.images.io import write_image
-        from lorweb_jax.images.levels import to_uint8
-        from lorweb_jax.latents.vae import AutoencoderKL
-        from lorweb_jax.training.pictures import sheet
-        from lorweb_jax.training.small_base.autoencoder import autoencoder_config
-        from lorweb_jax.training.small_base.corpus import draw_edits, canvas_of, make_corpus
-        from lorweb_jax.training.small_base.editor import sample
-        from lorweb_jax.weights.state import build
-
-        if self.log.seconds - self.log.now() < 12 and not self.args.tiny:
-            self.log.say("no time for a sheet")
-            return
-        corpus = make_corpus(drawings, captions, variants, held_out=True)
-        n = 4 if self.args.tiny else 24
-        edits = jax.device_get(draw_edits(jax.random.key(1), corpus, n, 4, config.data))
-        quadrants = tables[0]
-        before, after = (canvas_of(quadrants[p.drawing, p.operation]).astype(jnp.float32)
-                         for p in (edits.before, edits.after))
-        run = jax.jit(lambda weights, noise, condition, clip, t5: sample(
-            self.layout.model(weights, {}), noise, condition, clip, t5, config.show_steps))
-        result = run(self.average, jax.random.normal(jax.random.key(0), before.shape), before,
-                     words.clip[edits.caption], words.t5[edits.caption])
-        vae = build(lambda: AutoencoderKL(autoencoder_config(vae_config), rngs=nnx.Rngs(0)), vae_weights)
-        graphdef, variables = nnx.split(vae)
-        decode = jax.jit(lambda variables, z: nnx.merge(graphdef, variables).decode(z / scale[0] + scale[1]))
-        images = [to_uint8(decode(variables, z)) for z in (before, result, after)]
-        texts = [captions.texts[row] for row in edits.caption]
-        write_image(self.args.out / "base.png", sheet(list(zip(texts, zip(*images))), ("canvas", "edited", "truth")))
-        error = [float(np.square(images[i].astype(float) - images[2]).mean()) for i in (1, 0)]
-        self.log.set(held_out={"edited": error[0], "nothing_done": error[1]})
-        self.log.say(f"sheet written; squared error {error[0]:.0f} of {error[1]:.0f}")
 
 
-def variables_of(kept, size, operations):
+def wait_for(made, programs: Background) -> None:
+    """Until made.compile() is through, which `programs` calls."""
+    while made.program is None:
+        if programs.error:
+            programs.result()
+        time.sleep(0.1)
+
+
+def block_starts(kept, size, operations):
     """(first row, block number) of the blocks of `size` quadrants that the pieces make in their order."""
     rows = sum(len(index) for index, _ in kept) * operations
     return [(i * size, i) for i in range(-(-rows // size))]

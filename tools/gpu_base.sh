@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The small base on one GPU within a time limit, in one call:
-#   OUT=folder tools/gpu_base.sh [seconds, default 380] [options of gpu_base.py, such as --tiny]
+#   OUT=folder tools/gpu_base.sh [seconds, default 300] [options of gpu_base.py, such as --tiny]
 # Needs local_data/drawings64.npz and local_data/gpu (python tools/gpu_base.py --prepare), and of packages jax, flax,
 # optax, numpy and Pillow. Results are written to $OUT as they come.
 set -u
 cd "$(dirname "$0")/.."
-seconds=${1:-380}
+seconds=${1:-300}
 shift || true
 out=${OUT:-runs/gpu_base}
 mkdir -p "$out"
@@ -13,13 +13,13 @@ export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 python=${PYTHON:-python3}
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null
 if [ -f tools/gpu_clip.py ]; then
-  # Beside the other: while that compiles and makes its data the GPU has nothing to do.
-  XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.15 \
-    "$python" tools/gpu_clip.py --seconds "${CLIP_SECONDS:-110}" --out "$out" ${CLIP_OPTIONS:-} &
+  # Beside the transformer; earlier it would have to share the GPU and the processors with the autoencoder.
+  (sleep "${CLIP_DELAY:-70}"; XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.15 \
+    "$python" tools/gpu_clip.py --seconds "${CLIP_SECONDS:-100}" --out "$out" ${CLIP_OPTIONS:-}) &
   clip=$!
 fi
-# cuBLAS's products are as fast as generated ones at these sizes, and need no search.
-XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}" XLA_PYTHON_CLIENT_MEM_FRACTION=${MEM_FRACTION:-.78} \
+# Searching for the fastest kernels took longer than they save.
+XLA_FLAGS="--xla_gpu_autotune_level=0 ${XLA_FLAGS:-}" XLA_PYTHON_CLIENT_MEM_FRACTION=${MEM_FRACTION:-.78} \
   "$python" tools/gpu_base.py --seconds "$seconds" --out "$out" "$@"
 status=$?
 if [ -n "${clip:-}" ]; then wait "$clip" || echo "CLIP vision ended with status $?"; fi

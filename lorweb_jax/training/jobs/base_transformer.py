@@ -25,7 +25,7 @@ from lorweb_jax.sharding import to_host
 from lorweb_jax.training.pictures import sheet
 from lorweb_jax.training.small_base.autoencoder import enlarged
 from lorweb_jax.training.small_base.captions import Captions
-from lorweb_jax.training.small_base.corpus import VARIANTS, Corpus, draw_batch, look_up, make_corpus
+from lorweb_jax.training.small_base.corpus import VARIANTS, Corpus, draw_batch, look_up, make_corpus, some
 from lorweb_jax.training.small_base.editor import Editor, EditorConfig, editor_config, flow_loss, sample
 from lorweb_jax.training.small_base.tokens import make_tokenizers, tokens_of
 from lorweb_jax.weights.pretrained import load_vae, save_folder, save_transformer
@@ -81,7 +81,8 @@ class BaseTransformer:
 
     def __init__(self, config):
         self.config = config
-        self.drawings = load_sets(config.data.drawings)
+        drawings = load_sets(config.data.drawings)
+        self.drawings = some(drawings, config.data.signs) if config.data.signs else drawings
         vae_folder = Path(config.data.vae)
         if not (vae_folder / "config.json").is_file():
             raise UserError(f"there is no autoencoder in {vae_folder}; train it first with "

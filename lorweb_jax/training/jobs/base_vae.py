@@ -17,7 +17,7 @@ from lorweb_jax.sharding import to_host
 from lorweb_jax.training.small_base.autoencoder import (autoencoder_config, autoencoder_loss, enlarged,
                                                         new_autoencoder, quadrants)
 from lorweb_jax.training.small_base.captions import Captions
-from lorweb_jax.training.small_base.corpus import Corpus, canvas_of, draw_canvases, make_corpus
+from lorweb_jax.training.small_base.corpus import Corpus, canvas_of, draw_canvases, make_corpus, some
 from lorweb_jax.weights.pretrained import save_vae
 from lorweb_jax.weights.safetensors_io import write_json
 from lorweb_jax.weights.state import flat_state
@@ -71,7 +71,8 @@ class BaseVAE:
                             "of a batch whole and one as quadrants: set an even number")
         self.config = config
         self.vae_config = autoencoder_config(config)
-        self.drawings = load_sets(config.data.drawings)
+        drawings = load_sets(config.data.drawings)
+        self.drawings = some(drawings, config.data.signs) if config.data.signs else drawings
         self.corpora = {held_out: make_corpus(self.drawings, Captions(), 1, held_out) for held_out in (False, True)}
 
     def build(self, rngs: nnx.Rngs) -> AutoencoderKL:

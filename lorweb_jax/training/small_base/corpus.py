@@ -22,6 +22,17 @@ VARIANTS = (lambda rgba: rgba, lambda rgba: rgba[..., :, ::-1, :][..., [1, 2, 0,
 PHOTOGRAPHS = 0.08   # their share of what is drawn; they are few
 
 
+def some(drawings: DrawingSets, signs: int) -> DrawingSets:
+    """As many signs that every style has, held out and not, with all their drawings, and as many photographs."""
+    photographs = drawings.set_of == SETS.index("photograph")
+    styles = [i for i, name in enumerate(SETS) if name != "photograph"]
+    everywhere = (drawings.twins[:, styles] >= 0).all(1) & (drawings.set_of == styles[0])
+    chosen = [np.flatnonzero(where & (drawings.held_out == part))[:signs]
+              for where in (everywhere, photographs) for part in (False, True)]
+    return drawings.chosen(np.concatenate([drawings.twins[np.concatenate(chosen[:2])][:, styles].reshape(-1),
+                                           *chosen[2:]]))
+
+
 class Corpus(NamedTuple):
     """Arrays that say what may be drawn. D drawings, V·D with their variants, which follow them; S styles.
 
@@ -82,71 +93,81 @@ class Edits(NamedTuple):
     caption: Any       # int32 [n], a row of the captions
 
 
-def _one_of(key, values, shape):
-    return jnp.asarray(values)[jax.random.randint(key, shape, 0, len(values))]
+class Draws:
+    """Independent random numbers for n examples, all from one call: compilers take long over each."""
+
+    def __init__(self, key: jax.Array, n: int, most: int):
+        self.n, self.uniform, self.used = n, jax.random.uniform(key, (n, most)), 0
+
+    def _next(self, k: int | None) -> jax.Array:
+        start, self.used = self.used, self.used + (k or 1)
+        assert self.used <= self.uniform.shape[1]
+        part = self.uniform[:, start:self.used]
+        return part if k else part[:, 0]
+
+    def happens(self, share, k: int | None = None) -> jax.Array:
+        """bool [n] or [n, k], true with this probability."""
+        return self._next(k) < share
+
+    def below(self, count, k: int | None = None) -> jax.Array:
+        """int32 [n] or [n, k] in 0 … count − 1."""
+        return jnp.minimum((self._next(k) * count).astype(jnp.int32), count - 1)
+
+    def one_of(self, values, k: int | None = None) -> jax.Array:
+        return jnp.asarray(values)[self.below(len(values), k)]
 
 
 def draw_edits(key: jax.Array, corpus: Corpus, n: int, k: int, shares) -> Edits:
     """n canvases of k = 4 drawings, or k = 1, before and after an edit. `shares`: see configs/base_transformer.py."""
-    keys = iter(jax.random.split(key, 20))
-
-    def happens(share, shape=(n,)):
-        return jax.random.bernoulli(next(keys), share, shape)
-
+    draws = Draws(key, n, 9 + 5 * k)
     operations = len(corpus.needs_shape) - 1
     needs_shape, photograph = jnp.asarray(corpus.needs_shape), jnp.asarray(corpus.photograph)
-    wanted = jax.random.randint(next(keys), (n,), 1, 1 + operations)
-    restyled = happens(shares.style)
-    style = jax.random.randint(next(keys), (n,), 0, len(corpus.counts))
-    member = (jax.random.uniform(next(keys), (n, k)) * jnp.asarray(corpus.counts)[style][:, None]).astype(jnp.int32)
-    drawing = jnp.where(restyled[:, None], jnp.asarray(corpus.members)[style[:, None], member],
-                        jnp.where(needs_shape[wanted][:, None], _one_of(next(keys), corpus.shaped, (n, k)),
-                                  _one_of(next(keys), corpus.edited, (n, k))))
-    last_only = happens(shares.last_only) & (k > 1)
+    wanted = 1 + draws.below(operations)
+    restyled, style = draws.happens(shares.style), draws.below(len(corpus.counts))
+    member = jnp.asarray(corpus.members)[style[:, None], draws.below(jnp.asarray(corpus.counts)[style][:, None], k)]
+    drawing = jnp.where(restyled[:, None], member, jnp.where(
+        needs_shape[wanted][:, None], draws.one_of(corpus.shaped, k), draws.one_of(corpus.edited, k)))
+    last_only = draws.happens(shares.last_only) & (k > 1)
     last = jnp.arange(k) == k - 1
 
     # A canvas of which only the last drawing changes may show the others edited in any way, and the last twice.
-    before = jax.random.randint(next(keys), (n, k), 1, 1 + operations)
+    before = 1 + draws.below(operations, k)
     before = jnp.where(needs_shape[before] & photograph[drawing], 0, before)
-    before = jnp.where(last_only[:, None] & ~last & happens(shares.edited_before, (n, k)), before, 0)
+    before = jnp.where(last_only[:, None] & ~last & draws.happens(shares.edited_before, k), before, 0)
     if k > 1:
-        twice = last_only & happens(shares.twice)
+        twice = last_only & draws.happens(shares.twice)
         drawing = drawing.at[:, k - 2].set(jnp.where(twice, drawing[:, k - 1], drawing[:, k - 2]))
         before = before.at[:, k - 2].set(jnp.where(twice, 0, before[:, k - 2]))
 
-    silent = happens(shares.silent)                                  # an empty instruction changes nothing
+    silent = draws.happens(shares.silent)                            # an empty instruction changes nothing
     changes = (last | ~last_only[:, None]) & ~silent[:, None]
     twin = jnp.asarray(corpus.twins)[drawing, style[:, None]]
     after = Picture(jnp.where(changes & restyled[:, None], twin, drawing),
                     jnp.where(changes & ~restyled[:, None], wanted[:, None], before))
-    wording = jnp.where(happens(shares.vague), 0, jax.random.randint(next(keys), (n,), 1, 3))
+    wording = jnp.where(draws.happens(shares.vague), 0, 1 + draws.below(2))
     caption = jnp.where(restyled, Captions.of_style(style, last_only, wording),
                         Captions.of_operation(wanted, last_only, wording))
     # Dropped captions, for guidance without a classifier.
-    caption = jnp.where(silent | happens(shares.caption_drop), 0, caption)
+    caption = jnp.where(silent | draws.happens(shares.caption_drop), 0, caption)
     return Edits(Picture(drawing, before), after, caption.astype(jnp.int32))
 
 
-def draw_titles(key: jax.Array, corpus: Corpus, n: int, caption_drop: float) -> tuple[jax.Array, jax.Array]:
-    """(drawing [n], caption [n]) for text to image."""
-    drawing_key, wording_key, drop_key = jax.random.split(key, 3)
-    drawing = _one_of(drawing_key, corpus.shown, (n,))
-    wordings = jnp.asarray(corpus.caption_count)[drawing]
-    wording = (jax.random.uniform(wording_key, (n,)) * wordings).astype(jnp.int32)
-    caption = jnp.where(jax.random.bernoulli(drop_key, caption_drop, (n,)), 0,
-                        jnp.asarray(corpus.caption_start)[drawing] + wording)
-    return drawing, caption
+def draw_titles(key: jax.Array, corpus: Corpus, n: int, shares) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(drawing [n], caption [n], bool [n]: show an edit's result in its place) for text to image."""
+    draws = Draws(key, n, 4)
+    drawing = draws.one_of(corpus.shown)
+    wording = draws.below(jnp.asarray(corpus.caption_count)[drawing])
+    caption = jnp.where(draws.happens(shares.caption_drop), 0, jnp.asarray(corpus.caption_start)[drawing] + wording)
+    return drawing, caption, draws.happens(shares.condition_drop)
 
 
 def draw_canvases(key: jax.Array, corpus: Corpus, n: int, plain: float, enlarged: float) -> tuple[Picture, jax.Array]:
     """For the autoencoder: quadrants of n canvases, a share `plain` of them without operation; and bool [n], a share
     `enlarged`: those show the first drawing alone, at the canvas's size."""
-    keys = jax.random.split(key, 4)
-    drawing = _one_of(keys[0], corpus.edited, (n, 4))
-    operation = jax.random.randint(keys[1], (n, 4), 1, len(corpus.needs_shape))
-    enlarge = jax.random.bernoulli(keys[3], enlarged, (n,))
-    plain_ones = jax.random.bernoulli(keys[2], plain, (n, 4)) | enlarge[:, None]
-    return Picture(drawing, jnp.where(plain_ones, 0, operation)), enlarge
+    draws = Draws(key, n, 13)
+    drawing, operation = draws.one_of(corpus.edited, 4), 1 + draws.below(len(corpus.needs_shape) - 1, 4)
+    enlarge = draws.happens(enlarged)
+    return Picture(drawing, jnp.where(draws.happens(plain, 4) | enlarge[:, None], 0, operation)), enlarge
 
 
 class Batch(NamedTuple):
@@ -160,25 +181,18 @@ class Batch(NamedTuple):
 
 def draw_batch(key: jax.Array, corpus: Corpus, groups: int, forms, shares) -> Batch:
     """`groups` times forms.canvas, .single, .drawing and .large examples."""
-    keys = jax.random.split(key, 7)
-
-    def without_condition(key, n, k):
-        """Edited pictures under their instruction, without what they were before."""
-        return draw_edits(key, corpus, n, k, shares)
+    keys = jax.random.split(key, 6)
 
     n = groups * forms.drawing
-    drawing, caption = draw_titles(keys[2], corpus, n, shares.caption_drop)
-    edits = without_condition(keys[3], n, 1)
-    dropped = jax.random.bernoulli(keys[4], shares.condition_drop, (n,))
-    shown = Picture(jnp.where(dropped, edits.after.drawing[:, 0], drawing)[:, None],
-                    jnp.where(dropped, edits.after.operation[:, 0], 0)[:, None])
+    drawing, caption, dropped = draw_titles(keys[2], corpus, n, shares)
+    edits = draw_edits(keys[3], corpus, n, 1, shares)
+    shown = Picture(*(jnp.where(dropped[:, None], edited, plain) for edited, plain in zip(
+        edits.after, (drawing[:, None], 0))))
     titled = Edits(shown, shown, jnp.where(dropped, edits.caption, caption))
 
     n = groups * forms.large
-    drawing, caption = draw_titles(keys[5], corpus, n, shares.caption_drop)
-    drop_key, edit_key = jax.random.split(keys[6])
-    edits = without_condition(edit_key, n, 4)
-    dropped = jax.random.bernoulli(drop_key, shares.condition_drop, (n,))
+    drawing, caption, dropped = draw_titles(keys[4], corpus, n, shares)
+    edits = draw_edits(keys[5], corpus, n, 4, shares)
     large = (drawing, edits, dropped, jnp.where(dropped, edits.caption, caption))
     return Batch(draw_edits(keys[0], corpus, groups * forms.canvas, 4, shares),
                  draw_edits(keys[1], corpus, groups * forms.single, 1, shares), titled, large)
