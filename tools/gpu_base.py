@@ -242,8 +242,12 @@ def trainer(job, config, steps: int, loss):
         return state, jax.tree.map(lambda x: x.mean(), metrics)
 
     def begun():
-        """`fresh`'s arrays, made on the CPU, which compiles random numbers sooner."""
-        with jax.default_device(jax.devices("cpu")[0]):
+        """`fresh`'s arrays, made on the CPU if there is one for jax: it compiles random numbers sooner."""
+        try:
+            device = jax.devices("cpu")[0]
+        except RuntimeError:
+            device = jax.devices()[0]
+        with jax.default_device(device):
             return jax.device_get(jax.jit(fresh)())
 
     number = jax.ShapeDtypeStruct((), np.float32)

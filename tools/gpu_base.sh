@@ -18,8 +18,8 @@ if [ -f tools/gpu_clip.py ]; then
     "$python" tools/gpu_clip.py --seconds "${CLIP_SECONDS:-100}" --out "$out" ${CLIP_OPTIONS:-}) &
   clip=$!
 fi
-# Searching for the fastest kernels took longer than they save.
-XLA_FLAGS="--xla_gpu_autotune_level=0 ${XLA_FLAGS:-}" XLA_PYTHON_CLIENT_MEM_FRACTION=${MEM_FRACTION:-.78} \
+# Searching for the fastest kernels took longer than they save; cuBLAS chooses well without.
+XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}" XLA_PYTHON_CLIENT_MEM_FRACTION=${MEM_FRACTION:-.78} \
   "$python" tools/gpu_base.py --seconds "$seconds" --out "$out" "$@"
 status=$?
 if [ -n "${clip:-}" ]; then wait "$clip" || echo "CLIP vision ended with status $?"; fi

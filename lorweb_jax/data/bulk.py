@@ -1,8 +1,8 @@
 """Every operation on every drawing, by several processes at once."""
 
 import multiprocessing
+import tempfile
 from collections.abc import Iterator, Sequence
-from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
@@ -23,16 +23,13 @@ def operated(images: np.ndarray, names: Sequence[str], processes: int) -> Iterat
     if processes <= 1:
         yield from ((*_bounds(images, start), operated_chunk(images[start:start + CHUNK], names)) for start in starts)
         return
-    shared = SharedMemory(create=True, size=images.nbytes)
-    try:
-        np.ndarray(images.shape, np.uint8, shared.buf)[:] = images
+    # A file that all map into their memory: shared memory of its own is too small on some machines.
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/images.npy", images)
         context = multiprocessing.get_context("spawn")              # a fork of a process that runs jax may hang
-        with context.Pool(processes, _open, (shared.name, images.shape, tuple(names))) as pool:
+        with context.Pool(processes, _open, (f"{folder}/images.npy", tuple(names))) as pool:
             for start, result in zip(starts, pool.imap(_work, starts)):
                 yield *_bounds(images, start), result
-    finally:
-        shared.close()
-        shared.unlink()
 
 
 def operated_chunk(images: np.ndarray, names: Sequence[str]) -> np.ndarray:
@@ -48,10 +45,9 @@ def _effect(name: str):
     return OPERATIONS[name].apply if name else on_white
 
 
-def _open(name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> None:
-    global _shared, _images, _names
-    _shared = SharedMemory(name=name)                               # kept, or the memory would go
-    _images, _names = np.ndarray(shape, np.uint8, _shared.buf), names
+def _open(path: str, names: tuple[str, ...]) -> None:
+    global _images, _names
+    _images, _names = np.load(path, mmap_mode="r"), names
 
 
 def _work(start: int) -> np.ndarray:
