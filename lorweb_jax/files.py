@@ -9,6 +9,20 @@ from lorweb_jax.errors import UserError
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
           stat.S_IFSOCK: "a socket"}
 
+# How a file begins that isn't safetensors.
+_BEGINNINGS = {
+    b"GGUF": "a GGUF file, which tools/convert_flux_weights.py reads where it holds a FLUX transformer: convert it first",
+    b"PK\x03\x04": "a zip archive or PyTorch's pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model",
+    b"\x80\x02\x8a\nl": "PyTorch's pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model",
+    b"version https://git-lfs": "a Git LFS pointer, which stands for the file: run git lfs pull, or download it again",
+    b"<!": "a web page, such as a login or an error: download the file again",
+    b"<html": "a web page, such as a login or an error: download the file again",
+    b"\x1f\x8b": "a gzip archive: unpack it", b"\x89HDF": "an HDF5 file: give the .safetensors file of the same model",
+    b"\x89PNG": "an image: give the file with the weights",
+    b"\xff\xd8\xff": "an image: give the file with the weights",
+    b'{"': "JSON text: give the file with the weights",
+}
+
 
 def regular_file(path: str | Path, remedy: str = "check the path") -> Path:
     """`path`, if a regular file (or a link to one) lies there; found out without opening it, for a pipe would wait.
@@ -67,3 +81,8 @@ def inside(folder: str | Path, name: str, source: str | Path) -> Path:
 
 def cannot_be_read(path: str | Path, error: OSError) -> UserError:
     return UserError(f"{path} can't be read ({error.strerror or error}); check the path and its permissions")
+
+
+def by_beginning(data: bytes) -> str | None:
+    """What a file is that begins so, and what to do; None if unknown."""
+    return next((what for start, what in _BEGINNINGS.items() if data.lstrip(b" \r\n\t").startswith(start)), None)

@@ -7,6 +7,9 @@ What is unfinished lies in OUT/NAME.partial, where the same command goes on afte
   one pipeline folder            tools/convert_flux_weights.py FLUX.1-Kontext-dev --to black-forest --out single
   the two single files           tools/convert_flux_weights.py flux1-kontext-dev.safetensors ae.safetensors \\
                                      --to diffusers --out kontext
+  an all-in-one checkpoint, GGUF tools/convert_flux_weights.py all_in_one.safetensors --to diffusers --out kontext
+                                 tools/convert_flux_weights.py flux1-kontext-dev-Q4_K_S.gguf --to diffusers \\
+                                     --out kontext --dtype bfloat16
   the same layout, another dtype tools/convert_flux_weights.py kontext/transformer --to diffusers --out half \\
                                      --dtype float16
   read the output again, compare tools/convert_flux_weights.py --verify single
@@ -19,22 +22,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lorweb_jax.command_line import Parser  # noqa: E402
 from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="*", type=Path,
                         help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
-                             "or a .safetensors file; told apart by the names of the tensors")
+                             "or a .safetensors or .gguf file; told apart by the names of the tensors")
     parser.add_argument("--to", choices=["diffusers", "black-forest"],
                         help="diffusers: OUT/transformer and OUT/vae; "
                              "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors")
     parser.add_argument("--out", type=Path, help="folder to write into; made if it isn't there")
     parser.add_argument("--dtype", choices=["keep", "float32", "bfloat16", "float16"], default="keep",
-                        help="what to store the weights in (default: as in the source)")
-    parser.add_argument("--config", type=Path,
-                        help="diffusers' config.json, for one single file of other sizes than FLUX.1's")
+                        help="what to store the weights in (default: as in the source; float32 for fp8 with scales and "
+                             "for packed numbers, which loses nothing)")
+    parser.add_argument("--config", type=Path, action="append", default=[],
+                        help="diffusers' config.json, for a single file of other sizes than FLUX.1's; one for each model "
+                             "where there are two")
     parser.add_argument("--shard-gb", type=float, default=10.0,
                         help="largest file in the diffusers layout, in GB of 10^9 bytes (default: 10)")
     parser.add_argument("--verify", type=Path, metavar="WRITTEN",
@@ -61,11 +67,8 @@ def main() -> None:
     dtype = {"keep": None, "bfloat16": ml_dtypes.bfloat16}.get(args.dtype, args.dtype)
     if args.shard_gb <= 0:
         raise UserError(f"--shard-gb is {args.shard_gb}; it must be above 0", 2)
-    paths = [part for path in args.source for part in _parts(path)]
-    if args.config and len(paths) > 1:
-        raise UserError(f"--config describes one model, but there are {len(paths)} sources; convert one at a time", 2)
     # All sources are recognised before the first is written.
-    for source in [pretrained.recognise(path, args.config) for path in paths]:
+    for source in _recognised(args):
         checkpoint = source.checkpoint
         print(f"{checkpoint.path}: a FLUX {source.kind} in the {source.layout.replace('_', '-')} layout: "
               f"{len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, "
@@ -114,6 +117,27 @@ class Progress:
         end = "\n" if last or not sys.stderr.isatty() else "\r"
         print(f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB, {self.rate / 1e6:.0f} MB/s, "
               f"{(total - done) / self.rate:.0f} s left   ", end=end, flush=True, file=sys.stderr)
+
+
+def _recognised(args: argparse.Namespace) -> list:
+    from lorweb_jax.schema import read_json
+    from lorweb_jax.weights.sources import recognise_all
+
+    found = [recognise_all(part, args.config) for path in args.source for part in _parts(path)]
+    sources = [source for each in found for source in each.sources]
+    if unused := [file for file in args.config if all(source.config != read_json(file) for source in sources)]:
+        raise UserError(f"--config={unused[0]} belongs to none of the models given; its _class_name tells which", 2)
+    if len(kinds := [source.kind for source in sources]) > len(set(kinds)):
+        raise UserError("two of the sources are the same model, and one would overwrite the other; convert them one at a "
+                        "time, into different folders", 2)
+    for each in found:
+        if each.left_out:
+            print(f"{each.sources[0].checkpoint.path}: left out {', '.join(each.left_out)}", flush=True)
+        if any(entry.decoder for source in each.sources for entry in source.checkpoint.entries.values()) \
+                and args.dtype == "keep":
+            print("fp8 with scales and packed numbers become float32, without loss; --dtype bfloat16 halves the files",
+                  flush=True)
+    return sources
 
 
 def _parts(path: Path) -> list[Path]:

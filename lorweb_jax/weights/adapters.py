@@ -12,7 +12,8 @@ from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
 from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.lora_read import is_lora, read_lora
+from lorweb_jax.weights.identify import lora_scheme
+from lorweb_jax.weights.lora_read import read_lora
 from lorweb_jax.weights.safetensors_io import write_json
 
 _PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|projection)")
@@ -32,7 +33,7 @@ def load_basis(path: str | Path, layers: Mapping[str, tuple[int, int, int]],
         config, arrays = basis_of_run(path)
         require_fits(arrays, layers, str(path))
         return config, arrays
-    if is_lora(Checkpoint(path)):
+    if lora_scheme(Checkpoint(path)):
         return read_lora(path, layers)
     return read_basis(path, config_path, layers)
 

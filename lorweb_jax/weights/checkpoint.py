@@ -8,16 +8,16 @@ import copy
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.files import by_beginning, cannot_be_read, inside, regular_file
 from lorweb_jax.finite import require_finite
-from lorweb_jax.files import cannot_be_read, inside, regular_file
 from lorweb_jax.schema import INDEX_BYTES, Between, json_value, read_json, shown
 from lorweb_jax.weights.safetensors_io import DTYPES, FLOATS, NAMES
 
@@ -47,11 +47,31 @@ class Extent(NamedTuple):
         return array
 
 
-class _Entry(NamedTuple):
+class Decoder(Protocol):
+    """How numbers are stored other than one after another in their own dtype: packed, or with a scale."""
+
+    name: str   # of the way they are stored, for a person
+    block: int  # numbers that can only be decoded together
+
+    def nbytes(self, count: int) -> int:
+        """Of so many numbers, a multiple of `block`."""
+
+    def __call__(self, data: np.ndarray, first: int) -> np.ndarray:
+        """uint8 of whole blocks -> numbers [count] of the entry's dtype; first: of the tensor's numbers."""
+
+
+class Entry(NamedTuple):
+    """A tensor in a file; dtype is that of the numbers that are read."""
+
     file: Path
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    decoder: Decoder | None = None
+
+    def nbytes(self, count: int) -> int:
+        """Of so many numbers as they are stored."""
+        return self.decoder.nbytes(count) if self.decoder else count * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +92,7 @@ class Checkpoint:
         files, weight_map = _find(self.path)
         self.files = files
         self.metadata: dict[str, str] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file in files:
             entries, metadata = _read_header(file)
             if repeated := entries.keys() & self._entries.keys():
@@ -83,20 +103,38 @@ class Checkpoint:
             raise UserError(f"the index in {self.path} names {absent[0]}, which no shard holds "
                             f"({len(absent)} such); download the folder again")
 
+    @classmethod
+    def of_entries(cls, file: Path, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """Of a file in another format, which its own reader has found the tensors of."""
+        made = cls.__new__(cls)
+        made.path, made.files, made.metadata, made._entries = file, [file], {}, dict(entries)
+        return made
+
+    def of(self, entries: Mapping[str, Entry]) -> "Checkpoint":
+        """The same files with other entries: some of them, under other names, or decoded."""
+        other = copy.copy(self)
+        other._entries = dict(entries)
+        return other
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        return self._entries
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     @property
     def nbytes(self) -> int:
-        return sum(math.prod(e.shape) * e.dtype.itemsize for e in self._entries.values())
+        """On the disk."""
+        return sum(entry.nbytes(math.prod(entry.shape)) for entry in self._entries.values())
 
     def dtype(self, name: str) -> np.dtype:
         return self._entries[name].dtype
 
     def dtypes(self) -> dict[str, int]:
-        """How many tensors there are of each dtype."""
-        names = [entry.dtype.name for entry in self._entries.values()]
+        """How many tensors there are of each dtype, or other way of storing."""
+        names = [entry.decoder.name if entry.decoder else entry.dtype.name for entry in self._entries.values()]
         return {name: names.count(name) for name in sorted(set(names))}
 
     def require_floats(self, ignored: Collection[str] = ()) -> None:
@@ -106,27 +144,28 @@ class Checkpoint:
                 raise UserError(f"{entry.file} holds {NAMES[entry.dtype]} in {shown(name)}, floating-point weights were "
                                 "expected; give a file that isn't packed or quantised")
 
-    def without_prefix(self, prefix: str) -> "Checkpoint":
-        """The same tensors, their names without `prefix`, which all of them must have."""
-        renamed = copy.copy(self)
-        renamed._entries = {name.removeprefix(prefix): entry for name, entry in self._entries.items()}
-        return renamed
+    def below(self, prefix: str) -> "Checkpoint":
+        """The tensors whose names begin with `prefix`, without it."""
+        return self.of({name.removeprefix(prefix): entry for name, entry in self._entries.items()
+                        if name.startswith(prefix)})
 
     def extent(self, name: str, start: int = 0, stop: int | None = None) -> Extent:
         """Where the tensor, or its rows start..stop along the leading axis, lies on the disk."""
-        file, offset, dtype, shape = self._entries[name]
+        entry = self._entries[name]
         if stop is None and start == 0:
-            return Extent(file, offset, math.prod(shape) * dtype.itemsize)
-        row = math.prod(shape[1:]) * dtype.itemsize
-        return Extent(file, offset + start * row, len(range(*slice(start, stop).indices(shape[0]))) * row)
+            return Extent(entry.file, entry.offset, entry.nbytes(math.prod(entry.shape)))
+        row = entry.nbytes(math.prod(entry.shape[1:]))
+        return Extent(entry.file, entry.offset + start * row,
+                      len(range(*slice(start, stop).indices(entry.shape[0]))) * row)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The tensor, or its rows start..stop along the leading axis, read from the disk now.
 
         UserError if it is not finite.
         """
-        file, _, dtype, shape = self._entries[name]
-        array = self.extent(name, start, stop).read().view(dtype)
+        file, _, dtype, shape, decoder = self._entries[name]
+        data = self.extent(name, start, stop).read()
+        array = decoder(data, start * math.prod(shape[1:])) if decoder else data.view(dtype)
         require_finite(array, f"{file}: {name}", "download the file again, or take an earlier one")
         return array.reshape(shape if stop is None and start == 0 else (-1, *shape[1:]))
 
@@ -183,12 +222,14 @@ def _prefer_standard(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.name in names] or paths
 
 
-def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries and metadata of one file. Nothing that the header says is used before it is checked."""
     size = regular_file(file, "download it, or give another file").stat().st_size
     try:
         with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            begins = stream.read(64)
+            stream.seek(8)
+            length = int.from_bytes(begins[:8], "little")
             if size < 8 or not stream.peek(1).startswith(b"{") or length > _LONGEST_HEADER:
                 raise ValueError("it does not begin with a header")
             if length > size - 8:
@@ -198,8 +239,10 @@ def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
     except OSError as error:
         raise cannot_be_read(file, error) from None
     except ValueError as error:
-        raise UserError(f"{file} is not a safetensors file ({error}); give a .safetensors file, or convert a .ckpt, "
-                        ".bin or .gguf with its own tools first") from None
+        if what := by_beginning(begins):
+            raise UserError(f"{file} is not a safetensors file, but {what}") from None
+        raise UserError(f"{file} is not a safetensors file ({error}); give a .safetensors file, or convert a .ckpt or .bin "
+                        "with its own tools first") from None
     if end > size:
         raise UserError(f"{file} is cut short: {size} bytes found, {end} expected; download it again")
     if end < size:
@@ -207,7 +250,7 @@ def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _entries(file: Path, header: dict[str, Any], start: int) -> tuple[dict[str, _Entry], dict[str, str], int]:
+def _entries(file: Path, header: dict[str, Any], start: int) -> tuple[dict[str, Entry], dict[str, str], int]:
     """(entries, metadata, where the data ends) of a header that is followed by the data at `start`; ValueError, in
     words for a person, unless the tensors follow one another without a gap and each is as long as its shape says."""
     metadata = header.pop("__metadata__", None)
@@ -228,7 +271,7 @@ def _entries(file: Path, header: dict[str, Any], start: int) -> tuple[dict[str, 
             raise ValueError(f"{shown(name)} has the shape {shown(shape)}")
         if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(f"the size of {shown(name)} does not agree with its shape")
-        entries[name] = _Entry(file, start + first, DTYPES[dtype], tuple(shape))
+        entries[name] = Entry(file, start + first, DTYPES[dtype], tuple(shape))
         end = last
     return {name: entries[name] for name in header}, metadata, start + end
 

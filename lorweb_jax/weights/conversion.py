@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.weights.checkpoint import Checkpoint, Extent, ahead
+from lorweb_jax.weights.checkpoint import Checkpoint, Decoder, Extent, ahead
 from lorweb_jax.weights.journal import Finished, Journal, write_all
 from lorweb_jax.weights.safetensors_io import FORMAT, NAMES, Spec, header, require_space
 
@@ -31,10 +31,13 @@ Progress = Callable[[int, int, int], None]  # bytes that are finished, of how ma
 
 
 class Run(NamedTuple):
-    """Bytes of a source file, numbers of `dtype`, that follow one another in a tensor to be written."""
+    """Bytes of a source file that follow one another in a tensor to be written: numbers of `dtype`, the first of them
+    the `first` of their tensor, or what `decoder` makes numbers of."""
 
     extent: Extent
     dtype: np.dtype
+    decoder: Decoder | None = None
+    first: int = 0
 
 
 def write_files(folder: Path, files: Files, runs: Callable[[str], Iterable[Run]], task: dict[str, Any],
@@ -149,15 +152,17 @@ class _Sync:
 
 
 class _Piece(NamedTuple):
-    extent: Extent
-    dtype: np.dtype
+    run: Run
     spec: Spec
 
     def load(self) -> np.ndarray:
         """uint8, as it will be written."""
-        data = self.extent.read()
-        if self.dtype != self.spec.dtype:
-            data = _cast(data.view(self.dtype), self.spec.dtype).view(np.uint8)
+        extent, dtype, decoder, first = self.run
+        data = extent.read()
+        if decoder:
+            data = _cast(decoder(data, first), self.spec.dtype).view(np.uint8)
+        elif dtype != self.spec.dtype:
+            data = _cast(data.view(dtype), self.spec.dtype).view(np.uint8)
         return data
 
 
@@ -173,9 +178,12 @@ def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _pieces(runs: Iterable[Run], spec: Spec) -> Iterator[_Piece]:
-    for (file, offset, nbytes), dtype in runs:
-        for start in range(0, nbytes, _CHUNK):
-            yield _Piece(Extent(file, offset + start, min(_CHUNK, nbytes - start)), dtype, spec)
+    for (file, offset, nbytes), dtype, decoder, first in runs:
+        block, numbers = (decoder.nbytes(decoder.block), decoder.block) if decoder else (dtype.itemsize, 1)
+        chunk = max(_CHUNK // block, 1) * block
+        for start in range(0, nbytes, chunk):
+            extent = Extent(file, offset + start, min(chunk, nbytes - start))
+            yield _Piece(Run(extent, dtype, decoder, first + start // block * numbers), spec)
 
 
 def checksum(extent: Extent) -> str:

@@ -73,7 +73,7 @@ BLACK_FOREST = [row for ours, _, theirs in LINEARS
 BLACK_FOREST += [Row(f"{ours}.scale", f"{theirs}.scale") for ours, _, theirs in _NORMS]
 
 
-def black_forest_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def black_forest_config(shapes: Mapping[str, tuple[int, ...]], where: str = "the file") -> dict[str, Any]:
     """diffusers' config.json of a Black Forest Labs file, which has none, from its tensors' shapes.
 
     The rope axes leave no trace in the tensors: 16/56/56 is assumed, which needs heads of width 128. Raises UserError
@@ -86,12 +86,17 @@ def black_forest_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
         width, in_channels = shapes["img_in.weight"]
         head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
         joint, pooled = shapes["txt_in.weight"][1], shapes["vector_in.in_layer.weight"][1]
-    except KeyError as error:
-        raise UserError(f"the file holds no {error.args[0]}; give a FLUX transformer in Black Forest Labs' layout, "
-                        "such as flux1-kontext-dev.safetensors") from None
+        out_channels = shapes["final_layer.linear.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        missing = f"has no {error.args[0]}" if isinstance(error, KeyError) else "has tensors of other shapes"
+        raise UserError(f"{where} {missing}; give a whole FLUX transformer in Black Forest Labs' layout, such "
+                        "as flux1-kontext-dev.safetensors") from None
+    if in_channels != out_channels:
+        raise UserError(f"{where} takes {in_channels} channels and gives {out_channels}, as FLUX.1 Fill, Depth and Canny do; "
+                        "give FLUX.1 Kontext or dev")
     if head != 128:
-        raise UserError(f"the file's attention heads have width {head}, and its rope axes are known only for 128; "
-                        "give diffusers' config.json with --config")
+        raise UserError(f"{where} has attention heads of width {head}, and rope axes are known only for 128; give "
+                        "diffusers' config.json with --config")
     return {"_class_name": "FluxTransformer2DModel", "patch_size": 1,
             "in_channels": in_channels, "out_channels": None,
             "num_layers": blocks("double_blocks"), "num_single_layers": blocks("single_blocks"),

@@ -57,6 +57,8 @@ PARTS = {
 }
 _PARTS = [(re.compile(rf"(?P<module>.+)\.({part})"), role) for part, role in PARTS.items()]
 ROLES = ("down", "up", "alpha")
+# Parts that other files than adapters have too.
+NOT_ADAPTERS = ("alpha", "whole weights", "whole differences of weights")
 
 # Adapters of the text encoders and words of their own, which files hold beside FLUX's: how keys begin -> what it is.
 TEXT_ENCODERS = {"lora_te_": "CLIP", "lora_te1_": "CLIP", "lora_te2_": "T5", "lora_te3_": "T5",

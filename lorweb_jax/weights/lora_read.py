@@ -1,13 +1,13 @@
 """Ordinary LoRAs of FLUX.1 in any program's names (lora_names.py), read as a basis of one member."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lorweb_jax.basis.basis import BasisConfig
-from lorweb_jax.errors import UserError
+from lorweb_jax.errors import UserError, say
+from lorweb_jax.finite import require_finite
 from lorweb_jax.schema import shown
 from lorweb_jax.weights import lora_names
 from lorweb_jax.weights.checkpoint import Checkpoint
@@ -16,14 +16,8 @@ from lorweb_jax.weights.lora_scale import Scales
 from lorweb_jax.weights.safetensors_io import FLOATS
 
 Layers = Mapping[str, tuple[int, int, int]]  # {path: (l, i, o)}
-_NOT_ADAPTERS = ("alpha", "whole weights", "whole differences of weights")
 # What an update by B A leaves out, which trainers write as zeros where it wasn't trained.
 _MAY_BE_ZERO = ("a LoRA bias", "whole weights", "whole differences of weights")
-
-
-def is_lora(checkpoint: Checkpoint) -> bool:
-    """Whether it holds an adapter in any program's names, of a kind that is read here or not."""
-    return any((key := lora_names.parse(name)) and key.role not in _NOT_ADAPTERS for name in checkpoint)
 
 
 def read_lora(path: str | Path, layers: Layers) -> tuple[BasisConfig, dict[str, dict[str, np.ndarray]]]:
@@ -32,7 +26,7 @@ def read_lora(path: str | Path, layers: Layers) -> tuple[BasisConfig, dict[str, 
 
     layers: of the model. Fused layers are cut up; layers of lower rank are filled up with zeros, blocks without an
     update are zero, kinds of layers without any are left out; the scale (see lora_scale) is multiplied into b. A line
-    on stderr says what the file holds beside: adapters of text encoders and of layers outside the blocks.
+    says what the file holds beside: adapters of text encoders and of layers outside the blocks.
     Raises UserError for another kind of adapter, a layer or a width that the model hasn't got, and numbers that aren't
     finite.
     """
@@ -53,7 +47,7 @@ def read_lora(path: str | Path, layers: Layers) -> tuple[BasisConfig, dict[str, 
             updates[own, where.block] = _needed(a, part) if len(widths) > 1 else (a, part)
     with_alpha = sum("alpha" in layer.keys for layer in found.layers.values())
     for note in [*scales.say(ranks, with_alpha, len(ranks)), *found.left_out()]:
-        print(note, file=sys.stderr)
+        say(note)
     return _stacked(updates, layers)
 
 
@@ -115,16 +109,13 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def finite(checkpoint: Checkpoint, key: str) -> np.ndarray:
-    """A tensor of floating-point numbers in float32. UserError, with the place, for others and where one is not finite."""
+    """A tensor of floating-point numbers in float32. UserError for others, and where one is not finite."""
     if checkpoint.dtype(key) not in FLOATS:
-        raise UserError(f"{checkpoint.files[0]}: {_told(key)} holds numbers of type {checkpoint.dtype(key).name}, expected "
-                        "floating point; give an ordinary LoRA")
-    with np.errstate(over="ignore"):  # told below
+        raise UserError(f"{checkpoint.files[0]}: {_told(key)} holds numbers of type {checkpoint.dtype(key).name}, "
+                        "expected floating point; give an ordinary LoRA")
+    with np.errstate(over="ignore"):  # told by the line that follows
         array = checkpoint.read(key).astype(np.float32)
-    if not np.isfinite(array).all():
-        place = [int(index) for index in np.argwhere(~np.isfinite(array))[0]]
-        raise UserError(f"{checkpoint.files[0]}: {_told(key)} holds {array[tuple(place)]} at {place}, which is no finite number; "
-                        "download it again, or train it again")
+    require_finite(array, f"{checkpoint.files[0]}: {_told(key)} in float32", "train it again")
     return array
 
 

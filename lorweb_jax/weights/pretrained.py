@@ -1,94 +1,27 @@
-"""The transformer and the autoencoder of FLUX in files: which layout a file has, loading, saving, conversion."""
+"""The transformer and the autoencoder of FLUX in files: loading, saving, conversion. sources.py recognises them."""
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.schema import read_json
-from lorweb_jax.transformer.flux import Flux, FluxConfig
-from lorweb_jax.weights import flux_table, vae_table
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.conversion import JOURNAL, Progress, Run, check, one_sentence_if_full, record, write_files
 from lorweb_jax.weights.safetensors_io import Spec, index_of, shards_of, write_json, write_sharded
-from lorweb_jax.weights.state import require_equal, shapes
-from lorweb_jax.weights.table import Layout, Row, Stored, tensors_of
+from lorweb_jax.weights.sources import KINDS, LAYOUTS, Source, recognise, recognise_all
+from lorweb_jax.weights.state import require_equal
+from lorweb_jax.weights.table import Layout, Rows, Stored, tensors_of
 
-LAYOUTS = ("diffusers", "black_forest")
+__all__ = ["KINDS", "LAYOUTS", "Source", "convert", "load_transformer", "load_vae", "open_model", "recognise", "recognise_all",
+           "save_folder", "save_transformer", "save_vae", "verify"]
+
 _STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 10_000_000_000
-_PREFIX = "model.diffusion_model."  # what ComfyUI's files put before every name
-
-
-class _Kind(NamedTuple):
-    """One model: its shapes and its tables for a config.json, and what tells its files from others."""
-
-    sizes: Callable[[dict[str, Any], str | Path], Any]  # UserError for a config.json that makes no sense
-    shapes: Callable[[dict[str, Any]], dict[str, Any]]
-    rows: Callable[[dict[str, Any], str], list[Row]]
-    infer_config: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
-    marks: dict[str, str]         # layout -> how a key of it begins
-    single_file: str              # the name in Black Forest Labs' layout
-
-
-def _vae_rows(config: dict[str, Any], layout: str) -> list[Row]:
-    sizes = VAEConfig.from_json(config)
-    table = vae_table.diffusers if layout == "diffusers" else vae_table.black_forest
-    return table(len(sizes.block_out_channels), sizes.layers_per_block)
-
-
-KINDS = {
-    "transformer": _Kind(
-        FluxConfig.from_json,
-        lambda config: shapes(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0))),
-        lambda config, layout: flux_table.DIFFUSERS if layout == "diffusers" else flux_table.BLACK_FOREST,
-        flux_table.black_forest_config,
-        {"diffusers": "single_transformer_blocks.", "black_forest": "single_blocks."}, "flux1-kontext.safetensors"),
-    "vae": _Kind(
-        VAEConfig.from_json,
-        lambda config: shapes(lambda: AutoencoderKL(VAEConfig.from_json(config), rngs=nnx.Rngs(0))),
-        _vae_rows, vae_table.black_forest_config,
-        {"diffusers": "encoder.down_blocks.", "black_forest": "encoder.down."}, "ae.safetensors"),
-}
-
-
-class Source(NamedTuple):
-    """Files of one model, recognised: kind is a key of KINDS, layout one of LAYOUTS."""
-
-    kind: str
-    layout: str
-    config: dict[str, Any]  # as diffusers' config.json
-    checkpoint: Checkpoint
-
-
-def recognise(path: str | Path, config_path: str | Path | None = None) -> Source:
-    """What `path` (a safetensors file or a folder with config.json) holds, told by its tensors' names.
-
-    The config is `config_path`, or config.json in the folder or beside the file, or (Black Forest Labs' layout only)
-    read off the shapes. Raises UserError if the files are not a FLUX transformer or autoencoder.
-    """
-    checkpoint = Checkpoint(path)
-    if checkpoint and all(key.startswith(_PREFIX) for key in checkpoint):
-        checkpoint = checkpoint.without_prefix(_PREFIX)
-    found = [(kind, layout) for kind, model in KINDS.items() for layout, mark in model.marks.items()
-             if any(key.startswith(mark) for key in checkpoint)]
-    if len(found) != 1:
-        first = next(iter(checkpoint), "no tensor at all")
-        raise UserError(f"{path} holds {len(checkpoint)} tensors ({first}, …), which are not a FLUX transformer's or "
-                        "autoencoder's in diffusers' or Black Forest Labs' layout; give such a file or folder")
-    kind, layout = found[0]
-    beside = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path.with_name("config.json")
-    if config_path is not None or layout == "diffusers":
-        config = read_json(config_path or beside)
-        KINDS[kind].sizes(config, config_path or beside)
-    else:
-        config = KINDS[kind].infer_config(checkpoint.shapes)
-    return Source(kind, layout, config, checkpoint)
 
 
 def open_model(path: str | Path, kind: str) -> tuple[dict[str, Any], Stored]:
@@ -96,9 +29,10 @@ def open_model(path: str | Path, kind: str) -> tuple[dict[str, Any], Stored]:
 
     Raises UserError for a missing or foreign file, and with the differences where file and config disagree.
     """
-    source = recognise(path)
-    if source.kind != kind:
-        raise UserError(f"{path} holds a FLUX {source.kind}, expected a {kind}; give the {kind} folder")
+    sources = recognise_all(path).sources
+    source = next((source for source in sources if source.kind == kind), None)
+    if source is None:
+        raise UserError(f"{path} holds a FLUX {sources[0].kind}, expected a {kind}; give the {kind} folder")
     model = KINDS[kind]
     return source.config, Stored(source.checkpoint, model.rows(source.config, source.layout),
                                  model.shapes(source.config))
@@ -169,7 +103,7 @@ def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
             "shard size": None if single else max_shard_bytes}
     partial = target.with_name(target.name + ".partial")
     digests = write_files(partial, files, lambda key: [
-        Run(checkpoint.extent(*part), checkpoint.dtype(part.key)) for part in rows[key]], task, progress)
+        _run(checkpoint, part) for part in rows[key]], task, progress)
     with one_sentence_if_full(partial):
         if len(files) > 1:
             write_json(partial / f"{_STEM}.safetensors.index.json", index_of(files))
@@ -183,6 +117,12 @@ def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
     if single:
         partial.rmdir()
     return target, specs
+
+
+def _run(checkpoint: Checkpoint, rows: Rows) -> Run:
+    """Rows of a tensor as bytes to be copied, or decoded."""
+    entry = checkpoint.entries[rows.key]
+    return Run(checkpoint.extent(*rows), entry.dtype, entry.decoder, rows.start * math.prod(entry.shape[1:]))
 
 
 def _checksums(path: Path) -> Path:

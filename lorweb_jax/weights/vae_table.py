@@ -62,7 +62,7 @@ def _resnet(path: str, theirs: str) -> Iterator[tuple[str, str, str]]:
     yield f"{path}.conv_shortcut", f"{theirs}.nin_shortcut", "conv"
 
 
-def black_forest_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def black_forest_config(shapes: Mapping[str, tuple[int, ...]], where: str = "the file") -> dict[str, Any]:
     """diffusers' vae/config.json of an `ae.safetensors`, which has none, from its tensors' shapes.
 
     Groups of the normalisation, shift and scale leave no trace in the tensors: FLUX's 32, 0.1159 and 0.3611 are
@@ -74,12 +74,16 @@ def black_forest_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
     try:
         widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(count("encoder.down."))]
         latents, image = shapes["decoder.conv_in.weight"][1], shapes["encoder.conv_in.weight"][1]
-    except KeyError as error:
-        raise UserError(f"the file holds no {error.args[0]}; give FLUX's autoencoder in Black Forest Labs' layout, "
+    except (KeyError, IndexError) as error:
+        missing = f"has no {error.args[0]}" if isinstance(error, KeyError) else "has tensors of other shapes"
+        raise UserError(f"{where} {missing}; give FLUX's whole autoencoder in Black Forest Labs' layout, "
                         "ae.safetensors") from None
     if widths and any(width % 32 for width in widths):
-        raise UserError(f"the autoencoder's widths are {widths}, not multiples of FLUX's 32 normalisation groups; "
-                        "give diffusers' config.json with --config")
+        raise UserError(f"{where} has the widths {widths}, not multiples of FLUX's 32 normalisation groups; give "
+                        "diffusers' config.json with --config")
+    if latents != 16:
+        raise UserError(f"{where} has {latents} latent channels and FLUX's 16: it is another model's; give ae.safetensors, "
+                        "or diffusers' config.json with --config")
     return {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": image, "out_channels": image,
             "latent_channels": latents, "block_out_channels": widths,
             "layers_per_block": count("encoder.down.0.block."),
