@@ -11,7 +11,8 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: 
 
 # How a file begins that isn't safetensors.
 _BEGINNINGS = {
-    b"GGUF": "a GGUF file, which tools/convert_flux_weights.py reads where it holds a FLUX transformer: convert it first",
+    b"GGUF": "a GGUF file, which tools/convert_flux_weights.py reads where it holds a FLUX transformer: convert it "
+             "first",
     b"PK\x03\x04": "a zip archive or PyTorch's pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model",
     b"\x80\x02\x8a\nl": "PyTorch's pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model",
     b"version https://git-lfs": "a Git LFS pointer, which stands for the file: run git lfs pull, or download it again",
@@ -74,8 +75,8 @@ def inside(folder: str | Path, name: str, source: str | Path) -> Path:
     """
     parts = PurePosixPath(name).parts
     if not name or "\0" in name or name.startswith("/") or ".." in parts or "\\" in name:
-        raise UserError(f"{source} names the file {name!r}, which does not lie in its folder; only names of files below "
-                        f"{folder} were expected: correct it or download it again")
+        raise UserError(f"{source} names the file {name!r}, which does not lie in its folder; only names of files "
+                        f"below {folder} were expected: correct it or download it again")
     return Path(folder, name)
 
 

@@ -252,7 +252,8 @@ def test_commands_refuse_in_one_sentence(tmp_path):
             (("published", tmp_path / "full", tmp_path / "b.safetensors"), 1, "there is no"),
             (("lora", basis, tmp_path / "b.bin", "--pipeline", pipeline), 2, "must end in .safetensors"),
             (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline), 2, "--a, --a2, --b not given"),
-            (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline, "--alpha", "0"), 2, "not a number above 0")]:
+            (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline, "--alpha", "0"), 2,
+             "not a number above 0")]:
         with pytest.raises(UserError, match=message) as error:
             export(*arguments)
         assert error.value.code == code

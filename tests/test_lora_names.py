@@ -1,4 +1,4 @@
-"""LoRAs in every program's names: the update against the file's own factors and against diffusers' and PEFT's loaders."""
+"""LoRAs in every program's names: updates against the file's own factors and against diffusers' and PEFT's loaders."""
 
 import json
 
@@ -136,8 +136,9 @@ PAIR = {f"{GOOD}.lora_A.weight": np.ones((2, 8), np.float32), f"{GOOD}.lora_B.we
 
 
 @pytest.mark.parametrize("alpha,message", [
-    (np.ones(1), None), (np.ones(()), None), (np.ones((1, 1)), None), (np.ones(2), r'alpha" is \[2\], expected one number'),
-    (np.array(np.nan), 'alpha holds not-a-number'), (np.array(np.inf), 'alpha holds infinity'), (np.array(-1.0), 'alpha" is -1'),
+    (np.ones(1), None), (np.ones(()), None), (np.ones((1, 1)), None),
+    (np.ones(2), r'alpha" is \[2\], expected one number'), (np.array(np.nan), "alpha holds not-a-number"),
+    (np.array(np.inf), "alpha holds infinity"), (np.array(-1.0), 'alpha" is -1'),
     (np.array(0.0), 'alpha" is 0'), (np.ones(0), r'alpha" is \[0\]')])
 def test_alphas(alpha, message, tmp_path):
     file = write(tmp_path / "x.safetensors", PAIR | {f"{GOOD}.alpha": alpha.astype(np.float32)})
@@ -145,12 +146,13 @@ def test_alphas(alpha, message, tmp_path):
         with pytest.raises(UserError, match=f"x.safetensors: .*{message}"):
             read(file, SMALL)
     else:
-        assert relative(read(file, SMALL)[GOOD.removeprefix("transformer.")], (np.ones((2, 8)), np.full((8, 2), 0.5))) < 1e-6
+        found = read(file, SMALL)[GOOD.removeprefix("transformer.")]
+        assert relative(found, (np.ones((2, 8)), np.full((8, 2), 0.5))) < 1e-6
 
 
 ADAPTERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_w1": "LoKr", "hada_w1_a": "LoHa",
-            "oft_blocks": "OFT", "lora_mid.weight": "Tucker factors", "lora_B.bias": "a LoRA bias", "diff": "whole differences",
-            "diff_b": "whole differences", "a1.weight": "GLoRA", "on_input": "IA3"}
+            "oft_blocks": "OFT", "lora_mid.weight": "Tucker factors", "lora_B.bias": "a LoRA bias",
+            "diff": "whole differences", "diff_b": "whole differences", "a1.weight": "GLoRA", "on_input": "IA3"}
 
 
 @pytest.mark.parametrize("end,name", ADAPTERS.items())
@@ -161,20 +163,20 @@ def test_other_adapters_are_named(end, name, tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({f"{GOOD}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}, rf"{GOOD}.lora_A.weight holds not-a-number in 16 of 16 places"),
-    ({f"{GOOD}.lora_B.weight": np.diag([np.inf] * 8)[:, :2].astype(np.float16)}, "lora_B.weight holds .*in 16 of 16 places"),
+    ({f"{GOOD}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}, "lora_A.weight holds not-a-number in 16"),
+    ({f"{GOOD}.lora_B.weight": np.diag([np.inf] * 8)[:, :2].astype(np.float16)}, "lora_B.weight holds infinity in 2"),
     ({f"{GOOD}.lora_A.weight": np.ones((2, 8), np.int32)}, "numbers of type int32"),
     ({f"{GOOD}.lora_A.weight": np.ones((0, 8), np.float32), f"{GOOD}.lora_B.weight": np.ones((8, 0), np.float32)},
      r"lora_A \[0, 8\]"),
     ({f"{GOOD}.lora_A.weight": np.ones((2, 9), np.float32)}, r"lora_A \[2, 9\].*expected \[R, 8\]"),
-    ({GOOD.replace("0", "7") + ".lora_A.weight": np.ones((2, 8), np.float32)}, "7.attn.to_q, which the model hasn't got"),
+    ({GOOD.replace("0", "7") + ".lora_A.weight": np.ones((2, 8), np.float32)}, "7.attn.to_q, which the model"),
     ({GOOD.replace("0", "1000000000") + ".lora_A.weight": np.ones((2, 8), np.float32)}, "FLUX.1 hasn't got"),
     ({GOOD.replace("0", "00") + ".lora_A.weight": np.ones((2, 8), np.float32)}, "FLUX.1 hasn't got"),
     ({GOOD + "\n\x1b.lora_A.weight": np.ones((2, 8), np.float32)}, r"\\n\\u001b"),
     ({f"{GOOD[:-1]}k.lora_A.weight": np.ones((2, 8), np.float32)}, "only one of the two factors"),
     ({f"{GOOD}.lora_A.second.weight": np.ones((2, 8), np.float32)}, 'several LoRAs, "", "second"'),
     (named({"transformer_blocks_0_attn_to_q": tuple(PAIR.values())}, "lora_transformer_", DOWN_UP), "two updates of"),
-    ({"transformer.some.layer.lora_A.weight": np.ones((2, 8), np.float32)}, "adapts transformer.some.layer.lora_A.weight"),
+    ({"transformer.some.layer.lora_A.weight": np.ones((2, 8), np.float32)}, "adapts transformer.some.layer.lora"),
     ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": np.ones((2, 8), np.float32)},
      "LoRA for Stable Diffusion 1, 2 or XL")])
 def test_what_cannot_be_applied(change, message, tmp_path):
@@ -183,8 +185,9 @@ def test_what_cannot_be_applied(change, message, tmp_path):
 
 
 @pytest.mark.parametrize("settings,message", [
-    (dict(r=2, lora_alpha=4, use_dora=True), "use_dora set .DoRA"), (dict(r=2, lora_alpha=4, lora_bias=True), "lora_bias"),
-    (dict(r=4, lora_alpha=4), "has rank 4, but its tensors have 2"), (dict(r=2, lora_alpha=4, peft_type="LOHA"), "LOHA"),
+    (dict(r=2, lora_alpha=4, use_dora=True), "use_dora set .DoRA"),
+    (dict(r=2, lora_alpha=4, lora_bias=True), "lora_bias"), (dict(r=4, lora_alpha=4), "has rank 4, but its tensors"),
+    (dict(r=2, lora_alpha=4, peft_type="LOHA"), "LOHA"),
     (dict(r="2", lora_alpha=4), r'r is "2", expected a whole number'), (dict(r=2, lora_alpha=-1), "lora_alpha is -1"),
     (dict(r=2, lora_alpha=None), "lora_alpha is null"), (dict(r=2, lora_alpha=4, bias="all"), "biases"),
     (dict(r=2, lora_alpha=4, init_lora_weights="pissa_niter_4"), "pissa"),
@@ -221,7 +224,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     read(write(tmp_path / "x.safetensors", PAIR | zeros, ss_network_alpha="2", ss_network_dim="2"), SMALL)
     assert not capsys.readouterr().out
     read(write(tmp_path / "x.safetensors", PAIR, ss_network_alpha="1", ss_network_dim="2"), SMALL)
-    assert "ss_network_alpha = 1, but its layers hold no alpha, so that it is taken at scale 1" in capsys.readouterr().out
+    assert "ss_network_alpha = 1, but its layers hold no alpha, so that it is taken" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("alpha", [False, True, 0.5])

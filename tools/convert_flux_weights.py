@@ -39,8 +39,8 @@ def parse() -> argparse.Namespace:
                         help="what to store the weights in (default: as in the source; float32 for fp8 with scales and "
                              "for packed numbers, which loses nothing)")
     parser.add_argument("--config", type=Path, action="append", default=[],
-                        help="diffusers' config.json, for a single file of other sizes than FLUX.1's; one for each model "
-                             "where there are two")
+                        help="diffusers' config.json, for a single file of other sizes than FLUX.1's; one for each "
+                             "model where there are two")
     parser.add_argument("--shard-gb", type=float, default=10.0,
                         help="largest file in the diffusers layout, in GB of 10^9 bytes (default: 10)")
     parser.add_argument("--verify", type=Path, metavar="WRITTEN",
@@ -128,8 +128,8 @@ def _recognised(args: argparse.Namespace) -> list:
     if unused := [file for file in args.config if all(source.config != read_json(file) for source in sources)]:
         raise UserError(f"--config={unused[0]} belongs to none of the models given; its _class_name tells which", 2)
     if len(kinds := [source.kind for source in sources]) > len(set(kinds)):
-        raise UserError("two of the sources are the same model, and one would overwrite the other; convert them one at a "
-                        "time, into different folders", 2)
+        raise UserError("two of the sources are the same model, and one would overwrite the other; convert them one at "
+                        "a time, into different folders", 2)
     for each in found:
         if each.left_out:
             print(f"{each.sources[0].checkpoint.path}: left out {', '.join(each.left_out)}", flush=True)

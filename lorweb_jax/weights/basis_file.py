@@ -152,8 +152,8 @@ def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str =
     """
     given = checked(dict(network), _Network, f"{where}: config.process[0].network")
     if unknown := sorted(set(given.network_kwargs) - _KNOWN):
-        raise UserError(f"{where} has unknown network_kwargs {', '.join(map(shown, unknown))}; known are {', '.join(sorted(_KNOWN))}: "
-                        "remove what this basis doesn't need")
+        raise UserError(f"{where} has unknown network_kwargs {', '.join(map(shown, unknown))}; known are "
+                        f"{', '.join(sorted(_KNOWN))}: remove what this basis doesn't need")
     kwargs = checked(given.network_kwargs, _Kwargs, f"{where}: config.process[0].network.network_kwargs")
     sizes = _sizes(arrays)
     fields = {ours: found for theirs, ours in _SAME.items() if (found := getattr(kwargs, theirs)) is not None}

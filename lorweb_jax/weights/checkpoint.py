@@ -141,8 +141,8 @@ class Checkpoint:
         """UserError for a tensor of whole numbers, truth values or complex numbers where weights are expected."""
         for name, entry in self._entries.items():
             if entry.dtype not in FLOATS and name not in ignored:
-                raise UserError(f"{entry.file} holds {NAMES[entry.dtype]} in {shown(name)}, floating-point weights were "
-                                "expected; give a file that isn't packed or quantised")
+                raise UserError(f"{entry.file} holds {NAMES[entry.dtype]} in {shown(name)}, floating-point weights "
+                                "were expected; give a file that isn't packed or quantised")
 
     def below(self, prefix: str) -> "Checkpoint":
         """The tensors whose names begin with `prefix`, without it."""
@@ -241,8 +241,8 @@ def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except ValueError as error:
         if what := by_beginning(begins):
             raise UserError(f"{file} is not a safetensors file, but {what}") from None
-        raise UserError(f"{file} is not a safetensors file ({error}); give a .safetensors file, or convert a .ckpt or .bin "
-                        "with its own tools first") from None
+        raise UserError(f"{file} is not a safetensors file ({error}); give a .safetensors file, or convert a .ckpt or "
+                        ".bin with its own tools first") from None
     if end > size:
         raise UserError(f"{file} is cut short: {size} bytes found, {end} expected; download it again")
     if end < size:

@@ -92,8 +92,8 @@ def black_forest_config(shapes: Mapping[str, tuple[int, ...]], where: str = "the
         raise UserError(f"{where} {missing}; give a whole FLUX transformer in Black Forest Labs' layout, such "
                         "as flux1-kontext-dev.safetensors") from None
     if in_channels != out_channels:
-        raise UserError(f"{where} takes {in_channels} channels and gives {out_channels}, as FLUX.1 Fill, Depth and Canny do; "
-                        "give FLUX.1 Kontext or dev")
+        raise UserError(f"{where} takes {in_channels} channels and gives {out_channels}, as FLUX.1 Fill, Depth and "
+                        "Canny do; give FLUX.1 Kontext or dev")
     if head != 128:
         raise UserError(f"{where} has attention heads of width {head}, and rope axes are known only for 128; give "
                         "diffusers' config.json with --config")

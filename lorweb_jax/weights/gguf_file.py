@@ -42,9 +42,7 @@ def read_gguf(path: str | Path) -> tuple[Checkpoint, str]:
     Raises UserError if it is damaged, or packed in a way that the package can't unpack.
     """
     file = regular_file(path, "give a .gguf file")
-    reader = _open(file)
-    field = reader.get_field("general.architecture")
-    architecture = str(field.contents()) if field else "unnamed"
+    reader, architecture = _open(file)
     entries = {tensor.name: _entry(file, tensor) for tensor in reader.tensors}
     _require_apart(file, entries)
     return Checkpoint.of_entries(file, entries), architecture
@@ -71,7 +69,9 @@ def _open(file: Path):
 
     try:
         with np.errstate(all="ignore"):  # sizes that don't fit are told by what follows
-            return Reader(file)
+            reader = Reader(file)
+            field = reader.get_field("general.architecture")
+            return reader, str(field.contents()) if field else "unnamed"
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         raise UserError(f"{file} is a damaged GGUF file ({' '.join(str(error).split())[:200]}); download it again"
                         ) from None

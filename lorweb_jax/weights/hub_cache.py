@@ -55,7 +55,8 @@ def existing(path: str | Path, files: Sequence[str], what: str, needed: Sequence
 def _within_cache(path: Path) -> Path:
     """The snapshot of a folder as the Hub's cache keeps a model; any other folder as it is."""
     if several := sorted(folder.name for folder in path.glob("models--*") if folder.is_dir()):
-        raise UserError(f"{path} is a Hub cache of several models ({', '.join(several[:5])}); give one of these folders")
+        raise UserError(f"{path} is a Hub cache of several models ({', '.join(several[:5])}); give one of these "
+                        "folders")
     root = path.parent if path.name == "snapshots" else path
     if not (root / "snapshots").is_dir() or not (root.name.startswith("models--") or (root / "refs").is_dir()):
         return path
@@ -65,8 +66,8 @@ def _within_cache(path: Path) -> Path:
     if named is None or named.parent != root / "snapshots" or not named.is_dir():
         if len(snapshots) != 1:
             found = ", ".join(folder.name for folder in snapshots) or "none"
-            raise UserError(f"{path} is a Hub cache's folder with the snapshots {found} and no refs/main that names one; "
-                            "give the path of one of them")
+            raise UserError(f"{path} is a Hub cache's folder with the snapshots {found} and no refs/main that names "
+                            "one; give the path of one of them")
         named = snapshots[0]
     say(f"{path}: taking its snapshot {named.name}")
     return named
@@ -86,20 +87,20 @@ def _by_name(name: str, files: Sequence[str], what: str, needed: Sequence[str]) 
         return cached
     state = "is not here" if cached is None else "is not whole in the Hub's cache"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise UserError(f"{name} looks like a Hub name and {state}, and HF_HUB_OFFLINE is set; fetch it with `{command}`, "
-                        f"or give {what}")
+        raise UserError(f"{name} looks like a Hub name and {state}, and HF_HUB_OFFLINE is set; fetch it with "
+                        f"`{command}`, or give {what}")
     say(f"{name} {state}: fetching it from the Hub")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except errors.GatedRepoError:
-        raise UserError(f"{name} is given only to those who accepted its licence: do so on its page on the Hub, then log in "
-                        "with `hf auth login` and give the command again") from None
+        raise UserError(f"{name} is given only to those who accepted its licence: do so on its page on the Hub, then "
+                        "log in with `hf auth login` and give the command again") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"there is no {name} here, and the Hub has no repository of this name (or it is private: "
                         f"`hf auth login`); give {what}") from None
     except Exception as error:  # every kind of network and disk error, of several libraries
-        raise UserError(f"{name} {state}, and the Hub couldn't be asked ({_in_a_line(error)}); fetch it with `{command}`, "
-                        f"or give {what}") from None
+        raise UserError(f"{name} {state}, and the Hub couldn't be asked ({_in_a_line(error)}); fetch it with "
+                        f"`{command}`, or give {what}") from None
 
 
 def _in_a_line(error: Exception) -> str:

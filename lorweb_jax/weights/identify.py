@@ -39,8 +39,8 @@ _OTHERS = {
     r"(encoder|decoder)\.block\.\d+\.layer\.\d+|(^|\.)enc\.blk\.\d+": (
         "a T5 text encoder", "it belongs into a pipeline folder's text_encoder_2"),
     r"(^|\.)text_model\.encoder\.layers\.\d+": (
-        "a CLIP or SigLIP model with its text encoder", "it belongs into a pipeline folder's text_encoder, or its folder "
-        "is what --image-encoder takes"),
+        "a CLIP or SigLIP model with its text encoder", "it belongs into a pipeline folder's text_encoder, or its "
+        "folder is what --image-encoder takes"),
     r"(^|\.)(vision_model|visual)\.": ("an image encoder", "give its folder to --image-encoder"),
     r"^(optimizer|state|exp_avg)\b": ("a training state", _USE_FLUX),
 }

@@ -95,7 +95,9 @@ def _modules() -> dict[str, list[str]]:
 _MODULES = _modules()
 _INSIDE = {name: paths for name, paths in _MODULES.items() if "{l}" in name}
 _OUTSIDE = {name for name in _MODULES if "{l}" not in name} | {"img_in.proj"}
-_BLOCK = re.compile(r"(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks)([._])(0|[1-9][0-9]{0,3})\2(.+)")
+# One spelling a block: "00" would be block 0 a second time.
+_BLOCK = re.compile(r"(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks)([._])"
+                    r"(0|[1-9][0-9]{0,3})\2(.+)")
 # Models that LoRAs of the same formats are made for: what a module's name holds -> the model.
 _OTHERS = {r"(down|up|input|output)_blocks|mid_block|middle_block": "Stable Diffusion 1, 2 or XL",
            r"joint_blocks": "Stable Diffusion 3", r"^blocks[._]\d+[._](self_attn|cross_attn|ffn)": "Wan",

@@ -86,15 +86,16 @@ class _Layer:
         """(R, a [R, i], b [o, R]), float32."""
         file = checkpoint.files[0]
         if any(path not in layers or where.block >= layers[path][0] for path in where.paths):
-            raise UserError(f"{file} adapts {_told(self.name)}, which the model hasn't got; use the LoRA with its own model")
+            raise UserError(f"{file} adapts {_told(self.name)}, which the model hasn't got; use the LoRA with its own "
+                            "model")
         if not {"down", "up"} <= set(self.keys):
-            raise UserError(f"{file} holds only one of the two factors of {_told(self.name)} ({_told(next(iter(self.keys.values())))}); "
-                            "download it again")
+            raise UserError(f"{file} holds only one of the two factors of {_told(self.name)} "
+                            f"({_told(next(iter(self.keys.values())))}); download it again")
         a, b = (_flat(checkpoint.shapes[self.keys[side]]) for side in ("down", "up"))
         i, o = layers[where.paths[0]][1], sum(self.widths(layers))
         if len(a) != 2 or len(b) != 2 or a[1] != i or b[0] != o or a[0] != b[1] or not a[0]:
-            raise UserError(f"{file}: {_told(self.name)} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] and "
-                            f"[{o}, R]; use the LoRA with its own model")
+            raise UserError(f"{file}: {_told(self.name)} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] "
+                            f"and [{o}, R]; use the LoRA with its own model")
         return a[0], finite(checkpoint, self.keys["down"]).reshape(a), finite(checkpoint, self.keys["up"]).reshape(b)
 
 
@@ -153,24 +154,25 @@ class _Found:
         layer = self.layers.setdefault((key.prefix, key.module), _Layer(key.prefix + key.module, where))
         layer.adapters |= {key.adapter} if key.role != "alpha" else set()
         if len(layer.adapters) > 1:
-            raise UserError(f"{self.file} holds several LoRAs, {', '.join(map(shown, sorted(layer.adapters)))}; save the one that is "
-                            "wanted in a file of its own")
+            raise UserError(f"{self.file} holds several LoRAs, {', '.join(map(shown, sorted(layer.adapters)))}; save "
+                            "the one that is wanted in a file of its own")
         if key.role in layer.keys:
-            raise UserError(f"{self.file} holds both {_told(layer.keys[key.role])} and {_told(name)}; remove one of them")
+            raise UserError(f"{self.file} holds both {_told(layer.keys[key.role])} and {_told(name)}; remove one of "
+                            "them")
         layer.keys[key.role] = name
 
     def _refuse(self, others: Mapping[str, list[str]], unknown: list[str]) -> None:
         whose = " and ".join(sorted(self.schemes)) or "no known program's"
         if (others or unknown) and (model := lora_names.other_model(self.checkpoint)):
-            raise UserError(f"{self.file} is a LoRA for {model} ({_told((unknown or next(iter(others.values())))[0])}); give "
-                            "one for FLUX.1")
+            raise UserError(f"{self.file} is a LoRA for {model} "
+                            f"({_told((unknown or next(iter(others.values())))[0])}); give one for FLUX.1")
         for kind, keys in others.items():
             if not (kind in _MAY_BE_ZERO and all(not finite(self.checkpoint, key).any() for key in keys)):
-                raise UserError(f"{self.file} holds {kind} ({_told(keys[0])}), which isn't read here; give an ordinary LoRA, "
-                                "whose layers are two factors each")
+                raise UserError(f"{self.file} holds {kind} ({_told(keys[0])}), which isn't read here; give an ordinary "
+                                "LoRA, whose layers are two factors each")
         if unknown:
-            raise UserError(f"{self.file} is a LoRA in {whose} names that adapts {_told(unknown[0])}, which FLUX.1 hasn't got; "
-                            "use it with its own model")
+            raise UserError(f"{self.file} is a LoRA in {whose} names that adapts {_told(unknown[0])}, which FLUX.1 "
+                            "hasn't got; use it with its own model")
         if not self.layers:
             what = ", ".join([*self.text, *self.outside]) or "nothing"
             raise UserError(f"{self.file} adapts no layer inside FLUX.1's blocks (it adapts {what}); give another LoRA")
@@ -182,6 +184,6 @@ class _Found:
         outside = [module for module, keys in self.outside.items() if any(
             lora_names.parse(key).role == "up" and finite(self.checkpoint, key).any() for key in keys)]
         if outside:
-            parts.append(f"{', '.join(outside[:3])}{f' and {len(outside) - 3} more' if len(outside) > 3 else ''}, outside "
-                         "the blocks")
+            parts.append(f"{', '.join(outside[:3])}{f' and {len(outside) - 3} more' if len(outside) > 3 else ''}, "
+                         "outside the blocks")
         return [f"{self.file}: left out {'; '.join(parts)}"] if parts else []

@@ -82,16 +82,16 @@ class Scales:
             return 1.0 if told is None else told
         scale = self._alpha(alpha_key) / rank
         if told is not None and not math.isclose(told, scale, rel_tol=1e-3):
-            raise UserError(f"{self.checkpoint.files[0]}: by {shown(alpha_key)} the scale of {shown(module)} is {scale:.6g}, by "
-                            f"{self.source} it is {told:.6g}; remove the one that is wrong")
+            raise UserError(f"{self.checkpoint.files[0]}: by {shown(alpha_key)} the scale of {shown(module)} is "
+                            f"{scale:.6g}, by {self.source} it is {told:.6g}; remove the one that is wrong")
         return scale
 
     def _told(self, module: str, rank: int) -> float:
         settings = self.settings
         r = _of_pattern(settings.rank_pattern, module, settings.r, self.source)
         if r != rank:
-            raise UserError(f"{self.source} says that {shown(module)} has rank {r}, but its tensors have {rank}; give the "
-                            "settings that belong to this file")
+            raise UserError(f"{self.source} says that {shown(module)} has rank {r}, but its tensors have {rank}; give "
+                            "the settings that belong to this file")
         alpha = _of_pattern(settings.alpha_pattern, module, settings.lora_alpha, self.source)
         return alpha / (math.sqrt(r) if settings.use_rslora else r)
 
@@ -101,7 +101,8 @@ class Scales:
             raise UserError(f"{file}: {shown(key)} is {list(shape)}, expected one number; download the file again")
         alpha = float(np.asarray(self.checkpoint.read(key)).astype(np.float64).reshape(()))
         if not math.isfinite(alpha) or alpha <= 0:
-            raise UserError(f"{file}: {shown(key)} is {alpha:g}, expected a finite number above 0; download the file again")
+            raise UserError(f"{file}: {shown(key)} is {alpha:g}, expected a finite number above 0; download the file "
+                            "again")
         return alpha
 
     def say(self, ranks: Iterable[int], with_alpha: int, layers: int) -> list[str]:
@@ -122,17 +123,18 @@ class Scales:
 def _checked(held: Mapping[str, Any], source: str) -> Settings:
     settings = checked(dict(held), Settings, source)
     if settings.peft_type not in (None, "LORA"):
-        raise UserError(f"{source} says that this is a {shown(settings.peft_type)}, which isn't read here; give an ordinary LoRA")
+        raise UserError(f"{source} says that this is a {shown(settings.peft_type)}, which isn't read here; give an "
+                        "ordinary LoRA")
     if unread := [(field, words) for field, words in _UNREAD.items() if held.get(field)]:
         field, words = unread[0]
         raise UserError(f"{source} has {field} set ({words}), which isn't read here; give an ordinary LoRA")
     if held.get("bias") not in (None, "none"):
-        raise UserError(f"{source} has bias {shown(held['bias'])}: biases were trained too, which isn't read here; give an "
-                        "ordinary LoRA")
+        raise UserError(f"{source} has bias {shown(held['bias'])}: biases were trained too, which isn't read here; "
+                        "give an ordinary LoRA")
     start = str(settings.init_lora_weights).lower()
     if start.startswith(_CHANGES_BASE):
-        raise UserError(f"{source} says that it was begun as {shown(start)}, which changes the base's weights; save it in PEFT "
-                        "as an ordinary LoRA (path_initial_model_for_weight_conversion)")
+        raise UserError(f"{source} says that it was begun as {shown(start)}, which changes the base's weights; save it "
+                        "in PEFT as an ordinary LoRA (path_initial_model_for_weight_conversion)")
     return settings
 
 

@@ -17,8 +17,8 @@ from lorweb_jax.weights.sources import KINDS, LAYOUTS, Source, recognise, recogn
 from lorweb_jax.weights.state import require_equal
 from lorweb_jax.weights.table import Layout, Rows, Stored, tensors_of
 
-__all__ = ["KINDS", "LAYOUTS", "Source", "convert", "load_transformer", "load_vae", "open_model", "recognise", "recognise_all",
-           "save_folder", "save_transformer", "save_vae", "verify"]
+__all__ = ["KINDS", "LAYOUTS", "Source", "convert", "load_transformer", "load_vae", "open_model", "recognise",
+           "recognise_all", "save_folder", "save_transformer", "save_vae", "verify"]
 
 _STEM = "diffusion_pytorch_model"
 _SHARD_BYTES = 10_000_000_000

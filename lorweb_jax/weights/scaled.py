@@ -85,8 +85,9 @@ def _decoder(checkpoint: Checkpoint, name: str, weight: str) -> Scaled:
         raise UserError(f"{checkpoint.path}: the scale {shown(name)} is {list(checkpoint.shapes[name])} for a weight "
                         f"{list(shape)}; one number or one a row was expected: give the bfloat16 file")
     if not (np.isfinite(scale) & (scale > 0)).all():
-        raise UserError(f"{checkpoint.path}: the scale {shown(name)} holds {scale[~(np.isfinite(scale) & (scale > 0))][0]}, "
-                        "expected finite numbers above 0; download it again")
+        raise UserError(f"{checkpoint.path}: the scale {shown(name)} holds "
+                        f"{scale[~(np.isfinite(scale) & (scale > 0))][0]}, expected finite numbers above 0; download "
+                        "it again")
     return Scaled(stored, scale, math.prod(shape[1:]))
 
 
@@ -102,5 +103,5 @@ def _check_notes(checkpoint: Checkpoint) -> None:
         note = parse_json(text, f"{checkpoint.path}: {name}")
         kind = note.get("format") if isinstance(note, dict) else None
         if kind not in _FORMATS:
-            raise UserError(f"{checkpoint.path} says that {shown(name.removesuffix(_NOTE))} is stored as {shown(kind)}, "
-                            f"which isn't read here ({', '.join(_FORMATS)} are); give the bfloat16 file")
+            raise UserError(f"{checkpoint.path} says that {shown(name.removesuffix(_NOTE))} is stored as "
+                            f"{shown(kind)}, which isn't read here ({', '.join(_FORMATS)} are); give the bfloat16 file")

@@ -1,4 +1,4 @@
-"""What files of weights hold of FLUX: its transformer, its autoencoder or both, in which layout, stored in which way."""
+"""What files hold of FLUX: its transformer, its autoencoder or both, in which layout, stored in which way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -135,8 +135,8 @@ def _unknown(path: str | Path, checkpoint: Checkpoint, what: str) -> UserError:
     if told := identify.by_names(checkpoint):
         return UserError(f"{path} is {told[0]}, not a FLUX transformer or autoencoder; {told[1]}")
     first = shown(next(iter(checkpoint))) if checkpoint else "none at all"
-    return UserError(f"{path} holds {len(checkpoint)} tensors{what} ({first}, …), which are not a FLUX transformer's or "
-                     "autoencoder's in diffusers' or Black Forest Labs' layout; give such a file or folder")
+    return UserError(f"{path} holds {len(checkpoint)} tensors{what} ({first}, …), which are not a FLUX transformer's "
+                     "or autoencoder's in diffusers' or Black Forest Labs' layout; give such a file or folder")
 
 
 def _config(kind: str, layout: str, checkpoint: Checkpoint, where: str,
@@ -146,8 +146,8 @@ def _config(kind: str, layout: str, checkpoint: Checkpoint, where: str,
         if name == KINDS[kind].class_name or name is None and models == 1:
             return _made_sense_of(kind, config, file)
         if models == len(given) == 1:
-            raise UserError(f"{file} is the config of {shown(name)}, and {where} needs one of {KINDS[kind].class_name}; "
-                            "give the config that belongs to it")
+            raise UserError(f"{file} is the config of {shown(name)}, and {where} needs one of "
+                            f"{KINDS[kind].class_name}; give the config that belongs to it")
     if layout == "black_forest":
         return KINDS[kind].infer_config(checkpoint.shapes, where)
     beside = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path.with_name("config.json")

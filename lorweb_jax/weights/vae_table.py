@@ -82,8 +82,8 @@ def black_forest_config(shapes: Mapping[str, tuple[int, ...]], where: str = "the
         raise UserError(f"{where} has the widths {widths}, not multiples of FLUX's 32 normalisation groups; give "
                         "diffusers' config.json with --config")
     if latents != 16:
-        raise UserError(f"{where} has {latents} latent channels and FLUX's 16: it is another model's; give ae.safetensors, "
-                        "or diffusers' config.json with --config")
+        raise UserError(f"{where} has {latents} latent channels and FLUX's 16: it is another model's; give "
+                        "ae.safetensors, or diffusers' config.json with --config")
     return {"_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": image, "out_channels": image,
             "latent_channels": latents, "block_out_channels": widths,
             "layers_per_block": count("encoder.down.0.block."),
