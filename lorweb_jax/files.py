@@ -74,8 +74,8 @@ def inside(folder: str | Path, name: str, source: str | Path) -> Path:
     what else is read. Links are followed, since a hub's cache is made of them.
     """
     parts = PurePosixPath(name).parts
-    if not name or "\0" in name or name.startswith("/") or ".." in parts or "\\" in name:
-        raise UserError(f"{source} names the file {name!r}, which does not lie in its folder; only names of files "
+    if not name or len(name) > 1000 or "\0" in name or name.startswith("/") or ".." in parts or "\\" in name:
+        raise UserError(f"{source} names the file {name[:100]!r}, which does not lie in its folder; only names of files "
                         f"below {folder} were expected: correct it or download it again")
     return Path(folder, name)
 

@@ -22,3 +22,8 @@ def drawing_pack(tmp_path_factory):
     from small_pack import make_pack
 
     return make_pack(tmp_path_factory.mktemp("packages"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mutations", type=int, help="of each reader in test_mutations.py; default: a few")
+    parser.addoption("--mutation-seed", type=int, default=0, help="what they are drawn from")

@@ -26,6 +26,8 @@ _Scale = Annotated[float, Between(1e-6, 1e6)]
 
 @dataclass(frozen=True)
 class _Size:
+    __pydantic_config__ = {"extra": "forbid"}  # such as longest_edge, which asks for something else
+
     height: Pixels | None = None
     width: Pixels | None = None
     shortest_edge: Pixels | None = None
@@ -84,12 +86,16 @@ class ImageProcessor:
         if found.do_normalize and not (found.image_mean and found.image_std):
             raise UserError(f"{source} has no image_mean and image_std; copy it again from where the encoder came from")
         size = (found.size or _Size(shortest_edge=224)) if found.do_resize else _Size()
-        crop = (found.crop_size or _Size(224, 224)) if data.get("do_center_crop", "crop_size" in data) else _Size()
+        size_pair = size.pair(f"{source}: size")
+        cropped = data.get("do_center_crop", "crop_size" in data)
+        crop = (found.crop_size or _Size(224, 224)).pair(f"{source}: crop_size") if cropped else None
+        if (cropped and not crop) or (found.do_resize and not (size_pair or size.shortest_edge)):
+            raise UserError(f"{source} has a size or crop_size without height and width; copy it again from where the "
+                            "encoder came from")
         made = cls(mean=found.image_mean if found.do_normalize else (0.0,) * 3,
                    std=found.image_std if found.do_normalize else (1.0,) * 3,
                    rescale=found.rescale_factor if found.do_rescale else 1.0,
-                   shortest_edge=size.shortest_edge, size=size.pair(f"{source}: size"),
-                   crop=crop.pair(f"{source}: crop_size"), resample=found.resample)
+                   shortest_edge=size.shortest_edge, size=size_pair, crop=crop, resample=found.resample)
         if made.made_size is None:
             raise UserError(f"{source} gives no fixed size (crop_size, or size with height and width), which the encoder "
                             "needs; copy it again from where the encoder came from")

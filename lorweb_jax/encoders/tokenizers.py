@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,8 @@ from lorweb_jax.schema import Between, read_json
 CLIP_TOKENS = 77               # the positions that CLIP's text tower has
 _FILE_BYTES = 100_000_000      # of a vocabulary; the largest published ones have 35 MB
 _AGAIN = "download the tokenizer's folder again"
+_FILES = {"vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json"}
 
 _Id = Annotated[int, Between(0, 2_000_000)]
 
@@ -33,15 +34,16 @@ class _Settings:
 
 
 def _check(folder: Path, alternatives: Sequence[tuple[str, ...]]) -> None:
-    """UserError unless one of the alternatives is there and all files of the folder may be read."""
-    if not any(all((folder / name).is_file() for name in names) for names in alternatives):
-        for name in {name for names in alternatives for name in names}:
-            if (folder / name).exists():
-                regular_file(folder / name)
+    """UserError unless one of the alternatives is there and all files of the folder may be read.
+
+    A link to nothing, as an unfinished download leaves it, is not taken for a file that was left out.
+    """
+    if not any(all(os.path.lexists(folder / name) for name in names) for names in alternatives):
         wanted = " or ".join(" and ".join(names) for names in alternatives)
         raise UserError(f"{folder} holds no {wanted}; give a pipeline folder in diffusers layout with its tokenizers")
     for path in folder.iterdir():
-        if path.exists() and not stat.S_ISDIR(path.stat().st_mode) and regular_file(path).stat().st_size > _FILE_BYTES:
+        read = path.name in _FILES or not path.is_dir()
+        if read and regular_file(path, _AGAIN).stat().st_size > _FILE_BYTES:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes, at most {_FILE_BYTES:,} were expected of a "
                             f"tokenizer; {_AGAIN}")
     settings = folder / "tokenizer_config.json"
@@ -100,7 +102,7 @@ def load_t5_tokenizer(folder: str | Path):
 
     folder = Path(folder)
     _check(folder, (("tokenizer.json",), ("spiece.model",)))
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").exists():
         with _told(str(folder / "tokenizer.json")):
             return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
     # Converted from a bare spiece.model, the fast tokenizer would drop the first word's leading "▁".

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.errors import UserError
+from lorweb_jax.files import regular_file
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.parity.report import EXACT, Absent, Report
 from lorweb_jax.schema import read_json
@@ -22,6 +23,7 @@ Recording = dict[str, np.ndarray]
 
 def read_recording(path: Path) -> Recording:
     """All arrays of an .npz. Raises UserError for a file that is damaged or holds pickled objects."""
+    regular_file(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

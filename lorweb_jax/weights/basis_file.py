@@ -6,6 +6,7 @@ with diffusers' layer names, block index included. Ours stack the blocks: {path:
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_basis(path: str | Path, config_path: str | Path | None = None,
     arrays = _read_arrays(checkpoint)
     file = checkpoint.files[0]
     found = Path(config_path) if config_path else file.with_name("config.yaml")
-    if config_path or found.exists():
+    if config_path or os.path.lexists(found):  # a link to nothing is no basis without a config
         config = config_from_network(read_network(found), arrays, str(found))
     else:
         config = config_from_tensors(arrays)

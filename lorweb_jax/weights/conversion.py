@@ -4,6 +4,7 @@ A file has the name NAME.partial until its last byte is on the disk, and is shor
 nothing loads it by mistake. What is finished stands in a journal (journal.py). Reading, checksums and writing overlap.
 """
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -11,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.schema import checked
 from lorweb_jax.weights.checkpoint import Checkpoint, Decoder, Extent, ahead
 from lorweb_jax.weights.journal import Finished, Journal, write_all
 from lorweb_jax.weights.safetensors_io import FORMAT, NAMES, Spec, header, require_space
@@ -200,11 +202,21 @@ def record(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]
                                ALGORITHM: digests[name]} for name, shape in checkpoint.shapes.items()}}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """checksums.json."""
+
+    algorithm: Literal["sha256"]
+    tensors: dict[str, dict[str, Any]]
+
+
 def check(checkpoint: Checkpoint, recorded: Mapping[str, Any], progress: Progress | None = None) -> None:
     """Read every tensor again; UserError if any is missing, added, or differs from what was recorded."""
+    expected = checked(dict(recorded), _Recorded, f"the checksums of {checkpoint.path}").tensors
+
     def read(name: str) -> tuple[str, dict[str, Any]]:
         return name, {"dtype": NAMES[checkpoint.dtype(name)], "shape": list(checkpoint.shapes[name]),
-                      recorded["algorithm"]: checksum(checkpoint.extent(name))}
+                      ALGORITHM: checksum(checkpoint.extent(name))}
 
     found, done = {}, 0
     with ThreadPoolExecutor(2) as readers:
@@ -214,7 +226,6 @@ def check(checkpoint: Checkpoint, recorded: Mapping[str, Any], progress: Progres
             done += size
             if progress:
                 progress(done, checkpoint.nbytes, size)
-    expected = recorded["tensors"]
     if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
         raise UserError(f"{len(wrong)} of {len(expected)} tensors in {checkpoint.path} are not those that were written "
                         f"({wrong[0]} first); convert or copy them again")

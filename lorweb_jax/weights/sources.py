@@ -149,7 +149,7 @@ def _config(kind: str, layout: str, checkpoint: Checkpoint, where: str,
             raise UserError(f"{file} is the config of {shown(name)}, and {where} needs one of "
                             f"{KINDS[kind].class_name}; give the config that belongs to it")
     if layout == "black_forest":
-        return KINDS[kind].infer_config(checkpoint.shapes, where)
+        return _made_sense_of(kind, KINDS[kind].infer_config(checkpoint.shapes, where), where)
     beside = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path.with_name("config.json")
     if not beside.exists():
         raise UserError(f"{where} is in diffusers' layout, whose sizes stand in a config.json, and {beside} does not "
@@ -157,8 +157,8 @@ def _config(kind: str, layout: str, checkpoint: Checkpoint, where: str,
     return _made_sense_of(kind, read_json(beside), beside)
 
 
-def _made_sense_of(kind: str, config: dict[str, Any], file: str | Path) -> dict[str, Any]:
-    KINDS[kind].sizes(config, file)
+def _made_sense_of(kind: str, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    KINDS[kind].sizes(config, source)
     return config
 
 
