@@ -256,6 +256,23 @@ def test_distances_of_mixed_sizes_keep_their_order(random):
     np.testing.assert_allclose(distances(x, y), [lpips(i[None], j[None])[0] for i, j in zip(x, y)], atol=1e-6)
 
 
+def test_whatever_one_image_raises_the_others_are_evaluated(data, monkeypatch):
+    from lorweb_jax.evaluation import evaluate as module
+
+    whole, _ = read(data)
+    broken = next(data.glob("*/*/*.png"))
+    real = module.read_pair
+
+    def read_pair(pair):
+        if pair.file == str(broken):
+            raise KeyError("exif")
+        return real(pair)
+
+    monkeypatch.setattr(module, "read_pair", read_pair)
+    samples, problems = read(data)
+    assert 0 < len(samples) <= len(whole) and [problem.reason for problem in problems] == ["KeyError: 'exif'"]
+
+
 def test_sheet_shows_every_task_once(data):
     samples, _ = read(data)
     one = rows_sheet(samples, {"copy b": [sample.b for sample in samples]})

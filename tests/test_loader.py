@@ -18,7 +18,7 @@ from PIL import Image
 
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, read_tasks
+from lorweb_jax.data.relation252k import Analogies, read_pair, read_tasks
 from lorweb_jax.errors import UserError
 
 SIDE = 16
@@ -220,6 +220,24 @@ def test_unreadable_images_are_reported_and_stood_in_for(tmp_path, workers, capl
                                                          ("t2", "Group1/0.png")]
     assert all(sum(problem.file in line and problem.task in line for line in caplog.messages) == 1
                for problem in problems)
+
+
+@pytest.mark.parametrize("error", [KeyError("exif"), RecursionError(), MemoryError(), ZeroDivisionError("x"),
+                                   UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")])
+def test_whatever_one_image_raises_the_others_are_read(tmp_path, monkeypatch, error):
+    root = write_data(tmp_path, 3)
+
+    def read(pair):
+        if pair.file.endswith("1.png"):
+            raise error
+        return read_pair(pair)
+
+    monkeypatch.setattr("lorweb_jax.data.loader.read_pair", read)
+    problems = Problems()
+    batches, _ = take(3, root, 2, problems=problems)
+    assert {pair for batch in batches for pair in batch["pairs"].flatten().tolist()} == {0, 2}
+    [problem] = problems
+    assert problem.file == "Group1/1.png" and problem.reason.startswith(type(error).__name__)
 
 
 def test_a_task_that_turned_unreadable_gives_way_to_the_next(tmp_path):

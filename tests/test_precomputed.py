@@ -22,6 +22,7 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.pipeline import Pipeline
 from lorweb_jax.precomputed.fill import precompute
 from lorweb_jax.training.jobs.basis import BasisJob
+from lorweb_jax.weights.safetensors_io import write
 from lorweb_jax.weights.state import build, shapes
 
 ROOT = Path(__file__).parents[1]
@@ -247,3 +248,18 @@ def test_a_full_disk_leaves_nothing_that_counts(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device.*make room"):
         store.add("shard", ["item"], ["key"], {"x": np.zeros((1, 2))})
     assert not list(tmp_path.glob("*.safetensors")) and not Store(tmp_path, {}).settled
+
+
+@pytest.mark.parametrize("keys, items, rows", [
+    ("{}", "[]", 2), ('["a", 1]', "[]", 2), ('["a"]', "[]", 2), ('["a", "b"]', '"x"', 2), ("[", "[]", 2),
+    ("[" * 10**5, "[]", 2), ('["a", "b", "c"]', "[]", 2), ('["a", "b"]', "[]", None), ('["a", "b"]', "[null]", 2),
+])
+def test_a_shard_that_lies_is_told(tmp_path, keys, items, rows):
+    """Lists of other lengths or kinds than the arrays have rows, or arrays of another width than the other shards'."""
+    store = Store(tmp_path, {"made_by": "x"}, create=True)
+    store.add("0", ["item"], ["k", "l"], {"embedding": np.ones((2, 3), np.float32)})
+    assert store.gather("embedding", ["l", "k"]).shape == (2, 3)
+    array = np.ones((2, 4) if rows is None else (rows, 3), np.float32)
+    write(tmp_path / "1.safetensors", {"embedding": array}, {"keys": keys, "items": items})
+    with pytest.raises(UserError, match="1.safetensors is damaged; delete it"):
+        Store(tmp_path, {"made_by": "x"})

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +61,9 @@ def test_layouts(tmp_path):
     ([{"img_name": 7, "edit_instruction": "x"}], "no img_name"),
     ([{"img_name": "1.png", "edit_instruction": None}], "no edit_instruction"),
     ([entry("gone.png")], "missing"),
-    ([entry("../bad")], "missing"),  # a folder, not a file
+    ([entry("../Group1")], "leads out of the folder"),
+    ([entry(".")], "missing"),  # a folder, not a file
+    ("[" + "1" * 5000 + "]", "not valid JSON"),
     ([entry("1\0.png")], "missing"),
     ([entry("x" * 300)], "too long"),
     ([entry("1.png"), entry("2.png"), entry("1.png")], "listed again"),
@@ -78,6 +82,66 @@ def test_bad_labels_are_reported_and_skipped(tmp_path, labels, reason):
     assert all(problem.task == "bad" for problem in problems)
     assert any(reason in problem.reason for problem in problems), list(problems)
     assert "bad: Group1/" in problems.summary() or "1 usable pair" in reason
+
+
+# Entries of labels.json that are of no use, each for a reason of its own.
+BAD_ENTRIES = [
+    None, True, 7, 1e400, "1.png", [], {}, {"img_name": None}, {"img_name": {"a": 1}, "edit_instruction": "x"},
+    *(entry(name) for name in (
+        "", " ", "\0", "/mnt/old_disk/2.png", "/etc/passwd", "//1.png", "/", "..", "../outside.png", "../Group1/1.png",
+        "a/../1.png", "a/../../../outside.png", "C:\\images\\1.png", "x" * 300, "a/" * 3000, "x" * 10**5, "1.png\0",
+        "\ud800", "1\udfff.png", "\udce9.png", "\x1b[2J\x07", "a\nb", "\u202egnp.1", "🙂.png", "pipe", "folder")),
+    *(entry("1.png", instruction) for instruction in (
+        None, 7, float("nan"), ["x"], {}, "\ud800", "caf\udce9", "x" * 10**5)),
+]
+
+
+def test_one_bad_entry_never_ends_the_reading_of_the_others(tmp_path):
+    """Whatever stands in an entry, the good ones are read, each bad one is reported, and all of it can be written."""
+    group = tmp_path / "data" / "task" / "Group1"
+    good = [entry("1.png", "put \x1b[31m a\tframe\naround it ′ é 🙂 \0"), entry("a b.png"), entry("sub/3.png", "")]
+    write_group(group, ["1.png", "a b.png"], json.dumps([good[0], *BAD_ENTRIES, *good[1:]]))
+    (tmp_path / "data/outside.png").write_bytes((group / "1.png").read_bytes())
+    (group / "sub").mkdir()
+    (group / "sub" / "3.png").symlink_to("../1.png")
+    (group / "folder").mkdir()
+    os.mkfifo(group / "pipe")
+    problems = Problems()
+    [task] = read_tasks(tmp_path / "data", problems)
+    assert [Path(pair.file).relative_to(group).as_posix() for pair in task.pairs] == ["1.png", "a b.png", "sub/3.png"]
+    assert [pair.instruction for pair in task.pairs] == [good[0]["edit_instruction"], "do it", ""]
+    # What reads the same when it is printed is reported once.
+    assert len(BAD_ENTRIES) - 3 <= len(problems) <= len(BAD_ENTRIES)
+    shown = problems.summary(examples=1000)
+    assert all(line.isprintable() for line in shown.split("\n")) and shown.encode().decode() == shown
+    problems.write(tmp_path / "problems.json")
+    assert len(json.loads((tmp_path / "problems.json").read_bytes())["skipped"]) == len(problems)
+
+
+def test_an_image_at_an_absolute_path_is_skipped(tmp_path):
+    """shared/cases/labels_absolute_path: a copy of a data set whose labels name a disk that is gone."""
+    write_group(tmp_path / "task" / "Group1", ["0.png", "1.png"],
+                json.dumps([entry("0.png"), entry("1.png"), entry("/mnt/old_disk/2.png")]))
+    problems = Problems()
+    [task] = read_tasks(tmp_path, problems)
+    [problem] = problems
+    assert len(task.pairs) == 2 and problem.file == "Group1/mnt/old_disk/2.png" and "leads out" in problem.reason
+
+
+def test_names_that_are_not_text_are_escaped_in_reports(tmp_path):
+    """shared/cases/unreportable_name_ends_run: folder names that aren't UTF-8, after the first five problems."""
+    write_group(tmp_path / "good", ["1.png", "2.png"])
+    names = [b"t0", b"t1", b"t2", b"t3", b"t4", b"z\xe9", b"z\x1b[2J", b"z\n", "z\u2028".encode(), b"\xff" * 200]
+    for name in names:
+        os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+    write_group(tmp_path / os.fsdecode(b"caf\xe9"), ["1.png", "2.png"])
+    problems = Problems()
+    tasks = read_tasks(tmp_path, problems)
+    assert [task.name for task in tasks] == ["caf\\xe9", "good"] and len(problems) == len(names)
+    assert Analogies(tasks).digest() and (tmp_path / os.fsdecode(b"caf\xe9")).samefile(tasks[0].folder)
+    problems.write(tmp_path / "problems.json")
+    skipped = json.loads((tmp_path / "problems.json").read_bytes())["skipped"]
+    assert {"z\\xe9", "z\\x1b[2J", "z\\n", "z\\u2028"} < {problem["task"] for problem in skipped}
 
 
 def test_no_labels_file_at_all(tmp_path):

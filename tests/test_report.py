@@ -60,3 +60,12 @@ def test_a_heat_map_is_darkest_where_the_value_is_highest():
     shown = pictures.heat_map(values, rows=["frame", "shift", "pixelate"], columns=[str(i) for i in range(5)])
     rows, columns = np.nonzero((shown == (8, 48, 107)).all(-1))
     assert len(rows) > 100 and rows.min() > shown.shape[0] / 2 and columns.min() > shown.shape[1] / 2
+
+
+def test_any_text_can_be_drawn():
+    """Captions and names of tasks as data brings them, also megabytes long, on one line each."""
+    image = np.zeros((32, 32, 3), np.uint8)
+    plain = pictures.sheet([("a caption", [image])], ["a"])
+    for text in ("", "a\nb\r\n\tc", "\0\x1b[2J", "\ud800 \udce9", "x" * 10**6, "🙂′é" * 10**5, "\u202eabc"):
+        assert pictures.sheet([(text, [image])], [text]).shape == plain.shape
+        assert pictures.heat_map(np.zeros((1, 2)), [text], [text, "b"]).shape[0] < 100

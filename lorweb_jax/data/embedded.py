@@ -63,7 +63,7 @@ def _is_built(folder: Path, key: dict) -> bool:
         return False
     try:
         return json.loads((folder / KEY_FILE).read_text(encoding="utf-8")) == key
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         if folder.is_dir() and not any(folder.iterdir()):
             return False
         raise UserError(f"{folder} holds something else than an embedded data set, an empty or new folder was "

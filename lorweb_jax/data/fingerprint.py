@@ -41,7 +41,7 @@ def _blocks(file: Path) -> bytes:
 
 
 def of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def of_image(image: np.ndarray) -> str:

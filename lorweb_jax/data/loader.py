@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from lorweb_jax.data.problems import Problem, Problems
+from lorweb_jax.data.problems import Problem, Problems, printable, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.errors import UserError
 from lorweb_jax.images import grid
@@ -79,10 +79,10 @@ class _Reader:
                 if pair_id not in images:
                     try:
                         images[pair_id] = self._images(pair)
-                    except (UserError, OSError) as error:
+                    except Exception as error:  # whatever is wrong with one image, the others are read
                         images[pair_id] = None
                         task = analogies.tasks[analogies.task_of(candidate)]
-                        problems.append(Problem(task.name, task.relative(pair), str(error)))
+                        problems.append(Problem(task.name, task.relative(pair), reason(error)))
                 if images[pair_id] is None:
                     break
             else:
@@ -200,7 +200,8 @@ class AnalogyLoader(grain.DatasetIterator):
             self.problems.substituted += bool(problems)
             for problem in problems:
                 if self.problems.add(problem.task, problem.file, problem.reason):
-                    _log.warning("skipped %s of task %s: %s", problem.file, problem.task, problem.reason)
+                    _log.warning("skipped %s of task %s: %s", *map(printable, (problem.file, problem.task,
+                                                                               problem.reason)))
         return batch
 
     def start_prefetch(self) -> None:

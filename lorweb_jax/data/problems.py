@@ -6,12 +6,32 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorweb_jax.errors import UserError
 from lorweb_jax.outputs import write_file
+
+
+def printable(text: str, longest: int = 500) -> str:
+    """A text that any terminal, font and UTF-8 file takes: on one line, at most `longest` characters of it.
+
+    Control characters, bytes of file names that aren't UTF-8 and the like are shown as \\x1b, \\xe9, \\ud800.
+    """
+    cut = text if len(text) <= longest else text[:longest] + "…"
+    return "".join(character if character.isprintable() else _escaped(character) for character in cut)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # of a file name, as os.fsdecode gives it
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+
+
+def reason(error: Exception) -> str:
+    """What an error says, for a `Problem`: a user's own in its words, others with their kind."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One thing that was skipped: in which task, which file, why."""
+    """One thing that was skipped: in which task, which file, why. Printable."""
 
     task: str
     file: str
@@ -29,8 +49,8 @@ class Problems:
         self.substituted = 0
 
     def add(self, task: str, file: str, reason: str) -> bool:
-        """Keep a problem; True if it is new."""
-        problem = Problem(task, file, reason)
+        """Keep a problem, made printable; True if it is new."""
+        problem = Problem(printable(task), printable(file), printable(reason))
         new = problem not in self._found
         self._found[problem] = None
         return new

@@ -15,13 +15,18 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.problems import Problems, printable
 from lorweb_jax.errors import UserError
+from lorweb_jax.files import read_text
 from lorweb_jax.images.io import read_image
+from lorweb_jax.schema import INDEX_BYTES
+
+LONGEST_INSTRUCTION = 20_000  # characters; text encoders take a few thousand at most
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
@@ -35,7 +40,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """One edit: its name, its folder and its pairs, in the order of labels.json."""
+    """One edit: its name (printable), its folder and its pairs, in the order of labels.json."""
 
     name: str
     folder: str
@@ -52,15 +57,18 @@ def _label_files(folder: Path) -> list[Path]:
 
 
 def _read_labels(file: Path) -> list:
-    """The entries of a labels.json; ValueError, in words for a person, if it isn't a list with entries."""
+    """The entries of a labels.json; ValueError, in words for a person, if it isn't a list with entries.
+
+    Read as leniently as JSON goes: what is wrong with one entry is no matter of the others.
+    """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"could not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise ValueError("is empty" if not error.doc.strip() else f"is not valid JSON: {error}") from error
+        text = read_text(file, INDEX_BYTES)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    try:
+        entries = json.loads(text)
+    except ValueError as error:  # also of numbers with thousands of digits
+        raise ValueError(f"is not valid JSON: {error}" if text.strip() else "is empty") from error
     except RecursionError as error:
         raise ValueError("is not valid JSON: nested too deeply") from error
     if not isinstance(entries, list):
@@ -79,12 +87,33 @@ def _pair(entry, folder: Path) -> Pair:
         raise ValueError("the entry has no img_name")
     if not isinstance(instruction, str):
         raise ValueError("the entry has no edit_instruction")
+    if len(instruction) > LONGEST_INSTRUCTION:
+        raise ValueError(f"the edit_instruction has {len(instruction):,} characters, more than {LONGEST_INSTRUCTION:,}")
+    if not _is_unicode(instruction):
+        raise ValueError("the edit_instruction is no text: it holds half a surrogate pair")
+    # Links are followed, since data sets are made of them; a name is no way out of the data.
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise ValueError("the img_name leads out of the folder that its labels.json lies in")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError("the img_name is no name of a file: it holds half a surrogate pair") from None
     path = folder / name
     if "\0" in name or not path.is_file():
         raise ValueError("the image file is missing")
     # Nothing is computed from the descriptions: copies without them lose nothing.
-    left, right = (str(entry.get(f"{side}_image_description") or "") for side in ("left", "right"))
-    return Pair(str(path), left, right, instruction)
+    left, right = (entry.get(f"{side}_image_description") for side in ("left", "right"))
+    return Pair(str(path), *(text if isinstance(text, str) and _is_unicode(text) else "" for text in (left, right)),
+                instruction)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether every encoder and file can take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_task(folder: Path, problems: Problems) -> Task | None:
@@ -101,7 +130,8 @@ def _read_task(folder: Path, problems: Problems) -> Task | None:
             continue
         for number, entry in enumerate(entries):
             name = entry.get("img_name") if isinstance(entry, dict) else None
-            shown = str((file.parent / name if isinstance(name, str) and name else file).relative_to(folder))
+            shown = os.path.join(*file.parent.relative_to(folder).parts,
+                                 str(PurePosixPath(name)).lstrip("/") if isinstance(name, str) and name else file.name)
             try:
                 pair = _pair(entry, file.parent)
             except (ValueError, OSError) as error:
@@ -115,14 +145,15 @@ def _read_task(folder: Path, problems: Problems) -> Task | None:
     if len(pairs) < 2:
         problems.add(folder.name, "labels.json", f"{len(pairs)} usable pair(s), an analogy needs 2")
         return None
-    return Task(folder.name, str(folder), tuple(pairs.values()))
+    return Task(printable(folder.name), str(folder), tuple(pairs.values()))
 
 
 def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
     """The usable tasks under `root`, by name. Image files are looked up, not opened.
 
-    Adds to `problems`: labels.json absent, empty or malformed; entries without a file name or an instruction; missing
-    images; a file listed twice; a task with fewer than two pairs. Folders whose name starts with a dot are no tasks.
+    Adds to `problems`: labels.json absent, empty or malformed; entries without a file name or an instruction, or with
+    broken text; names that lead out of their folder; missing images; a file listed twice; a task with fewer than two
+    pairs. Folders whose name starts with a dot are no tasks.
 
     Raises:
       UserError: `root` is not a readable folder, or no task in it is usable.

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lorweb_jax.config_fields import shown
 from lorweb_jax.errors import UserError
 from lorweb_jax.schema import read_json
 from lorweb_jax.weights.checkpoint import Checkpoint
@@ -46,13 +47,14 @@ class Store:
         self.settled: set[str] = set()
         self._rows: dict[str, tuple[str, int]] = {}
         self._shards: dict[str, dict[str, np.ndarray]] = {}
+        self._kind: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a record by array
         if create:
             _create(self.folder, identity)
         if not (self.folder / IDENTITY).is_file():
             raise UserError(f"{self.folder} holds nothing precomputed; run `python -m lorweb_jax.precompute` with the "
                             "same options first, or leave --config.precomputed empty", 2)
         held = read_json(self.folder / IDENTITY)
-        differing = [f"{name} was {held.get(name)!r} and is {identity.get(name)!r}"
+        differing = [f"{name} was {shown(held.get(name))} and is {shown(identity.get(name))}"
                      for name in sorted(held.keys() | identity.keys()) if held.get(name) != identity.get(name)]
         if differing:
             raise UserError(f"{self.folder} was precomputed for something else: {', '.join(differing)}; remove that "
@@ -69,9 +71,15 @@ class Store:
     def _open(self, file: Path) -> None:
         try:
             shard = Checkpoint(file)
-            keys, items = (json.loads(shard.metadata[name]) for name in ("keys", "items"))
-        except (UserError, KeyError, ValueError):
+            keys, items = (_texts(shard.metadata[name]) for name in ("keys", "items"))
+            # Every record has a row of every array, as wide as the other shards' rows.
+            rows = {name: (shard.dtype(name), shard.shapes[name][1:]) for name in shard}
+            if keys and (any(shard.shapes[name][:1] != (len(keys),) for name in shard)
+                         or rows != (self._kind or rows) or not rows):
+                raise ValueError(f"arrays of {len(keys)} records were expected")
+        except (UserError, KeyError, ValueError, RecursionError):
             raise UserError(f"{file} is damaged; delete it and run `python -m lorweb_jax.precompute` again") from None
+        self._kind = rows if keys else self._kind
         self._shards[file.stem] = {name: _mapped(shard, name) for name in shard} if keys else {}
         self._rows |= {key: (file.stem, row) for row, key in enumerate(keys)}
         self.settled.update(items)
@@ -148,6 +156,14 @@ def _lock(path: Path, kind: int) -> Iterator[bool]:
         yield True
         # Whoever opened the file before this and locks it afterwards finds what it was locked for done.
         path.unlink(missing_ok=True)
+
+
+def _texts(metadata: str) -> list[str]:
+    """A list of texts from a shard's header; ValueError if it is none."""
+    texts = json.loads(metadata)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a list of texts was expected")
+    return texts
 
 
 def _mapped(shard: Checkpoint, name: str) -> np.ndarray:

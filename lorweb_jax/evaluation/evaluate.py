@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.problems import Problems, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Task, read_pair
 from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import metrics
@@ -89,9 +89,9 @@ def _read(analogy: Analogy, task: Task, max_size: int | None, bad: set[str], pro
             images = [*read_pair(pair), *images]
         # A grid can only be too small, and a sets its size: `pair` is the file at fault here too.
         grid, _ = fit_to_model(target_grid(*images, max_size))
-    except UserError as error:
+    except Exception as error:  # whatever is wrong with one image, the others are read
         bad.add(pair.file)
-        problems.add(task.name, task.relative(pair), str(error))
+        problems.add(task.name, task.relative(pair), reason(error))
         return None
     return Sample(task.name, analogy.caption, *quadrants(grid))
 

@@ -85,5 +85,5 @@ class Table:
     def write(self, folder: str | Path) -> None:
         """<folder>/table.json and table.md, each whole or not at all. UserError if they can't be written."""
         folder = Path(folder)
-        write_file(folder / "table.json", (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
-        write_file(folder / "table.md", (self.text() + "\n").encode())
+        write_file(folder / "table.json", (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+        write_file(folder / "table.md", (self.text() + "\n").encode(errors="backslashreplace"))

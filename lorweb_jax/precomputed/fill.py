@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.data import fingerprint
-from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.problems import Problems, reason
 from lorweb_jax.data.relation252k import Pair, read_pair
 from lorweb_jax.data.splits import read_splits
 from lorweb_jax.data.store import Store, shard_name
@@ -79,8 +79,8 @@ def _images(scope: Scope, problems: Problems) -> None:
         """Before and after as they stand in a grid; or none, and why."""
         try:
             return [resize(half, scope.quadrant[::-1]) for half in read_pair(Pair(files[item], "", "", ""))], None
-        except (UserError, OSError) as error:
-            return [], str(error)
+        except Exception as error:  # whatever is wrong with one image, the others are read
+            return [], reason(error)
 
     def load() -> Compute:
         processor = encoder_folder.processor
@@ -91,11 +91,11 @@ def _images(scope: Scope, problems: Problems) -> None:
             images: dict[str, np.ndarray] = {}
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
                 found = list(readers.map(read, items))
-            for item, (halves, reason) in zip(items, found, strict=True):
+            for item, (halves, wrong) in zip(items, found, strict=True):
                 images |= {fingerprint.of_image(half): half for half in halves}
-                if reason:
+                if wrong:
                     _, task, file = item.rsplit(" ", 2)[0].split("/", 2)
-                    problems.add(task, file, reason)
+                    problems.add(task, file, wrong)
             if not images:
                 return [], {}
             views = np.stack([processor.resized(image) for image in images.values()])

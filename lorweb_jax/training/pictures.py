@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lorweb_jax.data.problems import printable
 from lorweb_jax.images.io import write_image
 
 MARGIN, LINE = 6, 14  # px around a cell; height of a line of the default font
@@ -23,9 +24,9 @@ def _enlarged(image: np.ndarray) -> Image.Image:
 
 
 def _shortened(text: str, width: int) -> str:
-    """As much of a text as fits into `width` px; the font has no prime, a and a' are what remains of a and a′."""
+    """As much of a text as fits into `width` px, on one line; the font has no prime: a and a' remain of a and a′."""
     font = _font()
-    text = text.replace("′", "'")
+    text = printable(text.replace("′", "'"), width)  # no character is as narrow as a pixel
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -60,6 +61,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
     values = np.asarray(values, np.float64)
     low, high = float(values.min()), float(values.max())
     share = (values - low) / (high - low if high > low else 1.0)
+    rows, columns = ([_shortened(name, 200) for name in names] for names in (rows, columns))
     font = _font()
     cell_w, cell_h = max(14, *(int(font.getlength(name)) + 4 for name in columns)), 16
     left = max(int(font.getlength(name)) for name in rows) + 2 * MARGIN
