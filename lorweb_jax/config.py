@@ -4,6 +4,7 @@ Configs are ml_collections files in configs/: `get_config(variant)` starts from 
 differs, so that each field stands once. Nothing here imports jax: `--help` and a misspelt field answer at once.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from lorweb_jax import config_fields
 from lorweb_jax.errors import UserError
 from lorweb_jax.outputs import write_file
+from lorweb_jax.schema import checked, read_json
 
 # Fields that a run may change when it goes on from its own checkpoint.
 MAY_CHANGE = frozenset({"train.steps", "train.log_every", "train.checkpoint_every", "train.picture_every",
@@ -97,14 +99,29 @@ def default_workdir(config_flag: str) -> Path:
 
 
 def load(path: Path) -> ConfigDict:
-    """The config that `save` wrote; UserError where there is none or it is not readable."""
+    """The config that `save` wrote; UserError where there is none, or what lies there is none of a training run."""
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}; name the folder of a training run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        values = read_json(path, remedy="name the folder of a training run")
+        checked(values, _Saved, path)
+        return ConfigDict(values)
+    except UserError as error:
+        raise UserError(f"{error} (a training run's config was expected)") from None
+    except (TypeError, ValueError, AttributeError) as error:  # keys that a ConfigDict can't have
         raise UserError(f"{path} is not a config written by a training run ({error}); "
                         "name another run folder") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedTrain:
+    ema: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What is read of a saved config without being asked for by name."""
+
+    job: str
+    train: _SavedTrain
 
 
 def save(config: ConfigDict, path: Path) -> None:

@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 from lorweb_jax import config as configs
 from lorweb_jax import sharding
 from lorweb_jax.quantization import bytes_by_dtype
-from lorweb_jax.training.checkpoints import Checkpoints, goes_on, open_run
+from lorweb_jax.training.checkpoints import Checkpoints, goes_on
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.jobs import make_job
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
-from lorweb_jax.training.report import Report
+from lorweb_jax.training.report import Report, report_only
+from lorweb_jax.training.run_folder import open_run, owned
 from lorweb_jax.training.state import Layout, StateShapes, count, frozen_weights, initial_trainables
 from lorweb_jax.training.step import TrainStep, numeric
 from lorweb_jax.training.stop import StopRequest
@@ -43,8 +44,9 @@ def train(config, workdir: Path) -> bool:
     with contextlib.ExitStack() as closing:
         stop = StopRequest(config.train.steps, lambda: goes_on(workdir))
         closing.callback(stop.close)
-        open_run(workdir, config)
+        closing.enter_context(owned(workdir))
         job = make_job(config)
+        open_run(workdir, config, job.sources() if hasattr(job, "sources") else {})
         data = job.data(config)
         closing.callback(getattr(data, "close", lambda: None))  # a grain iterator's worker processes
 
@@ -59,13 +61,13 @@ def train(config, workdir: Path) -> bool:
 
         checkpoints = Checkpoints(workdir)
         closing.callback(checkpoints.close)
-        first_step, log_state = checkpoints.latest() or 0, []
-        if first_step:
-            trainable, opt_state, data_state, log_state = checkpoints.restore(
-                first_step, shapes.trainable, shapes.opt_state)
+        restored = checkpoints.restore_newest(shapes.trainable, shapes.opt_state)
+        if restored:
+            first_step, trainable, opt_state, data_state, log_state = restored
             data.set_state(data_state)
             print(f"going on from step {first_step}", flush=True)
         else:
+            first_step, log_state = 0, []
             trainable = initial_trainables(job, shapes.trainable, config)
             opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
         report = Report(workdir, config, first_step, log_state)
@@ -98,8 +100,8 @@ def train(config, workdir: Path) -> bool:
                       "the same command goes on from there", flush=True)
                 return False
             if done % every.picture_every == 0 or done == steps:
-                images = job.show(shown_model(), done)
-                report.pictures(done, images)
+                with report_only(f"pictures of step {done}"):
+                    report.pictures(done, job.show(shown_model(), done))
                 report.restart_clock(done)
         checkpoints.finish()
         stop.saved()

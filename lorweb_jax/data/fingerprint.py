@@ -1,6 +1,7 @@
 """Short hashes that tell one model's files, one image or one caption from another."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ def of_folder(folder: str | Path) -> str:
     except OSError as error:
         raise UserError(f"{folder} can't be read ({error.strerror}); check the path and its permissions") from None
     return digest.hexdigest()[:16]
+
+
+def of_folders(folders: Iterable[str | Path]) -> str:
+    """Of several folders in this order."""
+    return hashlib.sha256(" ".join(map(of_folder, folders)).encode()).hexdigest()[:16]
 
 
 def _blocks(file: Path) -> bytes:

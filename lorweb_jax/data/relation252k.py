@@ -277,6 +277,23 @@ class Analogies(Sequence[Analogy]):
         return names.hexdigest()[:16]
 
 
+def contents(tasks: Iterable[Task]) -> str:
+    """A short hash of what lies in data: names of tasks and files, instructions and the files' sizes, the same wherever
+    the folder lies. `Analogies.digest`, which saved positions hold, knows the names alone."""
+    found = hashlib.sha256()
+    for task in tasks:
+        found.update(json.dumps([task.name, *([task.relative(pair), pair.instruction, _size(pair.file)]
+                                              for pair in task.pairs)]).encode())
+    return found.hexdigest()[:16]
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
+
+
 def _stride(count: int) -> int:
     """A number near 0.618·count that shares no factor with it, so that its multiples mod count visit everything."""
     stride = max(1, round(count * (math.sqrt(5) - 1) / 2))

@@ -28,7 +28,7 @@ from lorweb_jax.weights.safetensors_io import write, write_json
 
 IDENTITY = "identity.json"
 # File systems that know no locks: the work is then done in another order by each process, some of it twice.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class Store:
@@ -151,7 +151,7 @@ def _lock(path: Path, kind: int) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
         yield True
         # Whoever opened the file before this and locks it afterwards finds what it was locked for done.

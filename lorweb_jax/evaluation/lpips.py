@@ -74,12 +74,24 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 @functools.cache
 def load_weights() -> dict[str, jax.Array]:
     """The weights in the installed package (`read_weights`); UserError with the pip command if it is missing."""
+    return jax.tree.map(jnp.asarray, read_weights(_installed()))
+
+
+def missing() -> str | None:
+    """Why `load_weights` would fail, in a sentence; None if it wouldn't. Nothing is put on a device."""
     try:
-        path = importlib.metadata.distribution(PACKAGE).locate_file(WEIGHTS)
+        read_weights(_installed())
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _installed() -> Path:
+    try:
+        return Path(importlib.metadata.distribution(PACKAGE).locate_file(WEIGHTS))
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the package {PACKAGE}, which holds the weights of LPIPS, is not installed; "
                         f"run: {INSTALL}") from None
-    return jax.tree.map(jnp.asarray, read_weights(Path(path)))
 
 
 def lpips(x, y) -> np.ndarray:

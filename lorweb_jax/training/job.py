@@ -56,6 +56,10 @@ class Job(Protocol):
         config.train.frozen_dtype and places them on the devices; they are arguments of the jitted step.
         """
 
+    def sources(self) -> dict[str, str]:
+        """Optional: fingerprints of what lies at the config's paths, by dotted field. A run goes on where they are the
+        same, wherever it lies; the paths themselves may then differ. Without this method the paths are compared."""
+
     def initial(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
         """Optional: trainable weights to start from (a fine-tuning run), by dotted path; some of `shapes` or all."""
 

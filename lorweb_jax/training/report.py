@@ -2,10 +2,11 @@
 
 import contextlib
 import math
+import re
 import sys
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,15 @@ class TextWriter(_Writer):
     """One line per step with all digits of a float32, so that equal runs have equal logs."""
 
     def __init__(self, path: Path, first_step: int):
-        """Lines of steps after `first_step`, written by a run that was killed after them, are taken out."""
-        kept = [line for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and int(line.split()[1]) <= first_step] if path.exists() else []
-        write_file(path, "".join(kept).encode())
-        self.file = path.open("a")
+        """Lines of steps after `first_step`, written by a run that was killed after them, and an unfinished line are
+        taken out. Other lines stay as they are, whatever they hold. UserError if the file can't be read or written."""
+        try:
+            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            write_file(path, b"".join(line + b"\n" for line in lines if not _later(line, first_step)))
+            self.file = path.open("a")
+        except OSError as error:
+            raise UserError(f"the log {path} can't be read and written ({error.strerror}); check what lies there and "
+                            "its permissions") from None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self.file.write(f"step {step}" + "".join(f"  {name} {value:.9g}" for name, value in scalars.items()) + "\n")
@@ -59,6 +64,12 @@ class TextWriter(_Writer):
 
     def close(self) -> None:
         self.file.close()
+
+
+def _later(line: bytes, step: int) -> bool:
+    """Whether a line of the log is one of a later step."""
+    found = re.match(rb"step (\d{1,12})  ", line)
+    return found is not None and int(found[1]) > step
 
 
 class SummaryWriter(_Writer):
@@ -166,6 +177,23 @@ class Report:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # every write was flushed, so that one that failed has been told
             self.writer.close()
+
+
+@contextlib.contextmanager
+def report_only(what: str) -> Iterator[None]:
+    """For what a run only shows (pictures, tables): a failure within is told in one line, and the run goes on.
+
+    Not where there are several processes: the others would wait for this one's part of a computation.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1:
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        line = " ".join(str(error).split())
+        print(f"{what} could not be made, the run goes on without: {kind}{line[:300]}{'…' * (len(line) > 300)}",
+              file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

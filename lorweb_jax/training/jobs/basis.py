@@ -14,11 +14,13 @@ from flax import nnx
 
 from lorweb_jax import quantization, sharding
 from lorweb_jax.basis.basis import BasisConfig, BasisParam
+from lorweb_jax.data import fingerprint
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies
+from lorweb_jax.data.relation252k import Analogies, contents
 from lorweb_jax.data.splits import read_splits
 from lorweb_jax.encoders import queries
+from lorweb_jax.evaluation import lpips
 from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
 from lorweb_jax.flow.loss import draw, weighted_mse
@@ -29,8 +31,9 @@ from lorweb_jax.pipeline import Pipeline
 from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.precomputed.scope import Scope
 from lorweb_jax.training.pictures import heat_map
+from lorweb_jax.training.report import report_only
 from lorweb_jax.transformer.attention import choose
-from lorweb_jax.weights.pipeline_folder import MODEL_PARTS, PipelineFolder
+from lorweb_jax.weights.pipeline_folder import MODEL_PARTS, PARTS, PipelineFolder
 
 
 def make(config) -> "BasisJob":
@@ -52,6 +55,16 @@ class BasisJob:
         if len(self.problems):
             print(self.problems.summary(), flush=True)
         self.scope = Scope.of(config, self.folder, self.tasks) if config.precomputed else None
+        if missing := lpips.missing():
+            print(f"note: {missing}; without it the run ends without its tables, which python -m lorweb_jax.evaluate "
+                  "makes later", flush=True)
+
+    def sources(self) -> dict[str, str]:
+        train, *held_out = (contents(tasks) for tasks in self.tasks.values())
+        encoder = self.folder.encoder_folder
+        return {"pipeline": fingerprint.of_folders(self.folder.folder / part for part in PARTS),
+                "basis.encoder": fingerprint.of_folder(encoder) if encoder else "none",
+                "data.root": train, "data.held_out": " ".join(held_out)}
 
     @functools.cached_property
     def precomputed(self) -> Precomputed | None:
@@ -98,7 +111,8 @@ class BasisJob:
         chosen = self.tasks[split]
         if tasks:
             chosen = chosen[::max(1, len(chosen) // tasks)][:tasks]
-        return read_samples(chosen, per_task, Problems(), 2 * self.config.data.quadrant_size or None)
+        side = self.config.data.quadrant_size
+        return read_samples(chosen, per_task, Problems(), 2 * (side if isinstance(side, int) else max(side)) or None)
 
     def prepare(self, batch: dict) -> dict:
         """Captions become token ids, condition grids what the image encoder sees of them; or both what is known of
@@ -164,18 +178,20 @@ class BasisJob:
         return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
 
     def finish(self, model, workdir: Path) -> None:
-        """Writes the basis in the published format (an ordinary LoRA if nothing is routed), tables and sheets, and
-        which files of the data could not be used."""
-        if len(self.problems):
-            self.problems.write(workdir / "problems.json")
-            print(self.problems.summary(), flush=True)
+        """Writes the basis in the published format (an ordinary LoRA if nothing is routed); then tables and sheets, and
+        which files of the data could not be used. Only the first can end the run."""
         pipeline = Pipeline(self.folder, model, self.precomputed)
         if model.basis.config.routed:
             pipeline.save_basis(workdir / "export" / "basis.safetensors")
         else:
             ones = {path: np.ones(layer.a.shape[:2], np.float32) for path, layer in model.basis.layers.items()}
             pipeline.save_lora(workdir / "export" / "lora.safetensors", ones, dtype="float16")
+        if len(self.problems):
+            with report_only("problems.json"):
+                self.problems.write(workdir / "problems.json")
+                print(self.problems.summary(), flush=True)
         for split in list(self.tasks)[1:] or ["train"]:
-            table = evaluate_pipeline(pipeline, self._samples(split, self.config.show.per_task),
-                                      workdir / "evaluation" / split, **self.sampling)
-            print(f"{split}:\n{table.text()}", flush=True)
+            with report_only(f"the table of {split}"):
+                table = evaluate_pipeline(pipeline, self._samples(split, self.config.show.per_task),
+                                          workdir / "evaluation" / split, **self.sampling)
+                print(f"{split}:\n{table.text()}", flush=True)
