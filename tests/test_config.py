@@ -98,9 +98,12 @@ def test_a_saved_config_comes_back_and_shows_what_differs(tmp_path):
 
 
 def test_a_damaged_config_is_a_user_error(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not a config"):
-        configs.load(tmp_path / "config.json")
+    for text in ("{", "", "[]", "{}", '{"job": "basis"}', '{"job": 5, "train": {"ema": 0.0}}', b"\xff", "[" * 10**5,
+                 '{"job": "basis", "train": {"ema": "0"}}', '{"job": "basis", "train": {"ema": NaN}}',
+                 '{"job": "basis", "train": {"ema": 0.0}, "a.b": 1}', '{"job": "basis", "train": []}'):
+        (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(UserError, match="config.json.*a training run"):
+            configs.load(tmp_path / "config.json")
     with pytest.raises(UserError, match="name the folder of a training run"):
         configs.load(tmp_path / "nothing.json")
 

@@ -9,13 +9,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 from absl import flags
 
-from lorweb_jax.data.problems import Problem, Problems, printable, reason
+from lorweb_jax.data.problems import Notes, Problem, Problems, printable, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.errors import UserError
 from lorweb_jax.images import grid
@@ -41,7 +41,8 @@ class _Reader:
     def __call__(self, index: int, rng: np.random.Generator) -> dict:
         # Both are always drawn, so that changing one probability leaves the other's outcomes as they were.
         drop, reverse = rng.random(2) < (self._caption_drop, self._reverse_probability)
-        analogy, images, problems = self._read(index)
+        notes: dict[str, str] = {}  # what was left out of files -> such a file
+        analogy, images, problems = self._read(index, lambda path, what: notes.setdefault(what, path))
         if reverse:
             analogy, images = analogy.reverse(), [pair[::-1] for pair in images]
         (a, a_prime), (b, b_prime) = images
@@ -50,6 +51,8 @@ class _Reader:
         a, a_prime, b, b_prime = (resize(image, size) for image in (a, a_prime, b, b_prime))
         condition, note = grid.fit_to_model(grid.condition_grid(a, a_prime, b, self._max_size))
         target, _ = grid.fit_to_model(grid.target_grid(a, a_prime, b, b_prime, self._max_size))
+        if note:
+            notes[note] = "the grids"
         return {
             "condition": condition,
             "target": target,
@@ -59,10 +62,10 @@ class _Reader:
             "pairs": np.array(analogy.pair_ids, np.int32),
             "reversed": np.bool_(reverse),
             "problems": tuple(problems),
-            "note": note,
+            "notes": tuple(notes.items()),
         }
 
-    def _read(self, index: int) -> tuple[Analogy, list, list[Problem]]:
+    def _read(self, index: int, tell: Callable[[str, str], None]) -> tuple[Analogy, list, list[Problem]]:
         """The analogy `index` with its images ((a, a′), (b, b′)), or the next one that can be read.
 
         Next is the following analogy of the same task, from the task's end on from its start; where no two pairs of
@@ -78,7 +81,7 @@ class _Reader:
             for pair_id, pair in zip(analogy.pair_ids, (analogy.first, analogy.second), strict=True):
                 if pair_id not in images:
                     try:
-                        images[pair_id] = self._images(pair)
+                        images[pair_id] = self._images(pair, tell)
                     except Exception as error:  # whatever is wrong with one image, the others are read
                         images[pair_id] = None
                         task = analogies.tasks[analogies.task_of(candidate)]
@@ -90,8 +93,8 @@ class _Reader:
         raise UserError(f"none of the {len(analogies)} analogies can be read; the first of {len(problems)} problems: "
                         f"task {problems[0].task}, {problems[0].file}: {problems[0].reason}; check the data folder")
 
-    def _images(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        before, after = read_pair(pair)
+    def _images(self, pair: Pair, tell: Callable[[str, str], None]) -> tuple[np.ndarray, np.ndarray]:
+        before, after = read_pair(pair, tell)
         sides = before.shape[:2]
         shrink = min(1, self._max_size / (2 * max(sides))) if self._max_size else 1
         # Any size can be brought to a given quadrant; as the first image, one this small leaves no whole token.
@@ -167,7 +170,7 @@ class AnalogyLoader(grain.DatasetIterator):
         super().__init__()
         self._position = 0
         self._iterator = None
-        self._notes = {None}
+        self._notes = Notes(lambda sentence: _log.warning("%s", sentence))
         if isinstance(quadrant_size, int):
             quadrant_size = (quadrant_size, quadrant_size)
         _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows)
@@ -193,9 +196,8 @@ class AnalogyLoader(grain.DatasetIterator):
         self.start_prefetch()
         batch = next(self._iterator)
         self._position += 1
-        for note in {*batch.pop("note")} - self._notes:
-            self._notes.add(note)
-            _log.warning("%s", note)
+        for what, path in itertools.chain(*batch.pop("notes")):
+            self._notes(path, what)
         for problems in batch.pop("problems"):
             self.problems.substituted += bool(problems)
             for problem in problems:

@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.errors import UserError, say
 from lorweb_jax.outputs import write_file
 
 
@@ -38,14 +38,31 @@ class Problem:
     reason: str
 
 
+class Notes:
+    """Says what had to be left out of files, such as further frames: once for each kind of thing, with the first file.
+
+    Data have thousands of files of one making. It may be called from several threads.
+    """
+
+    def __init__(self, say: Callable[[str], None] = say):
+        self._said, self._say = set(), say
+
+    def __call__(self, path: str, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(f"note: {printable(path)}: {what} (said of the first such file only)")
+
+
 class Problems:
     """What was skipped while listing and reading data. Each problem is kept once, in the order found.
 
-    `substituted` counts the analogies that were replaced by another one because an image couldn't be read.
+    `substituted` counts the analogies that were replaced by another one because an image couldn't be read. `tell` says
+    what had to be left out of images that are used (see `read_pair`).
     """
 
     def __init__(self) -> None:
         self._found: dict[Problem, None] = {}
+        self.tell = Notes()
         self.substituted = 0
 
     def add(self, task: str, file: str, reason: str) -> bool:

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -180,13 +180,15 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
     return tasks
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(pair: Pair, tell: Callable[[str, str], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The pair's images (before, after), uint8 [h,w,3] each; the middle column of an odd width is left out.
+
+    tell(path, what): is told what had to be left out of the file, such as further frames; by default it is printed.
 
     Raises:
       UserError: the file is missing, unreadable or only one pixel wide.
     """
-    image = read_image(pair.file)
+    image = read_image(pair.file, tell)
     width = image.shape[1] // 2
     if not width:
         raise UserError(f"{pair.file} is 1 pixel wide; expected before | after side by side; replace the file")

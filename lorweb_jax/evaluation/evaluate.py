@@ -86,7 +86,7 @@ def _read(analogy: Analogy, task: Task, max_size: int | None, bad: set[str], pro
     images = []
     try:
         for pair in (analogy.second, analogy.first):
-            images = [*read_pair(pair), *images]
+            images = [*read_pair(pair, problems.tell), *images]
         # A grid can only be too small, and a sets its size: `pair` is the file at fault here too.
         grid, _ = fit_to_model(target_grid(*images, max_size))
     except Exception as error:  # whatever is wrong with one image, the others are read

@@ -78,7 +78,8 @@ def _images(scope: Scope, problems: Problems) -> None:
     def read(item: str) -> tuple[list[np.ndarray], str | None]:
         """Before and after as they stand in a grid; or none, and why."""
         try:
-            return [resize(half, scope.quadrant[::-1]) for half in read_pair(Pair(files[item], "", "", ""))], None
+            halves = read_pair(Pair(files[item], "", "", ""), problems.tell)
+            return [resize(half, scope.quadrant[::-1]) for half in halves], None
         except Exception as error:  # whatever is wrong with one image, the others are read
             return [], reason(error)
 

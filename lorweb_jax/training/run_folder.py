@@ -17,7 +17,7 @@ from lorweb_jax import config as configs
 from lorweb_jax import config_fields
 from lorweb_jax.data.store import NO_LOCKS
 from lorweb_jax.errors import UserError
-from lorweb_jax.images.io import write_file
+from lorweb_jax.outputs import write_file
 from lorweb_jax.schema import read_json
 from lorweb_jax.training.checkpoints import complete_steps
 

@@ -68,6 +68,8 @@ def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[s
     """
     import orbax.checkpoint as ocp  # only needed here
 
+    from lorweb_jax.training import checksums
+
     workdir = Path(workdir)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"{workdir} exists already and is not an empty folder; name another")
@@ -75,6 +77,7 @@ def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[s
             for path, parts in arrays.items() for part, array in parts.items()}
     with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
         manager.save(0, args=ocp.args.Composite(trainable=ocp.args.StandardSave(flat)))
+    checksums.write(workdir / "checkpoints" / "0")
     write_json(workdir / "config.json", {"job": "basis", "train": {"ema": 0.0}, "basis": asdict(config)})
 
 

@@ -51,6 +51,7 @@ class BasisJob:
         self.basis_config = BasisConfig(**config.basis)
         self.folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
         self.problems = Problems()  # files of the data that can't be used, found now or while reading
+        self._looked_at = Problems()  # the same while pictures and tables are made
         self.tasks = read_splits(config, self.problems)
         if len(self.problems):
             print(self.problems.summary(), flush=True)
@@ -112,7 +113,7 @@ class BasisJob:
         if tasks:
             chosen = chosen[::max(1, len(chosen) // tasks)][:tasks]
         side = self.config.data.quadrant_size
-        return read_samples(chosen, per_task, Problems(), 2 * (side if isinstance(side, int) else max(side)) or None)
+        return read_samples(chosen, per_task, self._looked_at, 2 * (side if isinstance(side, int) else max(side)) or None)
 
     def prepare(self, batch: dict) -> dict:
         """Captions become token ids, condition grids what the image encoder sees of them; or both what is known of
