@@ -139,9 +139,12 @@ _SHARE = Real(0, 1)            # a probability
 _WEIGHT = Real(0, 1e6)         # of a part of a loss
 GUIDANCE = Real(0, 100)
 SAMPLING_STEPS = Whole(1, 1000)
+SHOWN_PER_TASK = Whole(1, 10**6)
+SHOWN_AT_ONCE = Whole(1, 65_536)
 SEED = Whole(0, 2**64 - 1)     # each gives other random keys (seeds.py)
 _DTYPE = Choice(("float32", "bfloat16", "float16"))
-_SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then divide into 2x2 patches
+SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then divide into 2x2 patches
+WORKERS = Whole(0, 1024)
 _TOKENS = Whole(1, 512)
 
 INTERNAL_MODES = ("aa'bb'", "caa'bb'", "caa'b", "caa'")
@@ -187,11 +190,11 @@ BASIS: dict[str, Rule] = {
     "data.root": Folder(),
     "data.held_out": Folder(empty=True),
     "data.cache": Folder(),
-    "data.quadrant_size": Either(Whole(8, 4096, multiple=8, also=(0,)), Several(_SIDE, 2, 2)),
+    "data.quadrant_size": Either(Whole(8, 4096, multiple=8, also=(0,)), Several(SIDE, 2, 2)),
     "data.caption_drop": _SHARE,
     "data.reverse_probability": _SHARE,
     "data.task_balanced": Flag(),
-    "data.workers": Whole(0, 1024),
+    "data.workers": WORKERS,
     "precomputed": Folder(empty=True),
     "loss_weight": Choice(("bell", "uniform")),
     "guidance": GUIDANCE,
@@ -201,8 +204,8 @@ BASIS: dict[str, Rule] = {
     "attention": Choice(("auto", "xla", "cudnn", "pallas")),
     "unroll": _LAYERS,
     "show.tasks": Whole(1, 10**6),
-    "show.per_task": Whole(1, 10**6),
-    "show.batch": Whole(1, 65_536),
+    "show.per_task": SHOWN_PER_TASK,
+    "show.batch": SHOWN_AT_ONCE,
     "show.steps": SAMPLING_STEPS,
     "show.guidance": GUIDANCE,
 }
@@ -216,7 +219,7 @@ BASE_VAE: dict[str, Rule] = {
     "model.sample_size": Whole(1, 65_536),
     "data.drawings": Folder(),
     "data.signs": Whole(0, 10**6),
-    "data.size": _SIDE,
+    "data.size": SIDE,
     "data.plain": _SHARE,
     "data.enlarged": _SHARE,
     "loss.absolute": _WEIGHT,
@@ -268,7 +271,7 @@ BASE_TRANSFORMER: dict[str, Rule] = {
     "data.drawings": Folder(),
     "data.signs": Whole(0, 10**6),
     "data.cache": Folder(),
-    "data.size": _SIDE,
+    "data.size": SIDE,
     "data.vae": Folder(),
     "data.variants": Whole(1, 2),
     "data.text_tokens": _TOKENS,

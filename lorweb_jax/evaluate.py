@@ -4,18 +4,25 @@
 
 FOLDER has the layout of Relation252K: <task>/Group1/labels.json and images "before | after". From each task the same
 few analogies are taken at every call. The table is printed and written, as table.md and table.json with the figures
-of every task, beside sheet.png, which shows a, a′, b, each method's b′ and the true one, a row per task.
+of every task, beside sheet.png, which shows a, a′, b, each method's b′ and the true one, a row per task. Files of these
+names are replaced with --overwrite only.
 """
 
 import argparse
 from pathlib import Path
 
+from lorweb_jax.arguments import MAX_SIZE, as_value
+from lorweb_jax.command_line import Parser
+from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK
 from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.outputs import require_writable
+
+FILES = ("table.md", "table.json", "sheet.png")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m lorweb_jax.evaluate", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("basis", type=Path, metavar="RUN_OR_BASIS",
                         help="folder of a training run, or a published basis (file or folder)")
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the base model that it belongs to")
@@ -32,16 +39,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="analogies sampled at once (default: %(default)s)")
     parser.add_argument("--out", type=Path,
                         help="folder to write (default: evaluation, in or beside RUN_OR_BASIS)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the table and sheet of an earlier evaluation")
     args = parser.parse_args(arguments)
-    for name in ("per_task", "steps", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give 1 or more", 2)
-    if args.max_size is not None and args.max_size < 16:
-        raise UserError(f"--max-size is {args.max_size}; give 16 or more, such as 1024", 2)
+    rules = {"per_task": SHOWN_PER_TASK, "steps": SAMPLING_STEPS, "guidance": GUIDANCE, "seed": SEED,
+             "batch": SHOWN_AT_ONCE, **({} if args.max_size is None else {"max_size": MAX_SIZE})}
+    for name, rule in rules.items():
+        as_value(getattr(args, name), f"--{name.replace('_', '-')}", rule)
     if not args.basis.exists():
         raise UserError(f"there is no {args.basis}; give the folder of a run, such as runs/basis, or a file", 2)
     if args.out is None:
         args.out = (args.basis if args.basis.is_dir() else args.basis.parent) / "evaluation"
+    require_writable([args.out / name for name in FILES], overwrite=args.overwrite)
     return args
 
 
@@ -49,10 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     from lorweb_jax.data.problems import Problems
     from lorweb_jax.data.relation252k import read_tasks
+    from lorweb_jax.evaluation import lpips
     from lorweb_jax.evaluation.evaluate import read_samples
     from lorweb_jax.evaluation.methods import evaluate_pipeline
     from lorweb_jax.pipeline import Pipeline
 
+    if missing := lpips.missing():
+        raise UserError(missing)
     problems = Problems()
     samples = read_samples(read_tasks(args.data, problems), args.per_task, problems, args.max_size)
     if len(problems):

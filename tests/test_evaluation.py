@@ -263,10 +263,10 @@ def test_whatever_one_image_raises_the_others_are_evaluated(data, monkeypatch):
     broken = next(data.glob("*/*/*.png"))
     real = module.read_pair
 
-    def read_pair(pair):
+    def read_pair(pair, tell):
         if pair.file == str(broken):
             raise KeyError("exif")
-        return real(pair)
+        return real(pair, tell)
 
     monkeypatch.setattr(module, "read_pair", read_pair)
     samples, problems = read(data)
@@ -316,13 +316,28 @@ def test_command(data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["gone"], "there is no gone"), ([".", "--per-task", "0"], "--per-task is 0"),
-    ([".", "--steps", "0"], "--steps is 0"), ([".", "--max-size", "8"], "--max-size is 8"),
-    ([".", "--batch", "-1"], "--batch is -1"),
+    (["gone"], "there is no gone"), *(([".", name, value], f"{name} is {value}; give ") for name, value in (
+        ("--per-task", "0"), ("--per-task", "10000000"), ("--steps", "0"), ("--steps", "1001"), ("--max-size", "8"),
+        ("--batch", "-1"), ("--batch", "100000"), ("--guidance", "nan"), ("--guidance", "inf"), ("--guidance", "-1.0"),
+        ("--seed", "-1"), ("--seed", str(2**64)))),
+    ([".", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
 ])
 def test_bad_command_lines(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         command.main([*options, "--pipeline", "base", "--data", "nowhere"])
+    assert caught.value.code == 2
+
+
+def test_an_earlier_evaluation_is_not_replaced(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorweb_jax.pipeline.Pipeline", FakePipeline)
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    (tmp_path / "run" / "evaluation" / "sheet.png").write_text("earlier")
+    options = [str(tmp_path / "run"), "--pipeline", "base", "--data", str(data)]
+    with pytest.raises(UserError, match="sheet.png exists already"):
+        command.main(options)
+    assert [file.name for file in (tmp_path / "run" / "evaluation").iterdir()] == ["sheet.png"]
+    command.main([*options, "--overwrite"])
+    assert (tmp_path / "run" / "evaluation" / "sheet.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_bad_data_is_told_before_anything_is_loaded(tmp_path):

@@ -227,10 +227,10 @@ def test_unreadable_images_are_reported_and_stood_in_for(tmp_path, workers, capl
 def test_whatever_one_image_raises_the_others_are_read(tmp_path, monkeypatch, error):
     root = write_data(tmp_path, 3)
 
-    def read(pair):
+    def read(pair, tell):
         if pair.file.endswith("1.png"):
             raise error
-        return read_pair(pair)
+        return read_pair(pair, tell)
 
     monkeypatch.setattr("lorweb_jax.data.loader.read_pair", read)
     problems = Problems()

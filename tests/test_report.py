@@ -5,10 +5,12 @@ import sys
 
 import line_job
 import numpy as np
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from lorweb_jax.errors import UserError
 from lorweb_jax.training import pictures
-from lorweb_jax.training.report import Report, duration
+from lorweb_jax.training.report import Report, duration, report_only
 
 
 def events(workdir):
@@ -39,6 +41,32 @@ def test_lines_after_the_checkpoint_are_taken_out(tmp_path):
     (tmp_path / "log.txt").write_text("step 2  loss 1\nstep 4  loss 1\nstep 6  lo")
     Report(tmp_path, line_job.get_config(), first_step=3, log_state=[]).close()
     assert (tmp_path / "log.txt").read_text() == "step 2  loss 1\n"
+
+
+@pytest.mark.parametrize("odd", [b"\n", b"\n\n", b"\xff\xfe\n", b"step\n", b"step x  loss 1\n", b"\0\0\0\n", b"a note\n",
+                                 b"step 1\r  loss\n", b"step " + b"9" * 5000 + b"  loss 1\n"])
+def test_a_log_that_is_not_as_it_was_written_goes_on(tmp_path, odd):
+    (tmp_path / "log.txt").write_bytes(b"step 2  loss 1\n" + odd + b"step 3  loss 1\nstep 4  loss 1\nstep 6  lo")
+    Report(tmp_path, line_job.get_config(), first_step=3, log_state=[]).close()
+    assert (tmp_path / "log.txt").read_bytes() == b"step 2  loss 1\n" + odd + b"step 3  loss 1\n"
+
+
+def test_a_log_that_can_not_be_read(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(UserError, match="the log .*log.txt can't be read and written"):
+        Report(tmp_path, line_job.get_config(), first_step=3, log_state=[])
+
+
+def test_what_is_only_shown_never_ends_a_run(capsys):
+    for error, told in ((UserError("no room"), "no room"), (KeyError("x"), "KeyError: 'x'"),
+                        (RuntimeError("out of memory\n" + "x" * 1000), "RuntimeError: out of memory xx")):
+        with report_only("the table"):
+            raise error
+        line = capsys.readouterr().err
+        assert line.startswith(f"the table could not be made, the run goes on without: {told}")
+        assert line.count("\n") == 1 and len(line) < 420
+    with pytest.raises(KeyboardInterrupt), report_only("the table"):
+        raise KeyboardInterrupt
 
 
 def test_duration():

@@ -178,6 +178,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert np.isfinite(restore_trainables(tmp_path)[0]["slope"]).all()
 
 
+def test_pictures_that_fail_do_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def show(self, model, step):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(line_job.LineJob, "show", show)
+    config = line_job.get_config()
+    config.train.steps = config.train.picture_every = 2
+    assert train(config, tmp_path) and (tmp_path / "slope.npy").exists()
+    assert capsys.readouterr().err == ("pictures of step 2 could not be made, the run goes on without: RuntimeError: "
+                                       "RESOURCE_EXHAUSTED: out of memory\n")
+
+
 def test_a_run_folder_of_another_config_is_refused(whole_run):
     config = line_job.get_config()
     config.optimizer.b2 = 0.5

@@ -9,19 +9,21 @@ import numpy as np
 from lorweb_jax.errors import UserError
 
 _READ_WHOLE = (".json", ".txt", ".model")  # configs, vocabularies, tokenizers
-_BLOCKS, _BLOCK = 256, 4096                # what is read of a weight file: this many blocks of this many bytes
+_BLOCKS, _BLOCK = 256, 4096                # what is read of a large weight file: this many blocks of this many bytes
+_SMALL = 2**24                             # bytes of a weight file that is read whole
 
 
 def of_folder(folder: str | Path) -> str:
-    """Of a model's or tokenizer's folder, wherever it lies: configs and tokenizers whole; of weight files the size,
-    the beginning (names and shapes) and blocks spread over the rest, which no other training leaves as they are.
+    """Of a model's or tokenizer's folder, wherever it lies: configs, tokenizers and small weight files whole; of large
+    ones the size, the beginning (names and shapes) and blocks spread over the rest, which no other training leaves as
+    they are.
 
     Raises UserError if the folder can't be read.
     """
     digest = hashlib.sha256()
     try:
         for file in sorted(Path(folder).iterdir()):
-            if file.suffix in _READ_WHOLE:
+            if file.suffix in _READ_WHOLE or file.suffix == ".safetensors" and file.stat().st_size <= _SMALL:
                 digest.update(f"{file.name}\0".encode() + file.read_bytes())
             elif file.suffix == ".safetensors":
                 digest.update(f"{file.name}\0".encode() + _blocks(file))

@@ -25,10 +25,13 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
+from lorweb_jax.arguments import as_value
+from lorweb_jax.command_line import Parser
+from lorweb_jax.config_fields import SHOWN_AT_ONCE, SIDE, WORKERS, Real, Whole
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, read_tasks
-from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.errors import run_command
 from lorweb_jax.images import grid
 from lorweb_jax.images.resize import resize
 
@@ -129,8 +132,8 @@ def _report(root: Path, args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lorweb_jax.data.measure", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m lorweb_jax.data.measure", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a Relation252K folder (default: JPEG pairs made in a temporary one)")
     parser.add_argument("--quadrant-size", type=int, default=256, help="pixels; the grid's side is twice that")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes (default: 0 1 2)")
@@ -138,8 +141,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each number of workers (default: 3)")
     parser.add_argument("--batch", type=int, default=6, help="grids a batch (default: 6)")
     args = parser.parse_args(arguments)
-    if args.repeats < 1 or args.seconds <= 0:
-        raise UserError("--repeats must be at least 1 and --seconds above 0", 2)
+    for value, name, rule in (
+            (args.quadrant_size, "--quadrant-size", SIDE), (args.seconds, "--seconds", Real(0, 86_400, above=True)),
+            (args.repeats, "--repeats", Whole(1, 1000)), (args.batch, "--batch", SHOWN_AT_ONCE),
+            *((workers, "--workers", WORKERS) for workers in args.workers)):
+        as_value(value, name, rule)
     with contextlib.ExitStack() as closing:
         root = args.data
         if root is None:

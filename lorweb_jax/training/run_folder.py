@@ -57,6 +57,7 @@ def owned(workdir: Path) -> Iterator[None]:
             _inherited.discard(lock)
             with contextlib.suppress(OSError):
                 lock.truncate(0)
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _take(lock: TextIO, workdir: Path) -> None:
