@@ -100,7 +100,6 @@ def test_values_beyond_the_range_of_a_basis(name, bad):
     ("base_vae:", "train.batch", (3,)), ("base_vae:", "data.size", (0, 12)),
     ("base_clip:", "vision.num_attention_heads", (0, 3)), ("base_clip:", "vision.patch_size", (0, 5)),
     ("base_clip:", "text.num_attention_heads", (5,)), ("base_clip:", "data.edits", (0,)),
-    ("base_clip:", "data.instruction_tokens", (0, 513)),
     ("base_transformer:", "transformer.axes_dims_rope", ([8, 12, 14], [9, 11, 12], [16, 16], [32, 0, 0])),
     ("base_transformer:", "guidance", ([4.0, 1.0], [1.0], [1.0, 200.0])),
     ("base_transformer:", "data.variants", (0, 4)), ("base_transformer:", "show_steps", (0,)),
