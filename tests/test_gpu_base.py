@@ -40,7 +40,7 @@ def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
     state = made.fresh()
     weights, moments = state[0], state[1]
     (found, moments_found, count), metrics = made.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).compile()(
-        state, np.float32(0.5), np.float32(0.1), x)
+        state, np.float32(0.5), np.float32(0.1), np.float32(1), x)
     assert int(count) == 3 and metrics["size"] == pytest.approx(abs(x).mean(), rel=1e-6)
     for i in range(3):
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * (0.5 + 0.1 * i)))
@@ -52,25 +52,46 @@ def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
         np.testing.assert_allclose(made.averaged(moments_found)[name], made.averaged(moments)[name], rtol=1e-4, atol=1e-6)
 
 
-def test_the_clock_ends_a_run(script, tmp_path):
-    log, asked, tables = script["Log"](tmp_path, 10), [], []
+@pytest.fixture()
+def log(script, tmp_path, monkeypatch):
+    """A log whose clock stands still but for what `log.pass_` adds."""
+    log, clock = script["Log"](tmp_path, 100), [3.0]
+    monkeypatch.setattr(log, "now", lambda: clock[0])
+    log.pass_ = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    return log
 
-    def program(state, first, a_step, table):
+
+def test_the_clock_ends_a_run(script, log):
+    asked, tables = [], []
+
+    def program(state, first, a_step, scale, table):
         asked.append((float(first), float(a_step)))
         tables.append(table)
-        end = log.now() + 0.02
-        while log.now() < end:
-            pass
+        log.pass_(5.0 if not asked[1:] else 2.0)       # the first dispatch takes longer
         return state + 1, {"loss": np.float32(1)}
 
-    state = script["run_until"](log.now() + 0.5, log, "vae", 5, 0, ("first",), program,
+    state = script["run_until"](53.0, log, "vae", 5, 0, ("first",), program,
                                 lambda state, progress: ("second",) if state == 10 else None)
-    progress = [first for first, _ in asked]
-    assert state == len(asked) > 10 and log.now() < 0.6
-    assert progress == sorted(progress) and 0.9 < progress[-1] + 5 * asked[-1][1] <= 1.0
+    assert state == len(asked) == 1 + 22 and log.now() == 3 + 5 + 22 * 2
+    np.testing.assert_allclose([first for first, _ in asked], [0, *(0.1 + 0.04 * np.arange(22))], rtol=1e-5)
+    np.testing.assert_allclose([a_step for _, a_step in asked[2:]], 0.04 / 5, rtol=1e-5)
     assert tables[9:11] == ["first", "second"] and len(log.record["vae"]) == state
-    with pytest.raises(FloatingPointError, match="after 5 steps"):
-        script["run_until"](log.now() + 0.1, log, "vae", 5, 0, (), lambda *_: (0, {"loss": np.float32("nan")}))
+
+
+def test_a_loss_that_is_lost_is_tried_again_more_slowly(script, log):
+    scales = []
+
+    def program(state, first, a_step, scale):
+        scales.append(float(scale))
+        log.pass_(1.0)
+        fails = scale > 0.3 and state > 20
+        return state + 1, {"loss": np.float32("nan") if fails else np.float32(1)}
+
+    state = script["run_until"](73.0, log, "vae", 5, 0, (), program)
+    # States are kept after a tenth of the time each, here after 9 and 17 dispatches and, in the second try, 3 more.
+    assert scales == [1.0] * 22 + [0.5] * 5 + [0.25] * 43 and state == 20 + 43
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        script["run_until"](200.0, log, "vae", 5, 0, (), lambda *_: (0, {"loss": np.float32("nan")}))
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 50])

@@ -205,9 +205,10 @@ class Pixels:
 
 def trainer(job, config, steps: int, loss):
     """(fresh, lower): `fresh()` makes weights and optimizer state; `lower(*tables)` lowers
-    (state, first progress, progress a step, *tables) -> (state, {metric: mean}), `steps` updates in one dispatch.
+    (state, first progress, progress a step, scale, *tables) -> (state, {metric: mean}), `steps` updates in one dispatch.
 
-    loss: (model, key, *tables) -> (loss, metrics). Progress, 0 to 1, is what the learning rate follows.
+    loss: (model, key, *tables) -> (loss, metrics). Progress, 0 to 1, is what the learning rate follows; `scale` is a
+    factor on it.
     """
     import jax
     import jax.numpy as jnp
@@ -224,11 +225,11 @@ def trainer(job, config, steps: int, loss):
         weights = flat_state(job.build(nnx.Rngs(config.seed)))
         return weights, make_optimizer(config, lambda count: 0.0).init(weights), jnp.zeros([], jnp.uint32)
 
-    def chunk(state, first, a_step, *tables):
+    def chunk(state, first, a_step, scale, *tables):
         def step(state, i):
             weights, opt_state, count = state
             progress = first + a_step * i
-            rate = config.optimizer.learning_rate * jnp.minimum(progress / 0.02 + 1e-3, 1.0) * 0.5 * (
+            rate = scale * config.optimizer.learning_rate * jnp.minimum(progress / 0.02 + 1e-3, 1.0) * 0.5 * (
                 1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
             optimizer = make_optimizer(config, lambda _: rate)
             key = jax.random.fold_in(jax.random.key(config.seed), count)
@@ -253,7 +254,7 @@ def trainer(job, config, steps: int, loss):
     number = jax.ShapeDtypeStruct((), np.float32)
 
     def lower(*tables):
-        return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), number, number, *tables)
+        return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), number, number, number, *tables)
 
     return SimpleNamespace(fresh=begun, lower=lower, layout=layout, averaged=averaged)
 
@@ -266,6 +267,7 @@ def run_until(deadline: float, log: Log, curve: str, steps: int, state, tables, 
     import jax
 
     begin, took, done, first = log.now(), [], 0, True
+    scale, kept, kept_at = 1.0, jax.device_get(state), 0.0
     while True:
         now = log.now()
         a_chunk = float(np.median(took[-5:])) if took else 0.0
@@ -273,14 +275,21 @@ def run_until(deadline: float, log: Log, curve: str, steps: int, state, tables, 
             break
         span = deadline - begin
         progress, a_step = (now - begin) / span, a_chunk / steps / span
-        state, metrics = program(state, np.float32(progress), np.float32(a_step), *tables)
+        state, metrics = program(state, np.float32(progress), np.float32(a_step), np.float32(scale), *tables)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not first:                           # the first dispatch loads the program
             took.append(log.now() - now)
         first, done = False, done + steps
         log.add(curve, step=done, progress=progress, **metrics)
         if not np.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"{curve}: the loss is {metrics['loss']} after {done} steps")
+            scale /= 2
+            log.say(f"{curve}: the loss is {metrics['loss']} after {done} steps; on from {kept_at:.2f} at {scale} of the "
+                    "learning rate")
+            if scale < 0.05:
+                raise FloatingPointError(f"{curve}: the loss is {metrics['loss']} after {done} steps")
+            state = kept
+        elif progress > kept_at + 0.1:
+            kept, kept_at = jax.device_get(state), progress
         if every and (other := every(state, progress)) is not None:
             tables = other
     log.say(f"{curve}: {done} steps, {1000 * float(np.median(took or [0])) / steps:.1f} ms a step")
