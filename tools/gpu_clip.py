@@ -66,9 +66,42 @@ def read_prepared():
     return sentences._replace(words=int(sentences.words)), Settings.of(json.loads(CONFIG.read_text()))
 
 
+def make_trainer(size, drawings, sentences, config, dtype):
+    """(gpu_base.trainer of the job, shapes of its tables): rows int32 [table], which drawings are in the table; the table
+    uint8 [table, operations, h, w, 3]; and all drawings plain, uint8 [D, h, w, 3]."""
+    import jax
+    import jax.numpy as jnp
+
+    from lorweb_jax.data.operations import OPERATIONS
+    from lorweb_jax.layers import Weight
+    from lorweb_jax.training.jobs.base_clip import (STYLE_SETS, ClipPair, choose, image_processor, pair_loss,
+                                                    tower_configs)
+
+    vision_config, text_config = tower_configs(config, sentences.words)
+    job = SimpleNamespace(trainable=Weight, build=lambda rngs: ClipPair(vision_config, text_config, rngs=rngs))
+    processor, operations = image_processor(config.vision.image_size), len(OPERATIONS)
+
+    def loss(model, key, rows, table, plain):
+        choice_key, wording_key = jax.random.split(key)
+        row, chosen = choose(choice_key, rows, drawings.set_of, drawings.twins, size.batch, config.data.edits)
+        goal = jnp.asarray(STYLE_SETS)[jnp.maximum(chosen.edits - operations, 0)]
+        twin = jnp.asarray(drawings.twins)[chosen.drawing[:, None], goal]
+        after = jnp.where((chosen.edits < operations)[..., None, None, None],
+                          table[row[:, None], jnp.minimum(chosen.edits, operations - 1)], plain[twin])
+        images = jnp.concatenate([plain[chosen.drawing][:, None], after], 1)
+        return pair_loss(model, {"images": images, "drawing": chosen.drawing, "edits": chosen.edits}, sentences,
+                         drawings.set_of, processor, config.loss, wording_key, dtype)
+
+    shape = drawings.images.shape[1:3] + (3,)
+    return trainer(job, config, size.steps, loss), (
+        jax.ShapeDtypeStruct((size.table,), np.int32), jax.ShapeDtypeStruct((size.table, operations, *shape), np.uint8),
+        jax.ShapeDtypeStruct((len(drawings), *shape), np.uint8))
+
+
 def train(args) -> None:
     # Searching for the fastest kernels takes longer than they save.
-    os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     size = SimpleNamespace(table=48, batch=8, steps=2, processes=1) if args.tiny else \
         SimpleNamespace(table=1024, batch=128, steps=20, processes=args.processes)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -102,36 +135,8 @@ def train(args) -> None:
     import jax
     import jax.numpy as jnp
 
-    from lorweb_jax.layers import Weight
-    from lorweb_jax.training.jobs.base_clip import ClipPair, choose, image_processor, pair_loss, tower_configs
-
     sentences, config = read_prepared()
-    vision_config, text_config = tower_configs(config, sentences.words)
-    job = SimpleNamespace(trainable=Weight, build=lambda rngs: ClipPair(vision_config, text_config, rngs=rngs))
-    processor, edits = image_processor(config.vision.image_size), config.data.edits
-
-    def loss(model, key, rows, table, plain):
-        """rows int32 [table]: which drawings table [table, operations, h, w, 3] shows; plain [D, h, w, 3]: all."""
-        choice_key, wording_key = jax.random.split(key)
-        row, chosen = choose(choice_key, rows, drawings.set_of, drawings.twins, size.batch, edits)
-        operations = table.shape[1]
-        style = jnp.maximum(chosen.edits - operations, 0)
-        twin = jnp.asarray(drawings.twins)[chosen.drawing[:, None], style_sets[style]]
-        after = jnp.where((chosen.edits < operations)[..., None, None, None],
-                          table[row[:, None], jnp.minimum(chosen.edits, operations - 1)], plain[twin])
-        images = jnp.concatenate([plain[chosen.drawing][:, None], after], 1)
-        return pair_loss(model, {"images": images, "drawing": chosen.drawing, "edits": chosen.edits}, sentences,
-                         drawings.set_of, processor, config.loss, wording_key,
-                         jnp.float32 if args.tiny else jnp.bfloat16)
-
-    from lorweb_jax.training.jobs.base_clip import STYLE_SETS
-
-    style_sets = jnp.asarray(STYLE_SETS)
-    made = trainer(job, config, size.steps, loss)
-    shape = drawings.images.shape[1:3] + (3,)
-    specs = (jax.ShapeDtypeStruct((size.table,), np.int32),
-             jax.ShapeDtypeStruct((size.table, len(OPERATIONS), *shape), np.uint8),
-             jax.ShapeDtypeStruct((len(drawings), *shape), np.uint8))
+    made, specs = make_trainer(size, drawings, sentences, config, jnp.float32 if args.tiny else jnp.bfloat16)
 
     def compiled():
         begin = time.monotonic()
