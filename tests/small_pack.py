@@ -20,8 +20,9 @@ from lorweb_jax.data.drawings import render  # noqa: E402
 # code -> OpenMoji's annotation and subgroup; cat and cookie are held out
 SIGNS = {
     "1F34E": ("red apple", "food-fruit"), "1F347": ("grapes", "food-fruit"), "1F916": ("robot", "face-costume"),
-    "1F408": ("cat", "animal-mammal"), "1F36A": ("cookie", "food-sweet"), "1F41F": ("fish", "animal-marine"),
-    "1F680": ("rocket", "transport-air"), "1F3E1": ("house with garden", "place-building"),
+    "1F408": ("cat", "animal-mammal"), "1F415": ("dog", "animal-mammal"),
+    "1F36A": ("cookie", "food-sweet"), "1F41F": ("fish", "animal-marine"), "1F680": ("rocket", "transport-air"),
+    "1F3E1": ("house with garden", "place-building"),
     "1F468-1F3FB-200D-1F692": ("man firefighter: light skin tone", "person-role"),
     "1F468-1F3FF-200D-1F692": ("man firefighter: dark skin tone", "person-role"),
     "1F468-200D-1F692": ("man firefighter", "person-role"), "1F1E9-1F1EA": ("flag: Germany", "country-flag"),

@@ -128,7 +128,7 @@ def draw(pipeline: Pipeline, captions: Sequence[str], side: int, *, steps: int, 
          seed: int = 0, batch: int = 50) -> list[np.ndarray]:
     """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty caption
     gives. The noise of the i-th picture depends on the seed and i alone."""
-    made = []
+    made, batch = [], min(batch, len(captions))
     for start in range(0, len(captions), batch):
         part = list(captions[start:start + batch])
         prompts = pipeline.prompt(part + [""] * (batch - len(part)))
@@ -214,7 +214,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 # Reconstruction
 
 
-def reconstructed(pipeline: Pipeline, images: np.ndarray, batch: int = 64) -> np.ndarray:
+def reconstructed(pipeline: Pipeline, images: np.ndarray, batch: int = 32) -> np.ndarray:
     """uint8 [n, h, w, 3] after the autoencoder."""
     padded = np.concatenate([images, images[:1].repeat(-len(images) % batch, 0)])
     return np.concatenate([to_uint8(_reconstruct(pipeline.model.vae, padded[i:i + batch]))

@@ -24,7 +24,7 @@ def write_page(pipeline: Pipeline, drawings: DrawingSets, out: Path, *, per_cell
     figures = {"edits": edit_figures(results)}
     write_image(out / "edits.png", edit_sheet(results))
     figures["text_to_image"] = _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed)
-    figures["reconstruction"] = _reconstruction(pipeline, drawings, out)
+    figures["reconstruction"] = _reconstruction(pipeline, drawings, out, per_cell)
     write_json(out / "figures.json", figures)
     write_file(out / "report.md", page(figures, command, per_cell, steps, cfg).encode())
     return figures
@@ -76,7 +76,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
     titles = [f"a drawing of {with_article(name)} in {word} style" for name in names for word in STYLE_WORDS.values()]
     columns, count = list(STYLE_WORDS.values()), len(STYLE_WORDS)
     for file, size in (("names.png", side), ("names_large.png", 2 * side)):
-        made = base.draw(pipeline, titles, size, steps=steps, cfg=cfg, seed=seed + 1, batch=20)
+        made = base.draw(pipeline, titles, size, steps=steps, cfg=cfg, seed=seed + 1)
         held_out = {name for name, out_ in zip(drawings.names, drawings.held_out) if out_}
         write_image(out / file, sheet([
             (f"{name} (never shown)" if name in held_out else name, made[i * count:(i + 1) * count])
@@ -87,8 +87,8 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
             "right_by_style": {word: _share(right[by_style == s]) for s, word in enumerate(STYLE_WORDS.values())}}
 
 
-def _reconstruction(pipeline, drawings, out, most: int = 60) -> dict:
-    """PSNR in dB, plain and after operations, of single held-out drawings of each set."""
+def _reconstruction(pipeline, drawings, out, most: int) -> dict:
+    """PSNR in dB, plain and after operations, of up to `most` single held-out drawings of each set."""
     figures, rows, random = {}, [], np.random.default_rng(0)
     names = ["", *random.choice(list(OPERATIONS), 12, replace=False)]
     for of, name in enumerate(SETS):
