@@ -25,23 +25,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=Path("assets/small_kontext"),
-                        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout (default: the small one here)")
+                        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
+                             "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)")
     parser.add_argument("--basis", type=Path,
-                        help="a run's folder, a downloaded LoRWeB basis (file or folder), or an ordinary LoRA's file; "
+                        help="a run's folder, a LoRWeB basis or a LoRA (file, folder or Hub name); "
                              "without it the base model follows the prompt alone")
     parser.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     parser.add_argument("--image-encoder", type=Path,
-                        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)")
+                        help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's "
+                             "folder)")
     parser.add_argument("--a", type=Path, required=True, help="an image before the edit; its size is the result's")
     parser.add_argument("--a2", type=Path, required=True, help="the same image after the edit")
     parser.add_argument("--b", type=Path, required=True, nargs="+", help="one or more images to edit likewise")
     parser.add_argument("--out", required=True,
-                        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several --b; write / at its end)")
+                        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several --b; write / at its "
+                             "end)")
     parser.add_argument("--overwrite", action="store_true", help="replace images of the same names, but never an input")
     parser.add_argument("--prompt", default="", help="the edit in words (default: none)")
     parser.add_argument("--steps", type=int, default=28, help="sampling steps, 1 to 1000 (default: 28)")
     parser.add_argument("--guidance", type=float, default=2.5, help="guidance input of the model (default: 2.5)")
-    parser.add_argument("--seed", type=int, default=0, help="0 to 2^64 - 1; the same seed gives the same image (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="0 to 2^64 - 1; the same seed gives the same image "
+                                                            "(default: 0)")
     parser.add_argument("--max-size", type=int, help="longest edge of the 2x2 grid, pixels; larger grids are resized")
     parser.add_argument("--apply", choices=["auto", "folded", "low-rank"], default="auto",
                         help="fold the mix into the weights or apply it beside them (default: whichever is possible "

@@ -16,6 +16,7 @@ from lorweb_jax.command_line import Parser
 from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK
 from lorweb_jax.errors import UserError, run_command
 from lorweb_jax.outputs import require_writable
+from lorweb_jax.weights.hub_cache import is_name
 
 FILES = ("table.md", "table.json", "sheet.png")
 
@@ -24,8 +25,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.evaluate", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("basis", type=Path, metavar="RUN_OR_BASIS",
-                        help="folder of a training run, or a published basis (file or folder)")
-    parser.add_argument("--pipeline", type=Path, required=True, help="folder of the base model that it belongs to")
+                        help="folder of a training run, or a published basis (file, folder or Hub name)")
+    parser.add_argument("--pipeline", type=Path, required=True, help="folder or Hub name of the base model that it "
+                                                                     "belongs to")
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks to be shown")
     parser.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     parser.add_argument("--image-encoder", type=Path,
@@ -45,10 +47,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
              "batch": SHOWN_AT_ONCE, **({} if args.max_size is None else {"max_size": MAX_SIZE})}
     for name, rule in rules.items():
         as_value(getattr(args, name), f"--{name.replace('_', '-')}", rule)
-    if not args.basis.exists():
+    named = is_name(args.basis)
+    if not args.basis.exists() and not named:
         raise UserError(f"there is no {args.basis}; give the folder of a run, such as runs/basis, or a file", 2)
     if args.out is None:
-        args.out = (args.basis if args.basis.is_dir() else args.basis.parent) / "evaluation"
+        # A Hub's cache is no place for results.
+        args.out = Path() if named else args.basis if args.basis.is_dir() else args.basis.parent
+        args.out /= "evaluation"
     require_writable([args.out / name for name in FILES], overwrite=args.overwrite)
     return args
 

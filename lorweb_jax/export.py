@@ -44,6 +44,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     lora.add_argument("--a", type=Path, help="an image before the edit")
     lora.add_argument("--a2", type=Path, help="the same image after the edit")
     lora.add_argument("--b", type=Path, help="the image to be edited likewise")
+    lora.add_argument("--image-encoder", type=Path,
+                      help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)")
     lora.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank N·r, exact)")
     lora.add_argument("--format", choices=["diffusers", "kohya", "comfyui"], default="diffusers",
                       help="whose names the layers get (default: diffusers, which reads all three)")
@@ -81,11 +83,11 @@ def export_published(args: argparse.Namespace) -> None:
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
-    from lorweb_jax.weights.adapters import write_run
+    from lorweb_jax.weights.adapters import existing_basis, write_run
     from lorweb_jax.weights.basis_file import read_basis
 
     layers = _model_layers(args.pipeline) if args.pipeline else None
-    config, arrays = read_basis(args.basis, args.config, layers)
+    config, arrays = read_basis(existing_basis(args.basis), args.config, layers)
     write_run(args.out, config, arrays)
     print(f"wrote {args.out}: N = {config.size}, r = {config.rank}, {_layers(arrays)} layers, "
           f"{_count(arrays):,} numbers")
@@ -124,15 +126,16 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
     from lorweb_jax.pipeline import Pipeline
 
     images = [read_image(path) for path in (args.a, args.a2, args.b)]
-    pipeline = Pipeline.load(args.pipeline).attach(Basis.from_arrays(config, arrays))
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(Basis.from_arrays(config, arrays))
     return pipeline.coefficients(*images)
 
 
 def _model_layers(pipeline: Path) -> dict:
     from lorweb_jax.transformer.flux import FluxConfig, block_linears
     from lorweb_jax.schema import read_json
+    from lorweb_jax.weights.hub_cache import PIPELINE_FILES, existing
 
-    path = pipeline / "transformer" / "config.json"
+    path = existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",)) / "transformer/config.json"
     return block_linears(FluxConfig.from_json(read_json(path), path))
 
 

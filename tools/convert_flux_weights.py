@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="*", type=Path,
                         help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
-                             "or a .safetensors or .gguf file; told apart by the names of the tensors")
+                             "or a .safetensors or .gguf file, told apart by the names of the tensors; or a Hub name")
     parser.add_argument("--to", choices=["diffusers", "black-forest"],
                         help="diffusers: OUT/transformer and OUT/vae; "
                              "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors")
@@ -121,9 +121,11 @@ class Progress:
 
 def _recognised(args: argparse.Namespace) -> list:
     from lorweb_jax.schema import read_json
+    from lorweb_jax.weights.hub_cache import resolve
     from lorweb_jax.weights.sources import recognise_all
 
-    found = [recognise_all(part, args.config) for path in args.source for part in _parts(path)]
+    sources = [resolve(path, ("transformer/*", "vae/*"), "its folder or files") for path in args.source]
+    found = [recognise_all(part, args.config) for path in sources for part in _parts(path)]
     sources = [source for each in found for source in each.sources]
     if unused := [file for file in args.config if all(source.config != read_json(file) for source in sources)]:
         raise UserError(f"--config={unused[0]} belongs to none of the models given; its _class_name tells which", 2)

@@ -14,6 +14,7 @@ from lorweb_jax.encoders.processor import FILE, ImageProcessor
 from lorweb_jax.errors import UserError
 from lorweb_jax.schema import read_json, shown
 from lorweb_jax.sharding import to_host
+from lorweb_jax.weights.hub_cache import ENCODER_FILES, existing
 from lorweb_jax.weights.state import build
 from lorweb_jax.weights.table import Stored
 
@@ -63,8 +64,14 @@ class ImageEncoderFolder:
     processor: ImageProcessor
 
 
+def existing_encoder(folder: str | Path) -> Path:
+    """The folder of an encoder by its path or its Hub name; UserError where there is none."""
+    return existing(folder, ENCODER_FILES, "the folder of a CLIP or SigLIP model", ("config.json",))
+
+
 def open_image_encoder(folder: str | Path) -> ImageEncoderFolder:
     """Read configs, not weights. Raises UserError if the folder holds no image encoder that is known here."""
+    folder = existing_encoder(folder)
     model_type = read_json(Path(folder) / "config.json").get("model_type")
     processor = ImageProcessor.from_folder(folder)
 

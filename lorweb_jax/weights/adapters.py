@@ -12,6 +12,7 @@ from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
 from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.weights.checkpoint import Checkpoint
+from lorweb_jax.weights.hub_cache import BASIS_FILES, existing
 from lorweb_jax.weights.identify import lora_scheme
 from lorweb_jax.weights.lora_read import read_lora
 from lorweb_jax.weights.safetensors_io import write_json
@@ -25,10 +26,10 @@ def load_basis(path: str | Path, layers: Mapping[str, tuple[int, int, int]],
     [l,k,q]}}).
 
     path: a published basis (its file, or a folder with the file and config.yaml), an ordinary LoRA's file (a basis
-    of one member with the coefficient 1), or the folder of a training run. layers: {path: (l, i, o)} of the model's
+    of one member with the coefficient 1), the folder of a training run, or a Hub name of such files. layers: {path: (l, i, o)} of the model's
     linear layers, which the basis must fit. Raises UserError if it holds none of these, or a basis of another model.
     """
-    path = Path(path)
+    path = existing_basis(path)
     if is_run(path):
         config, arrays = basis_of_run(path)
         require_fits(arrays, layers, str(path))
@@ -36,6 +37,11 @@ def load_basis(path: str | Path, layers: Mapping[str, tuple[int, int, int]],
     if lora_scheme(Checkpoint(path)):
         return read_lora(path, layers)
     return read_basis(path, config_path, layers)
+
+
+def existing_basis(path: str | Path) -> Path:
+    """The file or folder of a basis or LoRA, by its path or its Hub name; UserError where there is none."""
+    return existing(path, BASIS_FILES, "a run's folder, a LoRWeB basis or a LoRA")
 
 
 def is_run(path: Path) -> bool:

@@ -36,10 +36,10 @@ def resolve(path: str | Path, files: Sequence[str], what: str, needed: Sequence[
     without which a cached snapshot isn't whole. Says which snapshot is taken. Raises UserError for a name that
     can't be fetched, with the command that does it, and a cache without a snapshot; not for a path that doesn't exist.
     """
+    if is_name(path):
+        return _by_name(str(path), files, what, needed)
     path = Path(path).expanduser()
-    if path.is_dir():
-        return _within_cache(path)
-    return _by_name(str(path), files, what, needed) if is_name(path) else path
+    return _within_cache(path) if path.is_dir() else path
 
 
 def existing(path: str | Path, files: Sequence[str], what: str, needed: Sequence[str] = ()) -> Path:
@@ -75,9 +75,11 @@ def _within_cache(path: Path) -> Path:
 
 def _by_name(name: str, files: Sequence[str], what: str, needed: Sequence[str]) -> Path:
     import huggingface_hub  # slow to import
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    command = f"hf download {name} {' '.join(f'--include {shown!r}' for shown in files)}"
+    # Versions of `hf download` differ in how several patterns are given.
+    command = (f'python -c "from huggingface_hub import snapshot_download as get; '
+               f'get({name!r}, allow_patterns={list(files)})"')
     try:
         cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files), local_files_only=True))
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
@@ -86,7 +88,7 @@ def _by_name(name: str, files: Sequence[str], what: str, needed: Sequence[str]) 
         say(f"{name}: taking the cached snapshot {cached}")
         return cached
     state = "is not here" if cached is None else "is not whole in the Hub's cache"
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UserError(f"{name} looks like a Hub name and {state}, and HF_HUB_OFFLINE is set; fetch it with "
                         f"`{command}`, or give {what}")
     say(f"{name} {state}: fetching it from the Hub")
@@ -99,8 +101,8 @@ def _by_name(name: str, files: Sequence[str], what: str, needed: Sequence[str]) 
         raise UserError(f"there is no {name} here, and the Hub has no repository of this name (or it is private: "
                         f"`hf auth login`); give {what}") from None
     except Exception as error:  # every kind of network and disk error, of several libraries
-        raise UserError(f"{name} {state}, and the Hub couldn't be asked ({_in_a_line(error)}); fetch it with "
-                        f"`{command}`, or give {what}") from None
+        raise UserError(f"{name} {state}, and the Hub couldn't be asked ({_in_a_line(error.__cause__ or error)}); "
+                        f"fetch it with `{command}`, or give {what}") from None
 
 
 def _in_a_line(error: Exception) -> str:

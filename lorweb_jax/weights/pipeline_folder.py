@@ -13,7 +13,7 @@ from flax import nnx
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.clip import ClipText, open_clip_text, text_config
-from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, open_image_encoder
+from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, existing_encoder, open_image_encoder
 from lorweb_jax.encoders.t5 import T5Config, T5Encoder, open_t5
 from lorweb_jax.encoders.tokenizers import (left_out, load_clip_tokenizer, load_t5_tokenizer, tokenize_clip,
                                             tokenize_t5)
@@ -23,6 +23,7 @@ from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
 from lorweb_jax.model import AnalogyModel
 from lorweb_jax.schema import read_json
 from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
+from lorweb_jax.weights.hub_cache import PIPELINE_FILES, existing
 from lorweb_jax.weights.placed import place
 from lorweb_jax.weights.pretrained import open_model
 
@@ -37,12 +38,13 @@ _REMEDY = "give a FLUX.1 Kontext pipeline in diffusers' layout"
 class PipelineFolder:
     """`folder` holds transformer, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler.
 
-    image_encoder: the folder of the router's image encoder; by default `folder`/clip_vision, if there is one.
+    image_encoder: the folder of the router's image encoder; by default `folder`/clip_vision, if there is one. Both may
+    be Hub names too (hub_cache.py).
     Raises UserError for a missing part or a config that this project can't run.
     """
 
     def __init__(self, folder: str | Path, image_encoder: str | Path | None = None):
-        self.folder = Path(folder)
+        self.folder = existing(folder, PIPELINE_FILES, "the folder of a FLUX.1 Kontext pipeline", PARTS)
         self._told: set[str] = set()  # texts that `tell_left_out` has seen
         if missing := [part for part in PARTS if not (self.folder / part).is_dir()]:
             raise UserError(f"{self.folder} has no folder {', '.join(missing)}; give a FLUX.1 Kontext pipeline in "
@@ -53,7 +55,8 @@ class PipelineFolder:
         self.schedule = self._read(Schedule, "scheduler", "scheduler_config.json")
         self._require_widths()
         beside = self.folder / "clip_vision"
-        self.encoder_folder = Path(image_encoder) if image_encoder else (beside if beside.is_dir() else None)
+        self.encoder_folder = (existing_encoder(image_encoder) if image_encoder
+                               else beside if beside.is_dir() else None)
         self.encoder: ImageEncoderFolder | None = (
             open_image_encoder(self.encoder_folder) if self.encoder_folder else None)
 
