@@ -2,16 +2,21 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
+
+
+_LONG = re.compile(r"(\S{300})\S{300,}")
 
 
 class UserError(Exception):
     """One sentence: what was found, what was expected, what to do. `code` is the exit status (1, or 2 for usage)."""
 
     def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
+        # A damaged file may call a tensor or a field by thousands of letters.
+        super().__init__(_LONG.sub(r"\1…", message))
         self.code = code
 
 

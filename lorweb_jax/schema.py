@@ -35,10 +35,18 @@ _SHOWN = 60                # characters of a value in a message
 
 
 class Between(NamedTuple):
-    """An annotation: a number from `least` to `most`, both allowed; or a list or text of such a length."""
+    """An annotation: a number from `least` to `most`, both allowed; or a list or text of such a length.
+
+    For one value alone too: as a Literal, 1.0 and true would pass for 1.
+    """
 
     least: float
     most: float
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return json.dumps(self.least)
+        return f"from {self.least:,} to {self.most:,}" if self.most < math.inf else f"at least {self.least:,}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import PydanticCustomError, core_schema
@@ -46,8 +54,7 @@ class Between(NamedTuple):
         def check(value: Any) -> Any:
             number = isinstance(value, (int, float))
             if not self.least <= (value if number else len(value)) <= self.most:
-                limits = f"from {self.least:,} to {self.most:,}" if self.most < math.inf else f"at least {self.least:,}"
-                raise PydanticCustomError("between", limits if number else f"a length {limits}")
+                raise PydanticCustomError("between", f"{'' if number else 'a length '}{self}")
             return value
 
         return core_schema.no_info_after_validator_function(check, handler(source))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 from pathlib import Path
@@ -13,6 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.weights.adapters import load_basis
+from lorweb_jax.weights.basis_file import config_from_network, read_network
 from lorweb_jax.weights.checkpoint import Checkpoint, read_all
 from lorweb_jax.weights.safetensors_io import DTYPES, write
 
@@ -172,3 +175,17 @@ def test_numbers_are_those_of_the_reference(tmp_path):
     assert all((found[name] == array).all() and found[name].dtype == array.dtype for name, array in arrays.items())
     write(tmp_path / "b.safetensors", {"b": np.ones(3, ml_dtypes.bfloat16), "c": np.ones((2, 2), np.uint16)})
     assert reference((tmp_path / "b.safetensors").read_bytes())["c"][:2] == ("U16", (2, 2))
+
+
+def test_reported_inputs(tmp_path):
+    shutil.copy(BAD / "outside.safetensors.index.json", tmp_path / "model.safetensors.index.json")
+    with pytest.raises(UserError, match="'../../outside.safetensors', which does not lie in its folder"):
+        Checkpoint(tmp_path)
+    arrays = {"transformer_blocks.attn.to_q": {"a": np.zeros((1, 8, 4, 4)), "b": np.zeros((1, 8, 4, 4)),
+                                               "keys": np.zeros((1, 8, 16)), "projection": np.zeros((1, 16, 72))}}
+    with pytest.raises(UserError, match='lora_heads is "x", expected a whole number'):
+        config_from_network(read_network(BAD / "heads_is_text.yaml"), arrays)
+    # alpha [1] of two ranks, all A and B ones: 1/2 · (1 + 1).
+    layer = "single_transformer_blocks.attn.to_v"
+    _, found = load_basis(BAD / "alpha_shape_1.safetensors", {layer: (3, 128, 128)})
+    assert (found[layer]["a"][0, 0] @ found[layer]["b"][0, 0] == 1).all() and not found[layer]["b"][1:].any()

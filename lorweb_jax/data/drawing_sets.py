@@ -5,7 +5,6 @@
 
 import io
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.files import regular_file
 
 # "lines": OpenMoji's black outline twin of each drawing.
 SETS = ("openmoji", "lines", "noto", "twemoji", "fluent", "photograph")
@@ -115,7 +115,7 @@ def load_sets(path: str | Path) -> DrawingSets:
 
     Raises UserError if there is no such file or it is damaged.
     """
-    path = Path(path)
+    path = regular_file(path, "make it with tools/pack_drawings.py (see its --help)")
     try:
         with np.load(path, allow_pickle=False) as file:
             index, data, ends = json.loads(file["index"].tobytes()), file["data"].tobytes(), file["ends"]
@@ -125,10 +125,7 @@ def load_sets(path: str | Path) -> DrawingSets:
             np.stack(images), *([row[key] for row in rows] for key in ("name", "code", "group", "subgroup")),
             np.array([SETS.index(row["set"]) for row in rows]), np.array([row["held_out"] for row in rows]),
             _twins(rows))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path} of drawings; make it with tools/pack_drawings.py "
-                        "(see its --help)") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:                # zipfile, zlib, numpy, json and Pillow each raise their own kinds
         raise UserError(f"{path} is not a file of drawings or is damaged ({error}); make it again with "
                         "tools/pack_drawings.py") from None
     return sets

@@ -75,7 +75,7 @@ class CLIPVisionConfig(_Config):
     projection_dim: Width = 512
     num_hidden_layers: Blocks = 12
     num_attention_heads: Heads = 12
-    num_channels: Literal[3] = 3
+    num_channels: Annotated[int, Between(3, 3)] = 3
     image_size: Pixels = 224
     patch_size: Pixels = 32
     hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"

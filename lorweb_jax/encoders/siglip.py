@@ -6,7 +6,7 @@ Paths are transformers' SiglipVisionModel names with the layer index as a leadin
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
-from lorweb_jax.schema import Blocks, Epsilon, Heads, Pixels, Width, checked, given, read_json, shown
+from lorweb_jax.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, checked, given, read_json, shown
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.state import build, shapes
 from lorweb_jax.weights.table import CONV, LINEAR, Row, Stored
@@ -28,7 +28,7 @@ class SiglipConfig:
     intermediate_size: Width = 3072
     num_hidden_layers: Blocks = 12
     num_attention_heads: Heads = 12
-    num_channels: Literal[3] = 3
+    num_channels: Annotated[int, Between(3, 3)] = 3
     image_size: Pixels = 224
     patch_size: Pixels = 16
     layer_norm_eps: Epsilon = 1e-6

@@ -49,15 +49,15 @@ class Schedule:
 class _ScheduleFile(Schedule):
     """scheduler_config.json, with what it may say only in one way."""
 
-    use_dynamic_shifting: Literal[True] = dataclasses.field(kw_only=True)
-    num_train_timesteps: Literal[1000] = TRAIN_STEPS
+    use_dynamic_shifting: Annotated[bool, Between(True, True)] = dataclasses.field(kw_only=True)
+    num_train_timesteps: Annotated[int, Between(TRAIN_STEPS, TRAIN_STEPS)] = TRAIN_STEPS
     time_shift_type: Literal["exponential"] = "exponential"
     shift_terminal: None = None
-    invert_sigmas: Literal[False] = False
-    stochastic_sampling: Literal[False] = False
-    use_karras_sigmas: Literal[False] | None = False
-    use_exponential_sigmas: Literal[False] | None = False
-    use_beta_sigmas: Literal[False] | None = False
+    invert_sigmas: Annotated[bool, Between(False, False)] = False
+    stochastic_sampling: Annotated[bool, Between(False, False)] = False
+    use_karras_sigmas: Annotated[bool, Between(False, False)] | None = False
+    use_exponential_sigmas: Annotated[bool, Between(False, False)] | None = False
+    use_beta_sigmas: Annotated[bool, Between(False, False)] | None = False
 
 
 def train_timesteps() -> np.ndarray:

@@ -19,8 +19,8 @@ from lorweb_jax.schema import Between, Pixels, Width, checked, given, require_cl
 class VAEConfig:
     """Shape of the autoencoder, named as in diffusers' vae/config.json; the defaults are FLUX.1's."""
 
-    in_channels: Literal[3] = 3
-    out_channels: Literal[3] = 3
+    in_channels: Annotated[int, Between(3, 3)] = 3
+    out_channels: Annotated[int, Between(3, 3)] = 3
     latent_channels: Width = 16
     block_out_channels: Annotated[tuple[Width, ...], Between(1, 8)] = (128, 256, 512, 512)
     layers_per_block: Annotated[int, Between(1, 16)] = 2

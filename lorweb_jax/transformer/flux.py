@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class _FluxFile(FluxConfig):
     """config.json, with what it may say only in one way."""
 
     guidance_embeds: bool = False
-    patch_size: Literal[1] = 1
+    patch_size: Annotated[int, Between(1, 1)] = 1
     out_channels: Width | None = None
 
 

@@ -1,5 +1,6 @@
 """Folders of models by path, by a Hub cache's root, or by a Hub name such as black-forest-labs/FLUX.1-Kontext-dev."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +63,9 @@ def _within_cache(path: Path) -> Path:
         return path
     snapshots = sorted(folder for folder in (root / "snapshots").iterdir() if folder.is_dir())
     main = root / "refs" / "main"
-    named = root / "snapshots" / main.read_text().strip() if main.is_file() and main.stat().st_size < 200 else None
-    if named is None or named.parent != root / "snapshots" or not named.is_dir():
+    name = main.read_bytes().strip() if main.is_file() and main.stat().st_size < 200 else b""
+    named = next((folder for folder in snapshots if os.fsencode(folder.name) == name), None)
+    if named is None:
         if len(snapshots) != 1:
             found = ", ".join(folder.name for folder in snapshots) or "none"
             raise UserError(f"{path} is a Hub cache's folder with the snapshots {found} and no refs/main that names "

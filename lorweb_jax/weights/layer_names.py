@@ -33,4 +33,7 @@ def stack_blocks(path: str, blocks: dict[int, np.ndarray], what: str) -> np.ndar
     if odd := [block for block, array in enumerate(arrays) if array.shape != arrays[0].shape]:
         raise UserError(f"{what} of {layer_name(path, odd[0])} is {list(arrays[odd[0]].shape)}, but "
                         f"{list(arrays[0].shape)} in {layer_name(path, 0)}; equal blocks need equal shapes")
+    if odd := [block for block, array in enumerate(arrays) if array.dtype != arrays[0].dtype]:
+        raise UserError(f"{what} of {layer_name(path, odd[0])} is stored in {arrays[odd[0]].dtype.name}, but in "
+                        f"{arrays[0].dtype.name} in {layer_name(path, 0)}; equal blocks need equal types")
     return np.stack(arrays)

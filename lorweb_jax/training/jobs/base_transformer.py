@@ -183,7 +183,8 @@ def latents_of(vae: AutoencoderKL, weights, drawings: DrawingSets, data) -> tupl
         tables = {name: np.lib.format.open_memmap(paths[name], "r+" if paths[name].is_file() else "w+", np.float16,
                                                   shape) for name, shape in shapes.items()}
         counter = folder / "rows"
-        first = int(counter.read_text()) if counter.is_file() else 0
+        done = counter.read_bytes() if counter.is_file() else b""
+        first = int(done) if done.isdigit() and len(done) < 10 else 0
         encode = nnx.jit(lambda vae, x: vae.latents(to_float(x)).astype(jnp.float16))
         encode_large = nnx.jit(lambda vae, x: vae.latents(to_float(enlarged(x))).astype(jnp.float16))
         for row in range(first, len(tables["quadrants"]), _ROWS):
