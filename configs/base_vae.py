@@ -1,8 +1,9 @@
-"""The small base's autoencoder, trained from nothing on drawings and photographs.
+"""The small base's autoencoder, trained on drawings and photographs: from nothing, or on from another of its shape.
 
     python -m lorweb_jax.main --config=configs/base_vae.py
+    python -m lorweb_jax.main --config=configs/base_vae.py --config.initial=assets/small_kontext/vae
 
-Leaves runs/base_vae/vae, a diffusers folder (3.0 M parameters, 6 MB), pictures of held-out drawings beside their
+Leaves runs/base_vae/vae, a diffusers folder (0.97 M parameters, 2 MB), pictures of held-out drawings beside their
 reconstructions, and quality.json (peak signal-to-noise ratio on held-out drawings). tools/gpu_base.sh trains the same
 in minutes on a GPU.
 """
@@ -17,9 +18,10 @@ def get_config(variant: str = ""):
 def default():
     config = base_config("base_vae")
     config.model = dict(
-        block_out_channels=(16, 32, 96, 128), layers_per_block=1, norm_num_groups=8, latent_channels=16,
+        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, latent_channels=16,
         # Without attention a quadrant's latents depend less on its neighbours in the canvas.
         mid_block_add_attention=False, sample_size=128)
+    config.initial = ""               # a vae folder whose weights training begins with; "" begins with random ones
 
     config.data = dict(
         drawings="local_data/drawings64.npz",  # the pack: tools/pack_drawings.py makes it

@@ -217,6 +217,7 @@ BASE_VAE: dict[str, Rule] = {
     "model.latent_channels": _WIDTH,
     "model.mid_block_add_attention": Flag(),
     "model.sample_size": Whole(1, 65_536),
+    "initial": Folder(empty=True),
     "data.drawings": Folder(),
     "data.signs": Whole(0, 10**6),
     "data.size": SIDE,

@@ -125,18 +125,18 @@ def share_nearer(results: Sequence[Result], measure: str) -> float:
 
 
 def draw(pipeline: Pipeline, captions: Sequence[str], side: int, *, steps: int, guidance: float = 2.5, cfg: float = 1.0,
-         seed: int = 0, batch: int = 50) -> list[np.ndarray]:
+         seed: int = 0, batch: int = 50, noise: np.ndarray | None = None) -> list[np.ndarray]:
     """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty caption
-    gives. The noise of the i-th picture depends on the seed and i alone."""
+    gives. The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives it."""
     made, batch = [], min(batch, len(captions))
     for start in range(0, len(captions), batch):
         part = list(captions[start:start + batch])
         prompts = pipeline.prompt(part + [""] * (batch - len(part)))
         empty = pipeline.prompt([""] * batch) if cfg != 1.0 else prompts
-        noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(seed), start + i),
-                                            _shape(pipeline, side)) for i in range(batch)])
-        sigmas = pipeline.folder.schedule.sigmas(steps, noise.shape[1])
-        images = _draw(pipeline.model, jnp.asarray(noise), prompts, empty, jnp.float32(guidance), jnp.float32(cfg),
+        first = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(seed), start + i), _shape(pipeline, side))
+                          if noise is None or start + i >= len(captions) else noise[start + i] for i in range(batch)])
+        sigmas = pipeline.folder.schedule.sigmas(steps, first.shape[1])
+        images = _draw(pipeline.model, jnp.asarray(first), prompts, empty, jnp.float32(guidance), jnp.float32(cfg),
                        jnp.asarray(sigmas), side)
         made += list(to_uint8(images))[:len(part)]
     return made

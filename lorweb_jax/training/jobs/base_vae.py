@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.data.drawing_sets import load_sets
+from lorweb_jax.data.fingerprint import of_folder
 from lorweb_jax.data.operations import OPERATIONS, on_white
 from lorweb_jax.errors import UserError
 from lorweb_jax.images.levels import to_float, to_uint8
@@ -18,9 +19,9 @@ from lorweb_jax.training.small_base.autoencoder import (autoencoder_config, auto
                                                         new_autoencoder, quadrants)
 from lorweb_jax.training.small_base.captions import Captions
 from lorweb_jax.training.small_base.corpus import Corpus, canvas_of, draw_canvases, make_corpus, some
-from lorweb_jax.weights.pretrained import save_vae
+from lorweb_jax.weights.pretrained import load_vae, save_vae
 from lorweb_jax.weights.safetensors_io import write_json
-from lorweb_jax.weights.state import flat_state
+from lorweb_jax.weights.state import differences, flat_state
 
 
 def make(config) -> "BaseVAE":
@@ -77,6 +78,21 @@ class BaseVAE:
 
     def build(self, rngs: nnx.Rngs) -> AutoencoderKL:
         return new_autoencoder(self.vae_config, rngs)
+
+    def initial(self, shapes) -> dict[str, np.ndarray]:
+        """The weights in config.initial's folder, of all `shapes`; none where no folder is given."""
+        if not self.config.initial:
+            return {}
+        _, weights = load_vae(self.config.initial)
+        weights = {name: np.asarray(weights[name], np.float32) for name in weights}
+        if lines := differences({name: array.shape for name, array in weights.items()},
+                                {name: shape.shape for name, shape in shapes.items()}):
+            raise UserError(f"the autoencoder in {self.config.initial} doesn't fit config.model ({lines[0]}); set "
+                            "config.model as its config.json says, or choose another config.initial")
+        return weights
+
+    def sources(self) -> dict[str, str]:
+        return {"initial": of_folder(self.config.initial)} if self.config.initial else {}
 
     def canvases(self, batch: int, plain: float, seed: int, *, enlarged: float = 0.0, held_out: bool = False) -> Canvases:
         return Canvases(self.drawings.images, self.corpora[held_out], batch, plain, enlarged, seed)
