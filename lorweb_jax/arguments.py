@@ -13,6 +13,7 @@ from lorweb_jax.images.arrays import as_image
 from lorweb_jax.texts import as_text
 
 MAX_SIZE = Whole(16, 2**20)  # of the longest edge of a grid, pixels
+RANK = Whole(1, 2**20)       # of a LoRA
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 

@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         # A Hub's cache is no place for results.
         args.out = Path() if named else args.basis if args.basis.is_dir() else args.basis.parent
         args.out /= "evaluation"
-    require_writable([args.out / name for name in FILES], overwrite=args.overwrite)
+    require_writable([args.out / name for name in FILES], [args.basis], overwrite=args.overwrite)
     return args
 
 

@@ -14,8 +14,10 @@ import argparse
 import math
 from pathlib import Path
 
+from lorweb_jax.arguments import RANK, as_path, as_value
 from lorweb_jax.command_line import Parser
 from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.outputs import require_new_folder, require_writable, told_if_unwritable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,6 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     published.add_argument("out", type=Path, help="the .safetensors file to write; config.yaml is written beside it")
     published.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     _add_dtype(published)
+    _add_overwrite(published)
 
     checkpoint = commands.add_parser("checkpoint", help="a published basis -> a run's folder, as training leaves one")
     checkpoint.add_argument("basis", type=Path, help="the .safetensors file, or the folder it lies in")
@@ -54,6 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                            "same (default: none, but kohya's files always have one)")
     lora.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     _add_dtype(lora)
+    _add_overwrite(lora)
     return parser.parse_args(arguments)
 
 
@@ -72,32 +76,43 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
                         help="what to store the numbers in (default: float32; float16 halves the file)")
 
 
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of the same name, but never an input")
+
+
 def export_published(args: argparse.Namespace) -> None:
+    require_writable([as_path(args.out, "the output", ".safetensors")], [args.run], overwrite=args.overwrite)
     from lorweb_jax.weights.adapters import basis_of_run
     from lorweb_jax.weights.basis_file import write_basis
 
     config, arrays = basis_of_run(args.run, args.step)
-    write_basis(_safetensors(args.out), config, arrays, args.dtype)
+    with told_if_unwritable(args.out):
+        write_basis(args.out, config, arrays, args.dtype)
     print(f"wrote {args.out} and {args.out.with_name('config.yaml')}: N = {config.size}, r = {config.rank}, "
           f"{_layers(arrays)} layers, {_count(arrays):,} numbers in {args.dtype}")
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
+    require_new_folder(args.out)
     from lorweb_jax.weights.adapters import existing_basis, write_run
     from lorweb_jax.weights.basis_file import read_basis
 
     layers = _model_layers(args.pipeline) if args.pipeline else None
     config, arrays = read_basis(existing_basis(args.basis), args.config, layers)
-    write_run(args.out, config, arrays)
+    with told_if_unwritable(args.out):
+        write_run(args.out, config, arrays)
     print(f"wrote {args.out}: N = {config.size}, r = {config.rank}, {_layers(arrays)} layers, "
           f"{_count(arrays):,} numbers")
 
 
 def export_lora(args: argparse.Namespace) -> None:
+    out = as_path(args.out, "the output", ".safetensors")
+    if args.rank is not None:
+        as_value(args.rank, "--rank", RANK)
+    require_writable([out], filter(None, [args.basis, args.config, args.a, args.a2, args.b]), overwrite=args.overwrite)
     from lorweb_jax.weights.adapters import load_basis
     from lorweb_jax.weights.lora_file import mixed_factors, truncate, write_lora
 
-    out = _safetensors(args.out)
     layers = _model_layers(args.pipeline)
     config, arrays = load_basis(args.basis, layers, args.config)
     factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
@@ -106,7 +121,8 @@ def export_lora(args: argparse.Namespace) -> None:
         print(f"rank {args.rank}: the update is off by {error.overall:.3g} of its norm over all layers; most in")
         for name, value in sorted(error.layers.items(), key=lambda item: -item[1])[:5]:
             print(f"  {value:.3g}  {name}")
-    write_lora(out, factors, args.dtype, args.alpha, args.format, layers)
+    with told_if_unwritable(out):
+        write_lora(out, factors, args.dtype, args.alpha, args.format, layers)
     rank = next(iter(factors.values())).a.shape[2]
     print(f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}, "
           f"{args.format} names")
@@ -137,12 +153,6 @@ def _model_layers(pipeline: Path) -> dict:
 
     path = existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",)) / "transformer/config.json"
     return block_linears(FluxConfig.from_json(read_json(path), path))
-
-
-def _safetensors(path: Path) -> Path:
-    if path.suffix != ".safetensors":
-        raise UserError(f"the output is {path}; its name must end in .safetensors", 2)
-    return path
 
 
 def _layers(arrays) -> int:

@@ -22,10 +22,12 @@ def require_writable(paths: Sequence[str | Path], inputs: Iterable[str | Path] =
                      nbytes: int = 0) -> None:
     """UserError, before any work, where one of the files could not be written or would take another's place.
 
-    paths: files to be written; missing folders are made with them. inputs: what is read, which is never replaced.
+    paths: files to be written; missing folders are made with them. inputs: what is read, which is never replaced; of a
+    folder that is its weights and config.yaml.
     overwrite: whether other files that are there may be. nbytes: what all files take on disk together, roughly.
     """
-    paths, inputs = [Path(path) for path in paths], list(inputs)
+    paths = [Path(path) for path in paths]
+    inputs = [file for given in inputs for file in [given, *Path(given).glob("*.safetensors"), *Path(given).glob("*.yaml")]]
     names: dict[str, Path] = {}
     for path in paths:
         # Some file systems take names that differ in case, or in how accents are coded, for the same.
@@ -41,9 +43,13 @@ def require_writable(paths: Sequence[str | Path], inputs: Iterable[str | Path] =
         _probe(path, nbytes)
 
 
-def require_writable_folder(folder: str | Path, nbytes: int = 0) -> None:
-    """UserError where no file could be written into `folder`, which may be missing."""
-    _probe(Path(folder) / "results", nbytes)
+def require_new_folder(folder: str | Path) -> None:
+    """UserError where something is in the way of a new folder, or it couldn't be written into."""
+    folder = Path(folder)
+    with told_if_unwritable(folder):
+        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists already and is not an empty folder; name another")
+    _probe(folder / "results", 0)
 
 
 def _require_free(path: Path, inputs: list[str | Path], overwrite: bool) -> None:
@@ -132,6 +138,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """The same of a folder, whole or not at all; what was there goes when the new one stands in its place."""
+    folder = Path(folder)
+    new, earlier = (folder.with_name(f"{folder.name}.{os.getpid()}.{state}") for state in ("partial", "earlier"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(earlier)
+        try:
+            new.rename(folder)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(folder)
+            raise
+    finally:
+        for left in (new, earlier):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_file(path: str | Path, data: bytes, overwrite: bool = True) -> Path:

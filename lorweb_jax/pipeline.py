@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from lorweb_jax.arguments import MAX_SIZE, Images, as_analogies, as_path, as_prompts, as_value
+from lorweb_jax.arguments import MAX_SIZE, RANK, Images, as_analogies, as_path, as_prompts, as_value
 from lorweb_jax.basis.basis import Basis
 from lorweb_jax.basis.fold import can_fold, fold
-from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, Choice, Flag, Real, Whole
+from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, Choice, Flag, Real
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.image_encoder import ImageEncoder
 from lorweb_jax.errors import UserError, say
@@ -45,7 +45,6 @@ from lorweb_jax.weights.pipeline_folder import PipelineFolder
 from lorweb_jax.weights.state import abstract_shapes, fill
 
 _DTYPES = Choice(("float32", "bfloat16", "float16"))
-_RANK = Whole(1, 2**20)
 _ALPHA = Real(0, 1e6, above=True)
 Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
 
@@ -230,7 +229,7 @@ class Pipeline:
         basis, error, path, dtype = self._basis(), None, as_path(path, "the file", ".safetensors"), _dtype(dtype)
         coefficients = self._fitting(coefficients)
         if rank is not None:
-            rank = as_value(rank, "the rank", _RANK)
+            rank = as_value(rank, "the rank", RANK)
         names = as_value(names, "names", Choice(NAMES))
         alpha = alpha if isinstance(alpha, bool) else as_value(alpha, "alpha", _ALPHA)
         factors = mixed_factors(_arrays(basis), coefficients, basis.config.scale)

@@ -11,6 +11,7 @@
 --confirm                 if it doesn't fit, compile again with the first change that should make it fit
 --json=FILE               the same figures as json
 --hlo=FILE                the compiled program's text (TPUs)
+--overwrite               replace files of these names
 
 TPU programs are compiled by libtpu (pip install libtpu==0.0.52), which needs no TPU; minutes on two CPU cores, and
 about 4 GB of memory. For GPUs, bytes of arguments are exact and the rest is estimated.
@@ -26,7 +27,7 @@ from absl import flags
 from lorweb_jax import config as configs
 from lorweb_jax import main
 from lorweb_jax.errors import UserError, run_command
-from lorweb_jax.outputs import write_file
+from lorweb_jax.outputs import require_writable, write_text
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", None, "devices to plan for")
@@ -34,6 +35,7 @@ flags.DEFINE_enum("what", "train", ["train", "sample"], "what is planned")
 flags.DEFINE_bool("confirm", False, "compile the first change that should make it fit")
 flags.DEFINE_string("json", None, "file for the figures as json")
 flags.DEFINE_string("hlo", None, "file for the compiled program's text")
+flags.DEFINE_bool("overwrite", False, "replace files of these names")
 
 
 def command() -> None:
@@ -46,6 +48,7 @@ def command() -> None:
     if not FLAGS.topology:
         raise UserError("no topology was given; add --topology=v6e:4x4, or see --help", 2)
     configs.check(config)
+    require_writable([Path(name) for name in (FLAGS.json, FLAGS.hlo) if name], overwrite=FLAGS.overwrite)
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has, nothing runs on it
     from lorweb_jax.planning import report, suggest
     from lorweb_jax.planning.figures import make_plan
@@ -63,9 +66,9 @@ def command() -> None:
         print(f"\ncompiled with {changes[0].flags()}:\n")
         print(report.table(make_plan(config, there, FLAGS.what)))
     if FLAGS.json:
-        write_file(Path(FLAGS.json), (json.dumps(report.to_json(plan), indent=1) + "\n").encode())
+        write_text(FLAGS.json, json.dumps(report.to_json(plan), indent=1) + "\n")
     if FLAGS.hlo:
-        write_file(Path(FLAGS.hlo), plan.compiled.text.encode())
+        write_text(FLAGS.hlo, plan.compiled.text)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_errors():
                      {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="internal query"):
         internal.coefficients(jnp.zeros((1, 3)))
-    for change, message in [({"heads": 3}, "3 heads"), ({"activation": "relu"}, "softmax, tanh"),
+    for change, message in [({"heads": 3}, "3 heads"), ({"activation": "relu"}, "softmax or tanh"),
                             ({"size": 0}, "size"), ({"query": "internal", "query_mode": "cat-aa'b"}, "caa'bb'")]:
         with pytest.raises(UserError, match=message):
             BasisConfig(**{"key_dim": 128, **change})

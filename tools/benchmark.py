@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lorweb_jax.command_line import Parser, positive  # noqa: E402  (the path above comes first)
 from lorweb_jax.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.outputs import require_writable, write_text  # noqa: E402
 
 
 def one_or_more(*choices: str):
@@ -95,6 +96,7 @@ def parse() -> argparse.Namespace:
                         help="CPU cores and threads of every row (default: all there are)")
     parser.add_argument("--no-torch", action="store_true", help="leave the diffusers rows out")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured here as well")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of the same name")
     return parser.parse_args()
 
 
@@ -118,8 +120,8 @@ def make_variants(args: argparse.Namespace) -> list:
                             "out or give --what=train", 2)
     if args.attention == "cudnn" and given["dtype"] == "float32":
         raise UserError("cuDNN's attention has no float32; give --dtype=bfloat16 or --attention=xla", 2)
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise UserError(f"the folder of --json={args.json} is not there; make it first", 2)
+    if args.json:
+        require_writable([args.json], overwrite=args.overwrite)
     varied = itertools.product(args.quant, args.remat or [defaults["remat"]], args.moments or ["float32"])
     return [Setting(**{name: values[name] for name in Setting.__dataclass_fields__}) for values in
             (given | {"quantization": quantization, "remat": remat, "moments": moments}
@@ -134,9 +136,7 @@ def main() -> None:
 
     result = run_benchmark(make_variants(args), with_torch=not args.no_torch)
     if args.json:
-        unfinished = args.json.with_name(args.json.name + ".unfinished")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(args.json)
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 

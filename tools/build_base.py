@@ -3,7 +3,7 @@
   python -m lorweb_jax.main --config=configs/base_vae.py
   python -m lorweb_jax.main --config=configs/base_clip.py
   python -m lorweb_jax.main --config=configs/base_transformer.py
-  python tools/build_base.py --runs runs --out assets/small_kontext
+  python tools/build_base.py --runs runs --out assets/small_kontext --overwrite
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lorweb_jax.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.outputs import replacing_folder, require_new_folder  # noqa: E402
 from lorweb_jax.weights.safetensors_io import write_json  # noqa: E402
 
 # part of the pipeline -> the run that trained it
@@ -33,24 +34,24 @@ INDEX = {"_class_name": "FluxKontextPipeline", "_diffusers_version": "0.35.1", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the three runs lie (default: runs)")
-    parser.add_argument("--out", type=Path, default=Path("assets/small_kontext"), help="the folder to make or replace")
+    parser.add_argument("--out", type=Path, default=Path("assets/small_kontext"), help="the folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace a pipeline folder that is there")
     args = parser.parse_args()
+    if not (args.overwrite and (args.out / "model_index.json").is_file()):
+        require_new_folder(args.out)
     sources = {part: args.runs / run / part for part, run in PARTS.items()}
     if missing := [str(source) for source in sources.values() if not source.is_dir()]:
         raise UserError(f"there is no {', '.join(missing)}; train the parts first (see --help)")
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part, source in sources.items():
-        shutil.copytree(source, partial / part)
-    for run in dict.fromkeys(PARTS.values()):
-        for name in ("quality.json", "config.json"):
-            if (args.runs / run / name).is_file():
-                (partial / "training").mkdir(exist_ok=True)
-                shutil.copy(args.runs / run / name, partial / "training" / f"{run}_{name}")
-    write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(partial / "model_index.json", INDEX)
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
+    with replacing_folder(args.out) as new:
+        for part, source in sources.items():
+            shutil.copytree(source, new / part)
+        for run in dict.fromkeys(PARTS.values()):
+            for name in ("quality.json", "config.json"):
+                if (args.runs / run / name).is_file():
+                    (new / "training").mkdir(exist_ok=True)
+                    shutil.copy(args.runs / run / name, new / "training" / f"{run}_{name}")
+        write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_json(new / "model_index.json", INDEX)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"wrote {args.out}: {size / 1e6:.1f} MB")
 

@@ -11,11 +11,14 @@ from flax import nnx
 from lorweb_jax import sharding
 from lorweb_jax.basis.additions import LowRankMix, RoutedMix
 from lorweb_jax.basis.router import coefficients
+from lorweb_jax.config_fields import Choice, Real, Whole, shown
 from lorweb_jax.errors import UserError
 
 # Choices that a config may name; the query modes of an external query belong to the image encoders.
 _CHOICES = {"activation": ("softmax", "tanh"), "reduction": ("mean", "sum"), "pooling": ("avg", "max"),
             "query": ("external", "internal", "fixed"), "projection": ("linear", "none")}
+_RULES = {**{name: Whole(1, 65_536) for name in ("size", "rank", "key_dim", "heads")},
+          "query_dim": Whole(1, 2**31, also=(None,)), "scale": Real(-1e6, 1e6)}
 INTERNAL_MODES = ("aa'bb'", "caa'bb'", "caa'b", "caa'")
 
 
@@ -50,12 +53,9 @@ class BasisConfig:
     encoder: str = "clip_vision"
 
     def __post_init__(self):
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"basis.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}", 2)
-        for name in ("size", "rank", "key_dim", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"basis.{name} is {getattr(self, name)}; it must be at least 1", 2)
+        for name, rule in {**_RULES, **{name: Choice(words) for name, words in _CHOICES.items()}}.items():
+            if not rule.takes(getattr(self, name)):
+                raise UserError(f"basis.{name} is {shown(getattr(self, name))}; give {rule}", 2)
         if self.key_dim % self.heads:
             raise UserError(f"basis.key_dim {self.key_dim} can't be shared by {self.heads} heads; choose a number of "
                             "heads that divides it", 2)
@@ -149,7 +149,17 @@ class Basis(nnx.Module):
 
     @classmethod
     def from_arrays(cls, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> "Basis":
-        """A basis with these values; shapes come from the arrays, dtypes are kept."""
+        """A basis with these values; shapes come from the arrays, dtypes are kept.
+
+        Raises UserError for parts that are missing, of other axes or not as the config says.
+        """
+        if not isinstance(config, BasisConfig) or not isinstance(arrays, Mapping) or not arrays:
+            raise UserError("a basis is made of a BasisConfig and {path: {\"a\", \"b\", \"keys\", \"projection\"}} of at "
+                            "least one layer; give these")
+        for path, parts in arrays.items():
+            axes = {name: getattr(parts.get(name), "ndim", None) for name in ("a", "b")} if isinstance(parts, Mapping) else {}
+            if axes != {"a": 4, "b": 4}:
+                raise UserError(f"the basis of {path} has no arrays a [l, n, i, r] and b [l, n, r, o]; give both")
         shapes = {path: (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
                   for path, parts in arrays.items()}
         basis = nnx.eval_shape(lambda: cls(config, shapes, rngs=nnx.Rngs(0)))

@@ -10,6 +10,8 @@ import numpy as np
 
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
+from lorweb_jax.finite import require_finite
+from lorweb_jax.outputs import require_new_folder
 from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.hub_cache import BASIS_FILES, existing
@@ -58,6 +60,10 @@ def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, A
         raise UserError(f"{workdir} is a run of the job {run_config.job!r}, which trains no basis; "
                         "give the folder of a run of configs/basis.py")
     arrays = arrays_of_flat(flat)
+    for path, parts in arrays.items():
+        for part, array in parts.items():
+            require_finite(array, f"the checkpoint of {workdir}: {path}.{part}", "take an earlier checkpoint, or train again "
+                           "with a lower learning rate")
     names = {field.name for field in fields(BasisConfig)}
     values = {name: value for name, value in run_config.basis.to_dict().items() if name in names}
     # The width of an external query is the image encoder's, which a run finds out when it is built.
@@ -77,8 +83,7 @@ def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[s
     from lorweb_jax.training import checksums
 
     workdir = Path(workdir)
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"{workdir} exists already and is not an empty folder; name another")
+    require_new_folder(workdir)
     flat = {f"layers.{path}.{part}": np.asarray(array)
             for path, parts in arrays.items() for part, array in parts.items()}
     with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:

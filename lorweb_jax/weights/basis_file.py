@@ -109,25 +109,31 @@ def write_basis(path: str | Path, config: BasisConfig, arrays: Mapping[str, Mapp
                 dtype: Any = None) -> None:
     """Write the .safetensors file and config.yaml beside it, in the arrays' dtypes or in `dtype`.
 
-    The format has no scale: a scale other than 1 is multiplied into lora_B. Raises UserError for a basis without a
-    router, and where config.yaml beside it belongs to another basis.
+    The format has no scale: a scale other than 1 is multiplied into lora_B. A config.yaml that describes this basis is
+    left as it is. Raises UserError for a basis without a router, numbers that `dtype` can't hold, and where config.yaml
+    is of something else.
     """
     path = Path(path)
     network = network_from_config(config)
     config_file = path.with_name("config.yaml")
     others = [file.name for file in path.parent.glob("*.safetensors") if file.name != path.name]
-    if others and config_file.exists() and not _describes(config_file, config, arrays):
-        raise UserError(f"{config_file} belongs to {others[0]} and differs from this basis's config; "
-                        "write this basis into a folder of its own")
+    described = config_file.exists() and _describes(config_file, config, arrays)
+    if config_file.exists() and not described and (others or not path.exists()):
+        raise UserError(f"{config_file} belongs to {others[0] if others else 'something else'} and differs from this "
+                        "basis's config; write this basis into a folder of its own")
     tensors = {}
     for stack, parts in arrays.items():
         for part, stacked in parts.items():
             stacked = np.asarray(stacked)
             if part == "b" and config.scale != 1.0:
                 stacked = stacked * np.asarray(config.scale, stacked.dtype)
-            for layer, array in enumerate(stacked.astype(dtype or stacked.dtype)):
+            with np.errstate(over="ignore"):  # `write` tells
+                stacked = stacked.astype(dtype or stacked.dtype)
+            for layer, array in enumerate(stacked):
                 tensors[f"{_PREFIX}{layer_name(stack, layer)}.{_SUFFIXES[part]}"] = array
     write(path, tensors, {"format": "pt"})
+    if described:
+        return
     with replacing(config_file) as temporary:
         document = {"job": "extension", "config": {"name": path.stem, "process": [{"network": network}]}}
         temporary.write_text(yaml.safe_dump(document, sort_keys=False))
