@@ -33,24 +33,19 @@ def told(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def say(sentence: str) -> None:
-    """Tell a person something that stops nothing, whatever the terminal's encoding."""
-    with contextlib.suppress(OSError, ValueError):
-        try:
-            print(sentence, flush=True)
-        except UnicodeEncodeError:
-            print(sentence.encode("ascii", "backslashreplace").decode(), flush=True)
-
-
 class _Patient:
-    """A text stream whose reader may go away: what is written from then on is lost, and nothing ends for it."""
+    """A text stream that never fails: letters that its encoding lacks are written \\u…, and once its reader is gone
+    (a closed pipe, a terminal, a full disk behind `> file`), what is written is lost."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
         with self._patience():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -61,8 +56,8 @@ class _Patient:
     def _patience(self) -> Iterator[None]:
         try:
             yield
-        except OSError:  # a closed pipe, a terminal that is gone, a full disk behind `> file`
-            with open(os.devnull, "w") as nowhere:
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str):
@@ -71,10 +66,8 @@ class _Patient:
 
 @contextlib.contextmanager
 def patient_output() -> Iterator[None]:
-    """Within it printing never fails: what a terminal's encoding lacks is shown as \\u…, and a closed pipe is no error."""
+    """Within it printing never fails, whatever a terminal's encoding, and however long it is there."""
     before = sys.stdout, sys.stderr
-    with contextlib.suppress(AttributeError):  # not a file's stream, or none at all
-        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (stream and _Patient(stream) for stream in before)
     try:
         yield
@@ -83,6 +76,12 @@ def patient_output() -> Iterator[None]:
             if stream:
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def say(sentence: str) -> None:
+    """Tell a person something that stops nothing."""
+    with patient_output():
+        print(sentence, flush=True)
 
 
 def run_command(command: Callable[[], int | None]) -> None:

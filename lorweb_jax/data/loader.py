@@ -25,6 +25,7 @@ from lorweb_jax.images.resize import resize
 _log = logging.getLogger(__name__)
 _THREADS = 2  # decoding threads in each process; PIL and NumPy leave the interpreter lock while they work
 _BATCHES_AHEAD = 2  # batches kept ready by each process
+STRETCHED = "its images have another shape than the quadrants of a grid, to which they are stretched"
 
 
 class _Reader:
@@ -48,6 +49,9 @@ class _Reader:
         (a, a_prime), (b, b_prime) = images
         # Resized once here, a', b and b' are not resized for each grid anew.
         size = self._quadrant_size[::-1] if self._quadrant_size else a.shape[1::-1]
+        for pair, pictures in zip((analogy.first, analogy.second), images):
+            if any(grid.other_shape(picture.shape[1::-1], size) for picture in pictures):
+                notes.setdefault(STRETCHED, pair.file)
         a, a_prime, b, b_prime = (resize(image, size) for image in (a, a_prime, b, b_prime))
         condition, note = grid.fit_to_model(grid.condition_grid(a, a_prime, b, self._max_size))
         target, _ = grid.fit_to_model(grid.target_grid(a, a_prime, b, b_prime, self._max_size))

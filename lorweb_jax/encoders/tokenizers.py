@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +123,9 @@ def _ids(tokenizer, texts: Sequence[str], max_length: int, folder: str | Path) -
 
 def left_out(tokenizer, text: str, max_length: int) -> str:
     """What of a text lies beyond `max_length` tokens, start and end included; "" where all of it is taken."""
+    # No token is shorter than a byte (CLIP) or a character in its compatible form (T5).
+    if max(len(text.lower().encode()), len(unicodedata.normalize("NFKC", text))) + 2 <= max_length:
+        return ""
     with _told(tokenizer.name_or_path):
         ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     # Both tokenizers cut the words before the end token, which stays.

@@ -13,11 +13,12 @@ from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.lpips import lpips
 from lorweb_jax.evaluation.table import TRUTH, Table
-from lorweb_jax.images.grid import fit_to_model, quadrants, target_grid
+from lorweb_jax.images.grid import fit_to_model, other_shape, quadrants, target_grid
 from lorweb_jax.images.resize import resize
 from lorweb_jax.training.pictures import sheet
 
 BATCH = 16          # images of one size that a model is given at once
+STRETCHED = "its images have another shape than those of the first pair, to which they are stretched"
 LARGEST_SHOWN = 192  # px of an image's longer edge in a sheet
 
 
@@ -89,6 +90,8 @@ def _read(analogy: Analogy, task: Task, max_size: int | None, bad: set[str], pro
             images = [*read_pair(pair, problems.tell), *images]
         # A grid can only be too small, and a sets its size: `pair` is the file at fault here too.
         grid, _ = fit_to_model(target_grid(*images, max_size))
+        if any(other_shape(image.shape[1::-1], images[0].shape[1::-1]) for image in images):
+            problems.tell(analogy.second.file, STRETCHED)
     except Exception as error:  # whatever is wrong with one image, the others are read
         bad.add(pair.file)
         problems.add(task.name, task.relative(pair), reason(error))

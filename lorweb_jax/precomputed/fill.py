@@ -54,6 +54,7 @@ def precompute(config) -> None:
 
 
 def _captions(scope: Scope) -> None:
+    scope.folder.tell_left_out(scope.captions(), "caption")
     store, texts = scope.text_store(create=True), {fingerprint.of_text(text): text for text in scope.captions()}
 
     def load() -> Compute:

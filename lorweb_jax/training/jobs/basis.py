@@ -102,6 +102,8 @@ class BasisJob:
         data, batch = config.data, config.train.batch
         if self.precomputed:
             print(f"text{'' if self.scope.queries_kept else ' and queries'} from {self.scope.root}", flush=True)
+        else:
+            self.folder.tell_left_out((pair.instruction for task in self.tasks["train"] for pair in task.pairs), "caption")
         return AnalogyLoader(Analogies(self.tasks["train"]), batch, quadrant_size=data.quadrant_size,
                              seed=config.seed, caption_drop=data.caption_drop, task_balanced=data.task_balanced,
                              reverse_probability=data.reverse_probability, workers=data.workers,
