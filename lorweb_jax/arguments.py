@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lorweb_jax.config_fields import Rule, Whole, shown
-from lorweb_jax.errors import UserError
+from lorweb_jax.errors import UserError, say
 from lorweb_jax.images.arrays import as_image
-from lorweb_jax.texts import as_text
+from lorweb_jax.texts import REPLACEMENT, as_text
 
 MAX_SIZE = Whole(16, 2**20)  # of the longest edge of a grid, pixels
 RANK = Whole(1, 2**20)       # of a LoRA
@@ -53,6 +53,8 @@ def as_prompts(given: Any, count: int | None = None) -> list[str]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"the prompts are {shown(given)}; give a list of texts, one for each analogy")
     texts = [as_text(text, "the prompt" if len(given) == 1 else f"prompt {i}") for i, text in enumerate(given)]
+    if any(text != said for text, said in zip(texts, given)):
+        say("the prompt holds bytes that are not UTF-8; each is replaced by " + REPLACEMENT)
     if count is not None and len(texts) != count:
         raise UserError(f"{len(texts)} prompts were given for {count} analogies; give one for each")
     return texts

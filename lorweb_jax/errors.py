@@ -80,8 +80,8 @@ def patient_output() -> Iterator[None]:
 
 def say(sentence: str) -> None:
     """Tell a person something that stops nothing."""
-    with patient_output():
-        print(sentence, flush=True)
+    if sys.stdout:
+        print(sentence, file=_Patient(sys.stdout), flush=True)
 
 
 def run_command(command: Callable[[], int | None]) -> None:

@@ -35,7 +35,6 @@ from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.quantization import KINDS
 from lorweb_jax.seeds import random_key
 from lorweb_jax.sharding import to_host
-from lorweb_jax.texts import REPLACEMENT
 from lorweb_jax.transformer.attention import IMPLEMENTATIONS, resolve
 from lorweb_jax.transformer.flux import block_linears
 from lorweb_jax.weights.adapters import load_basis
@@ -116,9 +115,7 @@ class Pipeline:
 
     def prompt(self, texts: list[str]) -> tuple[jax.Array, jax.Array]:
         """Instructions -> text [b, t, j] and pooled [b, p]. Says so where an encoder doesn't take all of one."""
-        texts, given = as_prompts(texts), texts
-        if any(text != said for text, said in zip(texts, given)):
-            say("the prompt holds bytes that are not UTF-8; each is replaced by " + REPLACEMENT)
+        texts = as_prompts(texts)
         if self.model.text_encoder_2 is None and self.precomputed:
             return tuple(map(jnp.asarray, self.precomputed.prompt(texts)))
         self.folder.tell_left_out(texts, "prompt")
@@ -179,6 +176,8 @@ class Pipeline:
                             "resize the first images alike")
         size = sizes.pop()
         batch, model = len(grids), self.model
+        if noise is not None:
+            noise = self._noise(noise, batch, size)
         additions = self._additions(conditions, coefficients) if use_basis and model.basis is not None else None
         if additions:
             foldable = batch == 1 and (coefficients is not None or model.basis.config.query != "internal")
@@ -192,16 +191,13 @@ class Pipeline:
         if noise is None:
             noise = np.stack([jax.random.normal(jax.random.fold_in(key, i), condition.shape[1:])
                               for i in range(batch)])
-        elif np.shape(noise) != condition.shape or np.asarray(noise).dtype.kind not in "fiu":
-            raise UserError(f"the noise is {list(np.shape(noise))}, numbers {list(condition.shape)} were expected; "
-                            "give packed latents [b, s, c], or leave it out")
         noise = jnp.asarray(noise)
         sigmas = self.folder.schedule.sigmas(steps, condition.shape[1])
         tokens = _sample(model, size, bool(round_to_bfloat16), noise, condition, text, pooled,
                          jnp.float32(guidance), jnp.asarray(sigmas), additions)
         decoded = _decode(model, size, tokens)
         _require_finite({"the text's embedding": text, "the text's pooled embedding": pooled,
-                         "the latents of a, a2 and b": condition, "the noise": noise,
+                         "the latents of a, a2 and b": condition,
                          "the latents after sampling": tokens, "the decoded image": decoded})
         return [bottom_right(image) for image in to_uint8(decoded)]
 
@@ -263,6 +259,21 @@ class Pipeline:
                                     for path, coeff in coefficients.items()})
         return basis.additions(None if basis.config.query == "internal" else self._coefficients(conditions))
 
+
+    def _noise(self, noise: Any, batch: int, size: tuple[int, int]) -> np.ndarray:
+        """Packed latents [b, s, c] for grids of `size` = (height, width), as float32; UserError for anything else."""
+        vae = self.folder.vae_config
+        shape = (batch, size[0] * size[1] // (2 * vae.downscale) ** 2, 4 * vae.latent_channels)
+        try:
+            noise = np.asarray(noise)
+            found = f"{list(noise.shape)} of {noise.dtype}"
+        except ValueError as error:  # rows of unequal length
+            raise UserError(f"the noise is no array ({error}); give numbers {list(shape)}, or leave it out") from None
+        if noise.shape != shape or noise.dtype.kind not in "fiu":
+            raise UserError(f"the noise is {found}, numbers {list(shape)} were expected; give packed latents [b, s, c], "
+                            "or leave it out")
+        require_finite(noise, "the noise", "give finite numbers")
+        return noise.astype(np.float32)
 
     def _fitting(self, coefficients: Any) -> Coefficients:
         """The coefficients as float32 [l, n], if they are finite and belong to the basis; UserError if not."""

@@ -1,13 +1,29 @@
-"""The edit command: what it writes, and what it says of bad requests."""
+"""The edit command: what it writes, where, and what it says of bad requests."""
 
+import functools
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from golden import golden_dir
+from PIL import Image
 
-from lorweb_jax import UserError, edit, read_image, write_image
+from lorweb_jax import Pipeline, UserError, edit, read_image, write_image
+from lorweb_jax.weights.checkpoint import read_all
+from lorweb_jax.weights.safetensors_io import Spec, write_stream
+
+PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """The pipeline is read and the basis attached once for all of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "load", functools.cache(Pipeline.load))
+        patch.setattr(Pipeline, "attach", functools.cache(Pipeline.attach))
+        yield
 
 
 @pytest.fixture
@@ -21,42 +37,120 @@ def images(tmp_path):
 
 
 def arguments(folder, *more, b=("b.png",), out="out.png"):
-    return ["--pipeline", str(golden_dir() / "tiny_pipeline"), "--basis", str(golden_dir() / "basis_a.safetensors"),
-            "--a", str(folder / "a.png"), "--a2", str(folder / "a2.png"), "--b", *(str(folder / name) for name in b),
-            "--out", str(folder / out), "--steps", "1", *more]
+    return ["--pipeline", str(PIPELINE), "--basis", str(BASIS), "--a", str(folder / "a.png"),
+            "--a2", str(folder / "a2.png"), "--b", *(str(folder / name) for name in b), "--out", f"{folder}/{out}",
+            "--steps", "1", *more]
 
 
-def test_one_and_several(images):
+@pytest.fixture
+def never_loads(monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("the pipeline was loaded before the request was found to be bad")
+
+    monkeypatch.setattr(Pipeline, "load", load)
+
+
+def listed(folder):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+
+
+def test_one_and_several(images, capsys):
+    """Into a file, and into a folder whose name has a dot and that isn't there yet."""
     edit.main(arguments(images))
-    edit.main(arguments(images, b=("b.png", "c.png"), out="results"))
-    one, first, second = (read_image(images / name) for name in ("out.png", "results/b.png", "results/c.png"))
+    edit.main(arguments(images, b=("b.png", "c.png"), out="results/v1.5"))
+    one, first, second = (read_image(images / name) for name in ("out.png", "results/v1.5/b.png", "results/v1.5/c.png"))
     assert one.shape == first.shape == second.shape == (64, 64, 3)
     # Folded for one, beside the weights for two: the same image but for rounding.
     assert np.abs(one.astype(int) - first).max() <= 1
     assert np.abs(first.astype(int) - second).max() > 1
+    told = capsys.readouterr().out.splitlines()  # the recorded a2 and b have other shapes than a
+    assert [line.split()[0] for line in told] == ["a2", "b", "wrote", "a2", "b", "wrote", "wrote"]
+    # Again: nothing is replaced, unless it is asked for.
+    with pytest.raises(UserError, match="out.png exists already"):
+        edit.main(arguments(images, "--seed", "1"))
+    np.testing.assert_array_equal(read_image(images / "out.png"), one)
+    edit.main(arguments(images, "--seed", "1", "--overwrite"))
+    assert np.abs(read_image(images / "out.png").astype(int) - one).max() > 1
+
+
+@pytest.mark.parametrize("out, bs, written", [
+    ("r.png", ["b.png"], ["r.png"]), ("r.JPG", ["b.png"], ["r.JPG"]), ("r", ["x/b.jpg"], ["r/b.png"]),
+    ("r/", ["b.png"], ["r/b.png"]), ("v1.5/", ["b.png"], ["v1.5/b.png"]), ("v1.5", ["b.png"], ["v1.5/b.png"]),
+    ("v1.5", ["b.png", "c.png"], ["v1.5/b.png", "v1.5/c.png"]), ("r.png/", ["b.png"], ["r.png/b.png"]),
+    ("my.results", ["b.png", "c.png"], ["my.results/b.png", "my.results/c.png"])])
+def test_where_results_go(tmp_path, out, bs, written):
+    found = edit.targets(f"{tmp_path}/{out}", [tmp_path / b for b in bs])
+    assert found == [tmp_path / name for name in written]
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--steps", "0"], "--steps is 0"),
-    (["--basis", "nowhere"], "nowhere"),
-    (["--pipeline", "nowhere"], "nowhere"),
-])
-def test_bad_requests(images, more, said):
-    with pytest.raises(UserError, match=said):
+    (["--steps", "0"], "--steps is 0"), (["--steps", "1001"], "1 to 1,000"), (["--guidance", "nan"], "--guidance is nan"),
+    (["--guidance", "inf"], "--guidance is inf"), (["--guidance", "-1"], "--guidance"), (["--seed", "-1"], "--seed is -1"),
+    (["--seed", str(2**64)], "18,446,744,073,709,551,615"), (["--max-size", "15"], "--max-size is 15"),
+    (["--steps", "many"], "--steps"), (["--apply", "folded", "--b", "b.png", "c.png"], "folded serves one"),
+    (["--out", "r.gif"], "suffix .gif"), (["--out", "r.safetensors"], "suffix .safetensors"), (["--out", "/dev/null/r.png"], "no folder"),
+    (["--a", "missing.png"], "missing.png"), (["--b", "b.png", "missing.png", "--out", "results"], "missing.png"),
+    (["--b", "b.png", "c.png"], "give a folder"), (["--b", "x/a.png", "y/A.jpg", "--out", "results"], "results"),
+    (["--out", "b.png", "--overwrite"], "one of the inputs"), (["--out", ".", "--overwrite"], "one of the inputs"),
+    (["--out", "./"], "one of the inputs"), (["--out", "b.png"], "one of the inputs"), (["--out", "c.png"], "exists already"),
+    (["--max-size", "16", "--a", "wide.png"], "at least 16x16")])
+def test_bad_requests_are_told_before_anything_is_loaded(images, monkeypatch, never_loads, more, said):
+    monkeypatch.chdir(images)
+    Image.new("RGB", (90, 9)).save("wide.png")
+    before = {name: (images / name).read_bytes() for name in listed(images)}
+    with pytest.raises(UserError, match=said) as caught:
+        edit.main(arguments(images, *more))
+    assert "\n" not in str(caught.value) and caught.value.code in (1, 2)
+    assert {name: (images / name).read_bytes() for name in listed(images)} == before
+
+
+@pytest.mark.parametrize("more", [["--basis", "nowhere"], ["--pipeline", "nowhere"]])
+def test_missing_files(images, more):
+    with pytest.raises(UserError, match="nowhere"):
         edit.main(arguments(images, *more))
 
 
-def test_missing_image_and_one_file_for_two(images):
-    with pytest.raises(UserError, match="missing.png"):
-        edit.main(arguments(images, b=("missing.png",)))
-    with pytest.raises(UserError, match="give a folder"):
-        edit.main(arguments(images, b=("b.png", "c.png")))
+def test_not_a_number_makes_no_picture(images):
+    tensors, metadata = read_all(BASIS)
+    name = next(name for name in tensors if name.endswith("lora_B"))
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[3] = np.inf
+    write_stream(images / "basis.safetensors", {key: Spec(array.shape, array.dtype) for key, array in tensors.items()},
+                 tensors.get, metadata)
+    with pytest.raises(UserError, match="basis.safetensors: .*lora_B.* infinity in 1 of"):
+        edit.main(arguments(images, "--basis", str(images / "basis.safetensors")))
+    assert not (images / "out.png").exists()
 
 
-def test_help_is_quick_and_errors_are_one_line(tmp_path):
+def test_what_is_told(images, capsys):
+    """A b of another shape, a prompt that is longer than the encoders take, and one that isn't UTF-8."""
+    Image.open(images / "b.png").resize((48, 64)).save(images / "tall.png")
+    edit.main(arguments(images, "--prompt", "gold " * 600 + "\udce9", b=("tall.png",)))
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 5
+    assert "not UTF-8" in told[0]
+    assert "b is stretched" in told[2] and "48x64" in told[2] and "64x64" in told[2]
+    assert "CLIP's 77 tokens" in told[3] and "T5's" in told[3] and "gold" in told[3] and len(told[3]) < 400
+
+
+def test_one_result_that_fails_does_not_cost_the_others(images, monkeypatch):
+    write = edit.write_image
+
+    def fails(path, *rest):
+        if path.name == "b.png":
+            raise UserError("the disk is full")
+        return write(path, *rest)
+
+    monkeypatch.setattr(edit, "write_image", fails)
+    with pytest.raises(UserError, match="1 of 2 results are not written: the disk is full"):
+        edit.main(arguments(images, b=("b.png", "c.png"), out="results"))
+    assert listed(images / "results") == ["c.png"]
+
+
+def test_help_is_quick_and_errors_are_one_line():
     command = [sys.executable, "-m", "lorweb_jax.edit"]
     assert "a is to a2 as b is to the result" in subprocess.run(
         [*command, "--help"], capture_output=True, text=True, check=True).stdout
-    wrong = subprocess.run([*command, "--a", "x.png", "--a2", "x.png", "--b", "x.png", "--out", "y.png"],
+    wrong = subprocess.run([*command, "--a", "x.png", "--a2", "x.png", "--b", "x.png", "--out", os.devnull + ".png"],
                            capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "x.png" in wrong.stderr

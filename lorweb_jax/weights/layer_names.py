@@ -11,8 +11,11 @@ _PATHS = {name: path for path, name in BLOCK_LAYERS.items()}
 
 
 def layer_name(path: str, block: int) -> str:
-    """"transformer_blocks.attn.to_out_0", 3 -> "transformer_blocks.3.attn.to_out.0"."""
-    return BLOCK_LAYERS[path].replace("{l}", str(block))
+    """"transformer_blocks.attn.to_out_0", 3 -> "transformer_blocks.3.attn.to_out.0".
+
+    The path itself, of a layer that the model doesn't have.
+    """
+    return BLOCK_LAYERS.get(path, path).replace("{l}", str(block))
 
 
 def split_layer_name(name: str) -> tuple[str, int] | None:

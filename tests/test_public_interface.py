@@ -1,0 +1,241 @@
+"""Whatever is handed to the public interface: a result, or one sentence that names it. And seeds, of which all 64 bits
+count, texts and numbers that are none."""
+
+import functools
+import math
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from golden import golden_dir
+
+import lorweb_jax
+from lorweb_jax import Basis, BasisConfig, Pipeline, UserError, read_image, write_image
+from lorweb_jax.encoders.tokenizers import left_out, load_clip_tokenizer, load_t5_tokenizer
+from lorweb_jax.finite import is_finite, require_finite
+from lorweb_jax.images.grid import other_shape, stretched
+from lorweb_jax.seeds import random_key
+from lorweb_jax.texts import as_text
+from lorweb_jax.weights.safetensors_io import write
+
+FOLDER = golden_dir() / "tiny_pipeline"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load(FOLDER).attach(golden_dir() / "basis_a.safetensors")
+
+
+@pytest.fixture(scope="module")
+def images():
+    recorded = np.load(golden_dir() / "e2e_square.npz")
+    return recorded["image_a"], recorded["image_atag"], recorded["image_b"]
+
+
+@pytest.fixture(scope="module")
+def coefficients(pipeline, images):
+    return pipeline.coefficients(*images)
+
+
+@pytest.fixture
+def refused(capsys):
+    def call(said, function, *arguments, **options):
+        with pytest.raises(UserError, match=said) as caught:
+            function(*arguments, **options)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+    return call
+
+
+@pytest.mark.parametrize("name, values", [
+    ("steps", ("a", None, 0, -1, 1.5, 28.0, math.inf, math.nan, True, 10**9, 10**5000, [1], np.float32(2))),
+    ("guidance", ("2.5", None, math.nan, math.inf, -1, 101, True, [2.5], 1e400, np.nan, 1j)),
+    ("seed", ("a", None, -1, 2**64, 0.5, True, [0], math.nan, 10**5000)),
+    ("max_size", ("a", 0, -5, 15, 64.0, math.inf, True, 10**12)),
+    ("folded", (0, 1, "yes", [])),
+    ("prompt", (None, 1, b"bytes", ["list"], math.nan)),
+    ("coefficients", (1, "x", [], {}, {"x": 1}, {1: 2})),
+])
+def test_edit_refuses(pipeline, images, refused, name, values):
+    for value in values:
+        refused(name, pipeline.edit, *images, **{name: value})
+
+
+def test_edit_refuses_images(pipeline, images, refused):
+    a, a2, b = images
+    for value in ("a.png", None, 1, a / 255, a > 9, a.astype(np.uint16), a[..., 0], a[:, :, :2], a.tolist(),
+                  torch.from_numpy(a), a.transpose(2, 0, 1), np.zeros((0, 4, 3), np.uint8)):
+        refused("^a2 ", pipeline.edit, a, value, b)
+        refused("^b ", pipeline.coefficients, a, a2, value)
+        refused("^a of analogy 1 ", pipeline.edit_batch, [images, (value, a2, b)], ["", ""])
+        refused("^a ", pipeline.query, [(value, a2, b)])
+    tiny = np.zeros((1, 1, 3), np.uint8)
+    refused("2x2 pixels", pipeline.edit, tiny, tiny, tiny)
+    long = np.zeros((7, 4000, 3), np.uint8)
+    refused("8000x14 pixels", pipeline.edit, long, long, long)
+
+
+def test_batches_refuse(pipeline, images, refused):
+    for conditions in (None, [], images, [images[:2]], "abc", 1, [None]):
+        refused("analog", pipeline.edit_batch, conditions, [""])
+    for prompts in (None, "text", [], ["", ""], [None], 5):
+        refused("prompt", pipeline.edit_batch, [images], prompts)
+    refused("prompts are 'abc'", pipeline.prompt, "abc")
+    wrong = np.zeros((1, 3, 5), np.float32)
+    for noise in (wrong, "noise", 1.0, [[1, 2]], np.full((1, 64, 64), "x")):
+        refused("the noise is", pipeline.edit_batch, [images], [""], noise=noise)
+
+
+def test_coefficients_must_fit(pipeline, images, coefficients, refused):
+    path = next(iter(coefficients))
+    for value in (None, "x", 1.0, coefficients[path][:, :1], coefficients[path].astype(str), coefficients[path] * 1j):
+        for call in (functools.partial(pipeline.edit, *images), functools.partial(pipeline.save_lora, "never.safetensors")):
+            refused("don't fit the basis: of " + path.replace(".", r"\."), call, coefficients=coefficients | {path: value})
+    refused("which has no more", pipeline.edit, *images, coefficients=coefficients | {"more": coefficients[path]})
+    for bad in (np.nan, np.inf):
+        refused("coefficients of " + path, pipeline.edit, *images,
+                coefficients=coefficients | {path: coefficients[path] * bad})
+
+
+def test_a_result_that_is_no_number_is_none(pipeline, images, coefficients, refused):
+    """Coefficients so large that the transformer overflows; noise that is no number."""
+    refused("no result: the latents after sampling holds", pipeline.edit, *images, steps=1, folded=False,
+            coefficients={path: coeff + np.float32(1e30) for path, coeff in coefficients.items()})
+    noise = np.load(golden_dir() / "e2e_square.npz")["latents_packed"].copy()
+    refused("the noise is .*32", pipeline.edit_batch, [images], [""], noise=noise[:, :-1])
+    noise[0, 3, 5] = np.nan
+    refused("the noise holds not-a-number in 1", pipeline.edit_batch, [images], [""], noise=noise)
+
+
+def test_files_that_are_never_written(pipeline, coefficients, refused, tmp_path):
+    save = functools.partial(pipeline.save_lora, tmp_path / "a.safetensors")
+    for value in (1, "x", None, {"x": 1}, {path: coeff * np.nan for path, coeff in coefficients.items()},
+                  {path: coeff * np.inf for path, coeff in coefficients.items()}):
+        refused("coefficients", save, value)
+    refused("float32", save, {path: coeff * 1e9 for path, coeff in coefficients.items()}, dtype="float16")
+    for name, values in (("rank", ("a", 0, -1, 1.5, 10**9, True)), ("dtype", (None, "int8", "x", 5, [1])),
+                         ("alpha", ("x", -1, math.nan, math.inf)), ("names", ("x", None, [1]))):
+        for value in [value for value in values if (name, value) != ("rank", None)]:
+            refused(name, save, coefficients, **{name: value})
+    for path in (None, 5, tmp_path / "a.bin", tmp_path, tmp_path / "there.safetensors"):
+        (tmp_path / "there.safetensors").mkdir(exist_ok=True)
+        refused("file|could not be written", pipeline.save_lora, path, coefficients)
+        refused("file|could not be written", pipeline.save_basis, path)
+    refused("dtype", pipeline.save_basis, tmp_path / "b.safetensors", dtype="int8")
+    refused("not-a-number in 1 of 3 places", write, tmp_path / "c.safetensors", {"x": np.array([0, np.nan, 1])})
+    assert [file.name for file in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+def test_loading_refuses(pipeline, refused):
+    for folder in (None, 5, ["x"], "nowhere"):
+        refused("pipeline|nowhere", Pipeline.load, folder)
+    for name, values in (("dtype", ("x", None, "int8", 5)), ("attention", ("x", None, [1])),
+                         ("quantization", ("x", None, [1])), ("image_encoder", (5, "nowhere"))):
+        for value in values:
+            refused(f"{name.replace('_', ' ')}|nowhere", Pipeline.load, FOLDER, **{name: value})
+    for basis in (None, 5, [], "nowhere"):
+        refused("the basis is|nowhere", pipeline.attach, basis)
+    other = Basis(BasisConfig(size=2, query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+    refused("adapts layer", pipeline.attach, other)
+
+
+@pytest.mark.parametrize("change", [
+    {"size": "a"}, {"size": 1.5}, {"size": True}, {"size": 0}, {"rank": None}, {"key_dim": 10**12}, {"heads": [1]},
+    {"activation": None}, {"query": 5}, {"scale": math.nan}, {"scale": "x"}, {"query_dim": -1}, {"projection": ["linear"]}])
+def test_basis_config_refuses(change, refused):
+    refused("basis." + next(iter(change)), BasisConfig, **change)
+
+
+def test_basis_from_arrays_refuses(refused):
+    good = {"layer": {"a": np.zeros((1, 2, 3, 1)), "b": np.zeros((1, 2, 1, 3))}}
+    config = BasisConfig(size=2, rank=1, query="fixed")
+    assert Basis.from_arrays(config, good).layers
+    for config_, arrays in ((None, good), (config, None), (config, {}), (config, {"layer": None}), (config, {"layer": {}}),
+                            (config, {"layer": good["layer"] | {"a": np.zeros(3)}}),
+                            (config, {"layer": good["layer"] | {"b": np.zeros((1, 3, 1, 3))}})):
+        refused("basis", Basis.from_arrays, config_, arrays)
+
+
+def test_images_read_and_written(refused, tmp_path):
+    for path in (None, 5, b"a.png", ["a.png"]):
+        refused("path", read_image, path)
+        refused("path", write_image, path, np.zeros((1, 1, 3), np.uint8))
+    for image in (None, "a", np.zeros((2, 2)), np.ones((2, 2, 3))):
+        refused("the image to write", write_image, tmp_path / "a.png", image)
+    refused("suffix", write_image, tmp_path / "a.gif", np.zeros((1, 1, 3), np.uint8))
+    refused("at most 16383 a side", write_image, tmp_path / "a.webp", np.zeros((1, 16384, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_exported_names():
+    assert all(getattr(lorweb_jax, name) for name in lorweb_jax.__all__)
+
+
+def test_every_bit_of_a_seed_counts():
+    """Below 2^32 as ever; each single bit, and each pair of seeds that were the same image, gives another key."""
+    seeds = [0, 7, 2**32 - 1, *(1 << bit for bit in range(64)), 2**64 - 1, 2**32 + 7, 9007199254740999, 2**63]
+    keys = {seed: tuple(np.asarray(jax.random.key_data(random_key(seed))).tolist()) for seed in seeds}
+    assert len(set(keys.values())) == len(set(seeds))
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        assert keys[seed] == tuple(np.asarray(jax.random.key_data(jax.random.key(seed))).tolist())
+    assert keys[7] == tuple(np.asarray(jax.random.key_data(random_key(np.uint64(7)))).tolist())
+
+
+def test_seeds_make_other_images(pipeline, images):
+    made = [pipeline.edit(*images, steps=1, folded=False, seed=seed) for seed in (7, 2**32 + 7, 2**64 - 1)]
+    assert all(np.abs(one.astype(int) - other).max() > 1 for one, other in zip(made, made[1:] + made[:1]))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
+                                   ml_dtypes.float8_e5m2])
+def test_finite_is_told_of_every_bit_pattern(dtype):
+    """Against numpy's own isfinite: all codes of up to 16 bits, and the borders of the wider ones."""
+    bits = np.dtype(dtype).itemsize * 8
+    if bits <= 16:
+        values = np.arange(1 << bits).astype(f"u{bits // 8}").view(dtype)
+    else:
+        top = np.finfo(dtype)
+        values = np.array([0, -0.0, 1, top.max, top.min, top.tiny, np.inf, -np.inf, np.nan, top.smallest_subnormal], dtype)
+    expected = np.isfinite(values.astype(np.float32) if bits < 32 else values)
+    assert [is_finite(values[i:i + 1]) for i in range(len(values))] == expected.tolist()
+    assert is_finite(values[expected][::-1]) and not is_finite(values.reshape(2, -1).T)
+    with pytest.raises(UserError, match=r"x holds (not-a-number|infinity) in [\d,]+.* of"):
+        require_finite(values, "x", "do something")
+
+
+def test_texts():
+    assert as_text("caf\u00e9 \u56fe\0\n\x1b[0m", "it") == "caf\u00e9 \u56fe\0\n\x1b[0m"
+    assert as_text("dor\udce9 \ud800", "it") == "dor\ufffd \ufffd"
+    for value in (None, 5, b"x", ["x"]):
+        with pytest.raises(UserError, match="it is .* a text"):
+            as_text(value, "it")
+
+
+@pytest.mark.parametrize("text", ["", "caf\u00e9", "\0", "\x1b[31m", "a\nb\tc", "\u56fe" * 50, "\ufdfa" * 9, "\udce9", "\u202e", "\U0001f600" * 40])
+def test_any_text_becomes_an_embedding(pipeline, text):
+    found, pooled = pipeline.prompt([text])
+    assert np.isfinite(np.asarray(found)).all() and np.isfinite(np.asarray(pooled)).all()
+
+
+def test_what_of_a_text_is_left_out():
+    """As diffusers tells: what stands beyond the last token but the end token, decoded."""
+    clip, t5 = load_clip_tokenizer(str(FOLDER / "tokenizer")), load_t5_tokenizer(str(FOLDER / "tokenizer_2"))
+    for tokenizer, ends in ((clip, 2), (t5, 1)):
+        for text in ("a frame", "put a golden frame around it, and another one " * 12, "\ufdfa" * 9):
+            ids = tokenizer(text)["input_ids"]
+            assert left_out(tokenizer, text, len(ids)) == ""
+            for fewer in range(1, min(5, len(ids) - ends)):
+                expected = tokenizer.batch_decode([ids[len(ids) - fewer - 1:-1]], skip_special_tokens=True)[0].strip()
+                assert left_out(tokenizer, text, len(ids) - fewer) == expected
+
+
+def test_other_shapes():
+    for size, target, expected in (((48, 64), (64, 48), True), ((32, 24), (64, 48), False), ((1000, 667), (640, 427), False),
+                                   ((33, 25), (64, 48), False), ((100, 100), (64, 60), True), ((1, 1), (64, 48), True)):
+        assert other_shape(size, target) is expected
+    flat = [np.zeros((height, width, 3), np.uint8) for width, height in ((64, 48), (32, 24), (48, 64))]
+    [sentence] = stretched([tuple(flat), tuple(flat[:2]) + (flat[1],)])
+    assert sentence.startswith("b is stretched to a's shape in 1 of 2 analogies") and "48x64 to 64x48" in sentence
