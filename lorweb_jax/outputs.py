@@ -23,11 +23,10 @@ def require_writable(paths: Sequence[str | Path], inputs: Iterable[str | Path] =
     """UserError, before any work, where one of the files could not be written or would take another's place.
 
     paths: files to be written; missing folders are made with them. inputs: what is read, which is never replaced; of a
-    folder that is its weights and config.yaml.
-    overwrite: whether other files that are there may be. nbytes: what all files take on disk together, roughly.
+    folder that is its weights and config.yaml. overwrite: whether other files that are there may be. nbytes: what all
+    files take on disk together, roughly.
     """
-    paths = [Path(path) for path in paths]
-    inputs = [file for given in inputs for file in [given, *Path(given).glob("*.safetensors"), *Path(given).glob("*.yaml")]]
+    paths, inputs = [Path(path) for path in paths], list(inputs)
     names: dict[str, Path] = {}
     for path in paths:
         # Some file systems take names that differ in case, or in how accents are coded, for the same.
@@ -38,9 +37,9 @@ def require_writable(paths: Sequence[str | Path], inputs: Iterable[str | Path] =
                             "rename one of the inputs, or make the results one by one", 2)
         names[same] = path
     for path in paths:
-        _require_free(path, inputs, overwrite)
-    for path in {path.parent: path for path in paths}.values():
-        _probe(path, nbytes)
+        require_free(path, inputs, overwrite=overwrite)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        _probe([path for path in paths if path.parent == folder], nbytes)
 
 
 def require_new_folder(folder: str | Path) -> None:
@@ -49,10 +48,13 @@ def require_new_folder(folder: str | Path) -> None:
     with told_if_unwritable(folder):
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists already and is not an empty folder; name another")
-    _probe(folder / "results", 0)
+    _probe([folder / "results"], 0)
 
 
-def _require_free(path: Path, inputs: list[str | Path], overwrite: bool) -> None:
+def require_free(path: str | Path, inputs: Iterable[str | Path] = (), *, overwrite: bool = False) -> None:
+    """The same of what is at one path now; nothing is tried."""
+    path = Path(path)
+    inputs = [file for given in map(Path, inputs) for file in [given, *given.glob("*.safetensors"), *given.glob("*.yaml")]]
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -72,9 +74,23 @@ def _require_free(path: Path, inputs: list[str | Path], overwrite: bool) -> None
         raise UserError(f"{path} exists already; give another name, or add --overwrite to replace it", 2)
 
 
-def _probe(path: Path, nbytes: int) -> None:
-    """Write a little beside `path` and take it away again, with the folders that were made for it."""
+def _probe(paths: list[Path], nbytes: int) -> None:
+    """Write a little beside files of one folder and take it away again, with the folders that were made for it."""
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError):  # another process has just taken its own folder away
+            free = _tried(paths)
+            break
+    else:
+        raise UserError(f"{paths[0]} could not be written, for its folder comes and goes; give another folder")
+    if nbytes > free:
+        raise UserError(f"{paths[0].parent} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed; make room "
+                        "or write elsewhere")
+
+
+def _tried(paths: list[Path]) -> int:
+    """Bytes that are free where files of one folder will be written; FileNotFoundError if it vanishes meanwhile."""
     made: list[Path] = []
+    path = paths[0]
     try:
         missing = []
         folder = Path(os.path.realpath(path)).parent
@@ -84,28 +100,28 @@ def _probe(path: Path, nbytes: int) -> None:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             made.append(folder)
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # a name that is too long, now that its folder is there
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()  # a name that is too long, now that its folder is there
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
             file.write(_PROBE)
             file.flush()
             os.fsync(file.fileno())
-        free = shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise _not_writable(path, error) from None
     finally:
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    if nbytes > free:
-        raise UserError(f"{path.parent} has {free / 1e9:.2f} GB free, and {nbytes / 1e9:.2f} GB are needed; make room "
-                        "or write elsewhere")
 
 
 def _not_writable(path: Path, error: OSError | ValueError) -> UserError:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return UserError(f"{path} could not be written, for {error.filename or path.parent} is a file and no folder; "
-                         "give another folder")
+                         "give another folder", 2)
     return UserError(f"{path} could not be written ({getattr(error, 'strerror', None) or error}); check the folder, its "
                      "permissions and the free space")
 

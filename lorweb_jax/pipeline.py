@@ -30,7 +30,7 @@ from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model, s
 from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.layers import Addition
 from lorweb_jax.model import AnalogyModel
-from lorweb_jax.outputs import told_if_unwritable
+from lorweb_jax.outputs import require_free, told_if_unwritable
 from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.quantization import KINDS
 from lorweb_jax.seeds import random_key
@@ -51,9 +51,11 @@ Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
 class Pipeline:
     """A FLUX Kontext pipeline with, optionally, a basis of LoRAs. Images are uint8 [H, W, 3]."""
 
-    def __init__(self, folder: PipelineFolder, model: AnalogyModel, precomputed: Precomputed | None = None):
-        """precomputed: where the model has no text or image encoder, what they would have said."""
-        self.folder, self.model, self.precomputed = folder, model, precomputed
+    def __init__(self, folder: PipelineFolder, model: AnalogyModel, precomputed: Precomputed | None = None,
+                 source: Path | None = None):
+        """precomputed: where the model has no text or image encoder, what they would have said. source: where the basis
+        was read from, if it was; nothing is written over it."""
+        self.folder, self.model, self.precomputed, self.source = folder, model, precomputed, source
 
     @classmethod
     def load(cls, folder: str | Path, image_encoder: str | Path | None = None, *, dtype: Any = "float32",
@@ -92,14 +94,15 @@ class Pipeline:
         config: the published basis's config.yaml, where it doesn't lie beside it. Weights are shared, not copied.
         Raises UserError for a basis that doesn't fit the transformer or the image encoder.
         """
-        layers = block_linears(self.folder.flux_config)
+        layers, source = block_linears(self.folder.flux_config), None
         if isinstance(basis, Basis):
             require_fits(basis.to_arrays(), layers, "the basis")
         else:
             config = None if config is None else as_path(config, "the basis's config")
-            basis = Basis.from_arrays(*load_basis(as_path(basis, "the basis"), layers, config))
+            source = as_path(basis, "the basis")
+            basis = Basis.from_arrays(*load_basis(source, layers, config))
         self.folder.complete(basis.config, self.model.image_encoder)
-        return Pipeline(self.folder, _with(self.model, basis=basis), self.precomputed)
+        return Pipeline(self.folder, _with(self.model, basis=basis), self.precomputed, source)
 
     def query(self, conditions: list[Images]) -> jax.Array:
         """The external query [b, q] of analogies (a, a′, b), each at its own size."""
@@ -207,7 +210,7 @@ class Pipeline:
         Where there are several processes all call this, and process 0 writes. Raises UserError for another suffix or
         dtype, numbers that are not finite in it, and where the files can't be written.
         """
-        basis, path, dtype = self._basis(), as_path(path, "the file", ".safetensors"), _dtype(dtype)
+        basis, path, dtype = self._basis(), self._target(path), _dtype(dtype)
         arrays = _arrays(basis)
         if jax.process_index() == 0:
             with told_if_unwritable(path):
@@ -222,7 +225,7 @@ class Pipeline:
         lora_file.write_lora. Raises UserError for coefficients of another basis, another suffix, rank, dtype, alpha or
         names, numbers that are not finite in the dtype, and where the file can't be written.
         """
-        basis, error, path, dtype = self._basis(), None, as_path(path, "the file", ".safetensors"), _dtype(dtype)
+        basis, error, path, dtype = self._basis(), None, self._target(path), _dtype(dtype)
         coefficients = self._fitting(coefficients)
         if rank is not None:
             rank = as_value(rank, "the rank", RANK)
@@ -259,6 +262,12 @@ class Pipeline:
                                     for path, coeff in coefficients.items()})
         return basis.additions(None if basis.config.query == "internal" else self._coefficients(conditions))
 
+
+    def _target(self, path: Any) -> Path:
+        """A .safetensors file to write, which may replace another one but not what the basis was read from."""
+        path = as_path(path, "the file", ".safetensors")
+        require_free(path, [self.source] if self.source else [], overwrite=True)
+        return path
 
     def _noise(self, noise: Any, batch: int, size: tuple[int, int]) -> np.ndarray:
         """Packed latents [b, s, c] for grids of `size` = (height, width), as float32; UserError for anything else."""

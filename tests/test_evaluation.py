@@ -213,6 +213,15 @@ def test_unreadable_images_are_replaced_and_reported(data):
         read(data)
 
 
+def test_images_of_another_shape_are_told_once(data, random, capsys):
+    write_task(data / "third/Group1", random, 2)
+    image = Image.open(data / "third/Group1/0.png").resize((96, 24))
+    image.save(data / "third/Group1/0.png")
+    read(data)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "stretched" in told and "third/Group1/" in told
+
+
 def test_batches():
     images = [np.zeros((size, 2, 3)) for size in (4, 4, 8, 4, 4, 4)]
     assert list(batches(images, 2)) == [([0, 1], [0, 1]), ([3, 4], [3, 4]), ([5], [5, 5]), ([2], [2])]

@@ -240,6 +240,21 @@ def test_whatever_one_image_raises_the_others_are_read(tmp_path, monkeypatch, er
     assert problem.file == "Group1/1.png" and problem.reason.startswith(type(error).__name__)
 
 
+def test_what_is_left_out_of_images_is_logged_once(tmp_path, caplog):
+    """Stretched to the quadrant's shape, a profile of no use, more than one frame: each told of the first such file."""
+    root = write_data(tmp_path, 3, height=SIDE, width=2 * SIDE)
+    pictures = [Image.open(file).copy() for file in sorted((root / "t0" / "Group1").glob("*.png"))]
+    for number, picture in enumerate(pictures):
+        picture.save(root / "t0" / "Group1" / f"{number}.png", icc_profile=b"rubbish", save_all=True,
+                     append_images=[picture.rotate(180)])
+    with contextlib.closing(AnalogyLoader(root, 3, quadrant_size=SIDE, workers=0)) as loader:
+        for _ in range(4):
+            next(loader)
+    told = [message for message in caplog.messages if str(root) in message]
+    assert len(told) == 3
+    assert {sum(words in line for line in told) for words in ("stretched", "profile", "frames")} == {1}
+
+
 def test_a_task_that_turned_unreadable_gives_way_to_the_next(tmp_path):
     root = write_data(tmp_path, 2, 3)
     tasks = read_tasks(root, Problems())

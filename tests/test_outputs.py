@@ -164,6 +164,37 @@ def test_a_command_whose_reader_leaves(tmp_path, status):
     assert found.stdout == b"0 \\u0444\n" and found.stderr == b""
 
 
+ROOT = Path(errors.__file__).parents[1]
+KONTEXT = ["--config=configs/basis.py:kontext", "--topology=gpu:h100x1"]
+
+
+@pytest.mark.parametrize("command, written", [
+    (["-m", "lorweb_jax.plan", *KONTEXT, "--json={}/out.json"], "out.json"),
+    (["-m", "lorweb_jax.plan", *KONTEXT, "--json={}/new/a.json", "--hlo={}/new/A.json"], None),
+    (["tools/benchmark.py", "--no-torch", "--json={}/out.json"], "out.json"),
+    (["tools/build_base.py", "--runs={}/out", "--out={}/out"], "out/model_index.json"),
+    (["tools/build_base.py", "--runs={}/out", "--out={}/out", "--overwrite"], "out/mine.txt"),
+    (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out/table.json"),
+    (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out/sheet.png"),
+    (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out"),
+    (["-m", "lorweb_jax.export", "published", "run", "{}/b.safetensors"], "b.safetensors"),
+    (["-m", "lorweb_jax.export", "published", "{}", "{}/b.safetensors", "--overwrite"], "b.safetensors"),
+    (["-m", "lorweb_jax.export", "checkpoint", "run", "{}/out"], "out/x"),
+    (["-m", "lorweb_jax.export", "lora", "{}/b.safetensors", "{}/b.safetensors", "--pipeline=p", "--overwrite"],
+     "b.safetensors"),
+    (["-m", "lorweb_jax.export", "lora", "b", "{}/b.safetensors", "--pipeline=p"], "b.safetensors")])
+def test_commands_refuse_to_replace_files_before_they_load(tmp_path, command, written):
+    """Each in one line and a second or two, for nothing is loaded; what was there stays."""
+    if written:
+        (tmp_path / written).parent.mkdir(exist_ok=True)
+        (tmp_path / written).write_text("of the user")
+    found = subprocess.run([sys.executable, *(word.format(*[tmp_path] * 2) for word in command)], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert found.returncode in (1, 2) and found.stderr.count("\n") == 1, found.stderr
+    assert any(words in found.stderr for words in ("exists already", "one of the inputs", "differ in case", "is a file"))
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["of the user"] * bool(written)
+
+
 def test_errors_of_a_command_are_one_line(capsys):
     def fails():
         raise UserError("no \udce9")

@@ -76,6 +76,8 @@ def test_edit_refuses_images(pipeline, images, refused):
     refused("2x2 pixels", pipeline.edit, tiny, tiny, tiny)
     long = np.zeros((7, 4000, 3), np.uint8)
     refused("8000x14 pixels", pipeline.edit, long, long, long)
+    refused("less extreme", pipeline.coefficients, *[np.zeros((8, 80_000, 3), np.uint8)] * 3)
+    refused("at most 80,000,000", pipeline.edit, a, a2, np.broadcast_to(b[:1, :1], (9000, 9000, 3)))
 
 
 def test_batches_refuse(pipeline, images, refused):
@@ -127,6 +129,8 @@ def test_files_that_are_never_written(pipeline, coefficients, refused, tmp_path)
     refused("dtype", pipeline.save_basis, tmp_path / "b.safetensors", dtype="int8")
     refused("not-a-number in 1 of 3 places", write, tmp_path / "c.safetensors", {"x": np.array([0, np.nan, 1])})
     assert [file.name for file in tmp_path.iterdir()] == ["there.safetensors"]
+    refused("one of the inputs", pipeline.save_basis, golden_dir() / "basis_a.safetensors")
+    refused("one of the inputs", pipeline.save_lora, golden_dir() / "basis_a.safetensors", coefficients)
 
 
 def test_loading_refuses(pipeline, refused):

@@ -82,6 +82,13 @@ def test_a_sheet_shows_small_images_enlarged_with_hard_edges():
     assert shown.dtype == np.uint8 and (shown[:14] == 0).any()  # the titles
 
 
+@pytest.mark.parametrize("text", ["a\nb", "\udce9", "\0\x1b[0m", "\u56fe", "x" * 100_000, ""])
+def test_pictures_take_any_text_in_no_time(text):
+    image = np.zeros((8, 8, 3), np.uint8)
+    shown = [pictures.sheet([(text, [image])], columns=[text]), pictures.heat_map(np.eye(2), [text] * 2, [text] * 2, text)]
+    assert all(max(picture.shape) < 2000 for picture in shown)
+
+
 def test_a_heat_map_is_darkest_where_the_value_is_highest():
     values = np.zeros((3, 5))
     values[2, 4] = 1

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.images.arrays import MAX_PIXELS
 from lorweb_jax.images.resize import resize
 from lorweb_jax.schema import Between, Pixels, checked, read_json
 
@@ -117,7 +118,10 @@ class ImageProcessor:
                 "image_mean": list(self.mean), "image_std": list(self.std), "do_convert_rgb": True}
 
     def resized(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> uint8 [h, w, 3], the encoder's size; bytes equal to transformers' processors'."""
+        """uint8 [H, W, 3] -> uint8 [h, w, 3], the encoder's size; bytes equal to transformers' processors'.
+
+        UserError for an image so long that its short side would take it beyond MAX_PIXELS.
+        """
         height, width = image.shape[:2]
         if self.shortest_edge:
             short, long = sorted((height, width))
@@ -125,6 +129,9 @@ class ImageProcessor:
             target = (self.shortest_edge, longer) if height <= width else (longer, self.shortest_edge)
         else:
             target = self.size or (height, width)
+        if target[0] * target[1] > MAX_PIXELS:
+            raise UserError(f"an image of {width}x{height} pixels can't be brought to the image encoder's size, "
+                            f"{target[1]}x{target[0]}; crop it to a less extreme shape")
         image = resize(image, target[::-1], self.resample)
         return _centre_crop(image, *self.crop) if self.crop else image
 

@@ -81,8 +81,11 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
         return image
 
 
-def _eight(samples: np.ndarray, largest: int = 65535) -> np.ndarray:
-    return ((samples.astype(np.uint32) * 255 + largest // 2) // largest).astype(np.uint8)
+_LEVELS = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits in 8
+
+
+def _eight(samples: np.ndarray) -> np.ndarray:
+    return _LEVELS[samples]
 
 
 def _alpha(image: Image.Image, deep: np.ndarray | None, raw: str) -> np.ndarray | None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lorweb_jax.errors import UserError, say
-from lorweb_jax.images.arrays import as_image
+from lorweb_jax.images.arrays import MAX_PIXELS, as_image
 from lorweb_jax.images.convert import to_rgb
 from lorweb_jax.outputs import write_file
 
@@ -21,7 +21,6 @@ READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
            ".tiff": "TIFF"}
 _LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
-MAX_PIXELS = 80_000_000                       # below Pillow's own limit; such a picture takes 240 MB in memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ours comes first, as an error
 
 # {how a file begins: what it is}, of formats that people take for pictures of a kind that any program reads.
