@@ -1,5 +1,6 @@
 """Pictures of a run: rows of images with captions, labelled heat maps. Drawn with PIL, small images scaled up."""
 
+import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,9 +30,8 @@ def _shortened(text: str, width: int) -> str:
     text = printable(text.replace("′", "'"), width)  # no character is as narrow as a pixel
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect.bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "…"))
+    return text[:max(0, fitting - 1)] + "…"
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str] = ()) -> np.ndarray:
@@ -66,7 +66,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
     cell_w, cell_h = max(14, *(int(font.getlength(name)) + 4 for name in columns)), 16
     left = max(int(font.getlength(name)) for name in rows) + 2 * MARGIN
     top = 2 * LINE + 2 * MARGIN
-    heading = f"{title}  ({low:.3g} white … {high:.3g} dark)".strip()
+    heading = f"{_shortened(title, 400)}  ({low:.3g} white … {high:.3g} dark)".strip()
     width = max(left + cell_w * len(columns), int(font.getlength(heading))) + 2 * MARGIN
     canvas = Image.new("RGB", (width, top + cell_h * len(rows) + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
