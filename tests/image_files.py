@@ -39,15 +39,16 @@ def png(colour, depth, samples, *, palette=None, trns=None, icc=None):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-def tiff(samples, depth, photometric, order="<"):
-    """An uncompressed TIFF of one strip, of integer samples [H, W, C]; depth 8, 12 or 16."""
+def tiff(samples, depth, photometric, order="<", deflated=False):
+    """A TIFF of one strip, of integer samples [H, W, C]; depth 8, 12 or 16."""
     height, width, channels = samples.shape
     if depth == 12:
         data = b"".join(packed(samples, 12))
     else:
         data = samples.astype(f"{order}u{depth // 8}").tobytes()
+    data = zlib.compress(data) if deflated else data
     depths = struct.pack(f"{order}{channels}H", *[depth] * channels)
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, None), (259, 3, 1, 1), (262, 3, 1, photometric),
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, None), (259, 3, 1, 8 if deflated else 1), (262, 3, 1, photometric),
             (273, 4, 1, None), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, 1, len(data))]
     after = 8 + 2 + 12 * len(tags) + 4
     ifd = struct.pack(f"{order}H", len(tags))

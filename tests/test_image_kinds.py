@@ -74,14 +74,17 @@ def test_png(tmp_path, colour, depth, transparent, linear):
 
 @pytest.mark.parametrize("channels, depth, photometric, order", [
     (1, 8, 1, "<"), (1, 8, 0, "<"), (1, 16, 1, "<"), (1, 16, 1, ">"), (1, 16, 0, "<"), (1, 12, 1, "<"),
-    (3, 8, 2, "<"), (3, 16, 2, "<"), (3, 16, 2, ">")])
-def test_tiff(tmp_path, channels, depth, photometric, order):
-    """Grey both ways round, 12 and 16 bits, both byte orders."""
+    (3, 8, 2, "<"), (3, 16, 2, "<"), (3, 16, 2, ">"), (4, 8, 5, "<"), (4, 16, 5, "<")])
+@pytest.mark.parametrize("deflated", [False, True], ids=["", "deflated"])
+def test_tiff(tmp_path, channels, depth, photometric, order, deflated):
+    """Grey both ways round, RGB and CMYK, 12 and 16 bits, both byte orders; decoded by Pillow or by libtiff."""
     samples = np.random.default_rng(depth).integers(0, 1 << depth, (6, 10, channels))
-    (tmp_path / "a.tif").write_bytes(tiff(samples, depth, photometric, order))
+    (tmp_path / "a.tif").write_bytes(tiff(samples, depth, photometric, order, deflated))
     values = samples / ((1 << depth) - 1)
+    if photometric == 5:
+        values = (1 - values[..., :3]) * (1 - values[..., 3:])
     expected = meant(1 - values if photometric == 0 else values, 1.0).round()
-    assert np.abs(read_image(tmp_path / "a.tif") - expected).max() <= (depth == 12)
+    assert np.abs(read_image(tmp_path / "a.tif") - expected).max() <= (depth == 12 or photometric == 5)
 
 
 def test_embedded_profile_in_every_format(tmp_path, capsys):
