@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lorweb_jax.command_line import Parser  # noqa: E402
 from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
+from lorweb_jax.outputs import require_writable  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -67,8 +68,10 @@ def main() -> None:
     dtype = {"keep": None, "bfloat16": ml_dtypes.bfloat16}.get(args.dtype, args.dtype)
     if args.shard_gb <= 0:
         raise UserError(f"--shard-gb is {args.shard_gb}; it must be above 0", 2)
-    # All sources are recognised before the first is written.
-    for source in _recognised(args):
+    # All sources are recognised, and all places found free, before the first is written.
+    sources = _recognised(args)
+    require_writable([pretrained.target_of(source, args.to.replace("-", "_"), args.out) for source in sources])
+    for source in sources:
         checkpoint = source.checkpoint
         print(f"{checkpoint.path}: a FLUX {source.kind} in the {source.layout.replace('_', '-')} layout: "
               f"{len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, "

@@ -76,6 +76,15 @@ def save_folder(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str
     write_json(folder / "config.json", config)
 
 
+def target_of(source: Source, layout: str, out: str | Path) -> Path:
+    """What `convert` will write. UserError if the name exists already."""
+    model = KINDS[source.kind]
+    target = Path(out) / (model.single_file if layout == "black_forest" else source.kind)
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already; remove it or give another output folder")
+    return target
+
+
 def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
             max_shard_bytes: int = _SHARD_BYTES, progress: Progress | None = None) -> tuple[Path, dict[str, Spec]]:
     """Write `source` in `layout` below the folder `out`; returns (what was written, its tensors).
@@ -87,9 +96,7 @@ def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
     """
     model, checkpoint = KINDS[source.kind], source.checkpoint
     single = layout == "black_forest"
-    target = Path(out) / (model.single_file if single else source.kind)
-    if target.exists():
-        raise UserError(f"{target} exists already; remove it or give another output folder")
+    target = target_of(source, layout, out)
     parameter_shapes = model.shapes(source.config)
     here = Layout(model.rows(source.config, source.layout), parameter_shapes)
     there = Layout(model.rows(source.config, layout), parameter_shapes)
