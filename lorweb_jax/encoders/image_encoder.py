@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lorweb_jax.encoders import queries, siglip
+from lorweb_jax.encoders import clip, queries, siglip
 from lorweb_jax.encoders.processor import FILE, ImageProcessor
 from lorweb_jax.errors import UserError
 from lorweb_jax.schema import read_json, shown
@@ -84,8 +84,6 @@ def open_image_encoder(folder: str | Path) -> ImageEncoderFolder:
                             "again from where the encoder came from")
 
     if model_type in _CLIP:
-        from lorweb_jax.encoders import clip  # transformers takes seconds to import
-
         config = clip.vision_config(folder)
         require_size(config.image_size, config.patch_size)
         return ImageEncoderFolder(lambda rngs: clip.ClipVision(config, rngs=rngs),

@@ -12,12 +12,12 @@ import string
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from lorweb_jax.encoders import spiece
+from lorweb_jax.encoders.tokenizers import CLIP_TOKENS, END, START
 from lorweb_jax.errors import UserError
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-PAD_T5, END_T5, UNKNOWN_T5 = "<pad>", "</s>", "<unk>"
-CLIP_TOKENS = 77
 
 
 def train_small_tokenizers(captions: list[str], instructions: list[str], folder: str | Path, *,
@@ -81,37 +81,48 @@ def _merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def _write_clip(words: Counter, folder: Path) -> int:
-    from transformers import CLIPTokenizer
-
     ascii_words = Counter({word: count for word, count in words.items() if word.isascii()})
     merges = byte_pair_merges(ascii_words)
     letters = _byte_letters()
     # The end token comes last: CLIP pools the largest id of a sentence.
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        (Path(scratch) / "merges.txt").write_text(
-            "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n", encoding="utf-8")
-        CLIPTokenizer(f"{scratch}/vocab.json", f"{scratch}/merges.txt", pad_token=END,
-                      model_max_length=CLIP_TOKENS).save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n",
+                                       encoding="utf-8")
+    _write_json(folder / "vocab.json", vocabulary)
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    _write_settings(folder, "CLIPTokenizer", special, {vocabulary[token]: token for token in (START, END)},
+                    model_max_length=CLIP_TOKENS, normalized=True, errors="replace")
     return len(vocabulary)
 
 
 def _write_t5(words: Counter, folder: Path, tokens: int) -> int:
-    from transformers import T5TokenizerFast
-
     model = _sentencepiece_model(words)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "spiece.model"
-        path.write_bytes(model.SerializeToString())
-        # Without add_prefix_space the conversion drops the first word's leading "▁".
-        T5TokenizerFast(str(path), extra_ids=0, add_prefix_space=True, legacy=False,
-                        model_max_length=tokens).save_pretrained(folder)
-    # tokenizer.json has it now; as a setting it would have every loader convert again.
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "add_prefix_space": None}, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    spiece.tokenizer(model.SerializeToString(), after_special_tokens=False).save(str(folder / "tokenizer.json"))
+    special = {"eos_token": spiece.END, "pad_token": spiece.PAD, "unk_token": spiece.UNKNOWN}
+    # tokenizer.json has the first word's mark; as a setting it would have loaders convert spiece.model again.
+    _write_settings(folder, "T5Tokenizer", special, {i: model.pieces[i].piece for i in range(3)},
+                    model_max_length=tokens, normalized=False, add_prefix_space=None, extra_ids=0, legacy=False)
     return len(model.pieces)
+
+
+def _write_settings(folder: Path, kind: str, special: dict[str, str], decoder: dict[int, str], *,
+                    normalized: bool, **settings: Any) -> None:
+    """tokenizer_config.json and special_tokens_map.json, as transformers writes and reads them."""
+    options = {"lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+    _write_json(folder / "special_tokens_map.json", {name: {"content": token, **options}
+                                                     for name, token in special.items()})
+    added = {str(number): {"content": token, **options, "special": True} for number, token in decoder.items()}
+    _write_json(folder / "tokenizer_config.json", dict(sorted({
+        "added_tokens_decoder": added, "clean_up_tokenization_spaces": False, "extra_special_tokens": {},
+        "tokenizer_class": kind, **special, **settings}.items())))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sentencepiece_model(words: Counter):
@@ -133,7 +144,8 @@ def _sentencepiece_model(words: Counter):
     model.normalizer_spec.normalization_rule_tsv = ""
     del model.pieces[:]
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    for name, kind in ((PAD_T5, kinds.CONTROL), (END_T5, kinds.CONTROL), (UNKNOWN_T5, kinds.UNKNOWN)):
+    for name, kind in ((spiece.PAD, kinds.CONTROL), (spiece.END, kinds.CONTROL),
+                       (spiece.UNKNOWN, kinds.UNKNOWN)):
         model.pieces.add(piece=name, score=0.0, type=kind)
     total = sum(words.values())
     scores = {}

@@ -3,9 +3,6 @@
 Letters: b batch, v views, t text tokens, j their width, p pooled width, q query width.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +19,6 @@ from lorweb_jax.training.state import Shapes
 from lorweb_jax.transformer.attention import resolve
 from lorweb_jax.transformer.flux import FluxConfig, LinearShape, block_linears
 from lorweb_jax.weights.known_pipeline import open_pipeline
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
 
 
 class PlannedBasisJob(BasisJob):
@@ -30,27 +26,13 @@ class PlannedBasisJob(BasisJob):
 
     def __init__(self, config, platform: str):
         self.config, self.basis_config = config, BasisConfig(**config.basis)
-        self.folder = _opened(config.pipeline, config.basis.encoder)
+        self.folder = open_pipeline(config.pipeline, config.basis.encoder)
         # For the devices that are planned for, not for those of this machine.
         self.planned_attention = resolve(config.attention, platform, jnp.dtype(config.compute_dtype),
                                          self.folder.flux_config.attention_head_dim)
         # cuDNN's can't even be traced where it isn't.
         self.attention = {"cudnn": "xla"}.get(self.planned_attention, self.planned_attention)
         self.scope = Scope.of(config, self.folder, {}) if config.precomputed else None
-
-
-@functools.cache
-def _opened(pipeline: str, image_encoder: str) -> PipelineFolder:
-    """The folder, whose image encoder is traced once: transformers' takes seconds, and every plan makes it anew."""
-    folder = open_pipeline(pipeline, image_encoder)
-    if folder.encoder:
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: folder.encoder.make(nnx.Rngs(0))))
-
-        def make(rngs: nnx.Rngs) -> nnx.Module:
-            return nnx.merge(graphdef, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), state))
-
-        folder.encoder = dataclasses.replace(folder.encoder, make=make)
-    return folder
 
 
 def planned_job(config, platform: str) -> PlannedBasisJob:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lorweb_jax.encoders.clip_towers import ClipVision, CLIPTextConfig, CLIPVisionConfig
 from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, open_image_encoder
 from lorweb_jax.encoders.processor import ImageProcessor
 from lorweb_jax.encoders.t5 import T5Config
@@ -49,9 +50,7 @@ class KontextSizes(PipelineFolder):
         self.encoder = _image_encoder(image_encoder)
 
     def clip_text_config(self):
-        """CLIP ViT-L/14's text tower, for which transformers' defaults are off in widths alone."""
-        from transformers import CLIPTextConfig
-
+        """CLIP ViT-L/14's text tower, of which the defaults are off in widths alone."""
         return CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
 
 
@@ -59,10 +58,6 @@ def _image_encoder(folder: str) -> ImageEncoderFolder:
     """CLIP ViT-L/14 with its projection, unless there is such a folder."""
     if folder and Path(folder).is_dir():
         return open_image_encoder(folder)
-    from transformers import CLIPVisionConfig
-
-    from lorweb_jax.encoders.clip import ClipVision
-
     config = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                               patch_size=14, projection_dim=768)
     processor = ImageProcessor(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),

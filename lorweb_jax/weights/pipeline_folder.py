@@ -15,7 +15,7 @@ from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.clip import ClipText, open_clip_text, text_config
 from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, existing_encoder, open_image_encoder
 from lorweb_jax.encoders.t5 import T5Config, T5Encoder, open_t5
-from lorweb_jax.encoders.tokenizers import (left_out, load_clip_tokenizer, load_t5_tokenizer, tokenize_clip,
+from lorweb_jax.encoders.tokenizers import (TextTokenizer, load_clip_tokenizer, load_t5_tokenizer, tokenize_clip,
                                             tokenize_t5)
 from lorweb_jax.errors import UserError, say
 from lorweb_jax.flow.schedule import Schedule
@@ -78,7 +78,7 @@ class PipelineFolder:
     @property
     def text_tokens(self) -> int:
         """t, the length that T5 instructions are padded to."""
-        return min(MAX_TEXT_TOKENS, load_t5_tokenizer(str(self.folder / "tokenizer_2")).model_max_length)
+        return min(MAX_TEXT_TOKENS, load_t5_tokenizer(str(self.folder / "tokenizer_2")).max_length)
 
     def clip_text_config(self):
         """CLIPTextConfig of the pooled text encoder."""
@@ -106,7 +106,7 @@ class PipelineFolder:
         longer, first = set(), {}
         for encoder, tokenizer, tokens in self._text_encoders():
             for text in texts:
-                if rest := left_out(tokenizer, text, tokens):
+                if rest := tokenizer.left_out(text, tokens):
                     longer.add(text)
                     first.setdefault(encoder, f"after {encoder}'s {tokens} tokens {_shortened(rest)}")
         if longer:
@@ -115,10 +115,10 @@ class PipelineFolder:
                 f"{len(longer):,} of {len(texts):,} {name}s are longer than the text encoders take: {where} is left out "
                 "of the first of them")
 
-    def _text_encoders(self) -> Iterator[tuple[str, Any, int]]:
+    def _text_encoders(self) -> Iterator[tuple[str, TextTokenizer, int]]:
         """(name, tokenizer, tokens that it takes) of each."""
         clip = load_clip_tokenizer(str(self.folder / "tokenizer"))
-        yield "CLIP", clip, clip.model_max_length
+        yield "CLIP", clip, clip.max_length
         yield "T5", load_t5_tokenizer(str(self.folder / "tokenizer_2")), self.text_tokens
 
     def make(self, rngs: nnx.Rngs, basis: BasisConfig | None = None, *, dtype=jnp.float32, remat: str = "none",
