@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from tiny_flux import relative
+from compare import relative
 
 from lorweb_jax.errors import UserError
 from lorweb_jax.transformer.attention import attend, candidates, choose, fastest, resolve

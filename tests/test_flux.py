@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from compare import relative
 from golden import golden_dir
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import REMAT_POLICIES
@@ -31,7 +32,7 @@ def test_equals_diffusers(changes, tmp_path):
         values.pop("guidance")
     ours = tiny.ours(theirs, tmp_path)
     expected = tiny.run(theirs, values)
-    assert tiny.relative(velocity(ours, [values.get(name) for name in tiny.NAMES]), expected) <= TOLERANCE
+    assert relative(velocity(ours, [values.get(name) for name in tiny.NAMES]), expected) <= TOLERANCE
 
 
 def test_rounding_like_the_published_pipeline(tmp_path):
@@ -43,9 +44,9 @@ def test_rounding_like_the_published_pipeline(tmp_path):
     given = values | {"timestep": np.float32([0.3012]), "guidance": np.float32([0.1503])}
     run = jax.jit(lambda model, values, switch: model(*values, round_to_bfloat16=switch), static_argnums=2)
     found = {switch: run(ours, [given[name] for name in tiny.NAMES], switch) for switch in (True, False)}
-    assert tiny.relative(found[True], tiny.run(theirs, rounded)) <= TOLERANCE
-    assert tiny.relative(found[False], tiny.run(theirs, given)) <= TOLERANCE
-    assert tiny.relative(found[True], found[False]) > 1e-3
+    assert relative(found[True], tiny.run(theirs, rounded)) <= TOLERANCE
+    assert relative(found[False], tiny.run(theirs, given)) <= TOLERANCE
+    assert relative(found[True], found[False]) > 1e-3
 
 
 def test_equals_golden():

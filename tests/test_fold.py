@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from compare import relative
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.basis.fold import fold
 from lorweb_jax.transformer.flux import block_linears
@@ -66,10 +67,10 @@ def test_folded_equals_low_rank(model, values):
     mix = basis.additions(basis.coefficients(jax.random.normal(jax.random.key(0), (1, 10))))
     low_rank = velocity(model, first(values), mix)
     folded = fold(model, mix)
-    assert tiny.relative(velocity(folded, first(values)), low_rank) <= TOLERANCE
+    assert relative(velocity(folded, first(values)), low_rank) <= TOLERANCE
     plain = velocity(model, first(values))
-    assert tiny.relative(plain, low_rank) > 0.1            # the basis does something, and the model is not changed
-    assert tiny.relative(velocity(fold(model, {}), first(values)), plain) == 0
+    assert relative(plain, low_rank) > 0.1            # the basis does something, and the model is not changed
+    assert relative(velocity(fold(model, {}), first(values)), plain) == 0
 
 
 def test_different_analogies_in_a_batch(model, values):
@@ -79,9 +80,9 @@ def test_different_analogies_in_a_batch(model, values):
     for index in range(2):
         one = [value[index:index + 1] for value in values[:5]] + list(values[5:])
         mix = basis.additions(basis.coefficients(query[index:index + 1]))
-        assert tiny.relative(together[index:index + 1], velocity(fold(model, mix), one)) <= TOLERANCE
+        assert relative(together[index:index + 1], velocity(fold(model, mix), one)) <= TOLERANCE
     swapped = velocity(model, values, basis.additions(basis.coefficients(query[::-1])))
-    assert tiny.relative(together, swapped) > 1e-3
+    assert relative(together, swapped) > 1e-3
 
 
 def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
@@ -101,7 +102,7 @@ def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
         layer.lora_B["default"].weight.data = torch.tensor(np.asarray(ours.b[...][block, 0].T))
     expected = tiny.run(theirs, dict(zip(tiny.NAMES, values)))
     low_rank = velocity(model, values, basis.additions(basis.coefficients(batch=2)))
-    assert tiny.relative(low_rank, expected) <= TOLERANCE
+    assert relative(low_rank, expected) <= TOLERANCE
     folded = fold(model, basis.additions(basis.coefficients(batch=1)))
-    assert tiny.relative(velocity(folded, values), expected) <= TOLERANCE
-    assert tiny.relative(velocity(model, values), expected) > 0.05
+    assert relative(velocity(folded, values), expected) <= TOLERANCE
+    assert relative(velocity(model, values), expected) > 0.05

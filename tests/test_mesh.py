@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_flux import relative
+from compare import relative
 
 from lorweb_jax import sharding
 from lorweb_jax.errors import UserError

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from compare import relative
 from golden import golden_dir
 from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.basis.router import coefficients, internal_query
@@ -150,4 +151,4 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
     expected = tiny.run(theirs, values)
     run = jax.jit(lambda model, values, additions: model(*values, additions=additions))
     found = run(model, [values[name] for name in tiny.NAMES], basis.additions())
-    assert tiny.relative(found, expected) <= 1e-5
+    assert relative(found, expected) <= 1e-5

@@ -49,10 +49,3 @@ def inputs(batch: int = 2, seed: int = 0, text_tokens: int = 5) -> dict[str, np.
 def run(model: FluxTransformer2DModel, values: dict[str, np.ndarray]) -> np.ndarray:
     with torch.no_grad():
         return model(**{name: torch.tensor(value) for name, value in values.items()}, return_dict=False)[0].numpy()
-
-
-def relative(found, expected) -> float:
-    """‖found − expected‖₂ / ‖expected‖₂ in float64."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
