@@ -10,11 +10,13 @@ def tokenizer(model: bytes, extra_ids: int = 0, *, first_word: bool = True, afte
     """tokenizers.Tokenizer of a spiece.model's bytes, with <extra_id_{n-1}> … <extra_id_0> after its pieces.
 
     first_word: whether a text's first word is marked like those after a space; after_special_tokens: whether a word
-    after a special token is, too. ValueError for a model that isn't a unigram one.
+    after a special token is, too. ValueError for a model that isn't a unigram one; what sentencepiece raises for a
+    damaged one.
     """
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+    SentencePieceProcessor(model_proto=model)  # checks more than its message's form
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise ValueError("T5's unigram model was expected, and it holds one of another kind")

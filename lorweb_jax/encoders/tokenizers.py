@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from lorweb_jax.config_fields import shown
 from lorweb_jax.errors import UserError
 from lorweb_jax.files import inside, read_text, regular_file
 from lorweb_jax.schema import Between, read_json
@@ -58,6 +59,7 @@ class _Settings:
     bos_token: _Token = None
     eos_token: _Token = None
     pad_token: _Token = None
+    unk_token: _Token = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _add(backend: Any, tokens: dict[int, _Added], folder: Path) -> None:
         options = dataclasses.asdict(token)
         backend.add_tokens([AddedToken(options.pop("content"), **options)])
         if (found := backend.token_to_id(token.content)) != wanted:
-            raise UserError(f"{folder / 'tokenizer_config.json'} gives {token.content!r} the number {wanted}, but by its "
+            raise UserError(f"{folder / 'tokenizer_config.json'} gives {shown(token.content)} the number {wanted}, but by its "
                             f"vocabulary it has {found}; {_AGAIN}")
 
 
@@ -154,7 +156,7 @@ def _decoder(settings: _Settings, folder: Path) -> dict[int, _Added]:
                 read_json(path, dict[str, _Id], limit=_FILE_BYTES).items()}
     decoder = settings.added_tokens_decoder or {}
     if wrong := next((number for number in decoder if not number.isascii() or not number.isdigit()), None):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has the key {wrong!r}, a token's "
+        raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has the key {shown(wrong)}, a token's "
                         f"number was expected; {_AGAIN}")
     return {int(number): token for number, token in decoder.items()}
 
@@ -176,13 +178,13 @@ def load_clip_tokenizer(folder: str | Path) -> TextTokenizer:
         raise UserError(f"{folder / 'vocab.json'} gives two words the same number; {_AGAIN}")
     merges, settings = _merges(folder / "merges.txt"), _settings(folder)
     start, end = _content(settings.bos_token, START), _content(settings.eos_token, END)
-    pad = _content(settings.pad_token, END)
-    for token in (start, end, pad):
+    pad, unknown = _content(settings.pad_token, END), _content(settings.unk_token, END)
+    for token in (start, end, pad, unknown):
         if token not in vocabulary:
-            raise UserError(f"{folder / 'vocab.json'} has no number for {token!r}, which the tokenizer needs; {_AGAIN}")
+            raise UserError(f"{folder / 'vocab.json'} has no number for {shown(token)}, which the tokenizer needs; {_AGAIN}")
     with _told(f"{folder} (vocab.json, merges.txt)"):
         backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="",
-                                       end_of_word_suffix="</w>", fuse_unk=False, unk_token=end))
+                                       end_of_word_suffix="</w>", fuse_unk=False, unk_token=unknown))
         # The first is what CLIPTokenizer does with a text where ftfy isn't installed: signs that can't be seen are
         # taken out, and Chinese signs are words of their own.
         backend.normalizer = normalizers.Sequence([
@@ -234,7 +236,7 @@ def load_t5_tokenizer(folder: str | Path) -> TextTokenizer:
                                        after_special_tokens=settings.legacy is not False)
     pad = _content(settings.pad_token, "<pad>")
     if (number := backend.token_to_id(pad)) is None:
-        raise UserError(f"{folder} has no number for {pad!r}, which texts are filled up with; {_AGAIN}")
+        raise UserError(f"{folder} has no number for {shown(pad)}, which texts are filled up with; {_AGAIN}")
     return TextTokenizer(backend, number, min(settings.model_max_length or 10 ** 9, 10 ** 9), str(folder))
 
 
