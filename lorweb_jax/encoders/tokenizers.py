@@ -53,6 +53,7 @@ class _Settings:
     model_max_length: Annotated[int, Between(2, 10 ** 31)] | None = None  # 10^30 where nobody set it
     extra_ids: Annotated[int, Between(0, 10_000)] | None = None
     additional_special_tokens: Annotated[list[Any], Between(0, 10_000)] | None = None
+    extra_special_tokens: dict[str, Any] | list[Any] | None = None
     added_tokens_decoder: Annotated[dict[str, _Added], Between(0, 100_000)] | None = None
     add_prefix_space: bool | None = None
     legacy: bool | None = None
