@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lorweb_jax.errors import UserError
+from lorweb_jax.files import regular_file
 from lorweb_jax.outputs import write_file
 from lorweb_jax.training import pictures
 
@@ -47,6 +49,8 @@ class TextWriter(_Writer):
     def __init__(self, path: Path, first_step: int):
         """Lines of steps after `first_step`, written by a run that was killed after them, and an unfinished line are
         taken out. Other lines stay as they are, whatever they hold. UserError if the file can't be read or written."""
+        if os.path.lexists(path):
+            regular_file(path, "check what lies there")
         try:
             *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
             write_file(path, b"".join(line + b"\n" for line in lines if not _later(line, first_step)))

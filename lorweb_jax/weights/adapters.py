@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.errors import UserError
 from lorweb_jax.finite import require_finite
 from lorweb_jax.outputs import require_new_folder
+from lorweb_jax.schema import checked
 from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.hub_cache import BASIS_FILES, existing
@@ -64,13 +65,19 @@ def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, A
         for part, array in parts.items():
             require_finite(array, f"the checkpoint of {workdir}: {path}.{part}", "take an earlier checkpoint, or train again "
                            "with a lower learning rate")
-    names = {field.name for field in fields(BasisConfig)}
-    values = {name: value for name, value in run_config.basis.to_dict().items() if name in names}
+    source = f"{workdir / 'config.json'}: basis"
+    config = checked(run_config.to_dict()["basis"], BasisConfig, source)
     # The width of an external query is the image encoder's, which a run finds out when it is built.
     projection = next((parts["projection"] for parts in arrays.values() if "projection" in parts), None)
-    if values.get("query", "external") == "external" and projection is not None:
-        values["query_dim"] = projection.shape[2]
-    return BasisConfig(**values), arrays
+    if config.query == "external" and projection is not None:
+        config = replace(config, query_dim=projection.shape[2])
+    a, keys = (next(iter(arrays.values())).get(part) for part in ("a", "keys"))
+    for name, found in (("size", a.shape[1]), ("rank", a.shape[3]),
+                        ("key_dim", config.key_dim if keys is None else keys.shape[2])):
+        if getattr(config, name) != found:
+            raise UserError(f"{source}: {name} is {getattr(config, name)}, but the run's checkpoint has {found}; use the "
+                            "config.json that belongs to it")
+    return config, arrays
 
 
 def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> None:
