@@ -14,6 +14,7 @@ from golden import golden_dir
 
 import lorweb_jax
 from lorweb_jax import Basis, BasisConfig, Pipeline, UserError, read_image, write_image
+from lorweb_jax.encoders.processor import ImageProcessor
 from lorweb_jax.encoders.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from lorweb_jax.finite import is_finite, require_finite
 from lorweb_jax.images.grid import other_shape, stretched
@@ -76,7 +77,8 @@ def test_edit_refuses_images(pipeline, images, refused):
     refused("2x2 pixels", pipeline.edit, tiny, tiny, tiny)
     long = np.zeros((7, 4000, 3), np.uint8)
     refused("8000x14 pixels", pipeline.edit, long, long, long)
-    refused("less extreme", pipeline.coefficients, *[np.zeros((8, 80_000, 3), np.uint8)] * 3)
+    clip = ImageProcessor((0.5,) * 3, (0.5,) * 3, shortest_edge=224, crop=(224, 224))
+    refused("less extreme", clip.resized, np.zeros((8, 80_000, 3), np.uint8))  # 224 x 2,240,000
     refused("at most 80,000,000", pipeline.edit, a, a2, np.broadcast_to(b[:1, :1], (9000, 9000, 3)))
 
 
