@@ -35,12 +35,12 @@ def loss(model, key, x):
 def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
     """Three steps at once against three by hand, at the rates of a cosine that ends with the time."""
     config = script["Settings"].of(CONFIG)
-    made = script["trainer"](SimpleNamespace(trainable=Weight, build=Model), config, 3, loss)
+    made = script["trainer"](SimpleNamespace(trainable=Weight, build=Model), config, loss)
     x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
     state = made.fresh()
     weights, moments = state[0], state[1]
     (found, moments_found, count), metrics = made.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).compile()(
-        state, np.float32(0.5), np.float32(0.1), np.float32(1), x)
+        state, np.int32(3), np.float32(0.5), np.float32(0.1), np.float32(1), x)
     assert int(count) == 3 and metrics["size"] == pytest.approx(abs(x).mean(), rel=1e-6)
     for i in range(3):
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * (0.5 + 0.1 * i)))
@@ -62,26 +62,40 @@ def log(script, tmp_path, monkeypatch):
 
 
 def test_the_clock_ends_a_run(script, log):
+    """The first dispatches are of one step; the others as long as is asked for, and the last ends before the time."""
     asked, tables = [], []
 
-    def program(state, first, a_step, scale, table):
-        asked.append((float(first), float(a_step)))
+    def program(state, steps, first, a_step, scale, table):
+        asked.append((int(steps), float(first), float(a_step)))
         tables.append(table)
-        log.pass_(5.0 if not asked[1:] else 2.0)       # the first dispatch takes longer
-        return state + 1, {"loss": np.float32(1)}
+        log.pass_(0.1 * steps + 5 * (not asked[1:]))       # the first dispatch loads the program
+        return state + steps, {"loss": np.float32(1)}
 
-    state = script["run_until"](53.0, log, "vae", 5, 0, ("first",), program,
-                                lambda state, progress: ("second",) if state == 10 else None)
-    assert state == len(asked) == 1 + 22 and log.now() == 3 + 5 + 22 * 2
-    np.testing.assert_allclose([first for first, _ in asked], [0, *(0.1 + 0.04 * np.arange(22))], rtol=1e-5)
-    np.testing.assert_allclose([a_step for _, a_step in asked[2:]], 0.04 / 5, rtol=1e-5)
-    assert tables[9:11] == ["first", "second"] and len(log.record["vae"]) == state
+    state = script["run_until"](53.0, log, "vae", 25, 0, ("first",), program,
+                                lambda state, progress: ("second",) if state == 9 else None)
+    steps = [1, 1, *[7] * 63]
+    assert [count for count, *_ in asked] == steps and state == sum(steps) and log.now() == pytest.approx(52.3)
+    np.testing.assert_allclose([first for _, first, _ in asked][2:4], [0.106 - 0.002, 0.106 + 0.012], rtol=1e-4)
+    np.testing.assert_allclose([a_step for *_, a_step in asked[2:]], 0.1 / 50, rtol=1e-4)
+    assert tables[2:4] == ["first", "second"] and len(log.record["vae"]) == len(asked)
+
+
+def test_what_is_too_slow_ends_at_once(script, log):
+    """2.8 s a step, as an autoencoder once took: seen after two steps, not at the end."""
+    def program(state, steps, first, a_step, scale):
+        log.pass_(2.8 * steps)
+        return state + steps, {"loss": np.float32(1)}
+
+    with pytest.raises(script["TooSlow"], match="2.80 s a step fewer than 500"):
+        script["run_until"](103.0, log, "vae", 25, 0, (), program, least=500)
+    assert log.now() == pytest.approx(3 + 2 * 2.8)
+    assert script["run_until"](103.0, log, "vae", 25, 0, (), program) == 33
 
 
 def test_a_loss_that_is_lost_is_tried_again_more_slowly(script, log):
     scales = []
 
-    def program(state, first, a_step, scale):
+    def program(state, steps, first, a_step, scale):
         scales.append(float(scale))
         log.pass_(1.0)
         fails = scale > 0.3 and state > 20
@@ -94,13 +108,38 @@ def test_a_loss_that_is_lost_is_tried_again_more_slowly(script, log):
         script["run_until"](200.0, log, "vae", 5, 0, (), lambda *_: (0, {"loss": np.float32("nan")}))
 
 
+@pytest.mark.parametrize("held", [None, {"w": np.float32(2)}])
+def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, monkeypatch):
+    """At 12 dB the weights that --prepare was given are used, where there are some that fit."""
+    log.seconds = 100
+    used, images = [], np.zeros((4, 2, 8, 8, 3), np.uint8)
+    stage = script["Stages"](SimpleNamespace(out=log.out), log, SimpleNamespace(table=4, vae_steps=5), "float32")
+    monkeypatch.setitem(script["Stages"].train_autoencoder.__globals__, "ENCODED", 4)
+
+    def program(state, steps, *rest):
+        used.append(state[0])
+        log.pass_(0.01 * steps)
+        return ({"w": state[0]["w"] + 1}, *state[1:]), {"loss": np.float32(1), "psnr": np.float32(12)}
+
+    def encode(weights, scale, shift, images):
+        used.append(weights)
+        return np.random.default_rng(0).standard_normal((4, 1, 1, 16))
+
+    made = SimpleNamespace(program=program, held=held, begun=SimpleNamespace(result=lambda: ({"w": np.float32(0)}, None)))
+    pixels = SimpleNamespace(wait_for=lambda n: None, table=lambda size, seed: images, pieces=[(np.arange(4), images)])
+    weights, _ = stage.train_autoencoder(made, SimpleNamespace(program=(encode, encode)), pixels, None)
+    assert used[0] == (held or {"w": np.float32(0)}) and used[-1] is weights
+    assert (weights["w"] == 2) if held else (weights["w"] > 50)
+    assert any("12.0 dB" in text for _, text in log.record["events"]) == bool(held)
+
+
 @pytest.mark.parametrize("size", [3, 4, 5, 50])
 def test_blocks_hold_all_quadrants_in_their_order(script, size):
     lengths, operations = (2, 1, 3), 4
     count = sum(lengths) * operations
     pixels = np.arange(count, dtype=np.uint8).reshape(-1, operations, 1, 1, 1)
     kept = [(np.arange(n), pixels[start:start + n]) for n, start in zip(lengths, np.cumsum([0, *lengths]))]
-    found = [script["blocks"](kept, block, size, operations) for _, block in script["block_starts"](kept, size, operations)]
+    found = [script["blocks"](kept, block, size, operations) for block in range(-(-count // size))]
     assert {len(block) for block in found} == {size}
     np.testing.assert_array_equal(np.concatenate(found)[:count, 0, 0, 0], np.arange(count))
 

@@ -2,6 +2,7 @@
 
   python tools/gpu_base.py --prepare                        # here, with everything installed: captions' tokens, configs
   python tools/gpu_base.py --seconds 300 --out OUT          # there: jax, flax, optax, numpy and Pillow are enough
+  python tools/gpu_base.py --seconds 300 --out OUT --autoencoder prepared   # its weights are those that --prepare took
   python tools/gpu_base.py --seconds 300 --out OUT --tiny   # a rehearsal on a CPU
   python tools/gpu_base.py --finish OUT                     # here again: runs/base_vae, runs/base_transformer
 
@@ -10,6 +11,13 @@ configs/base_transformer.py) use as well; sizes are read from their configs. Her
 tables of all drawings after all operations, steps run by the dozen in one dispatch, and the learning rate falls to zero
 when the time is over. OUT gets vae.safetensors, transformer.safetensors (by our paths) and base.json (curves, rates);
 tools/build_base.py makes the pipeline folder of them.
+
+The autoencoder begins with the weights of the folder that --prepare was given (--vae), where their shapes are the config's;
+and these take the place of what came of its training where that is too slow or ends below 20 dB. On an H200, 16 processes:
+with XLA's autotuning off a step of 64 canvases took 2.8 s, since cuDNN's default algorithms for narrow convolutions are
+absurd; so programs with convolutions are autotuned, before anything else runs on the card. The transformer's have none:
+compiled in 44 s without. All drawings of a variant after all operations took 40 s, beside the compilers. CLIP's vision
+tower (tools/gpu_clip.py) took 31.6 ms a step of 128 drawings.
 """
 
 import argparse
@@ -27,8 +35,16 @@ import numpy as np  # noqa: E402
 
 PREPARED = Path("local_data/gpu")
 DRAWINGS = Path("local_data/drawings64.npz")
+VAE = Path("assets/small_kontext/vae")
 SECONDS_TO_END = 7           # for the last writing
 VAE_SHARE = 0.33             # of the time, from the start: when the autoencoder has to be done
+LATENTS_SHARE = 0.45         # and when no other variant's latents are begun
+LEAST_STEPS = 500            # of the autoencoder: with fewer it is no better than what it begins with
+LEAST_PSNR = 20.0            # dB on training canvases
+DISPATCH = 0.7               # seconds that a dispatch of steps should take
+# Searching for the fastest products took longer than it saves (they are cuBLAS's); convolutions need it.
+SEARCHED = {"xla_gpu_autotune_level": 1}
+UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are and twice as large
 
 
@@ -46,13 +62,15 @@ class Settings(dict):
         return cls({k: cls.of(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
-def prepare(drawings_path: Path) -> None:
-    """Writes what a machine without tokenizers and ml_collections needs; and the tokenizers, into runs/base_transformer."""
+def prepare(drawings_path: Path, vae: Path) -> None:
+    """Writes what a machine without tokenizers, ml_collections and pydantic needs; and the tokenizers, into
+    runs/base_transformer."""
     import runpy
 
     from lorweb_jax.data.drawing_sets import load_sets
     from lorweb_jax.training.small_base.captions import Captions
     from lorweb_jax.training.small_base.tokens import make_tokenizers, tokens_of
+    from lorweb_jax.weights.pretrained import load_vae
 
     configs = {name: runpy.run_path(f"configs/{name}.py")["get_config"]().to_dict()
                for name in ("base_vae", "base_transformer")}
@@ -65,6 +83,9 @@ def prepare(drawings_path: Path) -> None:
     PREPARED.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(PREPARED / "captions.npz", texts=np.array(captions.texts), clip_ids=clip_ids.astype(np.int16),
                         t5_ids=t5_ids.astype(np.int16), words=np.array([clip_words, t5_words]))
+    vae_config, weights = load_vae(vae)
+    np.savez(PREPARED / "vae.npz", **{name: np.asarray(weights[name], np.float32) for name in weights})
+    configs["vae"] = {name: vae_config[name] for name in ("scaling_factor", "shift_factor")}
     (PREPARED / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     cut = (clip_ids[:, -1] == clip_words - 1).sum() - (clip_ids[:, -2] == clip_words - 1).sum()
     print(f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut")
@@ -197,15 +218,17 @@ class Pixels:
         return table
 
     def wait_for(self, drawings: int) -> None:
-        while sum(self.made) < min(drawings, self.total):
+        """Until so many drawings, of the first variant and then of the next ones, are made."""
+        while sum(self.made) < min(drawings, len(self.held_out)):
             if self.thread.error:
                 self.thread.result()
             time.sleep(0.2)
 
 
-def trainer(job, config, steps: int, loss):
+def trainer(job, config, loss):
     """(fresh, lower): `fresh()` makes weights and optimizer state; `lower(*tables)` lowers
-    (state, first progress, progress a step, scale, *tables) -> (state, {metric: mean}), `steps` updates in one dispatch.
+    (state, steps, first progress, progress a step, scale, *tables) -> (state, {metric: mean}): so many updates in one
+    dispatch.
 
     loss: (model, key, *tables) -> (loss, metrics). Progress, 0 to 1, is what the learning rate follows; `scale` is a
     factor on it.
@@ -225,8 +248,8 @@ def trainer(job, config, steps: int, loss):
         weights = flat_state(job.build(nnx.Rngs(config.seed)))
         return weights, make_optimizer(config, lambda count: 0.0).init(weights), jnp.zeros([], jnp.uint32)
 
-    def chunk(state, first, a_step, scale, *tables):
-        def step(state, i):
+    def chunk(state, steps, first, a_step, scale, *tables):
+        def step(i, state):
             weights, opt_state, count = state
             progress = first + a_step * i
             rate = scale * config.optimizer.learning_rate * jnp.minimum(progress / 0.02 + 1e-3, 1.0) * 0.5 * (
@@ -239,8 +262,14 @@ def trainer(job, config, steps: int, loss):
             metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
             return (optax.apply_updates(weights, updates), opt_state, count + 1), metrics
 
-        state, metrics = jax.lax.scan(step, state, jnp.arange(steps, dtype=jnp.float32))
-        return state, jax.tree.map(lambda x: x.mean(), metrics)
+        def summed(i, carry):
+            state, sums = carry
+            state, metrics = step(i, state)
+            return state, jax.tree.map(lambda total, x: total + x / steps, sums, metrics)
+
+        # A loop of a length that is an argument: the first dispatch may be a single step.
+        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda state: step(0, state)[1], state))
+        return jax.lax.fori_loop(0, steps, summed, (state, sums))
 
     def begun():
         """`fresh`'s arrays, made on the CPU if there is one for jax: it compiles random numbers sooner."""
@@ -251,35 +280,50 @@ def trainer(job, config, steps: int, loss):
         with jax.default_device(device):
             return jax.device_get(jax.jit(fresh)())
 
-    number = jax.ShapeDtypeStruct((), np.float32)
+    number, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.int32))
 
     def lower(*tables):
-        return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), number, number, number, *tables)
+        return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), count, number, number, number, *tables)
 
     return SimpleNamespace(fresh=begun, lower=lower, layout=layout, averaged=averaged)
 
 
-def run_until(deadline: float, log: Log, curve: str, steps: int, state, tables, program, every=None):
-    """Dispatches of `program` until the clock stands at `deadline`; the learning rate reaches zero there.
+class TooSlow(Exception):
+    """A phase that can't make its steps in its time."""
+
+
+def run_until(deadline: float, log: Log, curve: str, most: int, state, tables, program, every=None, least: int = 0):
+    """Dispatches of `program`, of up to `most` steps, until the clock stands at `deadline`; the learning rate reaches
+    zero there. The first two are of one step: they load the program and show how long a step takes.
 
     every: called as every(state, progress) between dispatches; it may return other tables.
+    Raises TooSlow, after these two, where fewer than `least` steps fit.
     """
     import jax
 
-    begin, took, done, first = log.now(), [], 0, True
+    begin, took, done, steps = log.now(), [], 0, 1
     scale, kept, kept_at = 1.0, jax.device_get(state), 0.0
     while True:
         now = log.now()
-        a_chunk = float(np.median(took[-5:])) if took else 0.0
-        if now + a_chunk > deadline and done:
+        a_step = float(np.median(took[-5:])) if took else 0.0
+        if now + a_step * steps > deadline and done:
             break
         span = deadline - begin
-        progress, a_step = (now - begin) / span, a_chunk / steps / span
-        state, metrics = program(state, np.float32(progress), np.float32(a_step), np.float32(scale), *tables)
+        progress = (now - begin) / span
+        state, metrics = program(state, np.int32(steps), np.float32(progress), np.float32(a_step / span),
+                                 np.float32(scale), *tables)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not first:                           # the first dispatch loads the program
-            took.append(log.now() - now)
-        first, done = False, done + steps
+        first, done = not done, done + steps
+        if first:                               # it loads the program
+            log.say(f"{curve}: the first step took {log.now() - now:.2f} s")
+        else:
+            took.append(max((log.now() - now) / steps, 1e-6))
+        if len(took) == 1:
+            log.say(f"{curve}: {1000 * took[0]:.1f} ms a step")
+            if done + (deadline - log.now()) / took[0] < least:
+                raise TooSlow(f"{curve}: at {took[0]:.2f} s a step fewer than {least} steps fit in {span:.0f} s")
+        if took:
+            steps = int(np.clip(round(DISPATCH / np.median(took[-5:])), 1, most))
         log.add(curve, step=done, progress=progress, **metrics)
         if not np.isfinite(metrics["loss"]):
             scale /= 2
@@ -292,8 +336,16 @@ def run_until(deadline: float, log: Log, curve: str, steps: int, state, tables, 
             kept, kept_at = jax.device_get(state), progress
         if every and (other := every(state, progress)) is not None:
             tables = other
-    log.say(f"{curve}: {done} steps, {1000 * float(np.median(took or [0])) / steps:.1f} ms a step")
+    log.say(f"{curve}: {done} steps, {1000 * float(np.median(took or [0])):.1f} ms a step")
     return state
+
+
+def prepared_weights(layout) -> dict[str, np.ndarray] | None:
+    """The autoencoder's that --prepare was given, or None where they are not of the shapes of this one."""
+    with np.load(PREPARED / "vae.npz") as file:
+        held = dict(file)
+    shapes = {name: variable.shape for name, (_, variable) in layout.trainable.items()}
+    return held if {name: array.shape for name, array in held.items()} == shapes else None
 
 
 def save(path: Path, weights, dtype) -> None:
@@ -318,6 +370,10 @@ def same_shapes(corpus, wanted):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true", help="write what the other machine needs, into local_data/gpu")
+    parser.add_argument("--vae", type=Path, default=VAE, help="with --prepare: a vae folder of the shape in "
+                        f"configs/base_vae.py, whose weights the autoencoder begins with (default: {VAE})")
+    parser.add_argument("--autoencoder", choices=("train", "prepared"), default="train",
+                        help="whether it is trained, or taken as --prepare found it (default: train)")
     parser.add_argument("--finish", type=Path, metavar="OUT", help="write runs/base_vae and runs/base_transformer")
     parser.add_argument("--drawings", type=Path, default=DRAWINGS, help=f"the pack of drawings (default: {DRAWINGS})")
     parser.add_argument("--seconds", type=float, default=300.0, help="when all has to be done (default: 300)")
@@ -326,7 +382,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
     if args.prepare:
-        return prepare(args.drawings)
+        return prepare(args.drawings, args.vae)
     if args.finish:
         return finish(args.finish)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -356,7 +412,8 @@ def train(args, log: Log) -> None:
         size = SimpleNamespace(groups=1, vae=2, table=40, vae_steps=2, flow_steps=2)
         drawings = some(drawings, 6)
         globals().update(ENCODED=64, ENLARGED=8)
-        vae.model.update(block_out_channels=(8, 8, 8, 8))
+        if args.autoencoder == "train":
+            vae.model.update(block_out_channels=(8, 8, 8, 8))
         flow.transformer.update(num_layers=1, num_single_layers=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
     captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
     if not args.tiny and captions.texts != list(held["texts"]):
@@ -381,10 +438,15 @@ def train(args, log: Log) -> None:
     corpus = corpora[len(variants)]
     autoencoder, editor = stage.autoencoder(vae, corpus), stage.editor(flow, drawings, corpus, words, held["words"])
     encoders = stage.encoders(vae, autoencoder)
-    # One after the other: programs that compile at once get in each other's way.
-    programs = Background(lambda: [made.compile() for made in (autoencoder, encoders, editor)])
-    weights, scale = stage.train_autoencoder(autoencoder, encoders, pixels, programs)
-    tables, count = stage.encode_all(encoders.program, weights, scale, pixels, drawings, len(OPERATIONS) + 1)
+    training = args.autoencoder == "train"
+    # One after the other: programs that compile at once get in each other's way. What is autotuned comes first, on a card
+    # that does nothing else.
+    programs = Background(lambda: [made.compile() for made in (*[autoencoder] * training, encoders, editor)])
+    weights, scale = (stage.train_autoencoder(autoencoder, encoders, pixels, programs) if training else
+                      stage.prepared_autoencoder(autoencoder, configs.vae))
+    wait_for(encoders, programs)
+    tables, count = stage.encode_all(encoders.program, weights, scale, pixels, drawings, len(OPERATIONS) + 1,
+                                     1 if training else len(variants))
     stage.train_editor(editor, tables, same_shapes(corpora[count], corpus), words, programs)
 
 
@@ -393,13 +455,13 @@ class Stages:
         self.args, self.log, self.size, self.dtype = args, log, size, dtype
         self.vae_end, self.end = VAE_SHARE * log.seconds, log.seconds - SECONDS_TO_END
 
-    def to_compile(self, what: str, made, *tables):
+    def to_compile(self, what: str, made, options, *tables):
         """`made.compile()` sets made.program; made.begun makes the state to start from, meanwhile."""
         def compile_it():
             begin = self.log.now()
             lowered = made.lower(*tables)
             traced = self.log.now()
-            made.program = lowered.compile()
+            made.program = lowered.compile(compiler_options=options)
             self.log.say(f"{what}: traced in {traced - begin:.1f} s, compiled in {self.log.now() - traced:.1f} s")
         made.program, made.compile, made.begun = None, compile_it, Background(made.fresh)
         return made
@@ -427,7 +489,18 @@ class Stages:
         vae_config = autoencoder_config(config)
         job = SimpleNamespace(trainable=Weight, build=lambda rngs: new_autoencoder(vae_config, rngs))
         table = jax.ShapeDtypeStruct((self.size.table, count, side, side, 3), np.uint8)
-        return self.to_compile("autoencoder's steps", trainer(job, config, self.size.vae_steps, loss), table)
+        made = self.to_compile("autoencoder's steps", trainer(job, config, loss), SEARCHED, table)
+        made.held = prepared_weights(made.layout)
+        return made
+
+    def prepared_autoencoder(self, made, factors):
+        """(weights on the host, (scale, shift)) of the autoencoder that --prepare was given; writes vae.safetensors."""
+        if made.held is None:
+            raise SystemExit("the autoencoder that --prepare was given is not of the shape in configs/base_vae.py")
+        scale, shift = factors.scaling_factor, factors.shift_factor
+        self.log.set(scaling_factor=scale, shift_factor=shift)
+        save(self.args.out / "vae.safetensors", made.held, np.float32)
+        return made.held, (scale, shift)
 
     def editor(self, config, drawings, corpus, words, vocabularies):
         """The trainer of transformer and text encoders."""
@@ -453,7 +526,7 @@ class Stages:
                   jax.tree.map(shape, corpus), shape(words.clip), shape(words.t5))
         # Blocks are scanned: side by side they take minutes to compile for a GPU.
         job = SimpleNamespace(trainable=Weight, build=lambda rngs: Editor(sizes, 1, self.dtype, rngs=rngs))
-        return self.to_compile("transformer's steps", trainer(job, config, self.size.flow_steps, loss), *tables)
+        return self.to_compile("transformer's steps", trainer(job, config, loss), UNSEARCHED, *tables)
 
     def train_autoencoder(self, made, encoders, pixels, programs):
         """(weights on the host, (scale, shift)); writes vae.safetensors."""
@@ -462,7 +535,7 @@ class Stages:
         pixels.wait_for(max(60, self.size.table // 4))
         table = jax.device_put(pixels.table(self.size.table, 0))
         self.log.say("pixels for the autoencoder are there")
-        wait_for(made, programs)
+        wait_for(encoders, programs)              # compiled after the autoencoder's own
         waiting: list[Background] = []
 
         def every(state, progress):
@@ -475,13 +548,20 @@ class Stages:
                 return (table,)
 
         deadline = max(self.vae_end, self.log.now() + 0.12 * self.log.seconds)
-        state = run_until(deadline, self.log, "vae", self.size.vae_steps, made.begun.result(), (table,),
-                          made.program, every)
+        begun = made.begun.result()
+        try:
+            state = run_until(deadline, self.log, "vae", self.size.vae_steps, (made.held or begun[0], *begun[1:]), (table,),
+                              made.program, every, least=LEAST_STEPS if made.held else 0)
+            weights = jax.device_get(state[0])
+            reached = float(np.mean([entry["psnr"] for entry in self.log.record["vae"][-5:]]))
+            if reached < LEAST_PSNR and made.held:
+                raise TooSlow(f"the autoencoder reached {reached:.1f} dB")
+        except (TooSlow, FloatingPointError) as error:
+            self.log.say(f"{error}; on with the weights that --prepare was given")
+            weights = made.held
         del table
-        weights = jax.device_get(state[0])
         sample = pixels.table(min(256, self.size.table), 9).reshape(-1, *pixels.pieces[0][1].shape[2:])
         sample = sample[np.random.default_rng(0).permutation(len(sample))[:ENCODED]]
-        wait_for(encoders, programs)
         latents = encoders.program[0](weights, np.float32(1), np.float32(0),
                                       np.resize(sample, (ENCODED, *sample.shape[1:])))
         latents = np.asarray(latents).astype(np.float32)
@@ -512,7 +592,8 @@ class Stages:
             begin = self.log.now()
             weights = autoencoder.begun.result()[0]
             made.program = [jax.jit(function).lower(
-                weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)).compile()
+                weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)).compile(
+                    compiler_options=SEARCHED)
                 for function, count in ((latents, ENCODED),
                                         (lambda w, a, b, x: latents(w, a, b, enlarged(x)), ENLARGED))]
             self.log.say(f"encoders: compiled in {self.log.now() - begin:.1f} s")
@@ -520,16 +601,16 @@ class Stages:
         made.compile = compile_both
         return made
 
-    def encode_all(self, programs, weights, scale, pixels, drawings, operations):
-        """((quadrants, large), variants that are in it): latents of everything, float16 on the device."""
+    def encode_all(self, programs, weights, scale, pixels, drawings, operations, least: int):
+        """((quadrants, large), variants that are in it): latents of everything, float16 on the device; of at least
+        `least` variants unless they take too long."""
         import functools
 
         import jax
         import jax.numpy as jnp
 
-        pixels.wait_for(len(drawings.names))
-        ready = pixels.variants_ready()
         total, side = len(drawings.names), pixels.pieces[0][1].shape[2] // 8
+        ready = max(least, pixels.variants_ready())
         encode, encode_large = programs
         weights, scale = jax.device_put(weights), tuple(map(np.float32, scale))
 
@@ -538,11 +619,17 @@ class Stages:
             return jax.lax.dynamic_update_slice(table, latents, (at, 0, 0, 0))
 
         # In the order of the pieces first, then in the drawings' order: one gather at the end.
+        table = jnp.zeros((-(-ready * total * operations // ENCODED) * ENCODED, side, side, 16), jnp.float16)
+        for block in range(len(table) // ENCODED):
+            rows = block * ENCODED
+            if block % 16 == 0:
+                jax.block_until_ready(table)
+                if rows >= total * operations and self.log.now() > LATENTS_SHARE * self.log.seconds:
+                    ready = rows // (total * operations)
+                    break
+            pixels.wait_for(-(-(rows + ENCODED) // operations))
+            table = put(table, np.int32(rows), encode(weights, *scale, blocks(list(pixels.pieces), block, ENCODED, operations)))
         kept = [(index, images) for index, images in list(pixels.pieces) if index[0] < ready * total]
-        count = len(block_starts(kept, ENCODED, operations))
-        table = jnp.zeros((count * ENCODED, side, side, 16), jnp.float16)
-        for at, block in block_starts(kept, ENCODED, operations):
-            table = put(table, np.int32(at), encode(weights, *scale, blocks(kept, block, ENCODED, operations)))
         order = np.concatenate([index for index, _ in kept])
         place = np.zeros(len(pixels.held_out), np.int64)
         place[order] = np.arange(len(order))
@@ -590,12 +677,6 @@ def wait_for(made, programs: Background) -> None:
         if programs.error:
             programs.result()
         time.sleep(0.1)
-
-
-def block_starts(kept, size, operations):
-    """(first row, block number) of the blocks of `size` quadrants that the pieces make in their order."""
-    rows = sum(len(index) for index, _ in kept) * operations
-    return [(i * size, i) for i in range(-(-rows // size))]
 
 
 def blocks(kept, block, size, operations):

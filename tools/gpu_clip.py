@@ -93,7 +93,7 @@ def make_trainer(size, drawings, sentences, config, dtype):
                          drawings.set_of, processor, config.loss, wording_key, dtype)
 
     shape = drawings.images.shape[1:3] + (3,)
-    return trainer(job, config, size.steps, loss), (
+    return trainer(job, config, loss), (
         jax.ShapeDtypeStruct((size.table,), np.int32), jax.ShapeDtypeStruct((size.table, operations, *shape), np.uint8),
         jax.ShapeDtypeStruct((len(drawings), *shape), np.uint8))
 
