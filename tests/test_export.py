@@ -249,7 +249,7 @@ def test_commands_refuse_in_one_sentence(tmp_path):
     (tmp_path / "full" / "x").write_text("kept")
     for arguments, code, message in [
             (("checkpoint", basis, tmp_path / "full"), 1, "exists already"),
-            (("published", tmp_path / "full", tmp_path / "b.safetensors"), 1, "there is no"),
+            (("published", tmp_path / "full", tmp_path / "b.safetensors"), 1, "config.json does not exist"),
             (("lora", basis, tmp_path / "b.bin", "--pipeline", pipeline), 2, "must end in .safetensors"),
             (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline), 2, "--a, --a2, --b not given"),
             (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline, "--alpha", "0"), 2,
