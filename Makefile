@@ -1,5 +1,6 @@
 # make train   trains a LoRA basis over the small base on real drawings, pictures in runs/basis
 # make test    runs every test
+# make test-newest  runs a few of them on the newest Python and packages that this machine has
 # make base    trains the small base itself, from nothing (hours), and puts it into assets/small_kontext; needs npm
 # All make a virtual environment in .venv first, if there is none, and install what the lists of requirements name.
 # Options of main go in ARGS: make train ARGS="--config.train.steps=200 --workdir=runs/short"
@@ -8,7 +9,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test base
+.PHONY: train test test-newest base
 
 train: $(VENV)/installed
 	$(PYTHON) -m lorweb_jax.main --config=configs/basis.py $(ARGS)
@@ -31,8 +32,11 @@ local_data/drawings64.npz: | $(VENV)/installed
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest local_data/packages scikit-image==0.26.0 scikit-learn==1.9.1
 	$(PYTHON) tools/pack_drawings.py --packages local_data/packages --out $@
 
+test-newest:
+	@tools/test_newest.sh
+
 $(PYTHON):
-	@for python in python3.11 python3 python3.12; do \
+	@for python in python3.11 python3 python3.12 python3.13; do \
 	  if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "making a virtual environment in $(VENV) with $$python"; exec $$python -m venv $(VENV); fi; done; \
 	echo "error: no Python of 3.11 or later with venv was found; install python3.11 and its venv package" >&2; exit 1
