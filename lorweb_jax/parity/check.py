@@ -12,14 +12,14 @@ from lorweb_jax.parity.images import check_external_query, check_grid
 from lorweb_jax.parity.report import Report
 from lorweb_jax.parity.training import check_train_step
 from lorweb_jax.parity.transformer import check_case
-from lorweb_jax.weights.hub_cache import PIPELINE_FILES, existing
+from lorweb_jax.weights.hub_cache import PIPELINE_FILES, resolve
 
 
 def check_folder(folder: Path, pipeline_folder: Path | None = None) -> int:
     """Check everything found in `folder`, print the lines, and return the exit status (1: a failure, or nothing
     found). The pipeline is folder/tiny_pipeline where none is given. Raises UserError if a folder isn't there."""
     if pipeline_folder is not None:
-        pipeline_folder = existing(pipeline_folder, PIPELINE_FILES, "the folder of the models", ("transformer",))
+        pipeline_folder = resolve(pipeline_folder, PIPELINE_FILES, "the folder of the models", ("transformer",))
     for path in (folder, pipeline_folder):
         if path is not None and not path.is_dir():
             raise UserError(f"{path} is not a folder; give an existing one")

@@ -25,7 +25,8 @@ class PlannedBasisJob(BasisJob):
     """The basis's job, of which only `build` and `loss` are wanted: it opens no data."""
 
     def __init__(self, config, platform: str):
-        self.config, self.basis_config = config, BasisConfig(**config.basis)
+        self.config = config
+        self.basis_config = self.signed_config = BasisConfig(**config.basis)  # there may be no weights to sign with
         self.folder = open_pipeline(config.pipeline, config.basis.encoder)
         # For the devices that are planned for, not for those of this machine.
         self.planned_attention = resolve(config.attention, platform, jnp.dtype(config.compute_dtype),

@@ -24,7 +24,7 @@ from lorweb_jax.training.checkpoints import complete_steps
 CONFIG, LOCK, SOURCES = "config.json", ".lock", "sources.json"
 SHARED_WITHIN = 20.0  # s until a file that process 0 has written is seen by all hosts
 # What runs write beside config.json. Where such a thing lies and no config.json of a run, it is somebody else's.
-_WRITTEN = {"checkpoints", "log.txt", "pictures", "export", "evaluation", "problems.json", "quality.json", "vae",
+_WRITTEN = {"checkpoints", "log.txt", "pictures", "export", "evaluation", "problems.json", "encoder.json", "quality.json", "vae",
             "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "clip_vision"}
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.data.fingerprint import of_folder
+from lorweb_jax.encoders.identity import Identity, identity, is_sketch, publishable
 from lorweb_jax.errors import UserError
 from lorweb_jax.finite import require_finite
 from lorweb_jax.outputs import require_new_folder
-from lorweb_jax.schema import checked
+from lorweb_jax.schema import checked, read_json
 from lorweb_jax.weights.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.hub_cache import BASIS_FILES, existing
@@ -20,6 +22,7 @@ from lorweb_jax.weights.identify import lora_scheme
 from lorweb_jax.weights.lora_read import read_lora
 from lorweb_jax.weights.safetensors_io import write_json
 
+ENCODER = "encoder.json"  # in a run's folder: which image encoder the basis was trained with
 _PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|projection)")
 
 
@@ -29,8 +32,9 @@ def load_basis(path: str | Path, layers: Mapping[str, tuple[int, int, int]],
     [l,k,q]}}).
 
     path: a published basis (its file, or a folder with the file and config.yaml), an ordinary LoRA's file (a basis
-    of one member with the coefficient 1), the folder of a training run, or a Hub name of such files. layers: {path: (l, i, o)} of the model's
-    linear layers, which the basis must fit. Raises UserError if it holds none of these, or a basis of another model.
+    of one member with the coefficient 1), the folder of a training run, or a Hub name of such files.
+    layers: {path: (l, i, o)} of the model's linear layers, which the basis must fit. Raises UserError if it holds none
+    of these, or a basis of another model.
     """
     path = existing_basis(path)
     if is_run(path):
@@ -71,6 +75,8 @@ def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, A
     projection = next((parts["projection"] for parts in arrays.values() if "projection" in parts), None)
     if config.query == "external" and projection is not None:
         config = replace(config, query_dim=projection.shape[2])
+    if config.query == "external" and not config.encoder_sketch:
+        config = replace(config, **_encoder_of(workdir, run_config))
     a, keys = (next(iter(arrays.values())).get(part) for part in ("a", "keys"))
     for name, found in (("size", a.shape[1]), ("rank", a.shape[3]),
                         ("key_dim", config.key_dim if keys is None else keys.shape[2])):
@@ -78,6 +84,27 @@ def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, A
             raise UserError(f"{source}: {name} is {getattr(config, name)}, but the run's checkpoint has {found}; use the "
                             "config.json that belongs to it")
     return config, arrays
+
+
+def _encoder_of(workdir: Path, run_config: Any) -> dict[str, str]:
+    """{"encoder", "encoder_sketch"}: what the run has noted at its end; else of the folder that its config names, if
+    the same encoder is still there; else the name alone."""
+    if (workdir / ENCODER).exists():
+        noted = read_json(workdir / ENCODER, Identity)
+        if noted.sketch and not is_sketch(noted.sketch):
+            raise UserError(f"{workdir / ENCODER} holds no sketch of an image encoder; delete it to go without")
+        return {"encoder": publishable(noted.name), "encoder_sketch": noted.sketch}
+    from lorweb_jax.training.run_folder import SOURCES
+
+    folder = Path(run_config.basis.encoder or Path(run_config.get("pipeline", ""), "clip_vision"))
+    try:
+        began_with = read_json(workdir / SOURCES, dict[str, str])["basis.encoder"]
+        if of_folder(folder) == began_with:
+            found = identity(folder)
+            return {"encoder": found.name, "encoder_sketch": found.sketch}
+    except (UserError, KeyError):  # of an older run, or no longer there
+        pass
+    return {"encoder": publishable(run_config.basis.encoder)}
 
 
 def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> None:

@@ -17,18 +17,22 @@ import yaml
 
 from lorweb_jax.basis.basis import BasisConfig
 from lorweb_jax.encoders import queries
-from lorweb_jax.errors import UserError
+from lorweb_jax.encoders.identity import NAMES, is_sketch, publishable
+from lorweb_jax.errors import UserError, say
 from lorweb_jax.outputs import replacing
 from lorweb_jax.schema import Between, Heads, Width, checked, read_yaml, shown
+from lorweb_jax.weights import identify
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.layer_names import layer_name, split_layer_name, stack_blocks
-from lorweb_jax.weights.safetensors_io import write
+from lorweb_jax.weights.safetensors_io import FORMAT, write
 
 Arrays = dict[str, dict[str, np.ndarray]]
 
 # Our part of a layer's basis -> how its key ends in the published file.
 _SUFFIXES = {"a": "lora_A", "b": "lora_B", "keys": "lora_keys", "projection": "att_lora_to_q.weight"}
 _PREFIX = "transformer."
+# In the header, where other readers don't look: a sketch of the image encoder that the basis was trained with.
+_SKETCH = "lorweb_jax.image_encoder"
 # network_kwargs as published -> the field of BasisConfig that holds the same value. lora_softmax, external_query and
 # external_query_dim are translated in code.
 _SAME = {"loras_num": "size", "lora_keys_dim": "key_dim", "lora_heads": "heads", "mixing_coeffs_type": "reduction",
@@ -102,6 +106,11 @@ def read_basis(path: str | Path, config_path: str | Path | None = None,
               file=sys.stderr)
     if layers is not None:
         require_fits(arrays, layers, str(file))
+    if sketch := checkpoint.metadata.get(_SKETCH):
+        if not is_sketch(sketch):
+            raise UserError(f"{file} has {_SKETCH} = {shown(sketch)} in its header, which is no sketch of an image "
+                            "encoder; download it again")
+        config = dataclasses.replace(config, encoder_sketch=sketch)
     return config, arrays
 
 
@@ -110,8 +119,9 @@ def write_basis(path: str | Path, config: BasisConfig, arrays: Mapping[str, Mapp
     """Write the .safetensors file and config.yaml beside it, in the arrays' dtypes or in `dtype`.
 
     The format has no scale: a scale other than 1 is multiplied into lora_B. A config.yaml that describes this basis is
-    left as it is. Raises UserError for a basis without a router, numbers that `dtype` can't hold, and where config.yaml
-    is of something else.
+    left as it is. Nothing of this machine is written, such as the encoder's path; a line says so where the published
+    program doesn't know the encoder. Raises UserError for a basis without a router, numbers that `dtype` can't hold,
+    and where config.yaml is of something else.
     """
     path = Path(path)
     network = network_from_config(config)
@@ -131,12 +141,14 @@ def write_basis(path: str | Path, config: BasisConfig, arrays: Mapping[str, Mapp
                 stacked = stacked.astype(dtype or stacked.dtype)
             for layer, array in enumerate(stacked):
                 tensors[f"{_PREFIX}{layer_name(stack, layer)}.{_SUFFIXES[part]}"] = array
-    write(path, tensors, {"format": "pt"})
-    if described:
-        return
-    with replacing(config_file) as temporary:
-        document = {"job": "extension", "config": {"name": path.stem, "process": [{"network": network}]}}
-        temporary.write_text(yaml.safe_dump(document, sort_keys=False))
+    write(path, tensors, FORMAT | ({_SKETCH: config.encoder_sketch} if config.encoder_sketch else {}))
+    if not described:
+        with replacing(config_file) as temporary:
+            document = {"job": "extension", "config": {"name": path.stem, "process": [{"network": network}]}}
+            temporary.write_text(yaml.safe_dump(document, sort_keys=False))
+    if (name := network["network_kwargs"].get("external_query_model")) not in (None, *NAMES):
+        say(f"{config_file} names the image encoder {name}: it is neither {' nor '.join(NAMES)}, the only ones that "
+            "the published program builds, so that this basis can be used by lorweb_jax alone")
 
 
 def _describes(config_file: Path, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -144,7 +156,7 @@ def _describes(config_file: Path, config: BasisConfig, arrays: Mapping[str, Mapp
         found = config_from_network(read_network(config_file), arrays)
     except UserError:
         return False
-    return found == dataclasses.replace(config, scale=1.0)
+    return found == dataclasses.replace(config, scale=1.0, encoder=publishable(config.encoder), encoder_sketch="")
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
@@ -189,6 +201,8 @@ def network_from_config(config: BasisConfig) -> dict[str, Any]:
     if config.query == "external":
         # The published field is the width of one embedding; three are concatenated in the cat- modes.
         kwargs["external_query_dim"] = config.query_dim // (3 if config.query_mode.startswith("cat-") else 1)
+    if config.query == "external" and config.encoder:
+        kwargs["external_query_model"] = publishable(config.encoder)
     else:
         del kwargs["external_query_model"]
     return {"type": "lora", "linear": config.rank, "linear_alpha": config.rank, "network_kwargs": kwargs}
@@ -228,9 +242,11 @@ def _read_arrays(checkpoint: Checkpoint) -> Arrays:
                               if key.endswith("." + suffix)), (None, None))
         place = split_layer_name(layer.removeprefix(_PREFIX)) if layer and layer.startswith(_PREFIX) else None
         if place is None:
-            ordinary = " It looks like an ordinary LoRA." if "lora_A.weight" in key else ""
-            raise UserError(f"{checkpoint.path} holds {key}, which is not a key of the published basis format "
-                            f"(transformer.<layer>.lora_A, …).{ordinary} Give a LoRWeB basis")
+            told = identify.by_names(checkpoint, flux=True)
+            if told and told[0] != identify.BASIS:
+                raise UserError(f"{checkpoint.path} is {told[0]}, not {identify.BASIS}; {told[1]}")
+            raise UserError(f"{checkpoint.path} holds {shown(key)}, which is not a key of the published basis format "
+                            "(transformer.<layer>.lora_A, …); give a LoRWeB basis")
         parts.setdefault((place[0], parts_of_suffix[suffix]), {})[place[1]] = checkpoint.read(key)
     arrays: Arrays = {}
     for (path, part), blocks in parts.items():

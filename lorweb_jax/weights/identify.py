@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lorweb_jax.weights import lora_names
 
+BASIS = "a LoRWeB basis"
 _USE_LORA = "give it to --basis of python -m lorweb_jax.edit, or to python -m lorweb_jax.export lora"
 _USE_BFLOAT16 = "give the bfloat16 file that it was made from"
 _USE_FLUX = "give a FLUX.1 transformer or autoencoder"
@@ -13,7 +14,7 @@ _USE_FLUX = "give a FLUX.1 transformer or autoencoder"
 # What the name of some tensor holds -> (what the file is, what to do). The first that fits counts. These have names in
 # common with FLUX's own files:
 _NOT_FLUX = {
-    r"\.lora_keys$|\.att_lora_to_q\.": ("a LoRWeB basis", _USE_LORA),
+    r"\.lora_keys$|\.att_lora_to_q\.": (BASIS, _USE_LORA),
     r"quant_state\.bitsandbytes__(nf4|fp4)|\.(absmax|quant_map|nested_absmax)$": (
         "packed in bitsandbytes' 4 bits (NF4 or FP4)", _USE_BFLOAT16),
     r"\.SCB$|\.weight_format$": ("packed in bitsandbytes' int8", _USE_BFLOAT16),
@@ -44,6 +45,10 @@ _OTHERS = {
     r"(^|\.)(vision_model|visual)\.": ("an image encoder", "give its folder to --image-encoder"),
     r"^(optimizer|state|exp_avg)\b": ("a training state", _USE_FLUX),
 }
+_FLUX = {
+    r"(^|\.)single_(transformer_)?blocks\.\d+\.": ("a FLUX transformer", "give its pipeline's folder to --pipeline"),
+    r"(^|\.)decoder\.up(_blocks)?\.\d+\.": ("an autoencoder", "give its pipeline's folder to --pipeline"),
+}
 
 
 def not_flux(names: Collection[str]) -> tuple[str, str] | None:
@@ -53,9 +58,9 @@ def not_flux(names: Collection[str]) -> tuple[str, str] | None:
     return _search(_NOT_FLUX, names)
 
 
-def by_names(names: Collection[str]) -> tuple[str, str] | None:
-    """The same of a file that holds nothing of FLUX's; None if unknown."""
-    return not_flux(names) or _search(_OTHERS, names)
+def by_names(names: Collection[str], flux: bool = False) -> tuple[str, str] | None:
+    """The same of any file, FLUX's own only if `flux`; None if unknown."""
+    return not_flux(names) or flux and _search(_FLUX, names) or _search(_OTHERS, names)
 
 
 def _search(marks: Mapping[str, tuple[str, str]], names: Collection[str]) -> tuple[str, str] | None:

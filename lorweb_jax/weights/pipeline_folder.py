@@ -14,6 +14,7 @@ from lorweb_jax.basis.basis import Basis, BasisConfig
 from lorweb_jax.encoders import queries
 from lorweb_jax.encoders.clip import ClipText, open_clip_text, text_config
 from lorweb_jax.encoders.image_encoder import ImageEncoderFolder, existing_encoder, open_image_encoder
+from lorweb_jax.encoders.identity import require_same
 from lorweb_jax.encoders.t5 import T5Config, T5Encoder, open_t5
 from lorweb_jax.encoders.tokenizers import (TextTokenizer, load_clip_tokenizer, load_t5_tokenizer, tokenize_clip,
                                             tokenize_t5)
@@ -145,13 +146,19 @@ class PipelineFolder:
         if basis.query != "external":
             return basis
         if encoder is None:
-            raise UserError(f"the basis asks an image encoder ({basis.encoder}), but {self.folder} has no clip_vision "
-                            "folder; name the encoder's folder with image_encoder")
+            named = f" ({basis.encoder})" if basis.encoder else ""
+            raise UserError(f"the basis asks an image encoder{named}, but {self.folder} has no clip_vision folder; name "
+                            "the encoder's folder with image_encoder")
         width = queries.query_dim(basis.query_mode, encoder)
         if basis.query_dim not in (None, width):
             raise UserError(f"the basis expects a query {basis.query_dim} wide, and {self.encoder_folder} gives "
                             f"{width} in the mode {basis.query_mode}; name the image encoder it was trained with")
         return dataclasses.replace(basis, query_dim=width)
+
+    def require_encoder(self, basis: BasisConfig) -> None:
+        """UserError where the basis says which image encoder it was trained with, and it isn't this folder's."""
+        if basis.query == "external" and basis.encoder_sketch:
+            require_same(basis.encoder_sketch, self.encoder_folder, basis.encoder)
 
     def read(self, shapes: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Any]:
         """Frozen weights by their path in the model.

@@ -73,7 +73,7 @@ def save_folder(folder: str | Path, config: Mapping[str, Any], flat: Mapping[str
     index = {folder / f"{stem}.safetensors.index.json"} if len(files) > 1 else set()
     for file in earlier - set(files) - index:
         file.unlink()
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", _without_paths(config))
 
 
 def target_of(source: Source, layout: str, out: str | Path) -> Path:
@@ -118,7 +118,7 @@ def convert(source: Source, layout: str, out: str | Path, dtype: Any = None,
         require_equal(written.shapes, there.tensors, str(partial))
         write_json(_checksums(target if single else partial), record(written, digests))
         if not single:
-            write_json(partial / "config.json", source.config)
+            write_json(partial / "config.json", _without_paths(source.config))
     os.replace(partial / target.name if single else partial, target)
     (partial if single else target).joinpath(JOURNAL).unlink()
     if single:
@@ -130,6 +130,11 @@ def _run(checkpoint: Checkpoint, rows: Rows) -> Run:
     """Rows of a tensor as bytes to be copied, or decoded."""
     entry = checkpoint.entries[rows.key]
     return Run(checkpoint.extent(*rows), entry.dtype, entry.decoder, rows.start * math.prod(entry.shape[1:]))
+
+
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the folder that its model once lay in, which diffusers notes and nobody reads."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 def _checksums(path: Path) -> Path:

@@ -4,6 +4,7 @@ Images become latents before each step, on the devices. Captions and images beco
 too, or these are taken from disk (config.precomputed), and the model has no encoders.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, contents
 from lorweb_jax.data.splits import read_splits
 from lorweb_jax.encoders import queries
+from lorweb_jax.encoders.identity import identity
 from lorweb_jax.evaluation import lpips
 from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
@@ -33,7 +35,9 @@ from lorweb_jax.precomputed.scope import Scope
 from lorweb_jax.training.pictures import heat_map
 from lorweb_jax.training.report import report_only
 from lorweb_jax.transformer.attention import choose
+from lorweb_jax.weights.adapters import ENCODER
 from lorweb_jax.weights.pipeline_folder import MODEL_PARTS, PARTS, PipelineFolder
+from lorweb_jax.weights.safetensors_io import write_json
 
 
 def make(config) -> "BasisJob":
@@ -68,6 +72,14 @@ class BasisJob:
                 "data.root": train, "data.held_out": " ".join(held_out)}
 
     @functools.cached_property
+    def signed_config(self) -> BasisConfig:
+        """basis_config with what others know the image encoder by, and what tells it from others."""
+        if self.basis_config.query != "external" or not self.folder.encoder_folder:
+            return self.basis_config
+        found = identity(self.folder.encoder_folder)
+        return dataclasses.replace(self.basis_config, encoder=found.name, encoder_sketch=found.sketch)
+
+    @functools.cached_property
     def precomputed(self) -> Precomputed | None:
         """What takes the encoders' place; None where they are part of the step."""
         return Precomputed(self.scope) if self.scope else None
@@ -89,7 +101,7 @@ class BasisJob:
 
     def build(self, rngs: nnx.Rngs) -> AnalogyModel:
         left_out = self.scope.left_out if self.scope else ()
-        return self.folder.make(rngs, self.basis_config, dtype=self.config.compute_dtype, remat=self.config.remat,
+        return self.folder.make(rngs, self.signed_config, dtype=self.config.compute_dtype, remat=self.config.remat,
                                 attention=self.attention, unroll=self.config.unroll,
                                 quantization=self.config.quantization,
                                 parts=[part for part in MODEL_PARTS if part not in left_out])
@@ -184,8 +196,11 @@ class BasisJob:
         """Writes the basis in the published format (an ordinary LoRA if nothing is routed); then tables and sheets, and
         which files of the data could not be used. Only the first can end the run."""
         pipeline = Pipeline(self.folder, model, self.precomputed)
-        if model.basis.config.routed:
+        config = model.basis.config
+        if config.routed:
             pipeline.save_basis(workdir / "export" / "basis.safetensors")
+            if config.encoder_sketch:
+                write_json(workdir / ENCODER, {"name": config.encoder, "sketch": config.encoder_sketch})
         else:
             ones = {path: np.ones(layer.a.shape[:2], np.float32) for path, layer in model.basis.layers.items()}
             pipeline.save_lora(workdir / "export" / "lora.safetensors", ones, dtype="float16")
