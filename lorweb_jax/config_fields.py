@@ -135,7 +135,7 @@ Rule = Whole | Real | Choice | Flag | Folder | Several | Either
 _COUNT = Whole(1, 10**9)       # of steps
 _WIDTH = Whole(1, 65_536)      # of features
 _LAYERS = Whole(1, 1000)
-_SHARE = Real(0, 1)            # a probability
+SHARE = Real(0, 1)            # a probability
 _WEIGHT = Real(0, 1e6)         # of a part of a loss
 GUIDANCE = Real(0, 100)
 SAMPLING_STEPS = Whole(1, 1000)
@@ -145,6 +145,7 @@ SEED = Whole(0, 2**64 - 1)     # each gives other random keys (seeds.py)
 _DTYPE = Choice(("float32", "bfloat16", "float16"))
 SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then divide into 2x2 patches
 WORKERS = Whole(0, 1024)
+BATCH = Whole(1, 2**20)
 _TOKENS = Whole(1, 512)
 
 INTERNAL_MODES = ("aa'bb'", "caa'bb'", "caa'b", "caa'")
@@ -153,7 +154,7 @@ QUERY_MODES = ("cat-aa'b", "ca'-ca", "ca'-ca+cb", *INTERNAL_MODES, "paa'b", "cat
 COMMON: dict[str, Rule] = {
     "seed": SEED,
     "train.steps": _COUNT,
-    "train.batch": Whole(1, 2**20),
+    "train.batch": BATCH,
     "train.log_every": _COUNT,
     "train.checkpoint_every": _COUNT,
     "train.picture_every": _COUNT,
@@ -191,8 +192,8 @@ BASIS: dict[str, Rule] = {
     "data.held_out": Folder(empty=True),
     "data.cache": Folder(),
     "data.quadrant_size": Either(Whole(8, 4096, multiple=8, also=(0,)), Several(SIDE, 2, 2)),
-    "data.caption_drop": _SHARE,
-    "data.reverse_probability": _SHARE,
+    "data.caption_drop": SHARE,
+    "data.reverse_probability": SHARE,
     "data.task_balanced": Flag(),
     "data.workers": WORKERS,
     "precomputed": Folder(empty=True),
@@ -221,8 +222,8 @@ BASE_VAE: dict[str, Rule] = {
     "data.drawings": Folder(),
     "data.signs": Whole(0, 10**6),
     "data.size": SIDE,
-    "data.plain": _SHARE,
-    "data.enlarged": _SHARE,
+    "data.plain": SHARE,
+    "data.enlarged": SHARE,
     "loss.absolute": _WEIGHT,
     "loss.squared": _WEIGHT,
     "loss.edge": _WEIGHT,
@@ -276,14 +277,14 @@ BASE_TRANSFORMER: dict[str, Rule] = {
     "data.vae": Folder(),
     "data.variants": Whole(1, 2),
     "data.text_tokens": _TOKENS,
-    "data.style": _SHARE,
-    "data.last_only": _SHARE,
-    "data.edited_before": _SHARE,
-    "data.twice": _SHARE,
-    "data.vague": _SHARE,
-    "data.silent": _SHARE,
-    "data.caption_drop": _SHARE,
-    "data.condition_drop": _SHARE,
+    "data.style": SHARE,
+    "data.last_only": SHARE,
+    "data.edited_before": SHARE,
+    "data.twice": SHARE,
+    "data.vague": SHARE,
+    "data.silent": SHARE,
+    "data.caption_drop": SHARE,
+    "data.condition_drop": SHARE,
     **{f"forms.{form}": Whole(1, 1000) for form in FORMS},
     **{f"form_weights.{form}": _WEIGHT for form in FORMS},
     "loss_weight": Choice(("bell", "uniform")),

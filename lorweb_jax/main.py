@@ -10,7 +10,8 @@
 
 The run folder (runs/<config name> by default) receives log.txt, TensorBoard events, pictures/, checkpoints/ and, at
 the end, the exported result. A run that was stopped goes on when the same command is given again, also on another
-mesh. Several processes, on one or many hosts, make one run: the scripts in launch/ start them, and
+mesh, and also after its folder, data or models were moved, if these hold the same. Two runs at once in one folder are
+refused. Several processes, on one or many hosts, make one run: the scripts in launch/ start them, and
 lorweb_jax/distributed.py says how they find each other.
 Each field is explained where it stands, in the config file itself or in lorweb_jax/config.py.
 """

@@ -168,10 +168,10 @@ checkpoints.finish()
 for devices, sizes in ((4, {"fsdp": 2, "tensor": 2}), (1, {})):
     expected = shapes(devices, **sizes)
     found = checkpoints.restore(1, *expected)
-    for name, array in found[0].items():
+    for name, array in found.trainable.items():
         np.testing.assert_array_equal(array, arrays[name])
         assert array.sharding == expected[0][name].sharding
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found[:2])} == {devices}
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves((found.trainable, found.opt_state))} == {devices}
 checkpoints.close()
 print("restored")
 """

@@ -286,8 +286,15 @@ def test_the_listing_of_bad_data_is_shown(tmp_path, caplog):
 
 @pytest.mark.parametrize("options, message", [
     ({"batch_size": 0}, "batch size is 0"),
-    ({"quadrant_size": 20}, "multiples of 8"),
-    ({"quadrant_size": (16, 0)}, "multiples of 8"),
+    ({"batch_size": "4"}, "batch size is '4'"),
+    ({"batch_size": True}, "batch size is True"),
+    ({"quadrant_size": 20}, "multiple of 8"),
+    ({"quadrant_size": (16, 0)}, "multiple of 8"),
+    ({"quadrant_size": "16"}, "quadrant size is '16'"),
+    ({"max_size": 1.5, "quadrant_size": None}, "largest size is 1.5"),
+    ({"caption_drop": None}, "caption drop is None"),
+    ({"workers": 10**12}, "workers is 1000000000000"),
+    ({"seed": 2**64}, "seed is"),
     ({"max_size": 512}, "both"),
     ({"caption_drop": 1.1}, "caption drop is 1.1"),
     ({"reverse_probability": float("nan")}, "reversal is nan"),

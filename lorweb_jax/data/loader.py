@@ -15,6 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from lorweb_jax.arguments import as_value
+from lorweb_jax.config_fields import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole
 from lorweb_jax.data.problems import Notes, Problem, Problems, printable, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.errors import UserError
@@ -299,21 +301,16 @@ class _Rows(grain.MapDataset):
 
 
 def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows):
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}; expected 1 or more")
+    rules = {"batch size": (batch_size, BATCH), "quadrant size": (quadrant_size, Either(Whole(0, 0, also=(None,)),
+                                                                                      Several(SIDE, 2, 2))),
+             "largest size": (max_size, Whole(2, 2**20, also=(None,))), "seed": (seed, SEED),
+             "probability of caption drop": (caption_drop, SHARE),
+             "probability of reversal": (reverse_probability, SHARE), "number of workers": (workers, WORKERS)}
+    for name, (value, rule) in rules.items():
+        as_value(value, f"the {name}", rule)
     if quadrant_size and max_size:
         raise UserError(f"both a quadrant size {quadrant_size} and a maximum size {max_size} were given; the first "
                         "fixes the grid's size, so give one of them")
-    if quadrant_size and any(side < 8 or side % 8 for side in quadrant_size):
-        raise UserError(f"the quadrant size is {quadrant_size}; expected multiples of 8, so that the grid's latents "
-                        "divide into 2x2 patches")
-    for name, value in (("caption drop", caption_drop), ("reversal", reverse_probability)):
-        if not 0 <= value <= 1:
-            raise UserError(f"the probability of {name} is {value}; expected 0 to 1")
-    if seed < 0:
-        raise UserError(f"the seed is {seed}; expected 0 or more")
-    if workers < 0:
-        raise UserError(f"the number of workers is {workers}; expected 0 or more")
     if rows is not None and not (len(rows) and all(0 <= row < batch_size for row in rows)):
         raise UserError(f"rows {list(rows)} of a batch of {batch_size} were asked for; expected one or more of 0 to "
                         f"{batch_size - 1}")
