@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import optax
 import pytest
 
 from lorweb_jax import sharding
-from lorweb_jax.errors import UserError
+from lorweb_jax.errors import UserError, told
 from lorweb_jax.train import train
-from lorweb_jax.training import checkpoints
+from lorweb_jax.training import checkpoints, checksums
 from lorweb_jax.training.checkpoints import restore_trainables
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
 from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
@@ -143,6 +144,41 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, monke
     exported = np.load(tmp_path / "run/slope.npy")
     np.testing.assert_array_equal(exported, np.load(tmp_path / "whole/slope.npy"))
     np.testing.assert_array_equal(exported, restore_trainables(tmp_path / "run")[0]["slope"])
+
+
+def test_sigterm_in_the_middle_of_a_checkpoint_loses_nothing(whole_run, tmp_path, monkeypatch):
+    """Two of them, while the thread that saves is at it: the run stops soon, and goes on to the bit."""
+    real, sent = checksums.write, []
+
+    def write(folder):
+        if len(sent) < 2:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        real(folder)
+
+    monkeypatch.setattr(checksums, "write", write)
+    assert not train(line_job.get_config(), tmp_path)
+    assert checksums.damage(tmp_path / "checkpoints" / str(max(checkpoints.complete_steps(tmp_path)))) is None
+    for _ in range(2):
+        if train(line_job.get_config(), tmp_path):
+            break
+    assert (tmp_path / "log.txt").read_bytes() == (whole_run / "log.txt").read_bytes()
+    np.testing.assert_array_equal(np.load(tmp_path / "slope.npy"), np.load(whole_run / "slope.npy"))
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "."])
+def test_a_folder_that_vanishes_while_a_run_writes_it(tmp_path, monkeypatch, gone):
+    def next_batch(self):
+        if self.position == 7:
+            shutil.rmtree(tmp_path / "run" / gone)
+            (tmp_path / "run" / gone).touch()  # a file in its place
+        return real(self)
+
+    real = line_job.Points.__next__
+    monkeypatch.setattr(line_job.Points, "__next__", next_batch)
+    with pytest.raises((UserError, OSError)) as caught:
+        train(line_job.get_config(), tmp_path / "run")
+    message, status = told(caught.value)
+    assert status == 1 and str(tmp_path / "run") in message and "\n" not in message
 
 
 def test_averaged_weights_are_the_formula():

@@ -19,6 +19,7 @@ from lorweb_jax import sharding
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Scale
 from lorweb_jax.seeds import random_key
+from lorweb_jax.training.fresh import arrays_of
 from lorweb_jax.training.job import Job
 
 Arrays = dict[str, jax.Array]  # by dotted path
@@ -120,7 +121,7 @@ def _built(job: Job, part: str, shapes: Shapes, seed: int) -> Arrays:
         held = _by_path(trainable if part == "trainable" else frozen)
         return {name: variable.get_value().astype(shapes[name].dtype) for name, (_, variable) in held.items()}
 
-    return jax.jit(arrays, out_shardings=sharding.shardings_of(shapes))()
+    return arrays_of(arrays, shapes)
 
 
 def _placed(held: Mapping[str, Any], shapes: Shapes) -> Arrays:
