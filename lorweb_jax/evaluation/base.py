@@ -110,6 +110,7 @@ def measure_edits(pipeline: Pipeline, edits: Sequence[Edit], *, steps: int, guid
 
 def _distances(x: np.ndarray, y: np.ndarray, batch: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """(MSE of pixels as 0..1, LPIPS) of uint8 images [n, h, w, 3]."""
+    batch = min(batch, len(x))
     squared = np.square((x.astype(np.float32) - y) / 255).mean((1, 2, 3))
     padded = [np.concatenate([images, images[:1].repeat(-len(images) % batch, 0)]) for images in (x, y)]
     return squared, np.concatenate([lpips(*(images[i:i + batch] for images in padded))
@@ -193,7 +194,7 @@ def told_kinds(pipeline: Pipeline, images: Sequence[np.ndarray], prototypes: tup
 
 
 def embed(pipeline: Pipeline, images: Sequence[np.ndarray], batch: int = 100) -> np.ndarray:
-    encoder, found = pipeline.image_encoder, []
+    encoder, found, batch = pipeline.image_encoder, [], min(batch, len(images))
     for start in range(0, len(images), batch):
         part = list(images[start:start + batch])
         found.append(encoder.embed(part + part[:1] * (batch - len(part)))[:len(part)])
@@ -216,6 +217,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 def reconstructed(pipeline: Pipeline, images: np.ndarray, batch: int = 32) -> np.ndarray:
     """uint8 [n, h, w, 3] after the autoencoder."""
+    batch = min(batch, len(images))
     padded = np.concatenate([images, images[:1].repeat(-len(images) % batch, 0)])
     return np.concatenate([to_uint8(_reconstruct(pipeline.model.vae, padded[i:i + batch]))
                            for i in range(0, len(padded), batch)])[:len(images)]
