@@ -6,6 +6,8 @@
 # Options of main go in ARGS: make train ARGS="--config.train.steps=200 --workdir=runs/short"
 
 VENV := .venv
+# Processes that share the tests' files between them.
+WORKERS := 2
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
@@ -15,7 +17,7 @@ train: $(VENV)/installed
 	$(PYTHON) -m lorweb_jax.main --config=configs/basis.py $(ARGS)
 
 test: $(VENV)/installed-test
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 base: $(VENV)/installed local_data/drawings64.npz
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_vae.py
