@@ -53,7 +53,7 @@ def as_prompts(given: Any, count: int | None = None) -> list[str]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"the prompts are {shown(given)}; give a list of texts, one for each analogy")
     texts = [as_text(text, "the prompt" if len(given) == 1 else f"prompt {i}") for i, text in enumerate(given)]
-    if any(text != said for text, said in zip(texts, given)):
+    if any(text.count(REPLACEMENT) > said.count(REPLACEMENT) for text, said in zip(texts, given)):
         say("the prompt holds bytes that are not UTF-8; each is replaced by " + REPLACEMENT)
     if count is not None and len(texts) != count:
         raise UserError(f"{len(texts)} prompts were given for {count} analogies; give one for each")

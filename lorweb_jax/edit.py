@@ -21,10 +21,14 @@ from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_
 from lorweb_jax.outputs import require_writable
 
 
+# The small base that comes with the project, from whatever folder the command is given.
+SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=Path("assets/small_kontext"),
+    parser.add_argument("--pipeline", type=Path, default=SMALL_BASE,
                         help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
                              "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)")
     parser.add_argument("--basis", type=Path,

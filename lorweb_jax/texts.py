@@ -1,5 +1,6 @@
 """Texts from people, files and command lines, as the text encoders can take them."""
 
+import os
 from typing import Any
 
 from lorweb_jax.config_fields import shown
@@ -13,4 +14,9 @@ def as_text(value: Any, name: str) -> str:
     surrogates) become �. UserError, which calls the text `name`, for what is no str."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {shown(value)}, a text (str) was expected; give \"\" for none")
+    try:
+        # Where Python reads the command line as ASCII, text that is UTF-8 comes as surrogates, too.
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeError:
+        pass
     return "".join(REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in value)

@@ -261,3 +261,13 @@ def test_export_keeps_a_shared_factor(lora, tmp_path):
     again = lora_files.safetensors.numpy.load_file(tmp_path / "y.safetensors")
     assert again.keys() == tensors.keys()
     assert all((again[key] == array).all() for key, array in tensors.items())
+
+
+@pytest.mark.parametrize("alpha,dtype", [(1e6, np.float16), (1e38, np.float32), (1e300, np.float32)])
+def test_an_alpha_that_leaves_no_precision(alpha, dtype, tmp_path):
+    """Below the smallest normal number, or beyond the largest, the update would no longer be the same."""
+    factors = {"transformer_blocks.attn.to_q": lora_file.Factors(np.ones((1, 4, 2), np.float32),
+                                                                 np.full((1, 2, 4), 1e-2, np.float32))}
+    with pytest.raises(UserError, match="full precision|infinity"):
+        lora_file.write_lora(tmp_path / "x.safetensors", factors, dtype, alpha)
+    assert not list(tmp_path.iterdir())

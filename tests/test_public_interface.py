@@ -246,3 +246,12 @@ def test_other_shapes():
     flat = [np.zeros((height, width, 3), np.uint8) for width, height in ((64, 48), (32, 24), (48, 64))]
     [sentence] = stretched([tuple(flat), tuple(flat[:2]) + (flat[1],)])
     assert sentence.startswith("b is stretched to a's shape in 1 of 2 analogies") and "48x64 to 64x48" in sentence
+
+
+def test_texts_of_an_ascii_command_line():
+    """Python hands over bytes that it can't read as lone surrogates; UTF-8 among them is read as such."""
+    from lorweb_jax.texts import as_text
+
+    seen = "cadre doré 😀".encode().decode("ascii", "surrogateescape")
+    assert as_text(seen, "x") == "cadre doré 😀"
+    assert as_text("dor\udce9", "x") == "dor\N{REPLACEMENT CHARACTER}"

@@ -181,3 +181,13 @@ def test_missing_files_and_words_are_named(tmp_path):
         load_t5_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no words"):
         train_small_tokenizers([], [], tmp_path, t5_tokens=16)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 200])
+def test_cut_merges_are_told(kept, tmp_path):
+    """Such a file reads well, and every text would get other ids."""
+    folder = shutil.copytree(SMALL / "tokenizer", tmp_path / "tokenizer")
+    lines = (folder / "merges.txt").read_text().splitlines(keepends=True)
+    (folder / "merges.txt").write_text("".join(lines[:kept]))
+    with pytest.raises(UserError, match="merges.txt makes .* words of several letters"):
+        load_clip_tokenizer(folder)

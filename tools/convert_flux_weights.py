@@ -66,8 +66,8 @@ def main() -> None:
             print(f"{checkpoint.path}: {len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, as they were written")
         return
     dtype = {"keep": None, "bfloat16": ml_dtypes.bfloat16}.get(args.dtype, args.dtype)
-    if args.shard_gb <= 0:
-        raise UserError(f"--shard-gb is {args.shard_gb}; it must be above 0", 2)
+    if not 1e-3 <= args.shard_gb <= 1e6:
+        raise UserError(f"--shard-gb is {args.shard_gb}; give a number from 0.001 to 1,000,000", 2)
     # All sources are recognised, and all places found free, before the first is written.
     sources = _recognised(args)
     require_writable([pretrained.target_of(source, args.to.replace("-", "_"), args.out) for source in sources])

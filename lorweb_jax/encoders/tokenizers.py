@@ -178,6 +178,7 @@ def load_clip_tokenizer(folder: str | Path) -> TextTokenizer:
     if len(set(vocabulary.values())) < len(vocabulary):
         raise UserError(f"{folder / 'vocab.json'} gives two words the same number; {_AGAIN}")
     merges, settings = _merges(folder / "merges.txt"), _settings(folder)
+    _require_merges(vocabulary, merges, folder)
     start, end = _content(settings.bos_token, START), _content(settings.eos_token, END)
     pad, unknown = _content(settings.pad_token, END), _content(settings.unk_token, END)
     for token in (start, end, pad, unknown):
@@ -210,6 +211,16 @@ def _merges(path: Path) -> list[tuple[str, str]]:
         if len(line.split()) != 2:
             raise UserError(f"{path}: line {number} is {line[:60]!r}, two symbols were expected; {_AGAIN}")
     return [tuple(line.split()) for line in lines[1:]]
+
+
+def _require_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:
+    """UserError where a word of several letters is the product of no merge: such a file was cut, and texts would get
+    other tokens than the text encoder was trained with."""
+    made = {first + second for first, second in merges}
+    plain = {word for word in vocabulary if len(word.removesuffix("</w>")) > 1 and not word.startswith("<|")}
+    if absent := plain - made:
+        raise UserError(f"{folder / 'merges.txt'} makes {len(plain) - len(absent)} of the {len(plain)} words of several "
+                        f"letters in vocab.json, but not {shown(min(absent))}; {_AGAIN}")
 
 
 @functools.lru_cache(maxsize=8)

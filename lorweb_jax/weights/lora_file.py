@@ -97,7 +97,7 @@ def write_lora(path: str | Path, factors: Mapping[str, Factors], dtype: Any = np
     alpha: True stores alpha = R with every layer; a number stores that and divides B by alpha / R, so that the update
     stays the same. kohya's names always have an alpha. names: one of NAMES. In kohya's and ComfyUI's, layers are fused
     as in Black Forest Labs' files; layers, {path: (l, i, o)} of the model, tells the widths of parts without an update.
-    Raises UserError for numbers beyond the range of `dtype`.
+    Raises UserError for numbers beyond the range of `dtype`, and for an alpha that leaves B no precision in it.
     """
     if names not in NAMES:
         raise UserError(f"the names are {names!r}; choose one of {', '.join(NAMES)}", 2)
@@ -109,9 +109,20 @@ def write_lora(path: str | Path, factors: Mapping[str, Factors], dtype: Any = np
         with np.errstate(over="ignore"):  # `write` refuses what isn't finite
             tensors[name + ending[0]] = a.T.astype(dtype)
             tensors[name + ending[1]] = (b.T * np.float32(a.shape[1] / stored if alpha else 1.0)).astype(dtype)
-        if alpha:
-            tensors[f"{name}.alpha"] = np.asarray(stored, dtype)
+            if alpha:
+                tensors[f"{name}.alpha"] = np.asarray(stored, dtype)
+    _require_precision(tensors, alpha, dtype)
     write(path, tensors, {"format": "pt"})
+
+
+def _require_precision(tensors: Mapping[str, np.ndarray], alpha: bool | float, dtype: Any) -> None:
+    """UserError where an alpha has made all of a layer's B smaller than what `dtype` keeps with full precision."""
+    smallest = float(np.finfo(dtype).tiny)
+    for name, values in tensors.items():
+        largest = float(np.abs(values).max(initial=0.0))
+        if alpha and alpha is not True and 0 < largest < smallest and not name.endswith(".alpha"):
+            raise UserError(f"with alpha {alpha:g} the largest number of {name} is {largest:.1e}, below what "
+                            f"{np.dtype(dtype).name} keeps with full precision ({smallest:.1e}); give a smaller alpha", 2)
 
 
 def _named(factors: Mapping[str, Factors], names: str, layers: Mapping[str, tuple[int, int, int]]
