@@ -14,7 +14,8 @@ _BEGINNINGS = {
     b"GGUF": "a GGUF file, which tools/convert_flux_weights.py reads where it holds a FLUX transformer: convert it "
              "first",
     b"PK\x03\x04": "a zip archive or PyTorch's pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model",
-    b"\x80\x02\x8a\nl": "PyTorch's pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model",
+    **{bytes((0x80, version)): "a Python pickle (.ckpt, .pt, .bin): give the .safetensors file of the same model"
+       for version in (2, 3, 4, 5)},
     b"version https://git-lfs": "a Git LFS pointer, which stands for the file: run git lfs pull, or download it again",
     b"<!": "a web page, such as a login or an error: download the file again",
     b"<html": "a web page, such as a login or an error: download the file again",

@@ -62,7 +62,7 @@ def test_layouts(tmp_path):
     ([{"img_name": "1.png", "edit_instruction": None}], "no edit_instruction"),
     ([entry("gone.png")], "missing"),
     ([entry("../Group1")], "leads out of the folder"),
-    ([entry(".")], "missing"),  # a folder, not a file
+    ([entry(".")], "no regular file"),  # a folder, not a file
     ("[" + "1" * 5000 + "]", "not valid JSON"),
     ([entry("1\0.png")], "missing"),
     ([entry("x" * 300)], "too long"),

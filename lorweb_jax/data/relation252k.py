@@ -100,7 +100,8 @@ def _pair(entry, folder: Path) -> Pair:
         raise ValueError("the img_name is no name of a file: it holds half a surrogate pair") from None
     path = folder / name
     if "\0" in name or not path.is_file():
-        raise ValueError("the image file is missing")
+        there = "\0" not in name and os.path.lexists(path)
+        raise ValueError("the image is no regular file, or a link to none" if there else "the image file is missing")
     # Nothing is computed from the descriptions: copies without them lose nothing.
     left, right = (entry.get(f"{side}_image_description") for side in ("left", "right"))
     return Pair(str(path), *(text if isinstance(text, str) and _is_unicode(text) else "" for text in (left, right)),
