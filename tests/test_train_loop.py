@@ -169,8 +169,10 @@ def test_sigterm_in_the_middle_of_a_checkpoint_loses_nothing(whole_run, tmp_path
 def test_a_folder_that_vanishes_while_a_run_writes_it(tmp_path, monkeypatch, gone):
     def next_batch(self):
         if self.position == 7:
-            shutil.rmtree(tmp_path / "run" / gone)
-            (tmp_path / "run" / gone).touch()  # a file in its place
+            # Moved in one step: deleting it one by one would race with a checkpoint that is being written.
+            there = (tmp_path / "run" / gone).resolve()
+            there.rename(tmp_path / "away")
+            there.touch()  # a file in its place
         return real(self)
 
     real = line_job.Points.__next__
