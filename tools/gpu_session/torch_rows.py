@@ -97,8 +97,8 @@ def main():
 
     names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj",
              "net.2", "proj_mlp", "proj_out", "norm1.linear", "norm1_context.linear", "norm.linear"]
-    model.add_adapter(LoraConfig(r=128, lora_alpha=128, target_modules=[f"transformer_blocks.*{n}" for n in ()] or
-                                 r".*transformer_blocks\..*(" + "|".join(n.replace(".", r"\.") for n in names) + ")"))
+    layers = "|".join(name.replace(".", r"\.") for name in names)
+    model.add_adapter(LoraConfig(r=128, lora_alpha=128, target_modules=rf".*transformer_blocks\..*({layers})"))
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
