@@ -20,14 +20,13 @@ from lorweb_jax.images.grid import condition_grid, fit_to_model
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.outputs import require_writable
 
-
 # The small base that comes with the project, from whatever folder the command is given.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=SMALL_BASE,
                         help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
                              "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)")

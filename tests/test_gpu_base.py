@@ -113,7 +113,7 @@ def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, mon
     """At 12 dB the weights that --prepare was given are used, where there are some that fit."""
     log.seconds = 100
     used, images = [], np.zeros((4, 2, 8, 8, 3), np.uint8)
-    stage = script["Stages"](SimpleNamespace(out=log.out), log, SimpleNamespace(table=4, vae_steps=5), "float32")
+    stage = script["Stages"](SimpleNamespace(out=log.file.parent), log, SimpleNamespace(table=4, vae_steps=5), "float32")
     monkeypatch.setitem(script["Stages"].train_autoencoder.__globals__, "ENCODED", 4)
 
     def program(state, steps, *rest):

@@ -122,11 +122,11 @@ def finish(out: Path) -> None:
 
 
 class Log:
-    """What happens when, on the screen and in OUT/base.json."""
+    """What happens when, on the screen and in OUT/`name`.json, which has a list for each of `curves`."""
 
-    def __init__(self, out: Path, seconds: float):
-        self.out, self.seconds, self.start = out, seconds, time.monotonic()
-        self.record: dict = {"seconds": seconds, "events": [], "vae": [], "transformer": []}
+    def __init__(self, out: Path, seconds: float, name: str = "base", curves: tuple[str, ...] = ("vae", "transformer")):
+        self.file, self.seconds, self.start = out / f"{name}.json", seconds, time.monotonic()
+        self.record: dict = {"seconds": seconds, "events": [], **{curve: [] for curve in curves}}
         self.lock = threading.Lock()
         self.written = 0.0
 
@@ -153,9 +153,9 @@ class Log:
     def write(self) -> None:
         with self.lock:
             self.written = self.now()
-            partial = self.out / "base.json.partial"
+            partial = self.file.with_name(f"{self.file.name}.partial")
             partial.write_text(json.dumps(self.record))
-            partial.replace(self.out / "base.json")
+            partial.replace(self.file)
 
 
 class Background(threading.Thread):

@@ -28,21 +28,6 @@ CONFIG = PREPARED / "base_clip.json"
 SECONDS_TO_END = 4
 
 
-class ClipLog(Log):
-    """Like the other job's, in a file of its own."""
-
-    def __init__(self, out: Path, seconds: float):
-        super().__init__(out, seconds)
-        self.record = {"seconds": seconds, "events": [], "clip": []}
-
-    def write(self) -> None:
-        with self.lock:
-            self.written = self.now()
-            partial = self.out / "clip.json.partial"
-            partial.write_text(json.dumps(self.record))
-            partial.replace(self.out / "clip.json")
-
-
 def prepare() -> None:
     """Writes the sentences' tokens and the config, for a machine without tokenizers and ml_collections."""
     import runpy
@@ -105,7 +90,7 @@ def train(args) -> None:
     size = SimpleNamespace(table=48, batch=8, steps=2, processes=1) if args.tiny else \
         SimpleNamespace(table=1024, batch=128, steps=20, processes=args.processes)
     args.out.mkdir(parents=True, exist_ok=True)
-    log = ClipLog(args.out, args.seconds)
+    log = Log(args.out, args.seconds, "clip", ("clip",))
 
     from lorweb_jax.data.bulk import operated
     from lorweb_jax.data.drawing_sets import load_sets

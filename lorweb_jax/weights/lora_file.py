@@ -117,10 +117,12 @@ def write_lora(path: str | Path, factors: Mapping[str, Factors], dtype: Any = np
 
 def _require_precision(tensors: Mapping[str, np.ndarray], alpha: bool | float, dtype: Any) -> None:
     """UserError where an alpha has made all of a layer's B smaller than what `dtype` keeps with full precision."""
+    if isinstance(alpha, bool):  # B is as the basis has it
+        return
     smallest = float(np.finfo(dtype).tiny)
     for name, values in tensors.items():
-        largest = float(np.abs(values).max(initial=0.0))
-        if alpha and alpha is not True and 0 < largest < smallest and not name.endswith(".alpha"):
+        largest = 0.0 if name.endswith(".alpha") else float(np.abs(values).max(initial=0.0))
+        if 0 < largest < smallest:
             raise UserError(f"with alpha {alpha:g} the largest number of {name} is {largest:.1e}, below what "
                             f"{np.dtype(dtype).name} keeps with full precision ({smallest:.1e}); give a smaller alpha", 2)
 
