@@ -140,6 +140,17 @@ def map_stack(stack: nnx.Module, f: Callable[[nnx.Module, Any], jax.Array], xs: 
     return jax.vmap(lambda block_state, x: f(nnx.merge(graphdef, block_state), x))(state, xs)
 
 
+def stack_outputs(stack: nnx.Module, x: jax.Array) -> tuple[jax.Array, ...]:
+    """(x, and what each block of the stack makes of the one before)."""
+    graphdef, state = nnx.split(stack)
+
+    def step(x, block_state):
+        x = nnx.merge(graphdef, block_state)(x)
+        return x, x
+
+    return (x, *jax.lax.scan(step, x, state)[1])
+
+
 # What the backward pass of a scanned block may keep; everything else is computed again.
 REMAT_POLICIES = {
     "none": None,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stacked
+from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stack_outputs, stacked
 from lorweb_jax.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, checked, given, read_json, shown
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.state import build, shapes
@@ -148,14 +148,7 @@ class SiglipVision(nnx.Module):
 
     def hidden_states(self, pixels: jax.Array) -> tuple[jax.Array, ...]:
         """pixel values [b, h, w, 3] -> the embeddings and each layer's output, [b, s, d], not normalised."""
-        graphdef, state = nnx.split(self.layers)
-
-        def step(x, block_state):
-            x = nnx.merge(graphdef, block_state)(x)
-            return x, x
-
-        x = self._embedded(pixels)
-        return (x, *jax.lax.scan(step, x, state)[1])
+        return stack_outputs(self.layers, self._embedded(pixels))
 
 
 def _rows(path: str, key: str, *, axes: tuple[int, ...] | None = None) -> list[Row]:
