@@ -225,13 +225,13 @@ def _prefer_standard(paths: list[Path]) -> list[Path]:
 def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries and metadata of one file. Nothing that the header says is used before it is checked."""
     size = regular_file(file, "download it, or give another file").stat().st_size
-    if not size:
-        raise UserError(f"{file} is empty, a safetensors file was expected; download it again")
     try:
         with open(file, "rb") as stream:
             begins = stream.read(64)
             stream.seek(8)
             length = int.from_bytes(begins[:8], "little")
+            if not size:
+                raise ValueError("it is empty")
             if size < 8 or not stream.peek(1).startswith(b"{") or length > _LONGEST_HEADER:
                 raise ValueError("it does not begin with a header")
             if length > size - 8:
