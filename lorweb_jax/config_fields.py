@@ -82,7 +82,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Folder:
-    """A path, or where `empty` says so "". A run may go on with another path that holds the same (training/sources.py)."""
+    """A path, or where `empty` says so "". A run may go on with another path that holds the same (training/run_folder.py)."""
 
     empty: bool = False
 

@@ -11,15 +11,13 @@ from flax import nnx
 from lorweb_jax import sharding
 from lorweb_jax.basis.additions import LowRankMix, RoutedMix
 from lorweb_jax.basis.router import coefficients
-from lorweb_jax.config_fields import Choice, Real, Whole, shown
+from lorweb_jax.config_fields import BASIS, INTERNAL_MODES, Real, Whole, shown
 from lorweb_jax.errors import UserError
 
-# Choices that a config may name; the query modes of an external query belong to the image encoders.
-_CHOICES = {"activation": ("softmax", "tanh"), "reduction": ("mean", "sum"), "pooling": ("avg", "max"),
-            "query": ("external", "internal", "fixed"), "projection": ("linear", "none")}
-_RULES = {**{name: Whole(1, 65_536) for name in ("size", "rank", "key_dim", "heads")},
+# A file's basis may be larger than one that a config asks for; the words are the same.
+_RULES = {**{name: BASIS[f"basis.{name}"] for name in ("activation", "reduction", "pooling", "query", "projection")},
+          **{name: Whole(1, 65_536) for name in ("size", "rank", "key_dim", "heads")},
           "query_dim": Whole(1, 2**31, also=(None,)), "scale": Real(-1e6, 1e6)}
-INTERNAL_MODES = ("aa'bb'", "caa'bb'", "caa'b", "caa'")
 
 
 class BasisParam(nnx.Param):
@@ -55,7 +53,7 @@ class BasisConfig:
     encoder_sketch: str = ""
 
     def __post_init__(self):
-        for name, rule in {**_RULES, **{name: Choice(words) for name, words in _CHOICES.items()}}.items():
+        for name, rule in _RULES.items():
             if not rule.takes(getattr(self, name)):
                 raise UserError(f"basis.{name} is {shown(getattr(self, name))}; give {rule}", 2)
         if self.key_dim % self.heads:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorweb_jax.encoders.blocks import Block, block_rows, rows
 from lorweb_jax.errors import UserError
 from lorweb_jax.layers import Embedding, LayerNorm, Linear, Weight, scan_stack, stack_outputs, stacked
 from lorweb_jax.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, Words
@@ -85,44 +86,9 @@ class CLIPVisionConfig(_Config):
     model_type: ClassVar[str] = "clip_vision_model"
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention [b, s, d]; `causal`: each token sees itself and those before it."""
-
-    def __init__(self, width: int, heads: int, causal: bool, *, rngs: nnx.Rngs):
-        self.heads, self.causal = heads, causal
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, Linear(width, width, rngs=rngs))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (project(x).reshape(*x.shape[:2], self.heads, -1)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape))
-
-
-class FeedForward(nnx.Module):
-    """fc2(activation(fc1 x))."""
-
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class Block(nnx.Module):
-    """x + attention(norm x), then x + feed forward(norm x)."""
-
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool, *, rngs: nnx.Rngs):
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.self_attn = Attention(config.hidden_size, config.num_attention_heads, causal, rngs=rngs)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.mlp = FeedForward(config, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+def _blocks(config: CLIPTextConfig | CLIPVisionConfig, causal: bool, rngs: nnx.Rngs) -> Block:
+    return stacked(lambda rngs: Block(config, ACTIVATIONS[config.hidden_act], causal, rngs=rngs),
+                   config.num_hidden_layers, rngs)
 
 
 class ClipText(nnx.Module):
@@ -132,7 +98,7 @@ class ClipText(nnx.Module):
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, rngs=rngs)
-        self.layers = stacked(lambda rngs: Block(config, True, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = _blocks(config, causal=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -157,7 +123,7 @@ class ClipVision(nnx.Module):
         self.patch_embedding = Patches(config.num_channels, width, patch, rngs=rngs)
         self.position_embedding = Embedding((config.image_size // patch) ** 2 + 1, width, rngs=rngs)
         self.pre_layernorm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
-        self.layers = stacked(lambda rngs: Block(config, False, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = _blocks(config, causal=False, rngs=rngs)
         self.post_layernorm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
         self.visual_projection = Linear(width, config.projection_dim, bias=False, rngs=rngs)
 
@@ -201,30 +167,17 @@ class Patches(nnx.Module):
         return x.reshape(b, rows * columns, -1) @ self.kernel[...].astype(x.dtype).reshape(n * n * c, -1)
 
 
-def _rows(path: str, key: str, axes: tuple[int, ...] | None = None) -> list[Row]:
-    weight = "scale" if axes is None else "kernel"
-    return [Row(f"{path}.{weight}", f"{key}.weight", axes), Row(f"{path}.bias", f"{key}.bias")]
-
-
-def _tower(name: str) -> list[Row]:
-    layer = f"{name}.encoder.layers.{{l}}."
-    return [Row("position_embedding.embedding", f"{name}.embeddings.position_embedding.weight"),
-            *[row for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-                               "mlp.fc1", "mlp.fc2") for row in _rows(f"layers.{part}", layer + part, LINEAR)],
-            *[row for part in ("layer_norm1", "layer_norm2") for row in _rows(f"layers.{part}", layer + part)]]
-
-
 # The conversions (lorweb_jax.weights.table). "pre_layrnorm" is how the published checkpoints spell it.
 TEXT_TABLE = [
     Row("token_embedding.embedding", "text_model.embeddings.token_embedding.weight"),
-    *_tower("text_model"),
-    *_rows("final_layer_norm", "text_model.final_layer_norm"),
+    *block_rows("text_model"),
+    *rows("final_layer_norm", "text_model.final_layer_norm"),
 ]
 VISION_TABLE = [
     Row("class_embedding", "vision_model.embeddings.class_embedding"),
     Row("patch_embedding.kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
-    *_tower("vision_model"),
-    *_rows("pre_layernorm", "vision_model.pre_layrnorm"),
-    *_rows("post_layernorm", "vision_model.post_layernorm"),
+    *block_rows("vision_model"),
+    *rows("pre_layernorm", "vision_model.pre_layrnorm"),
+    *rows("post_layernorm", "vision_model.post_layernorm"),
     Row("visual_projection.kernel", "visual_projection.weight", LINEAR),
 ]

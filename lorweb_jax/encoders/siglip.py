@@ -5,6 +5,7 @@ Paths are transformers' SiglipVisionModel names with the layer index as a leadin
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorweb_jax.encoders.blocks import Attention, Block, FeedForward, block_rows, rows
 from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Conv, Embedding, LayerNorm, Linear, Weight, scan_stack, stack_outputs, stacked
+from lorweb_jax.layers import Conv, Embedding, LayerNorm, Weight, scan_stack, stack_outputs, stacked
 from lorweb_jax.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, checked, given, read_json, shown
 from lorweb_jax.weights.checkpoint import Checkpoint
 from lorweb_jax.weights.state import build, shapes
@@ -56,47 +58,7 @@ class _SiglipFile(SiglipConfig):
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
 
 
-class Attention(nnx.Module):
-    """Multi-head attention of queries [b, t, d] over keys [b, s, d]."""
-
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, rngs=rngs))
-
-    def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        def heads(x):
-            return x.reshape(*x.shape[:2], self.num_heads, -1)
-
-        out = jax.nn.dot_product_attention(
-            heads(self.q_proj(queries)), heads(self.k_proj(keys)), heads(self.v_proj(keys)))
-        return self.out_proj(out.reshape(queries.shape))
-
-
-class FeedForward(nnx.Module):
-    """fc2(gelu(fc1 x))."""
-
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
-
-
-class Block(nnx.Module):
-    """x + attention(norm x), then x + feed forward(norm x)."""
-
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.mlp = FeedForward(config, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        normed = self.layer_norm1(x)
-        x = x + self.self_attn(normed, normed)
-        return x + self.mlp(self.layer_norm2(x))
+_gelu = partial(jax.nn.gelu, approximate=True)
 
 
 class PoolingHead(nnx.Module):
@@ -106,7 +68,7 @@ class PoolingHead(nnx.Module):
         self.probe = Weight(jax.random.normal(rngs.params(), (1, 1, config.hidden_size)))
         self.attention = Attention(config, rngs=rngs)
         self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
-        self.mlp = FeedForward(config, rngs=rngs)
+        self.mlp = FeedForward(config, _gelu, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [b, s, d] -> [b, d]."""
@@ -124,7 +86,7 @@ class SiglipVision(nnx.Module):
         self.patch_embedding = Conv(config.num_channels, config.hidden_size, config.patch_size,
                                     stride=config.patch_size, padding="VALID", rngs=rngs)
         self.position_embedding = Embedding(grid * grid, config.hidden_size, rngs=rngs)
-        self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.layers = stacked(lambda rngs: Block(config, _gelu, rngs=rngs), config.num_hidden_layers, rngs)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
         self.head = PoolingHead(config, rngs=rngs)
 
@@ -151,28 +113,20 @@ class SiglipVision(nnx.Module):
         return stack_outputs(self.layers, self._embedded(pixels))
 
 
-def _rows(path: str, key: str, *, axes: tuple[int, ...] | None = None) -> list[Row]:
-    weight = "scale" if axes is None else "kernel"
-    return [Row(f"{path}.{weight}", f"{key}.weight", axes), Row(f"{path}.bias", f"{key}.bias")]
-
-
-_LAYER, _HEAD = "vision_model.encoder.layers.{l}.", "vision_model.head."
+_HEAD = "vision_model.head."
 # The conversion (lorweb_jax.weights.table). torch's MultiheadAttention fuses the head's q, k and v.
 TABLE = [
-    *_rows("patch_embedding", "vision_model.embeddings.patch_embedding", axes=CONV),
-    Row("position_embedding.embedding", "vision_model.embeddings.position_embedding.weight"),
-    *[row for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1",
-                       "mlp.fc2") for row in _rows(f"layers.{name}", _LAYER + name, axes=LINEAR)],
-    *[row for name in ("layer_norm1", "layer_norm2") for row in _rows(f"layers.{name}", _LAYER + name)],
-    *_rows("post_layernorm", "vision_model.post_layernorm"),
+    *rows("patch_embedding", "vision_model.embeddings.patch_embedding", CONV),
+    *block_rows("vision_model"),
+    *rows("post_layernorm", "vision_model.post_layernorm"),
     Row("head.probe", f"{_HEAD}probe"),
     *[Row(f"head.attention.{name}.kernel", f"{_HEAD}attention.in_proj_weight", LINEAR)
       for name in ("q_proj", "k_proj", "v_proj")],
     *[Row(f"head.attention.{name}.bias", f"{_HEAD}attention.in_proj_bias")
       for name in ("q_proj", "k_proj", "v_proj")],
     *[row for name in ("attention.out_proj", "mlp.fc1", "mlp.fc2")
-      for row in _rows(f"head.{name}", _HEAD + name, axes=LINEAR)],
-    *_rows("head.layernorm", f"{_HEAD}layernorm"),
+      for row in rows(f"head.{name}", _HEAD + name, LINEAR)],
+    *rows("head.layernorm", f"{_HEAD}layernorm"),
 ]
 
 
