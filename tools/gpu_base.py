@@ -23,43 +23,26 @@ tower (tools/gpu_clip.py) took 31.6 ms a step of 128 drawings.
 import argparse
 import json
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import numpy as np  # noqa: E402
+from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
 
-PREPARED = Path("local_data/gpu")
-DRAWINGS = Path("local_data/drawings64.npz")
 VAE = Path("assets/small_kontext/vae")
 SECONDS_TO_END = 7           # for the last writing
 VAE_SHARE = 0.33             # of the time, from the start: when the autoencoder has to be done
 LATENTS_SHARE = 0.45         # and when no other variant's latents are begun
 LEAST_STEPS = 500            # of the autoencoder: with fewer it is no better than what it begins with
 LEAST_PSNR = 20.0            # dB on training canvases
-DISPATCH = 0.7               # seconds that a dispatch of steps should take
 # Searching for the fastest products took longer than it saves (they are cuBLAS's); convolutions need it.
 SEARCHED = {"xla_gpu_autotune_level": 1}
 UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are and twice as large
-
-
-class Settings(dict):
-    """A config without ml_collections: fields as attributes and as items."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    @classmethod
-    def of(cls, value):
-        return cls({k: cls.of(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
 def prepare(drawings_path: Path, vae: Path) -> None:
@@ -121,68 +104,6 @@ def finish(out: Path) -> None:
     write_editor(Path("runs/base_transformer"), sizes, editor)
 
 
-class Log:
-    """What happens when, on the screen and in OUT/`name`.json, which has a list for each of `curves`."""
-
-    def __init__(self, out: Path, seconds: float, name: str = "base", curves: tuple[str, ...] = ("vae", "transformer")):
-        self.file, self.seconds, self.start = out / f"{name}.json", seconds, time.monotonic()
-        self.record: dict = {"seconds": seconds, "events": [], **{curve: [] for curve in curves}}
-        self.lock = threading.Lock()
-        self.written = 0.0
-
-    def now(self) -> float:
-        return time.monotonic() - self.start
-
-    def say(self, text: str) -> None:
-        with self.lock:
-            print(f"[{self.now():6.1f}] {text}", flush=True)
-            self.record["events"].append([round(self.now(), 1), text])
-        self.write()
-
-    def add(self, curve: str, **values) -> None:
-        with self.lock:
-            self.record[curve].append({"s": round(self.now(), 2)} | {k: float(f"{v:.5g}") for k, v in values.items()})
-        if self.now() - self.written > 5:
-            self.write()
-
-    def set(self, **values) -> None:
-        with self.lock:
-            self.record |= values
-        self.write()
-
-    def write(self) -> None:
-        with self.lock:
-            self.written = self.now()
-            partial = self.file.with_name(f"{self.file.name}.partial")
-            partial.write_text(json.dumps(self.record))
-            partial.replace(self.file)
-
-
-class Background(threading.Thread):
-    """A function in a thread; `result` waits for it and raises what it raised."""
-
-    def __init__(self, function, *arguments):
-        super().__init__(daemon=True)
-        self.function, self.arguments, self.made, self.error = function, arguments, None, None
-        self.start()
-
-    def run(self):
-        try:
-            self.made = self.function(*self.arguments)
-        except BaseException as error:  # handed on by `result`
-            self.error = error
-
-    @property
-    def done(self) -> bool:
-        return not self.is_alive() and self.error is None
-
-    def result(self):
-        self.join()
-        if self.error:
-            raise self.error
-        return self.made
-
-
 class Pixels:
     """All drawings after all operations, made by worker processes: originals first, each part in random order."""
 
@@ -225,133 +146,12 @@ class Pixels:
             time.sleep(0.2)
 
 
-def trainer(job, config, loss):
-    """(fresh, lower): `fresh()` makes weights and optimizer state; `lower(*tables)` lowers
-    (state, steps, first progress, progress a step, scale, *tables) -> (state, {metric: mean}): so many updates in one
-    dispatch.
-
-    loss: (model, key, *tables) -> (loss, metrics). Progress, 0 to 1, is what the learning rate follows; `scale` is a
-    factor on it.
-    """
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import nnx
-
-    from lorweb_jax.training.optimizer import averaged, make_optimizer
-    from lorweb_jax.training.state import Layout
-    from lorweb_jax.weights.state import flat_state
-
-    layout = Layout.of(job, config.seed)
-
-    def fresh():
-        weights = flat_state(job.build(nnx.Rngs(config.seed)))
-        return weights, make_optimizer(config, lambda count: 0.0).init(weights), jnp.zeros([], jnp.uint32)
-
-    def chunk(state, steps, first, a_step, scale, *tables):
-        def step(i, state):
-            weights, opt_state, count = state
-            progress = first + a_step * i
-            rate = scale * config.optimizer.learning_rate * jnp.minimum(progress / 0.02 + 1e-3, 1.0) * 0.5 * (
-                1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-            optimizer = make_optimizer(config, lambda _: rate)
-            key = jax.random.fold_in(jax.random.key(config.seed), count)
-            (value, metrics), gradient = jax.value_and_grad(
-                lambda weights: loss(layout.model(weights, {}), key, *tables), has_aux=True)(weights)
-            updates, opt_state = optimizer.update(gradient, opt_state, weights)
-            metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
-            return (optax.apply_updates(weights, updates), opt_state, count + 1), metrics
-
-        def summed(i, carry):
-            state, sums = carry
-            state, metrics = step(i, state)
-            return state, jax.tree.map(lambda total, x: total + x / steps, sums, metrics)
-
-        # A loop of a length that is an argument: the first dispatch may be a single step.
-        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda state: step(0, state)[1], state))
-        return jax.lax.fori_loop(0, steps, summed, (state, sums))
-
-    def begun():
-        """`fresh`'s arrays, made on the CPU if there is one for jax: it compiles random numbers sooner."""
-        try:
-            device = jax.devices("cpu")[0]
-        except RuntimeError:
-            device = jax.devices()[0]
-        with jax.default_device(device):
-            return jax.device_get(jax.jit(fresh)())
-
-    number, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.int32))
-
-    def lower(*tables):
-        return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), count, number, number, number, *tables)
-
-    return SimpleNamespace(fresh=begun, lower=lower, layout=layout, averaged=averaged)
-
-
-class TooSlow(Exception):
-    """A phase that can't make its steps in its time."""
-
-
-def run_until(deadline: float, log: Log, curve: str, most: int, state, tables, program, every=None, least: int = 0):
-    """Dispatches of `program`, of up to `most` steps, until the clock stands at `deadline`; the learning rate reaches
-    zero there. The first two are of one step: they load the program and show how long a step takes.
-
-    every: called as every(state, progress) between dispatches; it may return other tables.
-    Raises TooSlow, after these two, where fewer than `least` steps fit.
-    """
-    import jax
-
-    begin, took, done, steps = log.now(), [], 0, 1
-    scale, kept, kept_at = 1.0, jax.device_get(state), 0.0
-    while True:
-        now = log.now()
-        a_step = float(np.median(took[-5:])) if took else 0.0
-        if now + a_step * steps > deadline and done:
-            break
-        span = deadline - begin
-        progress = (now - begin) / span
-        state, metrics = program(state, np.int32(steps), np.float32(progress), np.float32(a_step / span),
-                                 np.float32(scale), *tables)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        first, done = not done, done + steps
-        if first:                               # it loads the program
-            log.say(f"{curve}: the first step took {log.now() - now:.2f} s")
-        else:
-            took.append(max((log.now() - now) / steps, 1e-6))
-        if len(took) == 1:
-            log.say(f"{curve}: {1000 * took[0]:.1f} ms a step")
-            if done + (deadline - log.now()) / took[0] < least:
-                raise TooSlow(f"{curve}: at {took[0]:.2f} s a step fewer than {least} steps fit in {span:.0f} s")
-        if took:
-            steps = int(np.clip(round(DISPATCH / np.median(took[-5:])), 1, most))
-        log.add(curve, step=done, progress=progress, **metrics)
-        if not np.isfinite(metrics["loss"]):
-            scale /= 2
-            log.say(f"{curve}: the loss is {metrics['loss']} after {done} steps; on from {kept_at:.2f} at {scale} of the "
-                    "learning rate")
-            if scale < 0.05:
-                raise FloatingPointError(f"{curve}: the loss is {metrics['loss']} after {done} steps")
-            state = kept
-        elif progress > kept_at + 0.1:
-            kept, kept_at = jax.device_get(state), progress
-        if every and (other := every(state, progress)) is not None:
-            tables = other
-    log.say(f"{curve}: {done} steps, {1000 * float(np.median(took or [0])):.1f} ms a step")
-    return state
-
-
 def prepared_weights(layout) -> dict[str, np.ndarray] | None:
     """The autoencoder's that --prepare was given, or None where they are not of the shapes of this one."""
     with np.load(PREPARED / "vae.npz") as file:
         held = dict(file)
     shapes = {name: variable.shape for name, (_, variable) in layout.trainable.items()}
     return held if {name: array.shape for name, array in held.items()} == shapes else None
-
-
-def save(path: Path, weights, dtype) -> None:
-    from lorweb_jax.weights.safetensors_io import write
-
-    write(path, {name: np.asarray(array).astype(dtype) for name, array in weights.items()})
 
 
 def same_shapes(corpus, wanted):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
-from gpu_base import DRAWINGS, PREPARED, Background, Log, Settings, run_until, save, trainer  # noqa: E402
+from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, run_until, save, trainer  # noqa: E402
 
 SENTENCES = PREPARED / "sentences.npz"
 CONFIG = PREPARED / "base_clip.json"
@@ -52,7 +52,7 @@ def read_prepared():
 
 
 def make_trainer(size, drawings, sentences, config, dtype):
-    """(gpu_base.trainer of the job, shapes of its tables): rows int32 [table], which drawings are in the table; the table
+    """(gpu_loop.trainer of the job, shapes of its tables): rows int32 [table], which drawings are in the table; the table
     uint8 [table, operations, h, w, 3]; and all drawings plain, uint8 [D, h, w, 3]."""
     import jax
     import jax.numpy as jnp

@@ -136,8 +136,8 @@ class Program:
                 state = fp8_state(state)
             given = dict(shapes(inputs_cached(setting)))
             if setting.what == "sample":
-                query, _ = given.pop("query"), given.pop("target")
                 levels = {name: given.pop(name) for name in ("pooled_bp", "timestep_b", "guidance_b")}
+                del given["query"], given["target"]
                 mods = mods_of(setting, levels)
                 mixes = mixes_of(setting) if self.kind == "low-rank" else None
                 if "unstacked" in self.variants:
