@@ -53,6 +53,7 @@ from lorweb_jax.transformer.flux import FluxConfig
 from lorweb_jax.weights import pretrained
 from lorweb_jax.weights.adapters import load_basis, write_run
 from lorweb_jax.weights.basis_file import read_basis, write_basis
+from lorweb_jax.weights.checkpoint import read_all
 from lorweb_jax.weights.safetensors_io import NAMES, write, write_sharded, Spec
 
 ROOT = Path(__file__).parents[1]
