@@ -6,7 +6,7 @@ Leaves clip_vision in runs/base_clip, with quality.json: what the image embeddin
 file of drawings that tools/pack_drawings.py makes. tools/gpu_clip.py trains the same in minutes on a GPU.
 """
 
-from lorweb_jax.config import base_config, choose_variant
+from lorweb_jax.settings.config import base_config, choose_variant
 
 
 def get_config(variant: str = ""):
@@ -15,20 +15,28 @@ def get_config(variant: str = ""):
 
 def default():
     config = base_config("base_clip")
-    config.vision = dict(hidden_size=160, intermediate_size=640, num_hidden_layers=6, num_attention_heads=5,
-                         projection_dim=64, image_size=64, patch_size=8)
+    config.vision = dict(
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        projection_dim=64,
+        image_size=64,
+        patch_size=8,
+    )
     # The text tower is needed in training alone.
     config.text = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
 
     config.data = dict(
-        drawings="local_data/drawings64.npz",   # made by tools/pack_drawings.py
-        edits=3)                                # edits shown of each drawing of a batch, beside the plain drawing
+        drawings="local_data/drawings64.npz",  # made by tools/pack_drawings.py
+        edits=3,
+    )  # edits shown of each drawing of a batch, beside the plain drawing
 
     # Captions against images; instructions against the difference of two images, by edit and by family; kinds.
     config.loss = dict(caption=1.0, edit=1.0, family=0.3, kind=0.3)
 
     config.train.steps = 4000
-    config.train.batch = 24            # drawings
+    config.train.batch = 24  # drawings
     config.train.log_every = 50
     config.train.checkpoint_every = 500
     config.train.picture_every = 2000

@@ -7,7 +7,7 @@ tokenizers in runs/base_transformer, with pictures of edits of drawings it never
 in minutes on a GPU.
 """
 
-from lorweb_jax.config import base_config, choose_variant
+from lorweb_jax.settings.config import base_config, choose_variant
 
 
 def get_config(variant: str = ""):
@@ -16,28 +16,36 @@ def get_config(variant: str = ""):
 
 def default():
     config = base_config("base_transformer")
-    config.transformer = dict(num_layers=2, num_single_layers=6, num_attention_heads=4, attention_head_dim=40,
-                              in_channels=64, guidance_embeds=True, axes_dims_rope=(8, 16, 16))
+    config.transformer = dict(
+        num_layers=2,
+        num_single_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=40,
+        in_channels=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 16, 16),
+    )
     config.text = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
     config.text_2 = dict(d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4)
-    config.unroll = 8                 # blocks compiled side by side; all of them, since there are few
+    config.unroll = 8  # blocks compiled side by side; all of them, since there are few
 
     config.data = dict(
         drawings="local_data/drawings64.npz",  # the pack: tools/pack_drawings.py makes it
-        signs=0,                      # that are shown, in all sets; 0 takes all there are
+        signs=0,  # that are shown, in all sets; 0 takes all there are
         cache="local_data/drawings",  # latents are kept here
-        size=64,                      # side of a quadrant, pixels
+        size=64,  # side of a quadrant, pixels
         vae="runs/base_vae/vae",
-        variants=2,                   # of each drawing: as it is, and in other colours
-        text_tokens=20,               # length that captions are padded to
-        style=0.12,                   # share of edits that draw the same thing in another set's style
-        last_only=0.4,                # share of canvases of which only the last drawing is to change
-        edited_before=0.5,            # share of the other drawings on those canvases that come edited already
-        twice=0.5,                    # share of those canvases that show the last drawing twice
-        vague=0.15,                   # share of instructions that leave the operation's parameter open
-        silent=0.03,                  # share of empty instructions that change nothing
-        caption_drop=0.05,            # share of captions left out: for guidance without a classifier
-        condition_drop=0.12)          # share of text to image that shows an edit's result under its instruction
+        variants=2,  # of each drawing: as it is, and in other colours
+        text_tokens=20,  # length that captions are padded to
+        style=0.12,  # share of edits that draw the same thing in another set's style
+        last_only=0.4,  # share of canvases of which only the last drawing is to change
+        edited_before=0.5,  # share of the other drawings on those canvases that come edited already
+        twice=0.5,  # share of those canvases that show the last drawing twice
+        vague=0.15,  # share of instructions that leave the operation's parameter open
+        silent=0.03,  # share of empty instructions that change nothing
+        caption_drop=0.05,  # share of captions left out: for guidance without a classifier
+        condition_drop=0.12,
+    )  # share of text to image that shows an edit's result under its instruction
 
     # A group of examples, of which a batch has config.train.batch: edits of canvases and of single drawings, text to
     # image at a drawing's and at the canvas's size. And what each form weighs in the loss.
@@ -45,11 +53,11 @@ def default():
     config.form_weights = dict(canvas=0.5, single=0.15, drawing=0.22, large=0.13)
 
     config.loss_weight = "uniform"
-    config.guidance = (1.0, 4.0)      # guidance values that the model is shown
-    config.show_steps = 12            # Euler steps of the pictures
+    config.guidance = (1.0, 4.0)  # guidance values that the model is shown
+    config.show_steps = 12  # Euler steps of the pictures
 
     config.train.steps = 40000
-    config.train.batch = 3            # groups
+    config.train.batch = 3  # groups
     config.train.log_every = 50
     config.train.checkpoint_every = 500
     config.train.picture_every = 2500

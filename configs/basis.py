@@ -19,45 +19,57 @@ and --config.data.root, to `python -m lorweb_jax.precompute` first and then to l
 
 from ml_collections.config_dict import placeholder
 
-from lorweb_jax.config import base_config, choose_variant
+from lorweb_jax.settings.config import base_config, choose_variant
 
 
 def get_config(variant: str = ""):
-    return choose_variant({"": default, "kontext": kontext, "kontext_16": kontext_16,
-                           "tanh": tanh, "internal": internal, "smoke": smoke}, variant)
+    return choose_variant(
+        {"": default, "kontext": kontext, "kontext_16": kontext_16, "tanh": tanh, "internal": internal, "smoke": smoke},
+        variant,
+    )
 
 
 def default():
     config = base_config("basis")
     config.pipeline = "assets/small_kontext"  # a FLUX Kontext folder in diffusers' layout
     config.basis = dict(
-        size=16, rank=4, key_dim=64, heads=1, activation="softmax", reduction="mean",
-        query="external", query_mode="cat-aa'b", pooling="avg", projection="linear",
-        query_dim=placeholder(int),           # its width: None takes the image encoder's, another is refused
-        encoder="")                           # folder of the router's image encoder; "" is <pipeline>/clip_vision
+        size=16,
+        rank=4,
+        key_dim=64,
+        heads=1,
+        activation="softmax",
+        reduction="mean",
+        query="external",
+        query_mode="cat-aa'b",
+        pooling="avg",
+        projection="linear",
+        query_dim=placeholder(int),  # its width: None takes the image encoder's, another is refused
+        encoder="",
+    )  # folder of the router's image encoder; "" is <pipeline>/clip_vision
 
     config.data = dict(
-        root="embedded",       # a Relation252K folder, or "embedded": drawings that pip has installed
-        held_out="",           # a second such folder, of tasks that are only looked at
-        cache="local_data",    # where the embedded data set is built
-        quadrant_size=32,      # side of a, a', b and b' in the grid, pixels
-        caption_drop=0.05,     # share of captions that are left empty
+        root="embedded",  # a Relation252K folder, or "embedded": drawings that pip has installed
+        held_out="",  # a second such folder, of tasks that are only looked at
+        cache="local_data",  # where the embedded data set is built
+        quadrant_size=32,  # side of a, a', b and b' in the grid, pixels
+        caption_drop=0.05,  # share of captions that are left empty
         reverse_probability=0.0,  # share of analogies told backwards, a' -> a
-        task_balanced=True,    # every task equally often, however many pairs it has
-        workers=0)             # processes that read images; 0 reads in the main one
+        task_balanced=True,  # every task equally often, however many pairs it has
+        workers=0,
+    )  # processes that read images; 0 reads in the main one
 
     # Folder that `python -m lorweb_jax.precompute` filled with text embeddings and image embeddings: training takes
     # them from there and has no encoders on its devices. "" computes them in every step.
     config.precomputed = ""
 
     config.loss_weight = "bell"  # by timestep: bell, as published, or uniform
-    config.guidance = 1.0        # guidance input while training
+    config.guidance = 1.0  # guidance input while training
     config.compute_dtype = "float32"
-    config.quantization = "none" # of the frozen transformer's blocks: none, int8 or fp8
-    config.remat = "none"        # what the backward pass computes again: none, dots (all but products), attention
-                                 # (all but attention), full (everything inside a block)
-    config.attention = "auto"    # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
-    config.unroll = 8            # blocks compiled side by side
+    config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
+    config.remat = "none"  # what the backward pass computes again: none, dots (all but products), attention
+    # (all but attention), full (everything inside a block)
+    config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
+    config.unroll = 8  # blocks compiled side by side
 
     config.show = dict(tasks=12, per_task=2, batch=12, steps=12, guidance=2.5)
 

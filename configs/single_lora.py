@@ -8,7 +8,7 @@ Variants: kontext (full size: rank 128, as large as the paper's basis), kontext_
 """
 
 from configs import basis
-from lorweb_jax.config import choose_variant
+from lorweb_jax.settings.config import choose_variant
 
 
 def get_config(variant: str = ""):

@@ -1,13 +1,18 @@
 """Visual analogy editing in JAX: show it a → a′ and b, and it makes b′.
 
-`Pipeline`, `read_image` and `write_image` are what a notebook needs; see lorweb_jax.pipeline.
+`Pipeline`, `read_image` and `write_image` are what a notebook needs; see lorweb_jax.pipeline.pipeline.
 """
 
 import importlib
 
-_PUBLIC = {"Pipeline": "lorweb_jax.pipeline", "Basis": "lorweb_jax.basis.basis",
-           "BasisConfig": "lorweb_jax.basis.basis", "UserError": "lorweb_jax.errors",
-           "read_image": "lorweb_jax.images.io", "write_image": "lorweb_jax.images.io"}
+_PUBLIC = {
+    "Pipeline": "lorweb_jax.pipeline.pipeline",
+    "Basis": "lorweb_jax.adapters.basis",
+    "BasisConfig": "lorweb_jax.adapters.basis",
+    "UserError": "lorweb_jax.common.errors",
+    "read_image": "lorweb_jax.images.io",
+    "write_image": "lorweb_jax.images.io",
+}
 __all__ = list(_PUBLIC)
 
 

@@ -11,24 +11,40 @@ and the pictures.
 import argparse
 from pathlib import Path
 
-from lorweb_jax.command_line import Parser, positive
-from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.common.command_line import Parser, positive
+from lorweb_jax.common.errors import UserError, run_command
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m lorweb_jax.base_report", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m lorweb_jax.base_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("pipeline", type=Path, help="the base's folder")
-    parser.add_argument("--drawings", type=Path, default=Path("local_data/drawings64.npz"),
-                        help="made by tools/pack_drawings.py (default: %(default)s)")
+    parser.add_argument(
+        "--drawings",
+        type=Path,
+        default=Path("local_data/drawings64.npz"),
+        help="made by tools/pack_drawings.py (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/base"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--per-cell", type=positive, default=24,
-                        help="pictures of each family and set (default: %(default)s)")
-    parser.add_argument("--samples", type=positive, default=5,
-                        help="pictures made from text of each of 20 kinds in each of 5 styles (default: %(default)s)")
+    parser.add_argument(
+        "--per-cell", type=positive, default=24, help="pictures of each family and set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=5,
+        help="pictures made from text of each of 20 kinds in each of 5 styles (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=positive, default=12, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--cfg", type=float, default=3.0,
-                        help="classifier-free guidance of text to image; 1 is none (default: %(default)s)")
+    parser.add_argument(
+        "--cfg",
+        type=float,
+        default=3.0,
+        help="classifier-free guidance of text to image; 1 is none (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of noise and choice (default: 0)")
     args = parser.parse_args(arguments)
     if not args.pipeline.is_dir():
@@ -38,13 +54,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    from lorweb_jax.data.drawing_sets import load_sets
-    from lorweb_jax.evaluation.base_page import write_page
-    from lorweb_jax.pipeline import Pipeline
+    from lorweb_jax.data.embedded.drawing_sets import load_sets
+    from lorweb_jax.pipeline.pipeline import Pipeline
+    from lorweb_jax.small_base.page import write_page
 
     drawings = load_sets(args.drawings)
-    write_page(Pipeline.load(args.pipeline), drawings, args.out, per_cell=args.per_cell, samples=args.samples,
-               steps=args.steps, cfg=args.cfg, seed=args.seed, command=f"python -m lorweb_jax.base_report {args.pipeline}")
+    write_page(
+        Pipeline.load(args.pipeline),
+        drawings,
+        args.out,
+        per_cell=args.per_cell,
+        samples=args.samples,
+        steps=args.steps,
+        cfg=args.cfg,
+        seed=args.seed,
+        command=f"python -m lorweb_jax.base_report {args.pipeline}",
+    )
     print((args.out / "report.md").read_text(encoding="utf-8"))
     print(f"wrote report.md, figures.json and pictures in {args.out}")
 

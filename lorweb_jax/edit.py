@@ -12,55 +12,86 @@ import argparse
 import os
 from pathlib import Path
 
-from lorweb_jax.arguments import MAX_SIZE, as_value
-from lorweb_jax.command_line import Parser
-from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, SEED
-from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.errors import UserError, run_command
+from lorweb_jax.common.outputs import require_writable
 from lorweb_jax.images.grid import condition_grid, fit_to_model
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
-from lorweb_jax.outputs import require_writable
+from lorweb_jax.pipeline.arguments import MAX_SIZE
+from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
 # The small base that comes with the project, from whatever folder the command is given.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", type=Path, default=SMALL_BASE,
-                        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
-                             "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)")
-    parser.add_argument("--basis", type=Path,
-                        help="a run's folder, a LoRWeB basis or a LoRA (file, folder or Hub name); "
-                             "without it the base model follows the prompt alone")
+    parser = Parser(
+        prog="python -m lorweb_jax.edit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pipeline",
+        type=Path,
+        default=SMALL_BASE,
+        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
+        "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)",
+    )
+    parser.add_argument(
+        "--basis",
+        type=Path,
+        help="a run's folder, a LoRWeB basis or a LoRA (file, folder or Hub name); "
+        "without it the base model follows the prompt alone",
+    )
     parser.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
-    parser.add_argument("--image-encoder", type=Path,
-                        help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's "
-                             "folder)")
+    parser.add_argument(
+        "--image-encoder",
+        type=Path,
+        help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's folder)",
+    )
     parser.add_argument("--a", type=Path, required=True, help="an image before the edit; its size is the result's")
     parser.add_argument("--a2", type=Path, required=True, help="the same image after the edit")
     parser.add_argument("--b", type=Path, required=True, nargs="+", help="one or more images to edit likewise")
-    parser.add_argument("--out", required=True,
-                        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several --b; write / at its "
-                             "end)")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several --b; write / at its end)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace images of the same names, but never an input")
     parser.add_argument("--prompt", default="", help="the edit in words (default: none)")
     parser.add_argument("--steps", type=int, default=28, help="sampling steps, 1 to 1000 (default: 28)")
     parser.add_argument("--guidance", type=float, default=2.5, help="guidance input of the model (default: 2.5)")
-    parser.add_argument("--seed", type=int, default=0, help="0 to 2^64 - 1; the same seed gives the same image "
-                                                            "(default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="0 to 2^64 - 1; the same seed gives the same image (default: 0)"
+    )
     parser.add_argument("--max-size", type=int, help="longest edge of the 2x2 grid, pixels; larger grids are resized")
-    parser.add_argument("--apply", choices=["auto", "folded", "low-rank"], default="auto",
-                        help="fold the mix into the weights or apply it beside them (default: whichever is possible "
-                             "and faster)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
-                        help="what the transformer computes in (default: float32; bfloat16 on GPU and TPU)")
-    parser.add_argument("--attention", choices=["auto", "xla", "cudnn", "pallas"], default="auto",
-                        help="auto: pallas on TPUs, cudnn on NVIDIA GPUs in 16 bit, else xla")
-    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none",
-                        help="keep the transformer's blocks in 8 bit, half of bfloat16's memory (default: none)")
-    parser.add_argument("--round-to-bfloat16", action="store_true",
-                        help="round timestep and guidance as the published pipeline does, to compare pixel by pixel")
+    parser.add_argument(
+        "--apply",
+        choices=["auto", "folded", "low-rank"],
+        default="auto",
+        help="fold the mix into the weights or apply it beside them (default: whichever is possible and faster)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="what the transformer computes in (default: float32; bfloat16 on GPU and TPU)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=["auto", "xla", "cudnn", "pallas"],
+        default="auto",
+        help="auto: pallas on TPUs, cudnn on NVIDIA GPUs in 16 bit, else xla",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=["none", "int8", "fp8"],
+        default="none",
+        help="keep the transformer's blocks in 8 bit, half of bfloat16's memory (default: none)",
+    )
+    parser.add_argument(
+        "--round-to-bfloat16",
+        action="store_true",
+        help="round timestep and guidance as the published pipeline does, to compare pixel by pixel",
+    )
     return parser.parse_args(arguments)
 
 
@@ -68,8 +99,14 @@ def targets(out: str, bs: list[Path]) -> list[Path]:
     """Where each result goes: into the file `out`, or under the name of its b into the folder."""
     path, suffix = Path(out), Path(out).suffix
     # A version such as results/v1.5 is a folder's name; other suffixes are of files, wanted or misspelt.
-    folder = (out.endswith(("/", os.sep)) or path.is_dir() or not suffix or suffix[1:].isdecimal()
-              or len(bs) > 1 and suffix.lower() not in WRITTEN)
+    folder = (
+        out.endswith(("/", os.sep))
+        or path.is_dir()
+        or not suffix
+        or suffix[1:].isdecimal()
+        or len(bs) > 1
+        and suffix.lower() not in WRITTEN
+    )
     if folder:
         return [path / f"{b.stem}.png" for b in bs]
     require_image_name(path)
@@ -88,23 +125,32 @@ def main(arguments: list[str] | None = None) -> None:
     if args.apply == "folded" and len(args.b) > 1:
         raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
     outs = targets(args.out, args.b)
-    require_writable(outs, [args.a, args.a2, *args.b, *filter(None, (args.basis, args.basis_config))],
-                     overwrite=args.overwrite)
+    require_writable(
+        outs, [args.a, args.a2, *args.b, *filter(None, (args.basis, args.basis_config))], overwrite=args.overwrite
+    )
     a, a2 = read_image(args.a), read_image(args.a2)
     bs = [read_image(path) for path in args.b]
     grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
     for path in outs:
         require_image_name(path, (grid.shape[1] // 2, grid.shape[0] // 2))
-    from lorweb_jax.pipeline import Pipeline
+    from lorweb_jax.pipeline.pipeline import Pipeline
 
-    pipeline = Pipeline.load(args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention,
-                             quantization=args.quantization)
+    pipeline = Pipeline.load(
+        args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention, quantization=args.quantization
+    )
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    results = pipeline.edit_batch([(a, a2, b) for b in bs], [args.prompt] * len(bs), steps=args.steps,
-                                  guidance=args.guidance, seed=args.seed, max_size=args.max_size, folded=folded,
-                                  round_to_bfloat16=args.round_to_bfloat16)
+    results = pipeline.edit_batch(
+        [(a, a2, b) for b in bs],
+        [args.prompt] * len(bs),
+        steps=args.steps,
+        guidance=args.guidance,
+        seed=args.seed,
+        max_size=args.max_size,
+        folded=folded,
+        round_to_bfloat16=args.round_to_bfloat16,
+    )
     failed = []
     for path, result in zip(outs, results):
         try:

@@ -11,40 +11,58 @@ names are replaced with --overwrite only.
 import argparse
 from pathlib import Path
 
-from lorweb_jax.arguments import MAX_SIZE, as_value
-from lorweb_jax.command_line import Parser
-from lorweb_jax.config_fields import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK
-from lorweb_jax.errors import UserError, run_command
-from lorweb_jax.outputs import require_writable
-from lorweb_jax.weights.hub_cache import is_name
+from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.errors import UserError, run_command
+from lorweb_jax.common.outputs import require_writable
+from lorweb_jax.files.hub_cache import is_name
+from lorweb_jax.pipeline.arguments import MAX_SIZE
+from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK, as_value
 
 FILES = ("table.md", "table.json", "sheet.png")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m lorweb_jax.evaluate", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("basis", type=Path, metavar="RUN_OR_BASIS",
-                        help="folder of a training run, or a published basis (file, folder or Hub name)")
-    parser.add_argument("--pipeline", type=Path, required=True, help="folder or Hub name of the base model that it "
-                                                                     "belongs to")
+    parser = Parser(
+        prog="python -m lorweb_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "basis",
+        type=Path,
+        metavar="RUN_OR_BASIS",
+        help="folder of a training run, or a published basis (file, folder or Hub name)",
+    )
+    parser.add_argument(
+        "--pipeline", type=Path, required=True, help="folder or Hub name of the base model that it belongs to"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks to be shown")
     parser.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
-    parser.add_argument("--image-encoder", type=Path,
-                        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)")
+    parser.add_argument(
+        "--image-encoder",
+        type=Path,
+        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
+    )
     parser.add_argument("--per-task", type=int, default=2, help="analogies of each task (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=2.5, help="guidance (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every method (default: 0)")
-    parser.add_argument("--max-size", type=int, metavar="PX",
-                        help="longest edge of the 2x2 grid; larger ones are made smaller (default: no limit)")
+    parser.add_argument(
+        "--max-size",
+        type=int,
+        metavar="PX",
+        help="longest edge of the 2x2 grid; larger ones are made smaller (default: no limit)",
+    )
     parser.add_argument("--batch", type=int, default=16, help="analogies sampled at once (default: %(default)s)")
-    parser.add_argument("--out", type=Path,
-                        help="folder to write (default: evaluation, in or beside RUN_OR_BASIS)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: evaluation, in or beside RUN_OR_BASIS)")
     parser.add_argument("--overwrite", action="store_true", help="replace the table and sheet of an earlier evaluation")
     args = parser.parse_args(arguments)
-    rules = {"per_task": SHOWN_PER_TASK, "steps": SAMPLING_STEPS, "guidance": GUIDANCE, "seed": SEED,
-             "batch": SHOWN_AT_ONCE, **({} if args.max_size is None else {"max_size": MAX_SIZE})}
+    rules = {
+        "per_task": SHOWN_PER_TASK,
+        "steps": SAMPLING_STEPS,
+        "guidance": GUIDANCE,
+        "seed": SEED,
+        "batch": SHOWN_AT_ONCE,
+        **({} if args.max_size is None else {"max_size": MAX_SIZE}),
+    }
     for name, rule in rules.items():
         as_value(getattr(args, name), f"--{name.replace('_', '-')}", rule)
     named = is_name(args.basis)
@@ -65,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     from lorweb_jax.evaluation import lpips
     from lorweb_jax.evaluation.evaluate import read_samples
     from lorweb_jax.evaluation.methods import evaluate_pipeline
-    from lorweb_jax.pipeline import Pipeline
+    from lorweb_jax.pipeline.pipeline import Pipeline
 
     if missing := lpips.missing():
         raise UserError(missing)
@@ -74,8 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
     if len(problems):
         print(problems.summary())
     pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(args.basis, args.config)
-    table = evaluate_pipeline(pipeline, samples, args.out, steps=args.steps, guidance=args.guidance, seed=args.seed,
-                              batch=args.batch)
+    table = evaluate_pipeline(
+        pipeline, samples, args.out, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch
+    )
     print(table.text())
     print(f"wrote table.md, table.json and sheet.png in {args.out}")
 

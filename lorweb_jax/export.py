@@ -14,15 +14,17 @@ import argparse
 import math
 from pathlib import Path
 
-from lorweb_jax.arguments import RANK, as_path, as_value
-from lorweb_jax.command_line import Parser
-from lorweb_jax.errors import UserError, run_command
-from lorweb_jax.outputs import require_new_folder, require_writable, told_if_unwritable
+from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.errors import UserError, run_command
+from lorweb_jax.common.outputs import require_new_folder, require_writable, told_if_unwritable
+from lorweb_jax.pipeline.arguments import RANK, as_path
+from lorweb_jax.settings.fields import as_value
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m lorweb_jax.export", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m lorweb_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{published,checkpoint,lora}")
 
     published = commands.add_parser("published", help="a run -> the published LoRWeB format, with its config.yaml")
@@ -36,25 +38,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     checkpoint.add_argument("basis", type=Path, help="the .safetensors file, or the folder it lies in")
     checkpoint.add_argument("out", type=Path, help="the folder to make")
     checkpoint.add_argument("--config", type=Path, help="its config.yaml (default: the one beside the file)")
-    checkpoint.add_argument("--pipeline", type=Path,
-                            help="folder of the base model; given, the basis is checked against its layers")
+    checkpoint.add_argument(
+        "--pipeline", type=Path, help="folder of the base model; given, the basis is checked against its layers"
+    )
 
     lora = commands.add_parser("lora", help="one analogy's mix -> an ordinary LoRA for diffusers and others")
     lora.add_argument("basis", type=Path, help="a run's folder, a published basis (file or folder), or a LoRA's file")
     lora.add_argument("out", type=Path, help="the .safetensors file to write")
-    lora.add_argument("--pipeline", type=Path, required=True,
-                      help="folder of the base model that the basis belongs to")
+    lora.add_argument("--pipeline", type=Path, required=True, help="folder of the base model that the basis belongs to")
     lora.add_argument("--a", type=Path, help="an image before the edit")
     lora.add_argument("--a2", type=Path, help="the same image after the edit")
     lora.add_argument("--b", type=Path, help="the image to be edited likewise")
-    lora.add_argument("--image-encoder", type=Path,
-                      help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)")
+    lora.add_argument(
+        "--image-encoder",
+        type=Path,
+        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
+    )
     lora.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank N·r, exact)")
-    lora.add_argument("--format", choices=["diffusers", "kohya", "comfyui"], default="diffusers",
-                      help="whose names the layers get (default: diffusers, which reads all three)")
-    lora.add_argument("--alpha", type=_positive_number, nargs="?", const=True, default=False,
-                      help="store an alpha with every layer, the rank unless a number is given; the update stays the "
-                           "same (default: none, but kohya's files always have one)")
+    lora.add_argument(
+        "--format",
+        choices=["diffusers", "kohya", "comfyui"],
+        default="diffusers",
+        help="whose names the layers get (default: diffusers, which reads all three)",
+    )
+    lora.add_argument(
+        "--alpha",
+        type=_positive_number,
+        nargs="?",
+        const=True,
+        default=False,
+        help="store an alpha with every layer, the rank unless a number is given; the update stays the "
+        "same (default: none, but kohya's files always have one)",
+    )
     lora.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     _add_dtype(lora)
     _add_overwrite(lora)
@@ -72,8 +87,12 @@ def _positive_number(text: str) -> float:
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32",
-                        help="what to store the numbers in (default: float32; float16 halves the file)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16"],
+        default="float32",
+        help="what to store the numbers in (default: float32; float16 halves the file)",
+    )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -82,27 +101,30 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def export_published(args: argparse.Namespace) -> None:
     require_writable([as_path(args.out, "the output", ".safetensors")], [args.run], overwrite=args.overwrite)
-    from lorweb_jax.weights.adapters import basis_of_run
-    from lorweb_jax.weights.basis_file import write_basis
+    from lorweb_jax.adapters.formats.basis_file import write_basis
+    from lorweb_jax.pipeline.adapters import basis_of_run
 
     config, arrays = basis_of_run(args.run, args.step)
     with told_if_unwritable(args.out):
         write_basis(args.out, config, arrays, args.dtype)
-    print(f"wrote {args.out} and {args.out.with_name('config.yaml')}: N = {config.size}, r = {config.rank}, "
-          f"{_layers(arrays)} layers, {_count(arrays):,} numbers in {args.dtype}")
+    print(
+        f"wrote {args.out} and {args.out.with_name('config.yaml')}: N = {config.size}, r = {config.rank}, "
+        f"{_layers(arrays)} layers, {_count(arrays):,} numbers in {args.dtype}"
+    )
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
     require_new_folder(args.out)
-    from lorweb_jax.weights.adapters import existing_basis, write_run
-    from lorweb_jax.weights.basis_file import read_basis
+    from lorweb_jax.adapters.formats.basis_file import read_basis
+    from lorweb_jax.pipeline.adapters import existing_basis, write_run
 
     layers = _model_layers(args.pipeline) if args.pipeline else None
     config, arrays = read_basis(existing_basis(args.basis), args.config, layers)
     with told_if_unwritable(args.out):
         write_run(args.out, config, arrays)
-    print(f"wrote {args.out}: N = {config.size}, r = {config.rank}, {_layers(arrays)} layers, "
-          f"{_count(arrays):,} numbers")
+    print(
+        f"wrote {args.out}: N = {config.size}, r = {config.rank}, {_layers(arrays)} layers, {_count(arrays):,} numbers"
+    )
 
 
 def export_lora(args: argparse.Namespace) -> None:
@@ -110,8 +132,8 @@ def export_lora(args: argparse.Namespace) -> None:
     if args.rank is not None:
         as_value(args.rank, "--rank", RANK)
     require_writable([out], filter(None, [args.basis, args.config, args.a, args.a2, args.b]), overwrite=args.overwrite)
-    from lorweb_jax.weights.adapters import load_basis
-    from lorweb_jax.weights.lora_file import mixed_factors, truncate, write_lora
+    from lorweb_jax.adapters.formats.lora_file import mixed_factors, truncate, write_lora
+    from lorweb_jax.pipeline.adapters import load_basis
 
     layers = _model_layers(args.pipeline)
     config, arrays = load_basis(args.basis, layers, args.config)
@@ -124,8 +146,10 @@ def export_lora(args: argparse.Namespace) -> None:
     with told_if_unwritable(out):
         write_lora(out, factors, args.dtype, args.alpha, args.format, layers)
     rank = next(iter(factors.values())).a.shape[2]
-    print(f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}, "
-          f"{args.format} names")
+    print(
+        f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}, "
+        f"{args.format} names"
+    )
 
 
 def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
@@ -135,11 +159,14 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
     if config.query == "fixed":
         return {path: np.ones(parts["a"].shape[:2], np.float32) for path, parts in arrays.items()}
     if absent := [f"--{name}" for name in ("a", "a2", "b") if getattr(args, name) is None]:
-        raise UserError(f"{', '.join(absent)} not given; the mix of this basis is chosen by three images: "
-                        "--a before.png --a2 after.png --b new.png", 2)
-    from lorweb_jax.basis.basis import Basis
+        raise UserError(
+            f"{', '.join(absent)} not given; the mix of this basis is chosen by three images: "
+            "--a before.png --a2 after.png --b new.png",
+            2,
+        )
+    from lorweb_jax.adapters.basis import Basis
     from lorweb_jax.images.io import read_image
-    from lorweb_jax.pipeline import Pipeline
+    from lorweb_jax.pipeline.pipeline import Pipeline
 
     images = [read_image(path) for path in (args.a, args.a2, args.b)]
     pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(Basis.from_arrays(config, arrays))
@@ -147,11 +174,13 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
 
 
 def _model_layers(pipeline: Path) -> dict:
-    from lorweb_jax.transformer.flux import FluxConfig, block_linears
-    from lorweb_jax.schema import read_json
-    from lorweb_jax.weights.hub_cache import PIPELINE_FILES, existing
+    from lorweb_jax.common.schema import read_json
+    from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
+    from lorweb_jax.models.flux1.model import FluxConfig, block_linears
 
-    path = existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",)) / "transformer/config.json"
+    path = (
+        existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",)) / "transformer/config.json"
+    )
     return block_linears(FluxConfig.from_json(read_json(path), path))
 
 

@@ -12,8 +12,8 @@ The run folder (runs/<config name> by default) receives log.txt, TensorBoard eve
 the end, the exported result. A run that was stopped goes on when the same command is given again, also on another
 mesh, and also after its folder, data or models were moved, if these hold the same. Two runs at once in one folder are
 refused. Several processes, on one or many hosts, make one run: the scripts in launch/ start them, and
-lorweb_jax/distributed.py says how they find each other.
-Each field is explained where it stands, in the config file itself or in lorweb_jax/config.py.
+lorweb_jax/processes/distributed.py says how they find each other.
+Each field is explained where it stands, in the config file itself or in lorweb_jax/settings/config.py.
 """
 
 import difflib
@@ -25,10 +25,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorweb_jax import config as configs
-from lorweb_jax import distributed
-from lorweb_jax.errors import UserError, run_command
-from lorweb_jax.watch import stop_status
+from lorweb_jax.common.errors import UserError, run_command
+from lorweb_jax.processes import distributed
+from lorweb_jax.processes.watch import stop_status
+from lorweb_jax.settings import config as configs
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "config file, with :variant after it if wanted")
@@ -37,8 +37,11 @@ flags.DEFINE_string("workdir", None, "run folder; by default runs/<config name>"
 
 def read_command_line(argv: list[str]):
     """(config, run folder) of a command line; UserError, with status 2, for one that makes no sense."""
-    files = [word.partition("=")[2] or following for word, following in zip(argv, [*argv[1:], ""])
-             if word.partition("=")[0] in ("--config", "-config")]
+    files = [
+        word.partition("=")[2] or following
+        for word, following in zip(argv, [*argv[1:], ""])
+        if word.partition("=")[0] in ("--config", "-config")
+    ]
     if not any(files):
         raise UserError("no config was given; start with --config=configs/basis.py, or see --help", code=2)
     if len(files) > 1:
@@ -53,8 +56,9 @@ def read_command_line(argv: list[str]):
         rest = FLAGS(argv)[1:]
     except flags.Error as error:
         message = str(error).strip().splitlines()[-1]
-        raise UserError(f"{message}; see --help, and the config file for the kind of value that stands there",
-                        code=2) from None
+        raise UserError(
+            f"{message}; see --help, and the config file for the kind of value that stands there", code=2
+        ) from None
     if rest:
         raise UserError(f"{rest[0]!r} is no option; options are written --name=value, see --help", code=2)
     return FLAGS.config, Path(FLAGS.workdir or configs.default_workdir(file))
@@ -75,11 +79,17 @@ def read_config(file: str):
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-        raise UserError(f"the config file {path} can't be run: {type(error).__name__}{f' in line {line}' if line else ''}"
-                        f", {str(error).strip().partition(chr(10))[0] or 'without a word'}; correct it", code=2) from None
+        raise UserError(
+            f"the config file {path} can't be run: {type(error).__name__}{f' in line {line}' if line else ''}"
+            f", {str(error).strip().partition(chr(10))[0] or 'without a word'}; correct it",
+            code=2,
+        ) from None
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path} has no function get_config that gives a ConfigDict; name one of the files in configs/, "
-                        "or write one like them", code=2)
+        raise UserError(
+            f"{path} has no function get_config that gives a ConfigDict; name one of the files in configs/, "
+            "or write one like them",
+            code=2,
+        )
     return config
 
 
@@ -99,8 +109,10 @@ def command() -> int:
     config, workdir = read_command_line(sys.argv)
     configs.check(config)
     with distributed.joined():
-        from lorweb_jax.train import train  # jax is imported once the command line is known to be good
-        finished = train(config, workdir)
+        from lorweb_jax.jobs import make_job
+        from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
+
+        finished = train(config, workdir, make_job)
     return 0 if finished else stop_status()
 
 

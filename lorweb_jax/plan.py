@@ -24,10 +24,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lorweb_jax import config as configs
 from lorweb_jax import main
-from lorweb_jax.errors import UserError, run_command
-from lorweb_jax.outputs import require_writable, write_text
+from lorweb_jax.common.errors import UserError, run_command
+from lorweb_jax.common.outputs import require_writable, write_text
+from lorweb_jax.settings import config as configs
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", None, "devices to plan for")

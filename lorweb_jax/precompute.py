@@ -14,9 +14,9 @@ and images are added; a folder of other models or settings is refused.
 
 import sys
 
-from lorweb_jax import config as configs
 from lorweb_jax import main
-from lorweb_jax.errors import UserError, run_command
+from lorweb_jax.common.errors import UserError, run_command
+from lorweb_jax.settings import config as configs
 
 
 def command() -> None:
@@ -25,10 +25,13 @@ def command() -> None:
         return
     config, _ = main.read_command_line(sys.argv)
     if main.FLAGS.workdir is not None:
-        raise UserError("there is no run folder here; leave --workdir out, and say with --config.precomputed where "
-                        "the results go", 2)
+        raise UserError(
+            "there is no run folder here; leave --workdir out, and say with --config.precomputed where the results go",
+            2,
+        )
     configs.check(config)
     from lorweb_jax.precomputed.fill import precompute  # jax is imported once the command line is known to be good
+
     precompute(config)
 
 

@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 sys.path.append(str(ROOT / ".venv" / "tpu_compiler"))  # see the Makefile
 
-os.environ.update({"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-                   "TOKENIZERS_PARALLELISM": "false",
-                   # Processes that tests start find the same modules.
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
+os.environ.update(
+    {
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Processes that tests start find the same modules.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]),
+    }
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ import numpy as np
 
 D50 = np.array([0.9642, 1.0, 0.8249])
 # Linear sRGB, and ProPhoto RGB, to XYZ at D50: http://www.brucelindbloom.com, "RGB/XYZ matrices", Bradford-adapted.
-SRGB = np.array([[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]])
+SRGB = np.array(
+    [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
+)
 PROPHOTO = np.array([[0.7976749, 0.1351917, 0.0313534], [0.2880402, 0.7118741, 0.0000857], [0.0, 0.0, 0.8252100]])
 
 
@@ -27,6 +29,7 @@ def packed(samples, depth):
 
 def png(colour, depth, samples, *, palette=None, trns=None, icc=None):
     """A PNG of `colour` type (0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA) of integer samples [H, W, C]."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -48,8 +51,17 @@ def tiff(samples, depth, photometric, order="<", deflated=False):
         data = samples.astype(f"{order}u{depth // 8}").tobytes()
     data = zlib.compress(data) if deflated else data
     depths = struct.pack(f"{order}{channels}H", *[depth] * channels)
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, None), (259, 3, 1, 8 if deflated else 1), (262, 3, 1, photometric),
-            (273, 4, 1, None), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, 1, len(data))]
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, None),
+        (259, 3, 1, 8 if deflated else 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, None),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+    ]
     after = 8 + 2 + 12 * len(tags) + 4
     ifd = struct.pack(f"{order}H", len(tags))
     for tag, kind, count, value in tags:
@@ -66,8 +78,12 @@ def tiff(samples, depth, photometric, order="<", deflated=False):
 
 def profile(space, tags):
     """An ICC profile (version 2.4) of a display or printer with these tags."""
-    tags = {b"wtpt": _xyz(D50), b"cprt": b"text\0\0\0\0none\0", b"desc": b"desc" + bytes(4) + struct.pack(">I", 5)
-            + b"test\0" + bytes(78), **tags}
+    tags = {
+        b"wtpt": _xyz(D50),
+        b"cprt": b"text\0\0\0\0none\0",
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        **tags,
+    }
     table, data = struct.pack(">I", len(tags)), b""
     start = 128 + 4 + 12 * len(tags)
     for name, tag in tags.items():
@@ -82,8 +98,11 @@ def profile(space, tags):
 
 def rgb_profile(matrix, gamma):
     """Of a display with these primaries (columns, XYZ at D50) and this gamma."""
-    return profile(b"RGB ", {name: _xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T)}
-                   | {name: _curve(gamma) for name in (b"rTRC", b"gTRC", b"bTRC")})
+    return profile(
+        b"RGB ",
+        {name: _xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T)}
+        | {name: _curve(gamma) for name in (b"rTRC", b"gTRC", b"bTRC")},
+    )
 
 
 def grey_profile(gamma):
@@ -103,7 +122,7 @@ def lab_to_srgb(lab):
     """CIE Lab at D50 -> sRGB 0..1."""
     f = (lab[0] + 16) / 116
     f = np.array([f + lab[1] / 500, f, f - lab[2] / 200])
-    xyz = D50 * np.where(f > 6 / 29, f ** 3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    xyz = D50 * np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
     return encode(np.linalg.inv(SRGB) @ xyz)
 
 

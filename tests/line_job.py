@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorweb_jax.config import base_config, choose_variant
-from lorweb_jax.sharding import to_host
+from lorweb_jax.nn.sharding import to_host
+from lorweb_jax.settings.config import base_config, choose_variant
 
 
 def get_config(variant: str = ""):

@@ -21,16 +21,21 @@ LAYERS = {
     "double_blocks.{}.txt_mlp.0": (["transformer_blocks.{}.ff_context.net.0.proj"], 1, [4]),
     "double_blocks.{}.txt_mlp.2": (["transformer_blocks.{}.ff_context.net.2"], 4, [1]),
     "single_blocks.{}.modulation.lin": (["single_transformer_blocks.{}.norm.linear"], 1, [3]),
-    "single_blocks.{}.linear1": ([f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"]
-                                 + ["single_transformer_blocks.{}.proj_mlp"], 1, [1, 1, 1, 4]),
+    "single_blocks.{}.linear1": (
+        [f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"] + ["single_transformer_blocks.{}.proj_mlp"],
+        1,
+        [1, 1, 1, 4],
+    ),
     "single_blocks.{}.linear2": (["single_transformer_blocks.{}.proj_out"], 5, [1]),
 }
-XLABS = {"double_blocks.{}.processor.qkv_lora1": "double_blocks.{}.img_attn.qkv",
-         "double_blocks.{}.processor.qkv_lora2": "double_blocks.{}.txt_attn.qkv",
-         "double_blocks.{}.processor.proj_lora1": "double_blocks.{}.img_attn.proj",
-         "double_blocks.{}.processor.proj_lora2": "double_blocks.{}.txt_attn.proj",
-         "single_blocks.{}.processor.qkv_lora": "single_blocks.{}.linear1",  # without its MLP rows
-         "single_blocks.{}.processor.proj_lora": "single_blocks.{}.linear2"}
+XLABS = {
+    "double_blocks.{}.processor.qkv_lora1": "double_blocks.{}.img_attn.qkv",
+    "double_blocks.{}.processor.qkv_lora2": "double_blocks.{}.txt_attn.qkv",
+    "double_blocks.{}.processor.proj_lora1": "double_blocks.{}.img_attn.proj",
+    "double_blocks.{}.processor.proj_lora2": "double_blocks.{}.txt_attn.proj",
+    "single_blocks.{}.processor.qkv_lora": "single_blocks.{}.linear1",  # without its MLP rows
+    "single_blocks.{}.processor.proj_lora": "single_blocks.{}.linear2",
+}
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -43,8 +48,10 @@ class Lora:
         for name, (_, inputs, outputs) in LAYERS.items():
             for block in range(blocks[name.startswith("single")]):
                 i, o = inputs * width, sum(outputs) * width
-                self.fused[name.format(block)] = (random.normal(size=(rank, i)).astype(np.float32) * i ** -0.5,
-                                                  random.normal(size=(o, rank)).astype(np.float32))
+                self.fused[name.format(block)] = (
+                    random.normal(size=(rank, i)).astype(np.float32) * i**-0.5,
+                    random.normal(size=(o, rank)).astype(np.float32),
+                )
 
     def layers(self) -> dict[str, Pair]:
         """{diffusers' layer: (A, B)}."""
@@ -61,12 +68,12 @@ class Lora:
         for theirs, ours in XLABS.items():
             for block in {form_of(name)[1] for name in self.fused if form_of(name)[0] == ours}:
                 a, b = self.fused[ours.format(block)]
-                pairs[theirs.format(block)] = (a, b[:3 * self.width] if "qkv" in theirs else b)
+                pairs[theirs.format(block)] = (a, b[: 3 * self.width] if "qkv" in theirs else b)
         return pairs
 
 
 def form_of(name: str) -> tuple[str, int]:
-    """"double_blocks.3.img_mlp.0" -> ("double_blocks.{}.img_mlp.0", 3)."""
+    """ "double_blocks.3.img_mlp.0" -> ("double_blocks.{}.img_mlp.0", 3)."""
     stack, block, rest = name.split(".", 2)
     return f"{stack}.{{}}.{rest}", int(block)
 
@@ -89,8 +96,13 @@ def same(name: str) -> str:
     return name
 
 
-def named(pairs: dict[str, Pair], prefix: str, ends: tuple[str, str] = ("lora_A.weight", "lora_B.weight"),
-          change: Callable[[str], str] = same, alpha: float | None = None) -> dict[str, np.ndarray]:
+def named(
+    pairs: dict[str, Pair],
+    prefix: str,
+    ends: tuple[str, str] = ("lora_A.weight", "lora_B.weight"),
+    change: Callable[[str], str] = same,
+    alpha: float | None = None,
+) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (a, b) in pairs.items():
         name = prefix + change(name)
@@ -108,11 +120,19 @@ SCHEMES: dict[str, tuple[Callable[[Lora], dict[str, np.ndarray]], bool, str | No
     "diffusers": (lambda x: named(x.layers(), "transformer."), False, "as it is"),
     "diffusers, .alpha": (lambda x: named(x.layers(), "transformer.", alpha=ALPHA), True, "as it is"),
     "diffusers, no prefix": (lambda x: named(x.layers(), ""), False, "transformer."),
-    "diffusers, older ends": (lambda x: named(x.layers(), "transformer.", ("lora.down.weight", "lora.up.weight")),
-                              False, None),
+    "diffusers, older ends": (
+        lambda x: named(x.layers(), "transformer.", ("lora.down.weight", "lora.up.weight")),
+        False,
+        None,
+    ),
     "PEFT": (lambda x: named(x.layers(), "base_model.model."), False, None),
-    "PEFT, adapter's name": (lambda x: named(x.layers(), "base_model.model.transformer.",
-                                             ("lora_A.default.weight", "lora_B.default.weight")), False, None),
+    "PEFT, adapter's name": (
+        lambda x: named(
+            x.layers(), "base_model.model.transformer.", ("lora_A.default.weight", "lora_B.default.weight")
+        ),
+        False,
+        None,
+    ),
     "kohya": (lambda x: named(x.fused, "lora_unet_", DOWN_UP, flat, ALPHA), True, "as it is"),
     "kohya, no alpha": (lambda x: named(x.fused, "lora_unet_", DOWN_UP, flat), False, "as it is"),
     "ComfyUI": (lambda x: named(x.fused, "diffusion_model.", DOWN_UP, alpha=ALPHA), True, "as it is"),
@@ -136,13 +156,21 @@ def write(path: Path, tensors: dict[str, np.ndarray], **metadata: str) -> Path:
 
 def peft_header(**settings) -> str:
     """What diffusers writes as lora_adapter_metadata."""
-    whole = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-             "lora_bias": False, "target_modules": ["to_q"]} | settings
+    whole = {
+        "peft_type": "LORA",
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "lora_bias": False,
+        "target_modules": ["to_q"],
+    } | settings
     return json.dumps({f"transformer.{name}": value for name, value in whole.items()})
 
 
 def relative(found: Pair, expected: Pair) -> float:
     """‖B A − B′ A′‖ / ‖B′ A′‖ (Frobenius) in float64, from the factors alone."""
+
     def norm(b: np.ndarray, a: np.ndarray) -> float:
         return float(np.linalg.norm(np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T))
 

@@ -11,16 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorweb_jax import sharding
-from lorweb_jax.basis.basis import Basis, BasisConfig, BasisParam
-from lorweb_jax.config import base_config
-from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
+from lorweb_jax.adapters.basis import Basis, BasisConfig, BasisParam
+from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.nn import sharding
+from lorweb_jax.settings.config import base_config
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import Layout, StateShapes, frozen_weights
 from lorweb_jax.training.step import TrainStep
 
-FLUX = FluxConfig(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=8,
-                  joint_attention_dim=24, pooled_projection_dim=12, axes_dims_rope=(2, 2, 4))
+FLUX = FluxConfig(
+    in_channels=16,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=8,
+    joint_attention_dim=24,
+    pooled_projection_dim=12,
+    axes_dims_rope=(2, 2, 4),
+)
 BATCH, TOKENS, TEXT, QUERY = 8, 6, 5, 20
 
 
@@ -45,8 +53,16 @@ class MeshJob:
     def loss(self, model, batch, key):
         additions = model.basis.additions(model.basis.coefficients(batch["query"]))
         ids = jnp.stack([jnp.arange(TOKENS)] * 3, axis=-1)
-        velocity = model.transformer(batch["hidden"], batch["text"], batch["pooled"], batch["time"],
-                                     jnp.ones(BATCH), ids, jnp.zeros((TEXT, 3)), additions)
+        velocity = model.transformer(
+            batch["hidden"],
+            batch["text"],
+            batch["pooled"],
+            batch["time"],
+            jnp.ones(BATCH),
+            ids,
+            jnp.zeros((TEXT, 3)),
+            additions,
+        )
         noise = jax.random.normal(key, velocity.shape)
         return jnp.square(velocity - batch["target"] - noise).mean(), {}
 
@@ -58,9 +74,14 @@ def random_arrays(shapes):
         if np.issubdtype(shape.dtype, np.integer):
             made[name] = random.integers(-127, 128, shape.shape, np.int8)
         else:
-            size = {"scale": 1e-3 if name.endswith("linear.scale") else 1.0, "keys": 1.0, "b": 0.3}.get(name.split(".")[-1], 0.1)
-            made[name] = (size * (1 + 0.1 * random.normal(size=shape.shape)) if name.endswith("scale")
-                          else random.normal(0, size, shape.shape)).astype(np.float32)
+            size = {"scale": 1e-3 if name.endswith("linear.scale") else 1.0, "keys": 1.0, "b": 0.3}.get(
+                name.split(".")[-1], 0.1
+            )
+            made[name] = (
+                size * (1 + 0.1 * random.normal(size=shape.shape))
+                if name.endswith("scale")
+                else random.normal(0, size, shape.shape)
+            ).astype(np.float32)
     return made
 
 
@@ -71,7 +92,8 @@ def batches():
     shapes = dict(hidden=(TOKENS, 16), text=(TEXT, 24), pooled=(12,), query=(QUERY,), target=(TOKENS, 16))
     for step in range(3):
         yield {name: random.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()} | {
-            "time": random.uniform(size=BATCH).astype(np.float32)}
+            "time": random.uniform(size=BATCH).astype(np.float32)
+        }
 
 
 def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, np.ndarray]:
@@ -81,18 +103,22 @@ def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, 
     layout = Layout.of(job, 0)
     shapes = StateShapes.of(layout, optimizer, config, mesh)
     frozen = frozen_weights(job, shapes.frozen, config)
-    trainable = {name: sharding.put(array, shapes.trainable[name])
-                 for name, array in random_arrays(shapes.trainable).items()}
+    trainable = {
+        name: sharding.put(array, shapes.trainable[name]) for name, array in random_arrays(shapes.trainable).items()
+    }
     opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
     losses = []
     with jax.set_mesh(mesh):
         step = TrainStep(job, layout, optimizer, 0, mesh, shapes)
         for index, batch in enumerate(batches()):
-            trainable, opt_state, metrics = step(trainable, opt_state, frozen, sharding.put_batch(mesh, batch),
-                                                 np.uint32(index))
+            trainable, opt_state, metrics = step(
+                trainable, opt_state, frozen, sharding.put_batch(mesh, batch), np.uint32(index)
+            )
             losses.append(float(metrics["loss"]))
-    share = {f"share/{name}": array.addressable_shards[0].data.size / array.size
-             for name, array in {**trainable, **frozen}.items()}
+    share = {
+        f"share/{name}": array.addressable_shards[0].data.size / array.size
+        for name, array in {**trainable, **frozen}.items()
+    }
     return {name: np.asarray(array) for name, array in trainable.items()} | {"loss": np.array(losses)} | share
 
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from compare import relative
+from jax.experimental.pallas import tpu as pltpu
 
-from lorweb_jax.errors import UserError
-from lorweb_jax.transformer.attention import attend, candidates, choose, fastest, resolve
-from lorweb_jax.transformer.embeddings import _rotate_lanes, _rotate_pairs, rotary
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.flux1.embeddings import _rotate_lanes, _rotate_pairs, rotary
+from lorweb_jax.nn.attention import attend, candidates, choose, fastest, resolve
 
 
 def softmax_attention(q, k, v):
@@ -36,7 +36,9 @@ def test_rope_in_lanes_equals_rope_in_pairs():
 
 
 def test_auto_takes_what_runs_there():
-    assert resolve("auto", "tpu", jnp.bfloat16, 128) == "pallas" and resolve("auto", "gpu", jnp.bfloat16, 128) == "cudnn"
+    assert (
+        resolve("auto", "tpu", jnp.bfloat16, 128) == "pallas" and resolve("auto", "gpu", jnp.bfloat16, 128) == "cudnn"
+    )
     assert candidates("gpu", jnp.float32, 128) == candidates("tpu", jnp.bfloat16, 64) == ("xla",)
     assert choose("auto", (1, 16, 2, 8), jnp.float32, backward=True) == "xla"
     assert list(fastest((1, 16, 2, 8), jnp.float32, backward=True)) == ["xla"]

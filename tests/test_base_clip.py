@@ -9,11 +9,12 @@ import optax
 import pytest
 from flax import nnx
 
-from lorweb_jax.data.drawing_sets import PHOTOGRAPH, SETS
-from lorweb_jax.data.operations import OPERATIONS, STYLES, on_white
-from lorweb_jax.encoders.small_tokenizers import CLIP_TOKENS, train_small_tokenizers
-from lorweb_jax.encoders.tokenizers import tokenize_clip
-from lorweb_jax.training.jobs import base_clip, clip_quality
+from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS
+from lorweb_jax.data.embedded.operations import OPERATIONS, STYLES, on_white
+from lorweb_jax.models.tokenizers.folder import tokenize_clip
+from lorweb_jax.small_base.jobs import clip as base_clip
+from lorweb_jax.small_base.jobs import clip_quality
+from lorweb_jax.small_base.tokenizers import CLIP_TOKENS, train_small_tokenizers
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,8 +76,8 @@ def test_joined_captions_are_the_tokenizers_own(tmp_path):
     parts = [base_clip.trimmed(ids(texts), words - 1) for texts in (firsts, seconds)]
     joined = np.asarray(base_clip.joined(*parts, words - 1))
     expected = ids([f"{first} {second}" for first, second in zip(firsts, seconds)])
-    np.testing.assert_array_equal(joined, expected[:, :joined.shape[1]])
-    assert (expected[:, joined.shape[1]:] == words - 1).all()
+    np.testing.assert_array_equal(joined, expected[:, : joined.shape[1]])
+    assert (expected[:, joined.shape[1] :] == words - 1).all()
 
 
 def test_the_loss_of_one_batch_falls(config, job):
@@ -87,7 +88,8 @@ def test_the_loss_of_one_batch_falls(config, job):
     @jax.jit
     def step(state, moments):
         (loss, metrics), gradient = jax.value_and_grad(
-            lambda state: job.loss(nnx.merge(graphdef, state), batch, key), has_aux=True)(state)
+            lambda state: job.loss(nnx.merge(graphdef, state), batch, key), has_aux=True
+        )(state)
         updates, moments = optimizer.update(gradient, moments)
         return optax.apply_updates(state, updates), moments, loss, metrics
 

@@ -4,14 +4,14 @@ import runpy
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 from safetensors.numpy import load_file
 
-from conftest import ROOT
-from lorweb_jax.data.operations import OPERATIONS, on_white
-from lorweb_jax.errors import UserError
-from lorweb_jax.training.jobs.base_vae import BaseVAE
-from lorweb_jax.weights.state import shapes
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.embedded.operations import OPERATIONS, on_white
+from lorweb_jax.files.state import shapes
+from lorweb_jax.small_base.jobs.vae import BaseVAE
 
 SHIPPED = ROOT / "assets" / "small_kontext" / "vae"
 
@@ -35,7 +35,7 @@ def test_training_goes_on_from_the_weights_of_a_folder(drawing_pack):
     found = initial(config)
     for name, array in load_file(SHIPPED / "diffusion_pytorch_model.safetensors").items():
         path, _, leaf = name.rpartition(".")
-        if array.ndim == 4:                                     # torch's [out, in, h, w]
+        if array.ndim == 4:  # torch's [out, in, h, w]
             leaf, array = "kernel", array.transpose(2, 3, 1, 0)
         elif leaf == "weight":
             leaf = "scale"
@@ -58,8 +58,12 @@ def test_weights_of_another_shape_are_refused(drawing_pack):
 
 def test_canvases_show_training_drawings_and_go_on_from_their_position(drawing_pack):
     job = BaseVAE(config_on(drawing_pack))
-    quadrants = {effect(image).tobytes() for image, held_out in zip(job.drawings.images, job.drawings.held_out)
-                 if not held_out for effect in (on_white, *(o.apply for o in OPERATIONS.values()))}
+    quadrants = {
+        effect(image).tobytes()
+        for image, held_out in zip(job.drawings.images, job.drawings.held_out)
+        if not held_out
+        for effect in (on_white, *(o.apply for o in OPERATIONS.values()))
+    }
     data = job.canvases(4, 0.3, seed=5)
     canvas = next(data)["canvas"]
     assert canvas.shape == (4, 128, 128, 3)

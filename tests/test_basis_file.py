@@ -8,12 +8,12 @@ import pytest
 import safetensors.numpy
 import yaml
 from flax import nnx
-
 from golden import golden_dir
-from lorweb_jax.basis.basis import Basis, BasisConfig
-from lorweb_jax.errors import UserError
-from lorweb_jax.transformer.flux import FluxConfig, block_linears
-from lorweb_jax.weights import basis_file
+
+from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.formats import basis_file
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.flux1.model import FluxConfig, block_linears
 
 CASES = ["a", "c", "e"]
 
@@ -58,8 +58,9 @@ def test_every_adapted_layer_is_there():
     names = {basis_file.layer_name(path, block) for path, parts in arrays.items() for block in range(len(parts["a"]))}
     assert names == {target[0].removeprefix("transformer.") for target in targets}
     raw = safetensors.numpy.load_file(golden_dir() / "basis_a.safetensors")
-    np.testing.assert_array_equal(arrays["transformer_blocks.ff.net_0_proj"]["b"][1],
-                                  raw["transformer.transformer_blocks.1.ff.net.0.proj.lora_B"])
+    np.testing.assert_array_equal(
+        arrays["transformer_blocks.ff.net_0_proj"]["b"][1], raw["transformer.transformer_blocks.1.ff.net.0.proj.lora_B"]
+    )
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c", "e"])
@@ -103,8 +104,9 @@ def test_scale_goes_into_b(tmp_path):
 
 def test_projection_none(tmp_path):
     config, arrays = basis_file.read_basis(golden_dir() / "basis_a.safetensors")
-    arrays = {path: {part: array for part, array in parts.items() if part != "projection"}
-              for path, parts in arrays.items()}
+    arrays = {
+        path: {part: array for part, array in parts.items() if part != "projection"} for path, parts in arrays.items()
+    }
     config = dataclasses.replace(config, projection="none", query_dim=16, query_mode="ca'-ca")
     basis_file.write_basis(tmp_path / "b.safetensors", config, arrays)
     assert len(safetensors.numpy.load_file(tmp_path / "b.safetensors")) == 3 * 46
@@ -119,16 +121,24 @@ def rewritten(folder, change) -> None:
 
 KEY = "transformer.transformer_blocks.1.attn.to_out.0."
 BAD_TENSORS = {
-    "n": (lambda t: t.update({KEY + "lora_keys": np.zeros((7, 16), np.float32)}),
-          r"lora_keys of transformer_blocks.1.attn.to_out.0 is \[7, 16\], but \[8, 16\]"),
+    "n": (
+        lambda t: t.update({KEY + "lora_keys": np.zeros((7, 16), np.float32)}),
+        r"lora_keys of transformer_blocks.1.attn.to_out.0 is \[7, 16\], but \[8, 16\]",
+    ),
     "one block": (lambda t: t.pop(KEY + "lora_A"), "to_out.0 has .* with the number of blocks = "),
     "foreign": (lambda t: t.update({"lora_te.x": np.zeros(2)}), 'holds "lora_te.x"'),
-    "ordinary": (lambda t: (t.clear(), t.update({KEY + "lora_A.weight": np.zeros((2, 2))})),
-                 "is a LoRA in diffusers' names, not a LoRWeB basis"),
-    "axes": (lambda t: t.update({k: a[0] for k, a in t.items() if "to_out.0.lora_A" in k}),
-             "to_out.0 has lora_A .*expected axes n,i,r"),
-    "outside": (lambda t: t.update({"transformer.proj_out.lora_A": np.zeros((8, 4, 4))}),
-                'holds "transformer.proj_out.lora_A"'),
+    "ordinary": (
+        lambda t: (t.clear(), t.update({KEY + "lora_A.weight": np.zeros((2, 2))})),
+        "is a LoRA in diffusers' names, not a LoRWeB basis",
+    ),
+    "axes": (
+        lambda t: t.update({k: a[0] for k, a in t.items() if "to_out.0.lora_A" in k}),
+        "to_out.0 has lora_A .*expected axes n,i,r",
+    ),
+    "outside": (
+        lambda t: t.update({"transformer.proj_out.lora_A": np.zeros((8, 4, 4))}),
+        'holds "transformer.proj_out.lora_A"',
+    ),
 }
 
 
@@ -141,8 +151,9 @@ def test_bad_tensors(name, folder):
 
 
 def test_a_basis_of_another_width_or_rank(folder):
-    other = FluxConfig(num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=32,
-                       axes_dims_rope=(8, 12, 12))
+    other = FluxConfig(
+        num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12)
+    )
     with pytest.raises(UserError, match=r"blocks of width 128 -> \d+, the model has . blocks of width 64"):
         basis_file.read_basis(folder, layers=block_linears(other))
     with pytest.raises(UserError, match="the model has 1 blocks"):
@@ -164,20 +175,26 @@ def test_bad_configs(folder):
         (folder / "config.yaml").write_text(yaml.safe_dump({"config": {"process": [{"network": words}]}}))
 
     for change, message in [
-            (lambda words: words["network_kwargs"].update(only_if_contains=["x"], dropout=1),
-             '"dropout", "only_if_contains"'),
-            (lambda words: words.update(linear=8), "rank = 8, but the tensors have 4"),
-            (lambda words: words["network_kwargs"].update(loras_num=32), "size = 32, but the tensors have 8"),
-            (lambda words: words["network_kwargs"].update(query_projection_type="none"), "projection = none"),
-            (lambda words: words["network_kwargs"].update(mixing_coeffs_type="max"), "mixing_coeffs_type is \"max\", expected 'mean' or 'sum'"),
-            (lambda words: words.pop("network_kwargs"), r"config.process\[0\].network: network_kwargs is missing"),
-            (lambda words: words.update(linear="four"), 'linear is "four", expected a whole number'),
-            (lambda words: words.update(linear=True), "linear is true, expected a whole number"),
-            (lambda words: words["network_kwargs"].update(lora_heads="x"), 'lora_heads is "x", expected a whole'),
-            (lambda words: words["network_kwargs"].update(lora_keys_dim=-1), "lora_keys_dim is -1, expected from 1"),
-            (lambda words: words["network_kwargs"].update(lora_softmax=1), "lora_softmax is 1, expected true or"),
-            (lambda words: words["network_kwargs"].update(query_mode=[1]), r"query_mode is \[1\], expected text"),
-            (lambda words: words["network_kwargs"].update(query_mode="x"), "query mode 'x' is not known")]:
+        (
+            lambda words: words["network_kwargs"].update(only_if_contains=["x"], dropout=1),
+            '"dropout", "only_if_contains"',
+        ),
+        (lambda words: words.update(linear=8), "rank = 8, but the tensors have 4"),
+        (lambda words: words["network_kwargs"].update(loras_num=32), "size = 32, but the tensors have 8"),
+        (lambda words: words["network_kwargs"].update(query_projection_type="none"), "projection = none"),
+        (
+            lambda words: words["network_kwargs"].update(mixing_coeffs_type="max"),
+            "mixing_coeffs_type is \"max\", expected 'mean' or 'sum'",
+        ),
+        (lambda words: words.pop("network_kwargs"), r"config.process\[0\].network: network_kwargs is missing"),
+        (lambda words: words.update(linear="four"), 'linear is "four", expected a whole number'),
+        (lambda words: words.update(linear=True), "linear is true, expected a whole number"),
+        (lambda words: words["network_kwargs"].update(lora_heads="x"), 'lora_heads is "x", expected a whole'),
+        (lambda words: words["network_kwargs"].update(lora_keys_dim=-1), "lora_keys_dim is -1, expected from 1"),
+        (lambda words: words["network_kwargs"].update(lora_softmax=1), "lora_softmax is 1, expected true or"),
+        (lambda words: words["network_kwargs"].update(query_mode=[1]), r"query_mode is \[1\], expected text"),
+        (lambda words: words["network_kwargs"].update(query_mode="x"), "query mode 'x' is not known"),
+    ]:
         rewrite(change)
         with pytest.raises(UserError, match=message):
             basis_file.read_basis(folder)

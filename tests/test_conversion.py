@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-
 from golden import golden_dir
-from lorweb_jax.errors import UserError
-from lorweb_jax.weights import conversion, pretrained
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import write
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files import conversion
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.files.safetensors_io import write
+from lorweb_jax.pipeline import pretrained
 
 SOURCE = golden_dir() / "tiny_pipeline" / "transformer"
 SHARD = 1_000_000  # bytes: the tiny transformer makes several files
@@ -45,10 +46,12 @@ class Killed(BaseException):
 
 def kill_at(bytes_done: int):
     """A progress that ends the conversion there, and remembers with how many bytes it began."""
+
     def progress(done: int, total: int, size: int) -> None:
         progress.first = done - size if progress.first is None else progress.first
         if done >= bytes_done:
             raise Killed
+
     progress.first = None
     return progress
 
@@ -82,16 +85,21 @@ def test_goes_on_after_kills(layout, whole, tmp_path):
 
 
 def test_goes_on_after_sigkill(whole, tmp_path):
-    script = ("import os; from lorweb_jax.weights import pretrained; pretrained.convert(pretrained.recognise("
-              f"{str(SOURCE)!r}), 'diffusers', {str(tmp_path)!r}, max_shard_bytes={SHARD}, progress=lambda done, *_:"
-              " done > 3_000_000 and os.kill(os.getpid(), 9))")
+    script = (
+        "import os; from lorweb_jax.weights import pretrained; pretrained.convert(pretrained.recognise("
+        f"{str(SOURCE)!r}), 'diffusers', {str(tmp_path)!r}, max_shard_bytes={SHARD}, progress=lambda done, *_:"
+        " done > 3_000_000 and os.kill(os.getpid(), 9))"
+    )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     files = {file.name: file.stat() for file in (tmp_path / "transformer.partial").glob("*.safetensors")}
     assert len(files) == 3
     assert content(convert(tmp_path)) == whole["diffusers"]
     # Finished shards are the files that the killed process wrote, untouched.
-    assert all((tmp_path / "transformer" / name).stat()[:2] == found[:2] and (
-        tmp_path / "transformer" / name).stat().st_mtime_ns == found.st_mtime_ns for name, found in files.items())
+    assert all(
+        (tmp_path / "transformer" / name).stat()[:2] == found[:2]
+        and (tmp_path / "transformer" / name).stat().st_mtime_ns == found.st_mtime_ns
+        for name, found in files.items()
+    )
 
 
 def test_what_had_not_reached_the_disk_is_written_again(whole, tmp_path):

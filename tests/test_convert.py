@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-
 from golden import golden_dir
-from lorweb_jax.errors import UserError
-from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
-from lorweb_jax.schema import read_json
-from lorweb_jax.transformer.flux import Flux, FluxConfig
-from lorweb_jax.weights import flux_table, pretrained, vae_table
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.state import build, shapes
-from lorweb_jax.weights.table import Layout
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.schema import read_json
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.files.state import build, shapes
+from lorweb_jax.files.table import Layout
+from lorweb_jax.models.autoencoder import table as vae_table
+from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
+from lorweb_jax.models.flux1 import table as flux_table
+from lorweb_jax.models.flux1.model import Flux, FluxConfig
+from lorweb_jax.pipeline import pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -73,10 +75,12 @@ def test_transformer_is_diffusers_own(pipeline, tmp_path):
     model = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
     theirs = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in theirs.items()} == Checkpoint(tmp_path).shapes
-    np.testing.assert_array_equal(theirs["transformer_blocks.1.attn.to_out.0.weight"],
-                                  flat["transformer_blocks.attn.to_out_0.kernel"][1].T)
-    np.testing.assert_array_equal(theirs["single_transformer_blocks.2.proj_out.bias"],
-                                  flat["single_transformer_blocks.proj_out.bias"][2])
+    np.testing.assert_array_equal(
+        theirs["transformer_blocks.1.attn.to_out.0.weight"], flat["transformer_blocks.attn.to_out_0.kernel"][1].T
+    )
+    np.testing.assert_array_equal(
+        theirs["single_transformer_blocks.2.proj_out.bias"], flat["single_transformer_blocks.proj_out.bias"][2]
+    )
     pretrained.save_transformer(tmp_path, config, flat)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", WEIGHTS]
 
@@ -87,15 +91,21 @@ def test_black_forest_transformer_against_diffusers_converter(pipeline, black_fo
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     split = torch.split
     # Its sizes are written for d = 3072: the same proportions of a narrower tensor.
-    monkeypatch.setattr(utils.torch, "split", lambda tensor, sizes, dim: split(
-        tensor, [size * tensor.shape[0] // sum(sizes) for size in sizes], dim))
+    monkeypatch.setattr(
+        utils.torch,
+        "split",
+        lambda tensor, sizes, dim: split(tensor, [size * tensor.shape[0] // sum(sizes) for size in sizes], dim),
+    )
     single = safetensors.numpy.load_file(black_forest / "flux1-kontext.safetensors")
     assert single["double_blocks.1.img_attn.qkv.weight"].shape == (384, 128)
     assert single["single_blocks.2.linear1.bias"].shape == (896,)
     theirs = utils.convert_flux_transformer_checkpoint_to_diffusers(
-        {name: torch.tensor(array) for name, array in single.items()})
-    same({name: tensor.numpy() for name, tensor in theirs.items()},
-         safetensors.numpy.load_file(pipeline / "transformer" / WEIGHTS))
+        {name: torch.tensor(array) for name, array in single.items()}
+    )
+    same(
+        {name: tensor.numpy() for name, tensor in theirs.items()},
+        safetensors.numpy.load_file(pipeline / "transformer" / WEIGHTS),
+    )
 
 
 def test_black_forest_autoencoder_against_diffusers_converter(pipeline, black_forest):
@@ -103,10 +113,14 @@ def test_black_forest_autoencoder_against_diffusers_converter(pipeline, black_fo
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     single = safetensors.numpy.load_file(black_forest / "ae.safetensors")
     assert single["encoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
-    theirs = utils.convert_ldm_vae_checkpoint({name: torch.tensor(array) for name, array in single.items()},
-                                              json.loads((pipeline / "vae" / "config.json").read_text()))
-    same({name: tensor.numpy() for name, tensor in theirs.items()},
-         safetensors.numpy.load_file(pipeline / "vae" / WEIGHTS))
+    theirs = utils.convert_ldm_vae_checkpoint(
+        {name: torch.tensor(array) for name, array in single.items()},
+        json.loads((pipeline / "vae" / "config.json").read_text()),
+    )
+    same(
+        {name: tensor.numpy() for name, tensor in theirs.items()},
+        safetensors.numpy.load_file(pipeline / "vae" / WEIGHTS),
+    )
 
 
 @pytest.mark.parametrize("kind", ["transformer", "vae"])
@@ -157,8 +171,12 @@ def test_strict_and_one_sentence(pipeline, black_forest, tmp_path):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "convert_flux_weights.py"), *map(str, arguments)],
-                          capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert_flux_weights.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def test_command(pipeline, black_forest, tmp_path):
@@ -173,6 +191,13 @@ def test_command(pipeline, black_forest, tmp_path):
     assert (single.read(name) == expected.read(name).astype(ml_dtypes.bfloat16)).all()
     verified = run("--verify", tmp_path / "bf")
     assert verified.returncode == 0 and verified.stdout.count("as they were written") == 2, verified.stderr
-    refused = run(black_forest / "flux1-kontext.safetensors", "--to", "diffusers", "--out", tmp_path / "no",
-                  "--config", pipeline / "vae" / "config.json")
+    refused = run(
+        black_forest / "flux1-kontext.safetensors",
+        "--to",
+        "diffusers",
+        "--out",
+        tmp_path / "no",
+        "--config",
+        pipeline / "vae" / "config.json",
+    )
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not (tmp_path / "no").exists()

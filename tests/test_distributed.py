@@ -14,9 +14,10 @@ import pytest
 import yaml
 from test_train_loop import LINE_JOB, losses, start
 
-from lorweb_jax.distributed import Place, find_place
-from lorweb_jax.errors import UserError
-from lorweb_jax.train import train
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.jobs import make_job
+from lorweb_jax.processes.distributed import Place, find_place
+from lorweb_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -26,7 +27,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 def whole_run(tmp_path_factory) -> Path:
     """The same run by one process with one device."""
     workdir = tmp_path_factory.mktemp("whole")
-    train(line_job.get_config(), workdir)
+    train(line_job.get_config(), workdir, make_job)
     return workdir
 
 
@@ -36,9 +37,19 @@ class Processes:
     def __init__(self, count: int, workdir: Path, *options: str, devices: int = 1):
         self.workdir, self.lines = workdir, []
         self.run = subprocess.Popen(
-            [ROOT / "launch/local.sh", str(count), f"--config={LINE_JOB}", f"--workdir={workdir}",
-             "--config.line.pause=0.05", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"PYTHON": sys.executable, "LORWEB_LOCAL_DEVICES": str(devices), "XLA_FLAGS": ""})
+            [
+                ROOT / "launch/local.sh",
+                str(count),
+                f"--config={LINE_JOB}",
+                f"--workdir={workdir}",
+                "--config.line.pause=0.05",
+                *options,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHON": sys.executable, "LORWEB_LOCAL_DEVICES": str(devices), "XLA_FLAGS": ""},
+        )
 
     def until(self, pattern: str) -> None:
         for line in self.run.stdout:
@@ -93,8 +104,12 @@ def test_stopped_and_killed_runs_go_on_with_other_processes_and_meshes(whole_run
     run.until(r"step 16/24")
     assert run.signal(0, signal.SIGKILL) < 60 and run.run.returncode == 128 + signal.SIGKILL
     assert f"going on from step {stopped}" in run.text
-    assert re.search(r"^\[1\] error: process 0 \(host \S+\) is gone: its connection closed; "
-                     r"the same command goes on from step \d+$", run.text, re.MULTILINE), run.text
+    assert re.search(
+        r"^\[1\] error: process 0 \(host \S+\) is gone: its connection closed; "
+        r"the same command goes on from step \d+$",
+        run.text,
+        re.MULTILINE,
+    ), run.text
 
     run = Processes(1, workdir, "--config.mesh.tensor=2", devices=4)
     assert run.end() == 0 and "going on from step" in run.text, run.text
@@ -103,15 +118,23 @@ def test_stopped_and_killed_runs_go_on_with_other_processes_and_meshes(whole_run
 
 def test_an_error_of_one_process_ends_all(tmp_path):
     """Each process in a folder of its own, which is what a run folder looks like that is not shared."""
-    command = ("import os, sys; os.makedirs(folder := sys.argv.pop() + os.environ['JAX_PROCESS_ID']); os.chdir(folder);"
-               "import lorweb_jax.training.checkpoints as c; c.SHARED_WITHIN = 1;"
-               "import lorweb_jax.main as m; from lorweb_jax.errors import run_command; run_command(m.command)")
+    command = (
+        "import os, sys; os.makedirs(folder := sys.argv.pop() + os.environ['JAX_PROCESS_ID']); os.chdir(folder);"
+        "import lorweb_jax.runs.checkpoints as c; c.SHARED_WITHIN = 1;"
+        "import lorweb_jax.main as m; from lorweb_jax.common.errors import run_command; run_command(m.command)"
+    )
     port = 20000 + os.getpid() % 20000 * 2
-    runs = [subprocess.Popen(
-        [sys.executable, "-c", command, f"--config={LINE_JOB}", "--workdir=run", str(tmp_path / "host")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2",
-                          "JAX_PROCESS_ID": str(index)}) for index in range(2)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, f"--config={LINE_JOB}", "--workdir=run", str(tmp_path / "host")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)},
+        )
+        for index in range(2)
+    ]
     errors = [run.communicate()[1] for run in runs]
     assert [run.returncode for run in runs] == [1, 1], errors
     assert re.search("error: the run folder .*host1/run of process 0 is not the one that process 1 sees", errors[1])
@@ -120,12 +143,21 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 
 def test_a_process_that_falls_silent_is_named(tmp_path):
     """SIGSTOP stands in for a host without network; 1 s instead of 60."""
-    command = ("import sys, time; from lorweb_jax.watch import Peers; index, port = map(int, sys.argv[2:]);"
-               "sys.argv[2:] = []; Peers(('localhost', port), index, 3, silence=1.0); print('met', flush=True);"
-               "time.sleep(60)")
+    command = (
+        "import sys, time; from lorweb_jax.processes.watch import Peers; index, port = map(int, sys.argv[2:]);"
+        "sys.argv[2:] = []; Peers(('localhost', port), index, 3, silence=1.0); print('met', flush=True);"
+        "time.sleep(60)"
+    )
     port = 20000 + os.getpid() % 20000 * 2
-    runs = [subprocess.Popen([sys.executable, "-c", command, "watch", str(index), str(port)], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for index in range(3)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, "watch", str(index), str(port)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(3)
+    ]
     try:
         assert [run.stdout.readline() for run in runs] == ["met\n"] * 3
         runs[2].send_signal(signal.SIGSTOP)
@@ -153,7 +185,7 @@ def test_a_checkpoint_is_restored_on_other_meshes(tmp_path):
 import sys; from pathlib import Path
 import jax, numpy as np, optax
 from lorweb_jax import sharding
-from lorweb_jax.training.checkpoints import Checkpoints
+from lorweb_jax.runs.checkpoints import Checkpoints
 rng, optimizer = np.random.default_rng(0), optax.adamw(1e-3)
 names = {"basis.layers.transformer_blocks.attn.to_q.a": (2, 4, 8, 4), "basis.layers.transformer_blocks.attn.to_q.b":
          (2, 4, 4, 8), "basis.layers.transformer_blocks.attn.to_q.keys": (2, 4, 16)}
@@ -175,30 +207,49 @@ for devices, sizes in ((4, {"fsdp": 2, "tensor": 2}), (1, {})):
 checkpoints.close()
 print("restored")
 """
-    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True,
-                         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
     assert run.stdout == "restored\n", run.stderr
 
 
-SLURM = {"SLURM_JOB_ID": "2005", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4",
-         "SLURM_STEP_NUM_NODES": "4"}
+SLURM = {
+    "SLURM_JOB_ID": "2005",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+}
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 
 
-@pytest.mark.parametrize("environment, place", [
-    ({}, None),
-    (EXPLICIT, Place("10.0.0.1", 8476, 2, 1)),
-    (SLURM | {"SLURM_STEP_NODELIST": "n[007-010]"}, Place("n007", 61450, 4, 1)),
-    (SLURM | {"SLURM_STEP_NODELIST": "gpu-a,n[1,3]"}, Place("gpu-a", 61450, 4, 1)),
-    (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_NODES": "1"}, Place("n7", 61450, 4, 1, [1])),
-    (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_TASKS": "1"}, None),
-])
+@pytest.mark.parametrize(
+    "environment, place",
+    [
+        ({}, None),
+        (EXPLICIT, Place("10.0.0.1", 8476, 2, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[007-010]"}, Place("n007", 61450, 4, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu-a,n[1,3]"}, Place("gpu-a", 61450, 4, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_NODES": "1"}, Place("n7", 61450, 4, 1, [1])),
+        (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    ],
+)
 def test_a_process_finds_its_place(environment, place):
     assert find_place(environment) == place
 
 
-@pytest.mark.parametrize("change", [{"JAX_PROCESS_ID": "2"}, {"JAX_NUM_PROCESSES": "two"}, {"JAX_PROCESS_ID": ""},
-                                    {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"JAX_PROCESS_ID": "2"},
+        {"JAX_NUM_PROCESSES": "two"},
+        {"JAX_PROCESS_ID": ""},
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"},
+    ],
+)
 def test_a_contradictory_environment(change):
     with pytest.raises(UserError, match="JAX_") as error:
         find_place(EXPLICIT | change)

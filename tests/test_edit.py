@@ -11,8 +11,8 @@ from golden import golden_dir
 from PIL import Image
 
 from lorweb_jax import Pipeline, UserError, edit, read_image, write_image
-from lorweb_jax.weights.checkpoint import read_all
-from lorweb_jax.weights.safetensors_io import Spec, write_stream
+from lorweb_jax.files.checkpoint import read_all
+from lorweb_jax.files.safetensors_io import Spec, write_stream
 
 PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safetensors"
 
@@ -37,9 +37,23 @@ def images(tmp_path):
 
 
 def arguments(folder, *more, b=("b.png",), out="out.png"):
-    return ["--pipeline", str(PIPELINE), "--basis", str(BASIS), "--a", str(folder / "a.png"),
-            "--a2", str(folder / "a2.png"), "--b", *(str(folder / name) for name in b), "--out", f"{folder}/{out}",
-            "--steps", "1", *more]
+    return [
+        "--pipeline",
+        str(PIPELINE),
+        "--basis",
+        str(BASIS),
+        "--a",
+        str(folder / "a.png"),
+        "--a2",
+        str(folder / "a2.png"),
+        "--b",
+        *(str(folder / name) for name in b),
+        "--out",
+        f"{folder}/{out}",
+        "--steps",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -73,27 +87,53 @@ def test_one_and_several(images, capsys):
     assert np.abs(read_image(images / "out.png").astype(int) - one).max() > 1
 
 
-@pytest.mark.parametrize("out, bs, written", [
-    ("r.png", ["b.png"], ["r.png"]), ("r.JPG", ["b.png"], ["r.JPG"]), ("r", ["x/b.jpg"], ["r/b.png"]),
-    ("r/", ["b.png"], ["r/b.png"]), ("v1.5/", ["b.png"], ["v1.5/b.png"]), ("v1.5", ["b.png"], ["v1.5/b.png"]),
-    ("v1.5", ["b.png", "c.png"], ["v1.5/b.png", "v1.5/c.png"]), ("r.png/", ["b.png"], ["r.png/b.png"]),
-    ("my.results", ["b.png", "c.png"], ["my.results/b.png", "my.results/c.png"])])
+@pytest.mark.parametrize(
+    "out, bs, written",
+    [
+        ("r.png", ["b.png"], ["r.png"]),
+        ("r.JPG", ["b.png"], ["r.JPG"]),
+        ("r", ["x/b.jpg"], ["r/b.png"]),
+        ("r/", ["b.png"], ["r/b.png"]),
+        ("v1.5/", ["b.png"], ["v1.5/b.png"]),
+        ("v1.5", ["b.png"], ["v1.5/b.png"]),
+        ("v1.5", ["b.png", "c.png"], ["v1.5/b.png", "v1.5/c.png"]),
+        ("r.png/", ["b.png"], ["r.png/b.png"]),
+        ("my.results", ["b.png", "c.png"], ["my.results/b.png", "my.results/c.png"]),
+    ],
+)
 def test_where_results_go(tmp_path, out, bs, written):
     found = edit.targets(f"{tmp_path}/{out}", [tmp_path / b for b in bs])
     assert found == [tmp_path / name for name in written]
 
 
-@pytest.mark.parametrize("more, said", [
-    (["--steps", "0"], "--steps is 0"), (["--steps", "1001"], "1 to 1,000"), (["--guidance", "nan"], "--guidance is nan"),
-    (["--guidance", "inf"], "--guidance is inf"), (["--guidance", "-1"], "--guidance"), (["--seed", "-1"], "--seed is -1"),
-    (["--seed", str(2**64)], "18,446,744,073,709,551,615"), (["--max-size", "15"], "--max-size is 15"),
-    (["--steps", "many"], "--steps"), (["--apply", "folded", "--b", "b.png", "c.png"], "folded serves one"),
-    (["--out", "r.gif"], "suffix .gif"), (["--out", "r.safetensors"], "suffix .safetensors"), (["--out", "/dev/null/r.png"], "no folder"),
-    (["--a", "missing.png"], "missing.png"), (["--b", "b.png", "missing.png", "--out", "results"], "missing.png"),
-    (["--b", "b.png", "c.png"], "give a folder"), (["--b", "x/a.png", "y/A.jpg", "--out", "results"], "results"),
-    (["--out", "b.png", "--overwrite"], "one of the inputs"), (["--out", ".", "--overwrite"], "one of the inputs"),
-    (["--out", "./"], "one of the inputs"), (["--out", "b.png"], "one of the inputs"), (["--out", "c.png"], "exists already"),
-    (["--max-size", "16", "--a", "wide.png"], "at least 16x16")])
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--steps", "0"], "--steps is 0"),
+        (["--steps", "1001"], "1 to 1,000"),
+        (["--guidance", "nan"], "--guidance is nan"),
+        (["--guidance", "inf"], "--guidance is inf"),
+        (["--guidance", "-1"], "--guidance"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--seed", str(2**64)], "18,446,744,073,709,551,615"),
+        (["--max-size", "15"], "--max-size is 15"),
+        (["--steps", "many"], "--steps"),
+        (["--apply", "folded", "--b", "b.png", "c.png"], "folded serves one"),
+        (["--out", "r.gif"], "suffix .gif"),
+        (["--out", "r.safetensors"], "suffix .safetensors"),
+        (["--out", "/dev/null/r.png"], "no folder"),
+        (["--a", "missing.png"], "missing.png"),
+        (["--b", "b.png", "missing.png", "--out", "results"], "missing.png"),
+        (["--b", "b.png", "c.png"], "give a folder"),
+        (["--b", "x/a.png", "y/A.jpg", "--out", "results"], "results"),
+        (["--out", "b.png", "--overwrite"], "one of the inputs"),
+        (["--out", ".", "--overwrite"], "one of the inputs"),
+        (["--out", "./"], "one of the inputs"),
+        (["--out", "b.png"], "one of the inputs"),
+        (["--out", "c.png"], "exists already"),
+        (["--max-size", "16", "--a", "wide.png"], "at least 16x16"),
+    ],
+)
 def test_bad_requests_are_told_before_anything_is_loaded(images, monkeypatch, never_loads, more, said):
     monkeypatch.chdir(images)
     Image.new("RGB", (90, 9)).save("wide.png")
@@ -115,8 +155,12 @@ def test_not_a_number_makes_no_picture(images):
     name = next(name for name in tensors if name.endswith("lora_B"))
     tensors[name] = tensors[name].copy()
     tensors[name].flat[3] = np.inf
-    write_stream(images / "basis.safetensors", {key: Spec(array.shape, array.dtype) for key, array in tensors.items()},
-                 tensors.get, metadata)
+    write_stream(
+        images / "basis.safetensors",
+        {key: Spec(array.shape, array.dtype) for key, array in tensors.items()},
+        tensors.get,
+        metadata,
+    )
     with pytest.raises(UserError, match="basis.safetensors: .*lora_B.* infinity in 1 of"):
         edit.main(arguments(images, "--basis", str(images / "basis.safetensors")))
     assert not (images / "out.png").exists()
@@ -149,8 +193,13 @@ def test_one_result_that_fails_does_not_cost_the_others(images, monkeypatch):
 
 def test_help_is_quick_and_errors_are_one_line():
     command = [sys.executable, "-m", "lorweb_jax.edit"]
-    assert "a is to a2 as b is to the result" in subprocess.run(
-        [*command, "--help"], capture_output=True, text=True, check=True).stdout
-    wrong = subprocess.run([*command, "--a", "x.png", "--a2", "x.png", "--b", "x.png", "--out", os.devnull + ".png"],
-                           capture_output=True, text=True)
+    assert (
+        "a is to a2 as b is to the result"
+        in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    )
+    wrong = subprocess.run(
+        [*command, "--a", "x.png", "--a2", "x.png", "--b", "x.png", "--out", os.devnull + ".png"],
+        capture_output=True,
+        text=True,
+    )
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "x.png" in wrong.stderr

@@ -10,34 +10,50 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-
 from golden import golden_dir
-from lorweb_jax.encoders.identity import CLIP, SIGLIP, identity, is_sketch, published_name, same
-from lorweb_jax.errors import UserError
-from lorweb_jax.weights import safetensors_io
-from lorweb_jax.weights.adapters import basis_of_run, write_run
-from lorweb_jax.weights.basis_file import read_basis, write_basis
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
+
+from lorweb_jax.adapters.formats.basis_file import read_basis, write_basis
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files import safetensors_io
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.models.image_encoder.identity import CLIP, SIGLIP, identity, is_sketch, published_name, same
+from lorweb_jax.pipeline.adapters import basis_of_run, write_run
+from lorweb_jax.pipeline.folder import PipelineFolder
 
 PIPELINE = golden_dir() / "tiny_pipeline"
-CLIP_L = dict(hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24,
-              num_attention_heads=16, image_size=224, patch_size=14, model_type="clip_vision_model")
+CLIP_L = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=768,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=14,
+    model_type="clip_vision_model",
+)
 TINY = json.loads((PIPELINE / "clip_vision" / "config.json").read_text())
 SIGLIP2 = dict(model_type="siglip", text_config={"vocab_size": 256000}, vision_config={"hidden_size": 768})
 
 
-@pytest.mark.parametrize("config,folder,name", [
-    (CLIP_L, "anything", CLIP),
-    (dict(model_type="clip", projection_dim=768, vision_config=CLIP_L | {"projection_dim": 512}), "anything", CLIP),
-    (CLIP_L | {"hidden_act": "gelu"}, "laion", "other-clip"), (CLIP_L | {"image_size": 336}, "x", "other-clip"),
-    (TINY, "clip_vision", "other-clip"), (TINY, "clip-vit-large-patch14", CLIP), (TINY, "clip-vit-large", "other-clip"),
-    (TINY, "models--openai--clip-vit-large-patch14/snapshots/abc", CLIP),
-    (TINY | {"_name_or_path": "openai/clip-vit-large-patch14"}, "x", CLIP),
-    (SIGLIP2, "anything", SIGLIP), (dict(model_type="siglip_vision_model"), "anything", SIGLIP),
-    (dict(SIGLIP2, text_config={}), "siglip-base", "other-siglip"),
-    (dict(model_type="siglip_vision_model", _name_or_path="google/siglip-base-patch16-224"), "x", "other-siglip"),
-    (dict(model_type="siglip_vision_model", hidden_size=1152), "so400m", "other-siglip")])
+@pytest.mark.parametrize(
+    "config,folder,name",
+    [
+        (CLIP_L, "anything", CLIP),
+        (dict(model_type="clip", projection_dim=768, vision_config=CLIP_L | {"projection_dim": 512}), "anything", CLIP),
+        (CLIP_L | {"hidden_act": "gelu"}, "laion", "other-clip"),
+        (CLIP_L | {"image_size": 336}, "x", "other-clip"),
+        (TINY, "clip_vision", "other-clip"),
+        (TINY, "clip-vit-large-patch14", CLIP),
+        (TINY, "clip-vit-large", "other-clip"),
+        (TINY, "models--openai--clip-vit-large-patch14/snapshots/abc", CLIP),
+        (TINY | {"_name_or_path": "openai/clip-vit-large-patch14"}, "x", CLIP),
+        (SIGLIP2, "anything", SIGLIP),
+        (dict(model_type="siglip_vision_model"), "anything", SIGLIP),
+        (dict(SIGLIP2, text_config={}), "siglip-base", "other-siglip"),
+        (dict(model_type="siglip_vision_model", _name_or_path="google/siglip-base-patch16-224"), "x", "other-siglip"),
+        (dict(model_type="siglip_vision_model", hidden_size=1152), "so400m", "other-siglip"),
+    ],
+)
 def test_published_name(config, folder, name, tmp_path):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / "config.json").write_text(json.dumps(config))
@@ -50,8 +66,9 @@ def encoder(folder: Path, change=lambda name, array: array) -> Path:
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(PIPELINE / "clip_vision" / name, folder)
     weights = safetensors.numpy.load_file(PIPELINE / "clip_vision" / "model.safetensors")
-    safetensors_io.write(folder / "model.safetensors", {name: change(name, array) for name, array in weights.items()},
-                         {"format": "pt"})
+    safetensors_io.write(
+        folder / "model.safetensors", {name: change(name, array) for name, array in weights.items()}, {"format": "pt"}
+    )
     return folder
 
 
@@ -64,8 +81,11 @@ def test_sketch(tmp_path):
         assert same(own, half) and half != own
     whole = encoder(tmp_path / "whole")
     weights = safetensors.numpy.load_file(whole / "model.safetensors")
-    safetensors.numpy.save_file(weights | {"text_model.embeddings.token_embedding.weight": np.ones((3, 4), np.float32)},
-                                whole / "model.safetensors", {"format": "pt"})
+    safetensors.numpy.save_file(
+        weights | {"text_model.embeddings.token_embedding.weight": np.ones((3, 4), np.float32)},
+        whole / "model.safetensors",
+        {"format": "pt"},
+    )
     assert identity(whole).sketch == own
     random = np.random.default_rng(0)
     other = encoder(tmp_path / "other", lambda name, array: random.permutation(array.reshape(-1)).reshape(array.shape))
@@ -97,16 +117,26 @@ def test_another_encoder_is_found_out(basis, tmp_path):
         other.require_encoder(read)
     other.require_encoder(dataclasses.replace(read, encoder_sketch=""))
     header = {"format": "pt", "lorweb_jax.image_encoder": "x"}
-    safetensors.numpy.save_file(safetensors.numpy.load_file(tmp_path / "basis.safetensors"),
-                                tmp_path / "basis.safetensors", header)
+    safetensors.numpy.save_file(
+        safetensors.numpy.load_file(tmp_path / "basis.safetensors"), tmp_path / "basis.safetensors", header
+    )
     with pytest.raises(UserError, match="is no sketch of an image encoder"):
         read_basis(tmp_path)
 
 
-@pytest.mark.parametrize("encoder,name", [
-    (CLIP, CLIP), ("/home/me/models/clip-vit-large-patch14", CLIP), ("clip-vit-large-patch14", CLIP),
-    ("C:\\models\\siglip2-base-patch16-224", SIGLIP), ("other-clip", "other-clip"), ("/home/me/secret", "other"),
-    ("models/mine", "other"), ("", None)])
+@pytest.mark.parametrize(
+    "encoder,name",
+    [
+        (CLIP, CLIP),
+        ("/home/me/models/clip-vit-large-patch14", CLIP),
+        ("clip-vit-large-patch14", CLIP),
+        ("C:\\models\\siglip2-base-patch16-224", SIGLIP),
+        ("other-clip", "other-clip"),
+        ("/home/me/secret", "other"),
+        ("models/mine", "other"),
+        ("", None),
+    ],
+)
 def test_no_path_is_published(encoder, name, basis, tmp_path, capsys):
     """config.yaml has one of the names that the published program knows, or says that it can't; never a path."""
     config, arrays = basis
@@ -132,7 +162,7 @@ def test_runs(basis, tmp_path):
     config, arrays = basis
     write_run(tmp_path / "noted", config, arrays)
     assert basis_of_run(tmp_path / "noted")[0] == config
-    from lorweb_jax.data.fingerprint import of_folder
+    from lorweb_jax.common.fingerprint import of_folder
 
     there = encoder(tmp_path / "clip-vit-large-patch14")
     write_run(tmp_path / "run", dataclasses.replace(config, encoder=str(there), encoder_sketch=""), arrays)

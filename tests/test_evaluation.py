@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from lorweb_jax import evaluate as command
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import read_tasks
-from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.evaluate import batches, distances, evaluate, read_samples, rows_sheet
 from lorweb_jax.evaluation.lpips import load_weights, lpips, read_weights
@@ -44,7 +44,7 @@ def lpips_torch(x, y):
 
     def features(image):
         x = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
-        shift, scale = torch.tensor([[-.030, -.088, -.188], [.458, .448, .450]]).view(2, 1, 3, 1, 1)
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
         x = (x - shift) / scale
         relu1 = convolve(x, 0, stride=4, padding=2)
         relu2 = convolve(f.max_pool2d(relu1, 3, 2), 1, padding=2)
@@ -90,10 +90,15 @@ class Forbidden:
         return (print, ("code was run",))
 
 
-@pytest.mark.parametrize("content, reason", [
-    (None, "can't be read"), (b"", "does not hold"), (pickle.dumps({"AlexNet_0": {}}), "does not hold"),
-    (pickle.dumps({"AlexNet_0": Forbidden()}), "asks for builtins.print"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "can't be read"),
+        (b"", "does not hold"),
+        (pickle.dumps({"AlexNet_0": {}}), "does not hold"),
+        (pickle.dumps({"AlexNet_0": Forbidden()}), "asks for builtins.print"),
+    ],
+)
 def test_weights_files_that_are_none(tmp_path, capsys, content, reason):
     if content is not None:
         (tmp_path / "w").write_bytes(content)
@@ -165,8 +170,9 @@ def write_task(folder, random, pairs, size=(32, 32)):
     folder.mkdir(parents=True)
     for i, image in enumerate(blobs(random, pairs, *size)):
         Image.fromarray(np.concatenate([image, 255 - image], 1)).save(folder / f"{i}.png")
-    (folder / "labels.json").write_text(json.dumps(
-        [{"img_name": f"{i}.png", "edit_instruction": f"invert {folder.parent.name}"} for i in range(pairs)]))
+    (folder / "labels.json").write_text(
+        json.dumps([{"img_name": f"{i}.png", "edit_instruction": f"invert {folder.parent.name}"} for i in range(pairs)])
+    )
 
 
 @pytest.fixture
@@ -199,8 +205,11 @@ def test_samples_are_the_same_ones_and_of_the_grids_size(data):
 
 def test_unreadable_images_are_replaced_and_reported(data):
     chosen = read_samples(read_tasks(data, Problems()), 2, Problems())
-    bad = next(i for i in range(5) if np.array_equal(
-        np.asarray(Image.open(data / f"first/Group1/{i}.png"))[:, :32], chosen[0].a))
+    bad = next(
+        i
+        for i in range(5)
+        if np.array_equal(np.asarray(Image.open(data / f"first/Group1/{i}.png"))[:, :32], chosen[0].a)
+    )
     (data / f"first/Group1/{bad}.png").write_bytes(b"no image")
     (data / "second/Group1/0.png").write_bytes(b"no image")
     samples, problems = read(data)
@@ -237,10 +246,15 @@ class MeanColour:
 
 def test_evaluate(data):
     samples, _ = read(data)
-    table = evaluate({"copy b": lambda samples: [sample.b for sample in samples],
-                      "right": lambda samples: [sample.b2 for sample in samples],
-                      "grey": lambda samples: [np.full_like(sample.b, 128) for sample in samples]},
-                     samples, MeanColour())
+    table = evaluate(
+        {
+            "copy b": lambda samples: [sample.b for sample in samples],
+            "right": lambda samples: [sample.b2 for sample in samples],
+            "grey": lambda samples: [np.full_like(sample.b, 128) for sample in samples],
+        },
+        samples,
+        MeanColour(),
+    )
     assert list(table.rows()) == ["copy b", "right", "grey", TRUTH]
     right, copied, grey = (table.scores[name] for name in ("right", "copy b", "grey"))
     assert right == table.scores[TRUTH] and set(right["mse"]) == {0} and max(right["lpips"]) < 1e-12
@@ -250,8 +264,9 @@ def test_evaluate(data):
         assert copied["mse"][i] == pytest.approx(np.mean((sample.b / 255 - sample.b2 / 255) ** 2), rel=1e-9)
         made = np.full_like(sample.b, 128)
         assert grey["lpips"][i] == pytest.approx(lpips(made[None], sample.b2[None])[0], abs=1e-6)
-        changes = [after.mean((0, 1)) - before.mean((0, 1))
-                   for before, after in ((sample.a, sample.a2), (sample.b, made))]
+        changes = [
+            after.mean((0, 1)) - before.mean((0, 1)) for before, after in ((sample.a, sample.a2), (sample.b, made))
+        ]
         cosine = changes[0] @ changes[1] / np.linalg.norm(changes[0]) / np.linalg.norm(changes[1])
         assert grey["clip_directional"][i] == pytest.approx(cosine, abs=1e-4)
     assert "clip_directional" not in evaluate({}, samples).rows()[TRUTH]
@@ -311,26 +326,44 @@ class FakePipeline:
 
 
 def test_command(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lorweb_jax.pipeline.Pipeline", FakePipeline)
+    monkeypatch.setattr("lorweb_jax.pipeline.pipeline.Pipeline", FakePipeline)
     (tmp_path / "run").mkdir()
     command.main([str(tmp_path / "run"), "--pipeline", "base", "--data", str(data), "--steps", "3", "--seed", "5"])
     written = json.loads((tmp_path / "run/evaluation/table.json").read_text())
     assert list(written["rows"]) == ["copy b", "base, text only", "basis", TRUTH]
     assert written["rows"]["basis"]["mse"] == 0 < written["rows"]["base, text only"]["mse"]
     assert written["analogies"] == 4
-    assert set(FakePipeline.calls) == {(3, 2.5, 5, use, (f"invert {task}",) * 2)
-                                       for use in (False, True) for task in ("first", "second")}
+    assert set(FakePipeline.calls) == {
+        (3, 2.5, 5, use, (f"invert {task}",) * 2) for use in (False, True) for task in ("first", "second")
+    }
     assert {file.name for file in (tmp_path / "run/evaluation").iterdir()} == {"table.json", "table.md", "sheet.png"}
     assert "| basis " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, message", [
-    (["gone"], "there is no gone"), *(([".", name, value], f"{name} is {value}; give ") for name, value in (
-        ("--per-task", "0"), ("--per-task", "10000000"), ("--steps", "0"), ("--steps", "1001"), ("--max-size", "8"),
-        ("--batch", "-1"), ("--batch", "100000"), ("--guidance", "nan"), ("--guidance", "inf"), ("--guidance", "-1.0"),
-        ("--seed", "-1"), ("--seed", str(2**64)))),
-    ([".", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["gone"], "there is no gone"),
+        *(
+            ([".", name, value], f"{name} is {value}; give ")
+            for name, value in (
+                ("--per-task", "0"),
+                ("--per-task", "10000000"),
+                ("--steps", "0"),
+                ("--steps", "1001"),
+                ("--max-size", "8"),
+                ("--batch", "-1"),
+                ("--batch", "100000"),
+                ("--guidance", "nan"),
+                ("--guidance", "inf"),
+                ("--guidance", "-1.0"),
+                ("--seed", "-1"),
+                ("--seed", str(2**64)),
+            )
+        ),
+        ([".", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
+    ],
+)
 def test_bad_command_lines(options, message):
     with pytest.raises(UserError, match=message) as caught:
         command.main([*options, "--pipeline", "base", "--data", "nowhere"])
@@ -338,7 +371,7 @@ def test_bad_command_lines(options, message):
 
 
 def test_an_earlier_evaluation_is_not_replaced(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorweb_jax.pipeline.Pipeline", FakePipeline)
+    monkeypatch.setattr("lorweb_jax.pipeline.pipeline.Pipeline", FakePipeline)
     (tmp_path / "run" / "evaluation").mkdir(parents=True)
     (tmp_path / "run" / "evaluation" / "sheet.png").write_text("earlier")
     options = [str(tmp_path / "run"), "--pipeline", "base", "--data", str(data)]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-
 from golden import golden_dir
-from lorweb_jax.basis.basis import Basis
-from lorweb_jax.errors import UserError
+
+from lorweb_jax.adapters.basis import Basis
+from lorweb_jax.adapters.formats import basis_file, lora_file, lora_read
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.export import main
-from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
-from lorweb_jax.weights import adapters, basis_file, lora_file, lora_read
-from lorweb_jax.weights.pretrained import load_transformer
-from lorweb_jax.weights.state import build
+from lorweb_jax.files.state import build
+from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.pipeline import adapters
+from lorweb_jax.pipeline.pretrained import load_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,8 +33,10 @@ def basis():
 def coefficients(basis):
     """The published implementation's coefficients for the first example of case a: {path: [l, n]}."""
     case = np.load(golden_dir() / "case_a.npz")
-    return {path: np.stack([case[f"mix/{lora_file.layer_name(path, block)}"][0] for block in range(len(parts["a"]))])
-            for path, parts in basis[1].items()}
+    return {
+        path: np.stack([case[f"mix/{lora_file.layer_name(path, block)}"][0] for block in range(len(parts["a"]))])
+        for path, parts in basis[1].items()
+    }
 
 
 def block_linears_of(pipeline: Path) -> dict:
@@ -47,8 +50,10 @@ def layers():
 
 def inputs(torch, case, example=0):
     """The first example of case a as the transformer's keyword arguments."""
-    batch = {name: torch.tensor(case[name][example:example + 1]) for name in (
-        "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")}
+    batch = {
+        name: torch.tensor(case[name][example : example + 1])
+        for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    }
     return batch | {name: torch.tensor(case[name]) for name in ("img_ids", "txt_ids")}
 
 
@@ -78,8 +83,15 @@ def test_diffusers_gives_the_basis_velocity(alpha, basis, coefficients, transfor
     factors = lora_file.mixed_factors(basis[1], coefficients)
     lora_file.write_lora(tmp_path / "edit.safetensors", factors, alpha=alpha)
     model = transformer()
-    pipeline = FluxKontextPipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
-                                   tokenizer_2=None, transformer=model)
+    pipeline = FluxKontextPipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=model,
+    )
     pipeline.load_lora_weights(tmp_path, weight_name="edit.safetensors")
     case = np.load(golden_dir() / "case_a.npz")
     found = velocity(torch, model, case)
@@ -94,12 +106,19 @@ def test_scale_and_weights_in_torch(basis, coefficients, transformer, tmp_path):
     factors = lora_file.mixed_factors(basis[1], coefficients, scale=0.7)
     lora_file.write_lora(tmp_path / "edit.safetensors", factors)
     adapted, merged = transformer(), transformer()
-    adapted.load_lora_adapter({name: torch.tensor(array) for name, array in safetensors.numpy.load_file(
-        tmp_path / "edit.safetensors").items()}, prefix="transformer")
+    adapted.load_lora_adapter(
+        {
+            name: torch.tensor(array)
+            for name, array in safetensors.numpy.load_file(tmp_path / "edit.safetensors").items()
+        },
+        prefix="transformer",
+    )
     for path, parts in basis[1].items():
         for block in range(len(parts["a"])):
-            update = 0.7 * np.einsum("n,nir,nro->oi", *(x.astype(np.float64) for x in (
-                coefficients[path][block], parts["a"][block], parts["b"][block])))
+            update = 0.7 * np.einsum(
+                "n,nir,nro->oi",
+                *(x.astype(np.float64) for x in (coefficients[path][block], parts["a"][block], parts["b"][block])),
+            )
             with torch.no_grad():
                 merged.get_submodule(lora_file.layer_name(path, block)).weight += torch.tensor(update).float()
     case = np.load(golden_dir() / "case_a.npz")
@@ -116,14 +135,24 @@ def test_one_member_is_an_ordinary_lora(layers, transformer, tmp_path):
     for path, (depth, i, o) in layers.items():
         for block in range(depth):
             name = "transformer." + lora_file.layer_name(path, block)
-            tensors |= {f"{name}.lora_A.weight": rng.normal(size=(3, i)).astype(np.float32) * i ** -0.5,
-                        f"{name}.lora_B.weight": rng.normal(size=(o, 3)).astype(np.float32) * 0.2,
-                        f"{name}.alpha": np.array(1.5, np.float32)}
+            tensors |= {
+                f"{name}.lora_A.weight": rng.normal(size=(3, i)).astype(np.float32) * i**-0.5,
+                f"{name}.lora_B.weight": rng.normal(size=(o, 3)).astype(np.float32) * 0.2,
+                f"{name}.alpha": np.array(1.5, np.float32),
+            }
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
     theirs = transformer()
     from diffusers import FluxKontextPipeline
-    FluxKontextPipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
-                        tokenizer_2=None, transformer=theirs).load_lora_weights(tmp_path, weight_name="x.safetensors")
+
+    FluxKontextPipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=theirs,
+    ).load_lora_weights(tmp_path, weight_name="x.safetensors")
     case = np.load(golden_dir() / "case_a.npz")
     expected = velocity(torch, theirs, case)
 
@@ -131,7 +160,8 @@ def test_one_member_is_an_ordinary_lora(layers, transformer, tmp_path):
     flux = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), flat)
     basis = Basis.from_arrays(*lora_read.read_lora(tmp_path / "x.safetensors", layers))
     found = nnx.jit(lambda flux, basis, arrays: flux(*arrays, basis.additions(basis.coefficients(batch=1))))(
-        flux, basis, tuple(tensor.numpy() for tensor in inputs(torch, case).values()))
+        flux, basis, tuple(tensor.numpy() for tensor in inputs(torch, case).values())
+    )
     assert relative(np.asarray(found), expected) <= 1e-5
     assert relative(case["base_output"][:1], expected) > 1e-3
 
@@ -182,8 +212,9 @@ def test_lora_as_basis(basis, coefficients, layers, tmp_path):
         for block in range(len(factors[path].a)):
             layer = lora_file.layer_name(path, block)
             factor = {"transformer_blocks.1.ff.net.2": 0.5, "transformer_blocks.0.attn.to_q": 0.0}.get(layer, 1.0)
-            np.testing.assert_array_equal(again[path].a[block] @ again[path].b[block],
-                                          factor * (factors[path].a[block] @ factors[path].b[block]))
+            np.testing.assert_array_equal(
+                again[path].a[block] @ again[path].b[block], factor * (factors[path].a[block] @ factors[path].b[block])
+            )
 
 
 def export(*arguments) -> None:
@@ -209,8 +240,17 @@ def test_lora_command(basis, coefficients, tmp_path, capsys):
     """A LoRA of rank 32 in, the nearest of rank 8 out in float16; its error is the one printed, to float16's 1e-3."""
     full = lora_file.mixed_factors(basis[1], coefficients)
     lora_file.write_lora(tmp_path / "full.safetensors", full)
-    export("lora", tmp_path / "full.safetensors", tmp_path / "cut.safetensors", "--rank", 8, "--dtype", "float16",
-           "--pipeline", golden_dir() / "tiny_pipeline")
+    export(
+        "lora",
+        tmp_path / "full.safetensors",
+        tmp_path / "cut.safetensors",
+        "--rank",
+        8,
+        "--dtype",
+        "float16",
+        "--pipeline",
+        golden_dir() / "tiny_pipeline",
+    )
     stated = float(re.search(r"off by ([\d.e-]+) of its norm", capsys.readouterr().out)[1])
     cut = safetensors.numpy.load_file(tmp_path / "cut.safetensors")
     lost = norm = 0.0
@@ -230,8 +270,17 @@ def test_lora_in_other_names(names, basis, coefficients, layers, tmp_path):
     """The command gives a LoRA other names and an alpha; read again, its update is the same to 1e-6."""
     full = lora_file.mixed_factors(basis[1], coefficients)
     lora_file.write_lora(tmp_path / "full.safetensors", full)
-    export("lora", tmp_path / "full.safetensors", tmp_path / "x.safetensors", "--format", names, "--alpha", 8,
-           "--pipeline", golden_dir() / "tiny_pipeline")
+    export(
+        "lora",
+        tmp_path / "full.safetensors",
+        tmp_path / "x.safetensors",
+        "--format",
+        names,
+        "--alpha",
+        8,
+        "--pipeline",
+        golden_dir() / "tiny_pipeline",
+    )
     keys = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     start = {"kohya": "lora_unet_single_blocks_1_linear1", "comfyui": "diffusion_model.single_blocks.1.linear1"}[names]
     assert keys[f"{start}.alpha"] == 8 and keys[f"{start}.lora_up.weight"].shape == (7 * 128, 4 * 32)
@@ -248,16 +297,24 @@ def test_commands_refuse_in_one_sentence(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("kept")
     for arguments, code, message in [
-            (("checkpoint", basis, tmp_path / "full"), 1, "exists already"),
-            (("published", tmp_path / "full", tmp_path / "b.safetensors"), 1, "config.json does not exist"),
-            (("lora", basis, tmp_path / "b.bin", "--pipeline", pipeline), 2, "must end in .safetensors"),
-            (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline), 2, "--a, --a2, --b not given"),
-            (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline, "--alpha", "0"), 2,
-             "not a number above 0")]:
+        (("checkpoint", basis, tmp_path / "full"), 1, "exists already"),
+        (("published", tmp_path / "full", tmp_path / "b.safetensors"), 1, "config.json does not exist"),
+        (("lora", basis, tmp_path / "b.bin", "--pipeline", pipeline), 2, "must end in .safetensors"),
+        (("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline), 2, "--a, --a2, --b not given"),
+        (
+            ("lora", basis, tmp_path / "b.safetensors", "--pipeline", pipeline, "--alpha", "0"),
+            2,
+            "not a number above 0",
+        ),
+    ]:
         with pytest.raises(UserError, match=message) as error:
             export(*arguments)
         assert error.value.code == code
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
-    done = subprocess.run([sys.executable, "-m", "lorweb_jax.export", "published", tmp_path,
-                           tmp_path / "b.safetensors"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorweb_jax.export", "published", tmp_path, tmp_path / "b.safetensors"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from golden import golden_dir
+
 from lorweb_jax.flow.loss import add_noise, draw, weighted_mse
 from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import Schedule, bell_weights, train_timesteps, train_weights
-from lorweb_jax.latents.packing import pack, position_ids, text_ids, unpack
+from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
 
 TOLERANCE = 1e-6
 
@@ -37,8 +37,9 @@ def test_noise_levels_equal_golden(golden):
 
 @pytest.mark.parametrize("steps,tokens", [(1, 256), (7, 100), (13, 3000)])
 def test_noise_levels_equal_diffusers(steps, tokens):
-    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True,
-                                                                                 base_shift=0.4, max_shift=1.3)
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.4, max_shift=1.3
+    )
     ours = Schedule.from_json(dict(scheduler.config))
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=ours.shift(tokens))
     np.testing.assert_allclose(ours.sigmas(steps, tokens), scheduler.sigmas.numpy(), rtol=TOLERANCE)
@@ -54,7 +55,7 @@ def test_euler_steps_equal_golden(golden):
         return velocities[jnp.argmin(jnp.abs(sigmas[:-1] - sigma[0]))]
 
     for steps in range(1, 5):
-        z = jax.jit(lambda z, n=steps: euler(recorded, z, jnp.asarray(sigmas[:n + 1])))(golden["step/x0"])
+        z = jax.jit(lambda z, n=steps: euler(recorded, z, jnp.asarray(sigmas[: n + 1])))(golden["step/x0"])
         expected = golden[f"step/x{steps}"]
         assert np.abs(z - expected).max() <= TOLERANCE * np.abs(expected).max()
 
@@ -65,7 +66,7 @@ def test_training_tables_equal_golden(golden):
     np.testing.assert_array_equal(train_weights("uniform"), np.ones(1000))
     for index in range(2):
         parts = [golden[f"train/add_noise_{part}"][index].reshape(1, 1, -1) for part in ("x0", "noise")]
-        found = add_noise(*parts, golden["train/add_noise_t"][index:index + 1] / 1000)
+        found = add_noise(*parts, golden["train/add_noise_t"][index : index + 1] / 1000)
         np.testing.assert_allclose(found.ravel(), golden[f"train/add_noise_{index}"].ravel(), rtol=1e-5, atol=1e-6)
 
 
@@ -74,8 +75,9 @@ def test_loss_equals_golden(group):
     with np.load(golden_dir() / "train_step.npz") as file:
         step = {key.removeprefix(f"{group}/"): file[key] for key in file.files if key.startswith(f"{group}/")}
     batch = len(step["latents"])
-    x0, noise, velocity = (pack(jnp.asarray(step[name][:batch]).transpose(0, 2, 3, 1))
-                           for name in ("latents", "noise", "noise_pred"))
+    x0, noise, velocity = (
+        pack(jnp.asarray(step[name][:batch]).transpose(0, 2, 3, 1)) for name in ("latents", "noise", "noise_pred")
+    )
     noisy = unpack(add_noise(x0, noise, step["timesteps"] / 1000), 8, 12).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(noisy, step["noisy"], rtol=1e-5, atol=1e-6)
     weights = bell_weights()[1000 - step["timesteps"].astype(int)]

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from compare import relative
+from flax import nnx
 from golden import golden_dir
-from lorweb_jax.errors import UserError
-from lorweb_jax.layers import REMAT_POLICIES
-from lorweb_jax.transformer.flux import Flux, FluxConfig
-from lorweb_jax.weights.pretrained import load_transformer
-from lorweb_jax.weights.state import build, flat_state, shapes
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files.state import build, flat_state, shapes
+from lorweb_jax.models.flux1.model import Flux, FluxConfig
+from lorweb_jax.nn.layers import REMAT_POLICIES
+from lorweb_jax.pipeline.pretrained import load_transformer
 
 TOLERANCE = 1e-5
 
@@ -53,28 +53,52 @@ def test_equals_golden():
     config, parameters = load_transformer(golden_dir() / "tiny_pipeline" / "transformer")
     model = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), parameters)
     with np.load(golden_dir() / "case_a.npz") as case:
-        values = [case[name] for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
-                                          "guidance", "img_ids", "txt_ids")]
-        expected = {name: case[name] for name in ("base_output", "dbg/x_embedder", "dbg/context_embedder",
-                                                  "dbg/time_text_embed")}
-    found = {"base_output": velocity(model, values), "dbg/x_embedder": model.x_embedder(jnp.asarray(values[0])),
-             "dbg/context_embedder": model.context_embedder(jnp.asarray(values[1])),
-             "dbg/time_text_embed": model.time_text_embed(*(jnp.asarray(values[index]) for index in (3, 4, 2)))}
+        values = [
+            case[name]
+            for name in (
+                "hidden_states",
+                "encoder_hidden_states",
+                "pooled_projections",
+                "timestep",
+                "guidance",
+                "img_ids",
+                "txt_ids",
+            )
+        ]
+        expected = {
+            name: case[name]
+            for name in ("base_output", "dbg/x_embedder", "dbg/context_embedder", "dbg/time_text_embed")
+        }
+    found = {
+        "base_output": velocity(model, values),
+        "dbg/x_embedder": model.x_embedder(jnp.asarray(values[0])),
+        "dbg/context_embedder": model.context_embedder(jnp.asarray(values[1])),
+        "dbg/time_text_embed": model.time_text_embed(*(jnp.asarray(values[index]) for index in (3, 4, 2))),
+    }
     for name, theirs in expected.items():
         error = np.linalg.norm(np.asarray(found[name]) - theirs) / np.linalg.norm(theirs)
         assert error <= TOLERANCE, name
 
 
 def test_remat_policies_and_unrolling_give_the_same_gradients():
-    config = FluxConfig(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=8,
-                        num_attention_heads=2, joint_attention_dim=6, pooled_projection_dim=5,
-                        axes_dims_rope=(2, 2, 4))
+    config = FluxConfig(
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        pooled_projection_dim=5,
+        axes_dims_rope=(2, 2, 4),
+    )
     random = np.random.default_rng(0)
     shape = [(1, 6, 8), (1, 3, 6), (1, 5), (1,), (1,), (6, 3), (3, 3)]
     values = [jnp.asarray(random.uniform(size=size), jnp.float32) for size in shape]
     # adaLN-Zero would make every block the identity: all weights are random.
-    flat = {path: random.normal(0, 0.3, value.shape).astype(np.float32)
-            for path, value in shapes(lambda: Flux(config, rngs=nnx.Rngs(0))).items()}
+    flat = {
+        path: random.normal(0, 0.3, value.shape).astype(np.float32)
+        for path, value in shapes(lambda: Flux(config, rngs=nnx.Rngs(0))).items()
+    }
 
     def gradients(**options):
         graphdef, state = nnx.split(build(lambda: Flux(config, rngs=nnx.Rngs(0), **options), flat))
@@ -99,8 +123,11 @@ def test_real_model_has_the_published_number_of_parameters():
 def test_config_words():
     config = FluxConfig(num_layers=3, axes_dims_rope=(16, 56, 56))
     assert FluxConfig.from_json(config.to_json() | {"unknown_to_us": 1}) == config
-    for change, message in [({"patch_size": 2}, "patch_size is 2, expected 1"), ({"out_channels": 32}, "out_channels is 32"),
-                            ({"axes_dims_rope": [16, 56, 40]}, "attention_head_dim = 128"),
-                            ({"axes_dims_rope": [17, 55, 56]}, "must be even")]:
+    for change, message in [
+        ({"patch_size": 2}, "patch_size is 2, expected 1"),
+        ({"out_channels": 32}, "out_channels is 32"),
+        ({"axes_dims_rope": [16, 56, 40]}, "attention_head_dim = 128"),
+        ({"axes_dims_rope": [17, 55, 56]}, "must be even"),
+    ]:
         with pytest.raises(UserError, match=message):
             FluxConfig.from_json(config.to_json() | change)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import relative
 from flax import nnx
 
-from compare import relative
-from lorweb_jax.basis.basis import Basis, BasisConfig
-from lorweb_jax.basis.fold import fold
-from lorweb_jax.transformer.flux import block_linears
-from lorweb_jax.weights.layer_names import layer_name
+from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.fold import fold
+from lorweb_jax.adapters.formats.layer_names import layer_name
+from lorweb_jax.models.flux1.model import block_linears
 
-tiny = pytest.importorskip("tiny_flux")           # torch and diffusers
+tiny = pytest.importorskip("tiny_flux")  # torch and diffusers
 
 TOLERANCE = 1e-5
 CONFIG = BasisConfig(size=4, rank=3, key_dim=8, heads=2, query_dim=10)
@@ -54,8 +54,9 @@ def first(values):
 def test_a_fresh_basis_changes_nothing_bit_for_bit(model, values):
     plain = np.asarray(velocity(model, values))
     query = jax.random.normal(jax.random.key(0), (2, 10))
-    internal = BasisConfig(size=4, rank=3, key_dim=8, query="internal", query_mode="caa'", pooling="max",
-                           query_dim=None)
+    internal = BasisConfig(
+        size=4, rank=3, key_dim=8, query="internal", query_mode="caa'", pooling="max", query_dim=None
+    )
     for config in (CONFIG, internal):
         basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
         coeffs = None if config.query == "internal" else basis.coefficients(query)
@@ -69,7 +70,7 @@ def test_folded_equals_low_rank(model, values):
     folded = fold(model, mix)
     assert relative(velocity(folded, first(values)), low_rank) <= TOLERANCE
     plain = velocity(model, first(values))
-    assert relative(plain, low_rank) > 0.1            # the basis does something, and the model is not changed
+    assert relative(plain, low_rank) > 0.1  # the basis does something, and the model is not changed
     assert relative(velocity(fold(model, {}), first(values)), plain) == 0
 
 
@@ -78,9 +79,9 @@ def test_different_analogies_in_a_batch(model, values):
     query = jax.random.normal(jax.random.key(0), (2, 10))
     together = velocity(model, values, basis.additions(basis.coefficients(query)))
     for index in range(2):
-        one = [value[index:index + 1] for value in values[:5]] + list(values[5:])
-        mix = basis.additions(basis.coefficients(query[index:index + 1]))
-        assert relative(together[index:index + 1], velocity(fold(model, mix), one)) <= TOLERANCE
+        one = [value[index : index + 1] for value in values[:5]] + list(values[5:])
+        mix = basis.additions(basis.coefficients(query[index : index + 1]))
+        assert relative(together[index : index + 1], velocity(fold(model, mix), one)) <= TOLERANCE
     swapped = velocity(model, values, basis.additions(basis.coefficients(query[::-1])))
     assert relative(together, swapped) > 1e-3
 
@@ -91,8 +92,11 @@ def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
     import torch
 
     basis = trained(model, BasisConfig(size=1, rank=3, query="fixed", query_dim=None, scale=0.5))
-    names = {layer_name(path, block): (path, block) for path, shape in block_linears(model.config).items()
-             for block in range(shape.depth)}
+    names = {
+        layer_name(path, block): (path, block)
+        for path, shape in block_linears(model.config).items()
+        for block in range(shape.depth)
+    }
     theirs = tiny.theirs()
     theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=list(names), lora_dropout=0.0))
     adapted = dict(theirs.named_modules())

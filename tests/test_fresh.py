@@ -20,10 +20,18 @@ def make():
         return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
     unused = uniform((1000, 1000), 1.0)  # of a part that isn't wanted; its draw counts
-    made = {"c": uniform((40, 8), 0.1), "a": uniform((40, 8), 0.1), "b": uniform((40, 8), 0.2),
-            "normal": 0.3 * jax.random.normal(rngs.params(), (70, 3)).astype(jnp.bfloat16),
-            "zeros": jnp.zeros((80,)), "zeros too": jnp.zeros((80,)), "small": uniform((4, 4), 0.5),
-            "bias": jnp.full((128,), 0.1).at[64:].set(-5.0), "table": jnp.asarray(TABLE) * 2, "number": jnp.log(3.0)}
+    made = {
+        "c": uniform((40, 8), 0.1),
+        "a": uniform((40, 8), 0.1),
+        "b": uniform((40, 8), 0.2),
+        "normal": 0.3 * jax.random.normal(rngs.params(), (70, 3)).astype(jnp.bfloat16),
+        "zeros": jnp.zeros((80,)),
+        "zeros too": jnp.zeros((80,)),
+        "small": uniform((4, 4), 0.5),
+        "bias": jnp.full((128,), 0.1).at[64:].set(-5.0),
+        "table": jnp.asarray(TABLE) * 2,
+        "number": jnp.log(3.0),
+    }
     made["scaled"] = made["a"] * 0.1
     made["split"] = jax.random.truncated_normal(jax.random.split(rngs.params(), 3)[1], -2, 2, (100,))
     return made | {"unused": unused[0, 0]}

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 
-from conftest import ROOT
-from lorweb_jax.layers import Linear, Weight
+from lorweb_jax.nn.layers import Linear, Weight
+from lorweb_jax.small_base.corpus import Corpus
 from lorweb_jax.training.optimizer import make_optimizer
-from lorweb_jax.training.small_base.corpus import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,11 @@ class Model(nnx.Module):
         self.linear = Linear(3, 2, rngs=rngs)
 
 
-CONFIG = dict(seed=0, train=dict(ema=0.9), optimizer=dict(
-    name="adamw", learning_rate=0.1, b1=0.9, b2=0.99, moments="float32", weight_decay=0.01, clip=1.0))
+CONFIG = dict(
+    seed=0,
+    train=dict(ema=0.9),
+    optimizer=dict(name="adamw", learning_rate=0.1, b1=0.9, b2=0.99, moments="float32", weight_decay=0.01, clip=1.0),
+)
 
 
 def loss(model, key, x):
@@ -40,7 +43,8 @@ def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
     state = made.fresh()
     weights, moments = state[0], state[1]
     (found, moments_found, count), metrics = made.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).compile()(
-        state, np.int32(3), np.float32(0.5), np.float32(0.1), np.float32(1), x)
+        state, np.int32(3), np.float32(0.5), np.float32(0.1), np.float32(1), x
+    )
     assert int(count) == 3 and metrics["size"] == pytest.approx(abs(x).mean(), rel=1e-6)
     for i in range(3):
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * (0.5 + 0.1 * i)))
@@ -49,7 +53,9 @@ def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
         weights = jax.tree.map(lambda w, u: w + u, weights, updates)
     for name in weights:
         np.testing.assert_allclose(found[name], weights[name], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(made.averaged(moments_found)[name], made.averaged(moments)[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            made.averaged(moments_found)[name], made.averaged(moments)[name], rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.fixture()
@@ -68,11 +74,12 @@ def test_the_clock_ends_a_run(script, log):
     def program(state, steps, first, a_step, scale, table):
         asked.append((int(steps), float(first), float(a_step)))
         tables.append(table)
-        log.pass_(0.1 * steps + 5 * (not asked[1:]))       # the first dispatch loads the program
+        log.pass_(0.1 * steps + 5 * (not asked[1:]))  # the first dispatch loads the program
         return state + steps, {"loss": np.float32(1)}
 
-    state = script["run_until"](53.0, log, "vae", 25, 0, ("first",), program,
-                                lambda state, progress: ("second",) if state == 9 else None)
+    state = script["run_until"](
+        53.0, log, "vae", 25, 0, ("first",), program, lambda state, progress: ("second",) if state == 9 else None
+    )
     steps = [1, 1, *[7] * 63]
     assert [count for count, *_ in asked] == steps and state == sum(steps) and log.now() == pytest.approx(52.3)
     np.testing.assert_allclose([first for _, first, _ in asked][2:4], [0.106 - 0.002, 0.106 + 0.012], rtol=1e-4)
@@ -82,6 +89,7 @@ def test_the_clock_ends_a_run(script, log):
 
 def test_what_is_too_slow_ends_at_once(script, log):
     """2.8 s a step, as an autoencoder once took: seen after two steps, not at the end."""
+
     def program(state, steps, first, a_step, scale):
         log.pass_(2.8 * steps)
         return state + steps, {"loss": np.float32(1)}
@@ -113,7 +121,9 @@ def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, mon
     """At 12 dB the weights that --prepare was given are used, where there are some that fit."""
     log.seconds = 100
     used, images = [], np.zeros((4, 2, 8, 8, 3), np.uint8)
-    stage = script["Stages"](SimpleNamespace(out=log.file.parent), log, SimpleNamespace(table=4, vae_steps=5), "float32")
+    stage = script["Stages"](
+        SimpleNamespace(out=log.file.parent), log, SimpleNamespace(table=4, vae_steps=5), "float32"
+    )
     monkeypatch.setitem(script["Stages"].train_autoencoder.__globals__, "ENCODED", 4)
 
     def program(state, steps, *rest):
@@ -125,7 +135,9 @@ def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, mon
         used.append(weights)
         return np.random.default_rng(0).standard_normal((4, 1, 1, 16))
 
-    made = SimpleNamespace(program=program, held=held, begun=SimpleNamespace(result=lambda: ({"w": np.float32(0)}, None)))
+    made = SimpleNamespace(
+        program=program, held=held, begun=SimpleNamespace(result=lambda: ({"w": np.float32(0)}, None))
+    )
     pixels = SimpleNamespace(wait_for=lambda n: None, table=lambda size, seed: images, pieces=[(np.arange(4), images)])
     weights, _ = stage.train_autoencoder(made, SimpleNamespace(program=(encode, encode)), pixels, None)
     assert used[0] == (held or {"w": np.float32(0)}) and used[-1] is weights
@@ -138,7 +150,7 @@ def test_blocks_hold_all_quadrants_in_their_order(script, size):
     lengths, operations = (2, 1, 3), 4
     count = sum(lengths) * operations
     pixels = np.arange(count, dtype=np.uint8).reshape(-1, operations, 1, 1, 1)
-    kept = [(np.arange(n), pixels[start:start + n]) for n, start in zip(lengths, np.cumsum([0, *lengths]))]
+    kept = [(np.arange(n), pixels[start : start + n]) for n, start in zip(lengths, np.cumsum([0, *lengths]))]
     found = [script["blocks"](kept, block, size, operations) for block in range(-(-count // size))]
     assert {len(block) for block in found} == {size}
     np.testing.assert_array_equal(np.concatenate(found)[:count, 0, 0, 0], np.arange(count))
@@ -146,10 +158,30 @@ def test_blocks_hold_all_quadrants_in_their_order(script, size):
 
 def test_fewer_variants_in_the_same_shapes(script):
     """What may be drawn of members and of lists is the same."""
-    few = Corpus(np.arange(3), np.arange(2), np.arange(3), np.array([[5, 6], [7, 8]]), np.array([2, 1]),
-                 np.arange(6).reshape(3, 2), np.zeros(3, bool), np.zeros(4, bool), np.arange(3), np.arange(3))
-    many = Corpus(np.arange(6), np.arange(4), np.arange(3), np.zeros((2, 4), int), np.array([4, 2]),
-                  np.zeros((6, 2), int), np.zeros(6, bool), np.zeros(4, bool), np.arange(3), np.arange(3))
+    few = Corpus(
+        np.arange(3),
+        np.arange(2),
+        np.arange(3),
+        np.array([[5, 6], [7, 8]]),
+        np.array([2, 1]),
+        np.arange(6).reshape(3, 2),
+        np.zeros(3, bool),
+        np.zeros(4, bool),
+        np.arange(3),
+        np.arange(3),
+    )
+    many = Corpus(
+        np.arange(6),
+        np.arange(4),
+        np.arange(3),
+        np.zeros((2, 4), int),
+        np.array([4, 2]),
+        np.zeros((6, 2), int),
+        np.zeros(6, bool),
+        np.zeros(4, bool),
+        np.arange(3),
+        np.arange(3),
+    )
     fitted = script["same_shapes"](few, many)
     assert [array.shape for array in fitted] == [array.shape for array in many]
     assert set(fitted.edited) == {0, 1, 2} and fitted.counts.tolist() == [2, 1]

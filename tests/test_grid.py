@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from lorweb_jax.errors import UserError
-from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model, quadrants, target_grid
 from golden import golden_dir
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model, quadrants, target_grid
 
 
 @pytest.mark.parametrize("images", ["landscape", "square"])

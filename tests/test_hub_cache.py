@@ -4,15 +4,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from golden import golden_dir
 from huggingface_hub import constants, errors
 
-from golden import golden_dir
-from lorweb_jax.encoders.image_encoder import open_image_encoder
-from lorweb_jax.errors import UserError
-from lorweb_jax.transformer.flux import block_linears
-from lorweb_jax.weights.adapters import load_basis
-from lorweb_jax.weights.hub_cache import ENCODER_FILES, PIPELINE_FILES, existing, is_name, resolve
-from lorweb_jax.weights.pipeline_folder import PARTS, PipelineFolder
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files.hub_cache import ENCODER_FILES, PIPELINE_FILES, existing, is_name, resolve
+from lorweb_jax.models.flux1.model import block_linears
+from lorweb_jax.models.image_encoder.encoder import open_image_encoder
+from lorweb_jax.pipeline.adapters import load_basis
+from lorweb_jax.pipeline.folder import PARTS, PipelineFolder
 
 NAME = "some-lab/FLUX.1-Kontext-dev"
 PIPELINE = golden_dir() / "tiny_pipeline"
@@ -70,8 +70,11 @@ def test_names_in_the_cache(cache, capsys):
 
 def test_what_is_not_there(cache, monkeypatch):
     """Offline the command that fetches it is told; a missing path that can't be a name stays a missing path."""
-    with pytest.raises(UserError, match=rf"{NAME} looks like a Hub name and is not here, and HF_HUB_OFFLINE is set; "
-                                        rf"fetch it with `python -c .*get.'{NAME}', allow_patterns=.'model_index.json'"):
+    with pytest.raises(
+        UserError,
+        match=rf"{NAME} looks like a Hub name and is not here, and HF_HUB_OFFLINE is set; "
+        rf"fetch it with `python -c .*get.'{NAME}', allow_patterns=.'model_index.json'",
+    ):
         PipelineFolder(NAME)
     cached(cache, PIPELINE / "vae")
     with pytest.raises(UserError, match="is not whole in the Hub's cache"):
@@ -85,9 +88,14 @@ def test_what_is_not_there(cache, monkeypatch):
         open_image_encoder("clip-vit-large-patch14")
 
 
-@pytest.mark.parametrize("error,message", [
-    (errors.GatedRepoError, "accepted its licence"), (errors.RepositoryNotFoundError, "no repository of this name"),
-    (ConnectionError, "couldn't be asked .ConnectionError.*fetch it with `python -c")])
+@pytest.mark.parametrize(
+    "error,message",
+    [
+        (errors.GatedRepoError, "accepted its licence"),
+        (errors.RepositoryNotFoundError, "no repository of this name"),
+        (ConnectionError, "couldn't be asked .ConnectionError.*fetch it with `python -c"),
+    ],
+)
 def test_fetching(error, message, cache, monkeypatch):
     """A name is fetched where the Hub may be asked, only the files that are needed; what goes wrong is a sentence."""
     asked = []

@@ -11,18 +11,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import (PROPHOTO, SRGB, cmyk_profile, encode, grey_profile, lab_to_srgb, png, rgb_profile, tiff)
+from image_files import PROPHOTO, SRGB, cmyk_profile, encode, grey_profile, lab_to_srgb, png, rgb_profile, tiff
 from PIL import Image
 
 import lorweb_jax
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.relation252k import Pair, read_pair
-from lorweb_jax.errors import UserError
 from lorweb_jax.images.arrays import as_image
 from lorweb_jax.images.io import read_image
 
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-KINDS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (3, 1), (3, 2), (3, 4), (3, 8), (4, 8), (4, 16),
-         (6, 8), (6, 16)]
+KINDS = [
+    (0, 1),
+    (0, 2),
+    (0, 4),
+    (0, 8),
+    (0, 16),
+    (2, 8),
+    (2, 16),
+    (3, 1),
+    (3, 2),
+    (3, 4),
+    (3, 8),
+    (4, 8),
+    (4, 16),
+    (6, 8),
+    (6, 16),
+]
 TOLD = "its colour profile"
 
 
@@ -32,8 +47,10 @@ def meant(colour, alpha):
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["", "profile"])
-@pytest.mark.parametrize("colour, depth, transparent", [
-    (*kind, transparent) for kind in KINDS for transparent in (False, True)[:1 if kind[0] in (4, 6) else 2]])
+@pytest.mark.parametrize(
+    "colour, depth, transparent",
+    [(*kind, transparent) for kind in KINDS for transparent in (False, True)[: 1 if kind[0] in (4, 6) else 2]],
+)
 def test_png(tmp_path, colour, depth, transparent, linear):
     """All 15 combinations of colour type and depth, opaque or with a transparent colour (which PNG doesn't have beside
     alpha), in sRGB or linear light."""
@@ -72,9 +89,22 @@ def test_png(tmp_path, colour, depth, transparent, linear):
         np.testing.assert_array_equal(result, meant(values, alpha).round())
 
 
-@pytest.mark.parametrize("channels, depth, photometric, order", [
-    (1, 8, 1, "<"), (1, 8, 0, "<"), (1, 16, 1, "<"), (1, 16, 1, ">"), (1, 16, 0, "<"), (1, 12, 1, "<"),
-    (3, 8, 2, "<"), (3, 16, 2, "<"), (3, 16, 2, ">"), (4, 8, 5, "<"), (4, 16, 5, "<")])
+@pytest.mark.parametrize(
+    "channels, depth, photometric, order",
+    [
+        (1, 8, 1, "<"),
+        (1, 8, 0, "<"),
+        (1, 16, 1, "<"),
+        (1, 16, 1, ">"),
+        (1, 16, 0, "<"),
+        (1, 12, 1, "<"),
+        (3, 8, 2, "<"),
+        (3, 16, 2, "<"),
+        (3, 16, 2, ">"),
+        (4, 8, 5, "<"),
+        (4, 16, 5, "<"),
+    ],
+)
 @pytest.mark.parametrize("deflated", [False, True], ids=["", "deflated"])
 def test_tiff(tmp_path, channels, depth, photometric, order, deflated):
     """Grey both ways round, RGB and CMYK, 12 and 16 bits, both byte orders; decoded by Pillow or by libtiff."""
@@ -95,8 +125,13 @@ def test_embedded_profile_in_every_format(tmp_path, capsys):
     expected = 255 * encode((np.linalg.inv(SRGB) @ PROPHOTO @ ((stored / 255) ** 1.8)[..., None])[..., 0])
     pixels = stored.astype(np.uint8).repeat(16, 0).repeat(16, 1)
     icc = rgb_profile(PROPHOTO, 1.8)
-    for suffix, options in (("png", {}), ("jpg", {"quality": 100, "subsampling": 0}), ("tif", {}),
-                            ("webp", {"lossless": True}), ("avif", {"quality": 100, "subsampling": "4:4:4"})):
+    for suffix, options in (
+        ("png", {}),
+        ("jpg", {"quality": 100, "subsampling": 0}),
+        ("tif", {}),
+        ("webp", {"lossless": True}),
+        ("avif", {"quality": 100, "subsampling": "4:4:4"}),
+    ):
         Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", icc_profile=icc, **options)
         result = read_image(tmp_path / f"a.{suffix}")[8::16, 8::16]
         assert np.abs(result - expected).max() <= (2 if suffix in ("png", "tif", "webp") else 5), suffix
@@ -111,8 +146,9 @@ def test_profile_of_srgb_itself_changes_no_byte(tmp_path):
     from PIL import ImageCms
 
     pixels = np.random.default_rng(2).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png",
-                                 icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    Image.fromarray(pixels).save(
+        tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    )
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels)
 
 
@@ -132,10 +168,17 @@ def test_cmyk_profile(tmp_path):
         assert np.abs(result[8:] - 255 * lab_to_srgb(lab[1, 0, 0, 0])).max() <= 3
 
 
-@pytest.mark.parametrize("icc, colour, said", [
-    (b"", 2, "damaged"), (b"rubbish" * 30, 2, "damaged"), (rgb_profile(SRGB, 1.0)[:300], 2, "damaged"),
-    (rgb_profile(SRGB, 1.0)[:128].ljust(400, b"\0"), 2, "damaged"), (grey_profile(1.0), 2, "of GRAY images"),
-    (cmyk_profile(np.zeros((2, 2, 2, 2, 3))), 2, "of CMYK images")])
+@pytest.mark.parametrize(
+    "icc, colour, said",
+    [
+        (b"", 2, "damaged"),
+        (b"rubbish" * 30, 2, "damaged"),
+        (rgb_profile(SRGB, 1.0)[:300], 2, "damaged"),
+        (rgb_profile(SRGB, 1.0)[:128].ljust(400, b"\0"), 2, "damaged"),
+        (grey_profile(1.0), 2, "of GRAY images"),
+        (cmyk_profile(np.zeros((2, 2, 2, 2, 3))), 2, "of CMYK images"),
+    ],
+)
 def test_profile_of_no_use_is_left_out_and_told(tmp_path, capsys, icc, colour, said):
     samples = np.arange(60).reshape(4, 5, 3)
     (tmp_path / "a.png").write_bytes(png(colour, 8, samples, icc=icc))
@@ -156,8 +199,12 @@ def test_grey_with_a_profile_of_rgb(tmp_path):
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
 def test_first_of_several_frames(tmp_path, capsys, suffix):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:],
-                   **({"lossless": True} if suffix == "webp" else {}))
+    frames[0].save(
+        tmp_path / f"a.{suffix}",
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
     np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}"), np.full((4, 4, 3), (255, 0, 0)))
     assert "the first one is taken" in capsys.readouterr().out
 
@@ -168,9 +215,18 @@ def test_damaged_exif_is_told(tmp_path, capsys):
     assert "EXIF data is damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("start, said", [
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS"), (b"%PDF-1.4", "a PDF"), (b"<svg/>", "SVG"),
-    (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"), (b"8BPS\0\1", "Photoshop"), (b"", "empty"), (b"hello", "not an image")])
+@pytest.mark.parametrize(
+    "start, said",
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS"),
+        (b"%PDF-1.4", "a PDF"),
+        (b"<svg/>", "SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"", "empty"),
+        (b"hello", "not an image"),
+    ],
+)
 def test_other_formats_are_named_and_not_opened(tmp_path, start, said):
     (tmp_path / "a.png").write_bytes(start)
     with pytest.raises(UserError, match=said):
@@ -184,14 +240,28 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
             read_image(path)
 
 
-@pytest.mark.parametrize("value, said", [
-    ("a.png", "read_image"), (None, "NoneType"), ([[0]], "list"), (np.zeros((2, 2), np.uint8), "np.repeat"),
-    (np.zeros((2, 2, 4), np.uint8), r"\[\.\.\., :3\]"), (np.zeros((2, 2, 1), np.uint8), "np.repeat"),
-    (np.zeros((3, 5, 6), np.uint8), "transpose"), (np.zeros((1, 2, 2, 3), np.uint8), r"images\[0\]"),
-    (np.zeros((2, 2, 3), bool), r"\* 255"), (np.zeros((2, 2, 3), np.uint16), "/ 257"),
-    (np.ones((2, 2, 3), np.float32), r"image \* 255"), (np.full((2, 2, 3), 200.0), r"scale it with image.round"),
-    (-np.ones((2, 2, 3)), r"\+ 1"), (np.full((2, 2, 3), np.nan), "uint8"), (np.zeros((2, 2, 3), np.int64), "int64"),
-    (np.zeros((0, 2, 3), np.uint8), "0 pixels|2x0"), (np.array(["x"]), "array")])
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("a.png", "read_image"),
+        (None, "NoneType"),
+        ([[0]], "list"),
+        (np.zeros((2, 2), np.uint8), "np.repeat"),
+        (np.zeros((2, 2, 4), np.uint8), r"\[\.\.\., :3\]"),
+        (np.zeros((2, 2, 1), np.uint8), "np.repeat"),
+        (np.zeros((3, 5, 6), np.uint8), "transpose"),
+        (np.zeros((1, 2, 2, 3), np.uint8), r"images\[0\]"),
+        (np.zeros((2, 2, 3), bool), r"\* 255"),
+        (np.zeros((2, 2, 3), np.uint16), "/ 257"),
+        (np.ones((2, 2, 3), np.float32), r"image \* 255"),
+        (np.full((2, 2, 3), 200.0), r"scale it with image.round"),
+        (-np.ones((2, 2, 3)), r"\+ 1"),
+        (np.full((2, 2, 3), np.nan), "uint8"),
+        (np.zeros((2, 2, 3), np.int64), "int64"),
+        (np.zeros((0, 2, 3), np.uint8), "0 pixels|2x0"),
+        (np.array(["x"]), "array"),
+    ],
+)
 def test_arrays_that_are_no_image(value, said):
     with pytest.raises(UserError, match=said):
         as_image(value, "a")
@@ -217,8 +287,11 @@ def test_pil_images_are_taken():
 
 def test_one_reader_and_one_resize():
     """Whatever reads an image file or resizes one does it by the same function."""
-    found = {name: {path.name for path in Path(lorweb_jax.__file__).parent.rglob("*.py")
-                    if re.search(pattern, path.read_text())}
-             for name, pattern in (("open", r"\bImage\.open\("), ("resize", r"(?<!np)(?<!jax\.image)\.resize\("))}
+    found = {
+        name: {
+            path.name for path in Path(lorweb_jax.__file__).parent.rglob("*.py") if re.search(pattern, path.read_text())
+        }
+        for name, pattern in (("open", r"\bImage\.open\("), ("resize", r"(?<!np)(?<!jax\.image)\.resize\("))
+    }
     # Drawings are opened that come with packages.
     assert found == {"open": {"io.py", "drawings.py", "drawing_sets.py"}, "resize": {"resize.py"}}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.images.io import read_image, write_image
 
 
@@ -20,7 +20,7 @@ def test_rgb_round_trip_in_new_folder(tmp_path, picture):
     path = tmp_path / "new" / "folder" / "a.PNG"
     write_image(path, picture)
     np.testing.assert_array_equal(read_image(path), picture)
-    assert [file.name for file in path.parent.iterdir()] == ["a.PNG"]            # no temporary file stays
+    assert [file.name for file in path.parent.iterdir()] == ["a.PNG"]  # no temporary file stays
 
 
 @pytest.mark.parametrize("suffix", [".bmp", ".tif"])
@@ -47,18 +47,18 @@ def test_palette(tmp_path):
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), [[[10, 20, 30], [200, 100, 50]]])
-    image.save(tmp_path / "b.png", transparency=0)                               # the first colour is transparent
+    image.save(tmp_path / "b.png", transparency=0)  # the first colour is transparent
     np.testing.assert_array_equal(read_image(tmp_path / "b.png"), [[[255, 255, 255], [200, 100, 50]]])
 
 
 def test_transparency_lies_on_white(tmp_path):
-    rgba = np.array([[[200, 0, 100, 255], [200, 0, 100, 0], [200, 0, 100, 51]]], np.uint8)       # 51/255 = 0.2
+    rgba = np.array([[[200, 0, 100, 255], [200, 0, 100, 0], [200, 0, 100, 51]]], np.uint8)  # 51/255 = 0.2
     Image.fromarray(rgba).save(tmp_path / "a.png")
     expected = [[[200, 0, 100], [255, 255, 255], [244, 204, 224]]]
     assert abs(read_image(tmp_path / "a.png").astype(int) - expected).max() <= 1
     Image.fromarray(np.array([[[100, 255], [100, 0], [100, 51]]], np.uint8), "LA").save(tmp_path / "b.png")
     assert abs(read_image(tmp_path / "b.png").astype(int) - [[[100], [255], [224]]]).max() <= 1
-    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "c.png", transparency=(7, 8, 9))         # one colour key
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "c.png", transparency=(7, 8, 9))  # one colour key
     np.testing.assert_array_equal(read_image(tmp_path / "c.png"), [[[255, 255, 255]]])
 
 
@@ -81,7 +81,7 @@ def test_one_bit(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))                        # magenta and yellow ink: red
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow ink: red
     image.save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.full((16, 16, 3), (255, 0, 0)))
     image.save(tmp_path / "a.jpg")
@@ -91,9 +91,16 @@ def test_cmyk(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(tmp_path, picture, orientation):
     """The eight orientations of the EXIF standard, table of tag 0x0112, undone by numpy."""
-    stored = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
-              5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, 1),
-              7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: lambda x: np.rot90(x, -1)}[orientation](picture)
+    stored = {
+        1: lambda x: x,
+        2: np.fliplr,
+        3: lambda x: np.rot90(x, 2),
+        4: np.flipud,
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation](picture)
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
@@ -108,7 +115,7 @@ def test_truncated_anywhere(tmp_path, kind):
     Image.fromarray(noise).save(data, kind)
     path = tmp_path / "a.img"
     for share in (0.0, 0.02, 0.1, 0.5, 0.8):
-        path.write_bytes(data.getvalue()[:int(len(data.getvalue()) * share)])
+        path.write_bytes(data.getvalue()[: int(len(data.getvalue()) * share)])
         with pytest.raises(UserError, match="a.img"):
             read_image(path)
 
@@ -130,7 +137,7 @@ def test_floating_point_and_32_bit_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_100, 60_000])                                # above our limit, above Pillow's
+@pytest.mark.parametrize("side", [9_100, 60_000])  # above our limit, above Pillow's
 def test_decompression_bomb(tmp_path, side):
     """A tiny file that claims to be huge: the size stands in the header, the pixels are never decoded."""
     header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")

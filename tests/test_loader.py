@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, read_pair, read_tasks
-from lorweb_jax.errors import UserError
 
 SIDE = 16
 KEYS = ("condition", "target", "images", "caption", "task", "pairs", "reversed")
@@ -137,8 +137,12 @@ def test_going_back_in_the_same_loader(root):
 
 def test_a_position_of_another_stream_is_refused(root, tmp_path):
     _, position = take(1, root, 4)
-    for options in ({"seed": 1}, {"batch_size": 2}, {"task_balanced": True},
-                    {"data": write_data(tmp_path / "other", 2, 4)}):
+    for options in (
+        {"seed": 1},
+        {"batch_size": 2},
+        {"task_balanced": True},
+        {"data": write_data(tmp_path / "other", 2, 4)},
+    ):
         arguments = {"data": root, "batch_size": 4, "quadrant_size": SIDE, **options}
         with contextlib.closing(AnalogyLoader(**arguments)) as loader:
             with pytest.raises(UserError, match="another stream"):
@@ -216,14 +220,26 @@ def test_unreadable_images_are_reported_and_stood_in_for(tmp_path, workers, capl
     assert problems.substituted == 20 - len(usable)
     tasks = collections.Counter(name for batch in batches for name in batch["task"])
     assert tasks == {"t0": 2, "t1": 12, "t2": 6}
-    assert sorted((p.task, p.file) for p in problems) == [("t1", "Group1/1.png"), ("t1", "Group1/2.png"),
-                                                         ("t2", "Group1/0.png")]
-    assert all(sum(problem.file in line and problem.task in line for line in caplog.messages) == 1
-               for problem in problems)
+    assert sorted((p.task, p.file) for p in problems) == [
+        ("t1", "Group1/1.png"),
+        ("t1", "Group1/2.png"),
+        ("t2", "Group1/0.png"),
+    ]
+    assert all(
+        sum(problem.file in line and problem.task in line for line in caplog.messages) == 1 for problem in problems
+    )
 
 
-@pytest.mark.parametrize("error", [KeyError("exif"), RecursionError(), MemoryError(), ZeroDivisionError("x"),
-                                   UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("exif"),
+        RecursionError(),
+        MemoryError(),
+        ZeroDivisionError("x"),
+        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    ],
+)
 def test_whatever_one_image_raises_the_others_are_read(tmp_path, monkeypatch, error):
     root = write_data(tmp_path, 3)
 
@@ -245,8 +261,12 @@ def test_what_is_left_out_of_images_is_logged_once(tmp_path, caplog):
     root = write_data(tmp_path, 3, height=SIDE, width=2 * SIDE)
     pictures = [Image.open(file).copy() for file in sorted((root / "t0" / "Group1").glob("*.png"))]
     for number, picture in enumerate(pictures):
-        picture.save(root / "t0" / "Group1" / f"{number}.png", icc_profile=b"rubbish", save_all=True,
-                     append_images=[picture.rotate(180)])
+        picture.save(
+            root / "t0" / "Group1" / f"{number}.png",
+            icc_profile=b"rubbish",
+            save_all=True,
+            append_images=[picture.rotate(180)],
+        )
     with contextlib.closing(AnalogyLoader(root, 3, quadrant_size=SIDE, workers=0)) as loader:
         for _ in range(4):
             next(loader)
@@ -284,24 +304,27 @@ def test_the_listing_of_bad_data_is_shown(tmp_path, caplog):
     assert "t1: labels.json: 1 usable pair" in caplog.text
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"batch_size": 0}, "batch size is 0"),
-    ({"batch_size": "4"}, "batch size is '4'"),
-    ({"batch_size": True}, "batch size is True"),
-    ({"quadrant_size": 20}, "multiple of 8"),
-    ({"quadrant_size": (16, 0)}, "multiple of 8"),
-    ({"quadrant_size": "16"}, "quadrant size is '16'"),
-    ({"max_size": 1.5, "quadrant_size": None}, "largest size is 1.5"),
-    ({"caption_drop": None}, "caption drop is None"),
-    ({"workers": 10**12}, "workers is 1000000000000"),
-    ({"seed": 2**64}, "seed is"),
-    ({"max_size": 512}, "both"),
-    ({"caption_drop": 1.1}, "caption drop is 1.1"),
-    ({"reverse_probability": float("nan")}, "reversal is nan"),
-    ({"workers": -1}, "workers is -1"),
-    ({"seed": -1}, "seed is -1"),
-    ({"rows": [0, 2]}, "rows .0, 2. of a batch of 2"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"batch_size": "4"}, "batch size is '4'"),
+        ({"batch_size": True}, "batch size is True"),
+        ({"quadrant_size": 20}, "multiple of 8"),
+        ({"quadrant_size": (16, 0)}, "multiple of 8"),
+        ({"quadrant_size": "16"}, "quadrant size is '16'"),
+        ({"max_size": 1.5, "quadrant_size": None}, "largest size is 1.5"),
+        ({"caption_drop": None}, "caption drop is None"),
+        ({"workers": 10**12}, "workers is 1000000000000"),
+        ({"seed": 2**64}, "seed is"),
+        ({"max_size": 512}, "both"),
+        ({"caption_drop": 1.1}, "caption drop is 1.1"),
+        ({"reverse_probability": float("nan")}, "reversal is nan"),
+        ({"workers": -1}, "workers is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"rows": [0, 2]}, "rows .0, 2. of a batch of 2"),
+    ],
+)
 def test_bad_arguments(root, options, message):
     with pytest.raises(UserError, match=message):
         AnalogyLoader(**{"data": root, "batch_size": 2, "quadrant_size": SIDE, **options})
@@ -317,12 +340,15 @@ def runs(pid):
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
 def test_workers_end_when_the_program_is_killed(root):
-    program = ("import multiprocessing, sys, time; from lorweb_jax.data.loader import AnalogyLoader\n"
-               "if __name__ == '__main__':\n"
-               "    loader = AnalogyLoader(sys.argv[1], 2, quadrant_size=16, workers=1); next(loader)\n"
-               "    print(*[child.pid for child in multiprocessing.active_children()], flush=True); time.sleep(60)\n")
-    with subprocess.Popen([sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True) as process:
+    program = (
+        "import multiprocessing, sys, time; from lorweb_jax.data.loader import AnalogyLoader\n"
+        "if __name__ == '__main__':\n"
+        "    loader = AnalogyLoader(sys.argv[1], 2, quadrant_size=16, workers=1); next(loader)\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         workers = process.stdout.readline().split()
         process.send_signal(signal.SIGKILL)
     assert workers

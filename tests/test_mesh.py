@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from compare import relative
 
-from lorweb_jax import sharding
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.nn import sharding
 
 TOLERANCE = 1e-5  # relative, L2
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
@@ -21,8 +21,11 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.pro
 def runs(tmp_path_factory) -> dict[tuple[int, int, int], dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("meshes")
     names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES]]
-    subprocess.run([sys.executable, Path(__file__).with_name("mesh_job.py"), out, "none", *names], check=True,
-                   env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("mesh_job.py"), out, "none", *names],
+        check=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
     return {tuple(map(int, name.split(","))): dict(np.load(out / f"{name}.npz")) for name in names}
 
 
@@ -36,10 +39,13 @@ def test_a_mesh_of_eight_devices_trains_as_one_device(runs, sizes):
 def test_weights_and_basis_are_really_split(runs):
     """A device's share of the numbers: all linear layers along fsdp and tensor, the basis along its members."""
     whole, split = runs[8, 1, 1], runs[1, 4, 2]
-    for path in ("transformer.transformer_blocks.ff.net_0_proj.kernel",
-                 "transformer.single_transformer_blocks.proj_out.kernel",
-                 "transformer.transformer_blocks.norm1.linear.kernel",
-                 "basis.layers.transformer_blocks.attn.to_q.a", "basis.layers.transformer_blocks.attn.to_q.b"):
+    for path in (
+        "transformer.transformer_blocks.ff.net_0_proj.kernel",
+        "transformer.single_transformer_blocks.proj_out.kernel",
+        "transformer.transformer_blocks.norm1.linear.kernel",
+        "basis.layers.transformer_blocks.attn.to_q.a",
+        "basis.layers.transformer_blocks.attn.to_q.b",
+    ):
         assert whole[f"share/{path}"] == 1 and split[f"share/{path}"] == 1 / 8, path
     assert sharding.PARAMETER_RULES[-1] == ("", {})
 
@@ -48,9 +54,15 @@ def mesh_of(**sizes):
     return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes)
 
 
-@pytest.mark.parametrize("sizes, message", [
-    ({"fsdp": 2}, "needs 2 devices, but 1 were found"), ({"tensor": 0}, "sizes of at least 1"),
-    ({"data": -1, "fsdp": -1}, "one of them -1 at most"), ({"fsdp": -1, "data": 3}, "needs 3 devices")])
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"fsdp": 2}, "needs 2 devices, but 1 were found"),
+        ({"tensor": 0}, "sizes of at least 1"),
+        ({"data": -1, "fsdp": -1}, "one of them -1 at most"),
+        ({"fsdp": -1, "data": 3}, "needs 3 devices"),
+    ],
+)
 def test_a_mesh_that_cannot_be_made_is_refused_in_one_sentence(sizes, message):
     with pytest.raises(UserError, match=message) as error:
         mesh_of(**sizes)

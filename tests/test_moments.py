@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from lorweb_jax import sharding
-from lorweb_jax.config import base_config
-from lorweb_jax.train import train
+from lorweb_jax.jobs import make_job
+from lorweb_jax.nn import sharding
+from lorweb_jax.settings.config import base_config
+from lorweb_jax.training.loop import train
 from lorweb_jax.training.moments import scale_by_adam
 from lorweb_jax.training.optimizer import make_optimizer
 
@@ -61,8 +62,13 @@ def test_steps_are_adams(kind, gradients):
     assert np.asarray(directions(kind, gradients, 1)[0])[1:].tobytes() != found[1:].tobytes()
     assert {name: (held["x.a"].dtype.name, held["x.a"].shape) for name, held in state.moments.items()} == {
         "bfloat16": {"m": ("bfloat16", (2, 384, 4)), "v": ("bfloat16", (2, 384, 4))},
-        "int8": {"m": ("int8", (2, 384, 4)), "v": ("uint8", (2, 384, 4)),
-                 "m_scale": ("float32", (2, 4, 4)), "v_scale": ("float32", (2, 4, 4))}}[kind]
+        "int8": {
+            "m": ("int8", (2, 384, 4)),
+            "v": ("uint8", (2, 384, 4)),
+            "m_scale": ("float32", (2, 4, 4)),
+            "v_scale": ("float32", (2, 4, 4)),
+        },
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -70,8 +76,9 @@ def test_a_forgotten_gradient_fades(kind):
     """v falls by 1 % a step, less than a code: rounded to nearest it would never get down."""
     gradients = np.zeros((400, 1, 512), np.float32)
     gradients[0] = 10 ** np.random.default_rng(0).uniform(-4, -1, 512)
-    held = {name: np.asarray(arrays["x.a"], np.float64) for name, arrays in
-            directions(kind, gradients)[1].moments.items()}
+    held = {
+        name: np.asarray(arrays["x.a"], np.float64) for name, arrays in directions(kind, gradients)[1].moments.items()
+    }
     v = held["v"] if kind == "bfloat16" else np.repeat(held["v_scale"], 128, -1) * (held["v"] / 255) ** 4
     faded = v.sum() / ((1 - B2) * B2**399 * np.square(gradients[0].astype(np.float64)).sum())
     assert 0.8 < faded < 1.25
@@ -109,14 +116,26 @@ def test_a_noisy_quadratic_is_descended_alike(kind):
 def test_states_are_split_like_their_parameters_and_weigh_what_is_said():
     """Of the published basis: 835,051,520 parameters, counted here without the transformer's code."""
     config = base_config("line_job:make")
-    depths = {(19, 3072, 18432): 2, (19, 3072, 3072): 8, (19, 3072, 12288): 2, (19, 12288, 3072): 2,
-              (38, 3072, 9216): 1, (38, 3072, 3072): 3, (38, 3072, 12288): 1, (38, 15360, 3072): 1}
+    depths = {
+        (19, 3072, 18432): 2,
+        (19, 3072, 3072): 8,
+        (19, 3072, 12288): 2,
+        (19, 12288, 3072): 2,
+        (38, 3072, 9216): 1,
+        (38, 3072, 3072): 3,
+        (38, 3072, 12288): 1,
+        (38, 15360, 3072): 1,
+    }
     parameters = {}
     for (l, i, o), count in depths.items():
         for index in range(count):
             path = f"basis.layers.x{i}_{o}_{l}_{index}"
-            parameters |= {f"{path}.a": (l, 32, i, 4), f"{path}.b": (l, 32, 4, o), f"{path}.keys": (l, 32, 128),
-                           f"{path}.projection": (l, 128, 2304)}
+            parameters |= {
+                f"{path}.a": (l, 32, i, 4),
+                f"{path}.b": (l, 32, 4, o),
+                f"{path}.keys": (l, 32, 128),
+                f"{path}.projection": (l, 128, 2304),
+            }
     parameters = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameters.items()}
     assert sum(shape.size for shape in parameters.values()) == 835_051_520
     mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
@@ -127,8 +146,9 @@ def test_states_are_split_like_their_parameters_and_weigh_what_is_said():
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             name = path[-1].key if leaf.ndim else ""
             if name.endswith((".a", ".b", ".projection")):  # keys are few
-                assert (sharding.parameter_spec(mesh, name, leaf.shape)
-                        == sharding.parameter_spec(mesh, name, parameters[name].shape)), (path, leaf.shape)
+                assert sharding.parameter_spec(mesh, name, leaf.shape) == sharding.parameter_spec(
+                    mesh, name, parameters[name].shape
+                ), (path, leaf.shape)
     assert weights["float32"] - 8 * 835_051_520 <= 8 and weights["bfloat16"] - 4 * 835_051_520 <= 8
     assert 2.06 < weights["int8"] / 835_051_520 < 2.10
 
@@ -137,10 +157,10 @@ def test_a_run_that_goes_on_is_the_whole_run_to_the_bit(tmp_path):
     config = line_job.get_config()
     config.optimizer.moments, config.train.steps, config.train.checkpoint_every = "int8", 8, 4
     config.train.picture_every = 100
-    train(config, tmp_path / "whole")
+    train(config, tmp_path / "whole", make_job)
     config.train.steps = 4
-    train(config, tmp_path / "parts")
+    train(config, tmp_path / "parts", make_job)
     config.train.steps = 8
-    train(config, tmp_path / "parts")
+    train(config, tmp_path / "parts", make_job)
     whole, parts = (np.load(tmp_path / name / "slope.npy") for name in ("whole", "parts"))
     assert whole.tobytes() == parts.tobytes()

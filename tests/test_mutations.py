@@ -24,41 +24,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mutations
 import ml_dtypes
+import mutations
 import numpy as np
 import pytest
 import safetensors
 import yaml
 from PIL import Image
 
-from lorweb_jax import config as configs
-from lorweb_jax.basis.basis import BasisConfig
+from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.adapters.formats.basis_file import read_basis, write_basis
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.schema import read_json
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import read_tasks
-from lorweb_jax.data.store import Store
-from lorweb_jax.encoders import clip, tokenizers
-from lorweb_jax.encoders.image_encoder import open_image_encoder
-from lorweb_jax.encoders.processor import ImageProcessor
-from lorweb_jax.encoders.siglip import SiglipConfig
-from lorweb_jax.encoders.t5 import T5Config, open_t5
-from lorweb_jax.errors import UserError
+from lorweb_jax.files.checkpoint import read_all
+from lorweb_jax.files.safetensors_io import NAMES, Spec, write, write_sharded
+from lorweb_jax.files.store import Store
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.images.io import read_image
-from lorweb_jax.latents.vae import VAEConfig
-from lorweb_jax.parity.folder import read_recording
-from lorweb_jax.schema import read_json
+from lorweb_jax.models.autoencoder.model import VAEConfig
+from lorweb_jax.models.clip import folder as clip
+from lorweb_jax.models.flux1.model import FluxConfig
+from lorweb_jax.models.image_encoder.encoder import open_image_encoder
+from lorweb_jax.models.image_encoder.processor import ImageProcessor
+from lorweb_jax.models.siglip.model import SiglipConfig
+from lorweb_jax.models.t5.model import T5Config, open_t5
+from lorweb_jax.models.tokenizers import folder as tokenizers
+from lorweb_jax.pipeline import pretrained
+from lorweb_jax.pipeline.adapters import load_basis, write_run
+from lorweb_jax.settings import config as configs
 from lorweb_jax.training.report import TextWriter
-from lorweb_jax.transformer.flux import FluxConfig
-from lorweb_jax.weights import pretrained
-from lorweb_jax.weights.adapters import load_basis, write_run
-from lorweb_jax.weights.basis_file import read_basis, write_basis
-from lorweb_jax.weights.checkpoint import read_all
-from lorweb_jax.weights.safetensors_io import NAMES, write, write_sharded, Spec
+from parity.folder import read_recording
 
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "assets" / "small_kontext"
-SECONDS, MEMORY = 20, 2 * 10 ** 9  # for one file, on a busy core
+SECONDS, MEMORY = 20, 2 * 10**9  # for one file, on a busy core
 LAYERS = {"transformer_blocks.attn.to_q": (2, 6, 6), "single_transformer_blocks.proj_out": (2, 10, 6)}
 
 
@@ -76,11 +77,13 @@ class Reader:
 
 def copied(*names: str) -> Callable[[Path], Path]:
     """Copies files (or folders) of the small pipeline; the first one is to be damaged."""
+
     def make(folder: Path) -> Path:
         for name in names:
             target = folder / Path(name).name
             shutil.copytree(SMALL / name, target) if (SMALL / name).is_dir() else shutil.copy(SMALL / name, target)
         return folder / Path(names[0]).name
+
     return make
 
 
@@ -90,6 +93,7 @@ def written(name: str, data: bytes | str | Any) -> Callable[[Path], Path]:
         text = data if isinstance(data, (bytes, str)) else json.dumps(data)
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return folder / name
+
     return make
 
 
@@ -103,8 +107,10 @@ def equal(a: Any, b: Any) -> bool:
 
 def tensors(folder: Path, name: str = "a.safetensors") -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """By the reference package; raises what it raises."""
-    return {key: (array["dtype"], tuple(array["shape"]), bytes(array["data"]))
-            for key, array in safetensors.deserialize((folder / name).read_bytes())}
+    return {
+        key: (array["dtype"], tuple(array["shape"]), bytes(array["data"]))
+        for key, array in safetensors.deserialize((folder / name).read_bytes())
+    }
 
 
 def plain(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -112,23 +118,41 @@ def plain(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]
 
 
 def some_tensors(folder: Path, name: str = "a.safetensors") -> Path:
-    write(folder / name, {"half": np.arange(6, dtype=np.float16).reshape(2, 3), "single": np.arange(4, dtype=np.float32),
-                          "brain": np.ones((2, 1, 2), ml_dtypes.bfloat16), "whole": np.arange(3), "one": np.ones((), np.float32),
-                          "none": np.zeros((0, 4), np.float32)}, {"format": "pt", "note": "é"})
+    write(
+        folder / name,
+        {
+            "half": np.arange(6, dtype=np.float16).reshape(2, 3),
+            "single": np.arange(4, dtype=np.float32),
+            "brain": np.ones((2, 1, 2), ml_dtypes.bfloat16),
+            "whole": np.arange(3),
+            "one": np.ones((), np.float32),
+            "none": np.zeros((0, 4), np.float32),
+        },
+        {"format": "pt", "note": "é"},
+    )
     return folder / name
 
 
 def some_shards(folder: Path) -> Path:
     arrays = {f"t{i}": np.full((2, 3), i, np.float32) for i in range(4)}
-    write_sharded(folder, "model", {name: Spec(array.shape, array.dtype) for name, array in arrays.items()},
-                  arrays.__getitem__, 50)
+    write_sharded(
+        folder,
+        "model",
+        {name: Spec(array.shape, array.dtype) for name, array in arrays.items()},
+        arrays.__getitem__,
+        50,
+    )
     return folder / "model.safetensors.index.json"
 
 
 def right_shards(folder: Path, result: Any) -> bool:
     index = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
     found = {key: value for file in set(index.values()) for key, value in tensors(folder, file).items()}
-    return set(index) <= set(found) and found == result and all((folder / file).parent == folder for file in index.values())
+    return (
+        set(index) <= set(found)
+        and found == result
+        and all((folder / file).parent == folder for file in index.values())
+    )
 
 
 # config.json of a model
@@ -136,29 +160,61 @@ def right_shards(folder: Path, result: Any) -> bool:
 
 def right_config(kind: type, name: str, **defaults: Any) -> Callable[[Path, Any], bool]:
     """Each field is what the file says, or what is left out stands for."""
+
     def right(folder: Path, result: Any) -> bool:
         stated = json.loads((folder / name).read_bytes())
         if kind is VAEConfig:
             stated = {field: value for field, value in stated.items() if value is not None}
-        expected = {field.name: stated.get(field.name, defaults.get(field.name, field.default))
-                    for field in dataclasses.fields(kind)}
+        expected = {
+            field.name: stated.get(field.name, defaults.get(field.name, field.default))
+            for field in dataclasses.fields(kind)
+        }
         found = {field: list(value) if isinstance(value, tuple) else value for field, value in vars(result).items()}
-        expected = {field: float(value) if type(value) is int and type(found[field]) is float else
-                    list(value) if isinstance(value, tuple) else value for field, value in expected.items()}
+        expected = {
+            field: float(value)
+            if type(value) is int and type(found[field]) is float
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for field, value in expected.items()
+        }
         return equal(found, expected)
+
     return right
 
 
 def config(kind: type, part: str, name: str = "config.json", **defaults: Any) -> Reader:
-    return Reader(copied(f"{part}/{name}"), mutations.of_json, lambda folder: kind.from_json(read_json(folder / name), folder),
-                  right_config(kind, name, **defaults), 150)
+    return Reader(
+        copied(f"{part}/{name}"),
+        mutations.of_json,
+        lambda folder: kind.from_json(read_json(folder / name), folder),
+        right_config(kind, name, **defaults),
+        150,
+    )
 
 
-SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_channels": 3, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6,
-          "hidden_act": "gelu_pytorch_tanh"}
-STABLE_DIFFUSION = dict(latent_channels=4, block_out_channels=(64,), layers_per_block=1, use_quant_conv=True,
-                        use_post_quant_conv=True, scaling_factor=0.18215, shift_factor=0.0, sample_size=32)
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_channels": 3,
+    "image_size": 32,
+    "patch_size": 8,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+STABLE_DIFFUSION = dict(
+    latent_channels=4,
+    block_out_channels=(64,),
+    layers_per_block=1,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    scaling_factor=0.18215,
+    shift_factor=0.0,
+    sample_size=32,
+)
 
 
 def right_processor(folder: Path, result: ImageProcessor) -> bool:
@@ -176,54 +232,98 @@ def right_processor(folder: Path, result: ImageProcessor) -> bool:
 
 def some_basis(folder: Path, damaged: str) -> Path:
     draw = np.random.default_rng(0).normal
-    arrays = {path: {"a": draw(size=(l, 3, i, 2)), "b": draw(size=(l, 3, 2, o)), "keys": draw(size=(l, 3, 4)),
-                     "projection": draw(size=(l, 4, 9))} for path, (l, i, o) in LAYERS.items()}
-    write_basis(folder / "basis.safetensors", BasisConfig(size=3, rank=2, key_dim=4, heads=2, query_dim=9), arrays, np.float16)
+    arrays = {
+        path: {
+            "a": draw(size=(l, 3, i, 2)),
+            "b": draw(size=(l, 3, 2, o)),
+            "keys": draw(size=(l, 3, 4)),
+            "projection": draw(size=(l, 4, 9)),
+        }
+        for path, (l, i, o) in LAYERS.items()
+    }
+    write_basis(
+        folder / "basis.safetensors", BasisConfig(size=3, rank=2, key_dim=4, heads=2, query_dim=9), arrays, np.float16
+    )
     return folder / damaged
 
 
 def as_published(folder: Path) -> tuple[str, dict]:
     found, arrays = read_basis(folder, layers=LAYERS)
     ends = {"a": "lora_A", "b": "lora_B", "keys": "lora_keys", "projection": "att_lora_to_q.weight"}
-    names = {"transformer_blocks.attn.to_q": "transformer_blocks.{}.attn.to_q",
-             "single_transformer_blocks.proj_out": "single_transformer_blocks.{}.proj_out"}
-    return repr(found), plain({f"transformer.{names[path].format(block)}.{ends[part]}": array for path, parts in arrays.items()
-                               for part, stack in parts.items() for block, array in enumerate(stack)})
+    names = {
+        "transformer_blocks.attn.to_q": "transformer_blocks.{}.attn.to_q",
+        "single_transformer_blocks.proj_out": "single_transformer_blocks.{}.proj_out",
+    }
+    return repr(found), plain(
+        {
+            f"transformer.{names[path].format(block)}.{ends[part]}": array
+            for path, parts in arrays.items()
+            for part, stack in parts.items()
+            for block, array in enumerate(stack)
+        }
+    )
 
 
 def right_network(folder: Path, result: Any) -> bool:
     network = yaml.safe_load((folder / "config.yaml").read_text())["config"]["process"][0]["network"]
     words = {name: value for name, value in network["network_kwargs"].items() if value is not None}
-    names = {"loras_num": ("size", 3), "lora_keys_dim": ("key_dim", 4), "lora_heads": ("heads", 1),
-             "mixing_coeffs_type": ("reduction", "mean"), "query_mode": ("query_mode", "cat-aa'b"),
-             "query_projection_type": ("projection", "linear"), "pooling_type": ("pooling", "avg")}
+    names = {
+        "loras_num": ("size", 3),
+        "lora_keys_dim": ("key_dim", 4),
+        "lora_heads": ("heads", 1),
+        "mixing_coeffs_type": ("reduction", "mean"),
+        "query_mode": ("query_mode", "cat-aa'b"),
+        "query_projection_type": ("projection", "linear"),
+        "pooling_type": ("pooling", "avg"),
+    }
     expected = {ours: words.get(theirs, default) for theirs, (ours, default) in names.items()}
-    expected |= {"rank": network["linear"], "activation": "softmax" if words.get("lora_softmax", True) else "tanh",
-                 "query": "external" if words.get("external_query", True) else "internal"}
+    expected |= {
+        "rank": network["linear"],
+        "activation": "softmax" if words.get("lora_softmax", True) else "tanh",
+        "query": "external" if words.get("external_query", True) else "internal",
+    }
     return all(f"{name}={value!r}" in result[0] for name, value in expected.items()) and result[1] == tensors(
-        folder, "basis.safetensors")
+        folder, "basis.safetensors"
+    )
 
 
 def some_lora(folder: Path) -> Path:
     draw = np.random.default_rng(0).normal
-    layers = {"transformer.transformer_blocks.0.attn.to_q": (6, 6), "transformer.single_transformer_blocks.1.proj_out": (10, 6)}
+    layers = {
+        "transformer.transformer_blocks.0.attn.to_q": (6, 6),
+        "transformer.single_transformer_blocks.1.proj_out": (10, 6),
+    }
     arrays = {}
     for name, (i, o) in layers.items():
-        arrays |= {f"{name}.lora_A.weight": draw(size=(2, i)), f"{name}.lora_B.weight": draw(size=(o, 2)), f"{name}.alpha": np.ones(())}
-    write(folder / "a.safetensors", {name: array.astype(np.float32) for name, array in arrays.items()}, {"format": "pt"})
+        arrays |= {
+            f"{name}.lora_A.weight": draw(size=(2, i)),
+            f"{name}.lora_B.weight": draw(size=(o, 2)),
+            f"{name}.alpha": np.ones(()),
+        }
+    write(
+        folder / "a.safetensors", {name: array.astype(np.float32) for name, array in arrays.items()}, {"format": "pt"}
+    )
     return folder / "a.safetensors"
 
 
 def update(folder: Path) -> dict[str, np.ndarray]:
     _, arrays = load_basis(folder / "a.safetensors", LAYERS)
-    return {f"{path}.{block}": a[0].astype(np.float64) @ b[0] for path, parts in arrays.items()
-            for block, (a, b) in enumerate(zip(parts["a"], parts["b"])) if b.any()}
+    return {
+        f"{path}.{block}": a[0].astype(np.float64) @ b[0]
+        for path, parts in arrays.items()
+        for block, (a, b) in enumerate(zip(parts["a"], parts["b"]))
+        if b.any()
+    }
 
 
 def right_update(folder: Path, result: dict[str, np.ndarray]) -> bool:
     """alpha / R · B A of each pair, by the reference's tensors."""
-    found = {name: np.frombuffer(data, dict(F32=np.float32, F64=np.float64, F16=np.float16, BF16=ml_dtypes.bfloat16)[kind]
-                                 ).reshape(shape).astype(np.float64) for name, (kind, shape, data) in tensors(folder).items()}
+    found = {
+        name: np.frombuffer(data, dict(F32=np.float32, F64=np.float64, F16=np.float16, BF16=ml_dtypes.bfloat16)[kind])
+        .reshape(shape)
+        .astype(np.float64)
+        for name, (kind, shape, data) in tensors(folder).items()
+    }
     expected = {}
     for name, down in found.items():
         match = re.fullmatch(r"transformer\.(\w+)\.(\d+)\.(.+)\.lora_A\.weight", name)
@@ -234,15 +334,24 @@ def right_update(folder: Path, result: dict[str, np.ndarray]) -> bool:
             if change.any():
                 expected[f"{match[1]}.{match[3]}.{match[2]}"] = change
     return expected.keys() == result.keys() and all(
-        np.allclose(result[name], change, rtol=1e-4, atol=1e-5 * np.abs(change).max()) for name, change in expected.items())
+        np.allclose(result[name], change, rtol=1e-4, atol=1e-5 * np.abs(change).max())
+        for name, change in expected.items()
+    )
 
 
 # Data, caches, runs
 
 
 def some_data(folder: Path) -> Path:
-    entries = [{"img_name": f"{i}.png", "edit_instruction": f"turn it {i}", "left_image_description": "a", "right_image_description": "b"}
-               for i in range(3)]
+    entries = [
+        {
+            "img_name": f"{i}.png",
+            "edit_instruction": f"turn it {i}",
+            "left_image_description": "a",
+            "right_image_description": "b",
+        }
+        for i in range(3)
+    ]
     for name in ("0.png", "1.png", "2.png", "x"):
         written(f"data/t/Group1/{name}", b"")(folder)
     written("outside", b"")(folder)
@@ -250,7 +359,7 @@ def some_data(folder: Path) -> Path:
 
 
 def listed(folder: Path) -> list[tuple[str, str]]:
-    task, = read_tasks(folder / "data", Problems())
+    (task,) = read_tasks(folder / "data", Problems())
     return [(task.relative(pair), pair.instruction) for pair in task.pairs]
 
 
@@ -258,8 +367,12 @@ def right_list(folder: Path, result: Any) -> bool:
     group = folder / "data" / "t" / "Group1"
     expected = {}
     for entry in json.loads((group / "labels.json").read_text("utf-8-sig")):
-        if isinstance(entry, dict) and isinstance(name := entry.get("img_name"), str) and isinstance(
-                words := entry.get("edit_instruction"), str) and name in ("0.png", "1.png", "2.png", "x", "labels.json"):
+        if (
+            isinstance(entry, dict)
+            and isinstance(name := entry.get("img_name"), str)
+            and isinstance(words := entry.get("edit_instruction"), str)
+            and name in ("0.png", "1.png", "2.png", "x", "labels.json")
+        ):
             expected.setdefault(f"Group1/{name}", words)
     return [(name, words) for name, words in expected.items() if "\ud800" not in words] == result
 
@@ -267,13 +380,17 @@ def right_list(folder: Path, result: Any) -> bool:
 def some_store(folder: Path, damaged: str) -> Path:
     store = Store(folder, {"format": 1, "model": "m"}, create=True)
     for shard in range(2):
-        store.add(f"s{shard}", [f"item{shard}"], [f"k{shard}0", f"k{shard}1"], {"text": np.full((2, 3), shard, np.float32)})
+        store.add(
+            f"s{shard}", [f"item{shard}"], [f"k{shard}0", f"k{shard}1"], {"text": np.full((2, 3), shard, np.float32)}
+        )
     return folder / damaged
 
 
 def gathered(folder: Path) -> Any:
     store = Store(folder, {"format": 1, "model": "m"})
-    return {key: np.array(store.gather("text", [key])).tolist() for key in ("k00", "k01", "k10", "k11") if key in store}, sorted(store.settled)
+    return {
+        key: np.array(store.gather("text", [key])).tolist() for key in ("k00", "k01", "k10", "k11") if key in store
+    }, sorted(store.settled)
 
 
 def right_store(folder: Path, result: Any) -> bool:
@@ -285,7 +402,9 @@ def right_store(folder: Path, result: Any) -> bool:
         rows = np.frombuffer(shapes["text"][2], np.float32).reshape(shapes["text"][1])
         expected |= {key: [row.tolist()] for key, row in zip(keys, rows, strict=True)}
         items |= set(settled)
-    return repr((dict(sorted((k, v) for k, v in expected.items() if k in ("k00", "k01", "k10", "k11"))), sorted(items))) == repr(result)
+    return repr(
+        (dict(sorted((k, v) for k, v in expected.items() if k in ("k00", "k01", "k10", "k11"))), sorted(items))
+    ) == repr(result)
 
 
 LOG = "".join(f"step {step}  loss 0.{step}  learning_rate 0.001\n" for step in range(1, 9))
@@ -296,8 +415,14 @@ def resumed(folder: Path) -> bytes:
     return (folder / "log.txt").read_bytes()
 
 
-RUN = {"job": "basis", "seed": 0, "train": {"steps": 8, "ema": 0.0, "batch": 2}, "basis": {"size": 3, "rank": 2, "heads": 1,
-       "query_mode": "cat-aa'b", "query_dim": None}, "data": {"root": "x", "sizes": [1, 2]}, "mesh": {"data": -1}}
+RUN = {
+    "job": "basis",
+    "seed": 0,
+    "train": {"steps": 8, "ema": 0.0, "batch": 2},
+    "basis": {"size": 3, "rank": 2, "heads": 1, "query_mode": "cat-aa'b", "query_dim": None},
+    "data": {"root": "x", "sizes": [1, 2]},
+    "mesh": {"data": -1},
+}
 
 
 def loaded_run(folder: Path) -> str:
@@ -321,7 +446,9 @@ def basis_of_run(folder: Path) -> BasisConfig:
 def right_basis_of_run(folder: Path, result: BasisConfig) -> bool:
     stated = json.loads((folder / "run" / "config.json").read_text())["basis"]
     expected = {field.name: stated.get(field.name, field.default) for field in dataclasses.fields(BasisConfig)}
-    return equal({**vars(result), "scale": float(result.scale)}, expected | {"query_dim": 9, "scale": float(expected["scale"])})
+    return equal(
+        {**vars(result), "scale": float(result.scale)}, expected | {"query_dim": 9, "scale": float(expected["scale"])}
+    )
 
 
 # Tokenizers
@@ -345,27 +472,36 @@ def right_ids(load: Callable[[Path], Any], length: int) -> Callable[[Path, Any],
         theirs = load(folder)
         tokens = min(length, theirs.model_max_length) if length == 77 else length
         return theirs(TEXTS, padding="max_length", truncation=True, max_length=tokens)["input_ids"] == result
+
     return right
 
 
 def clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def t5_tokenizer(folder: Path) -> Any:
     from transformers import T5TokenizerFast
-    return T5TokenizerFast.from_pretrained(folder, **({} if (folder / "tokenizer.json").exists() else {"add_prefix_space": True}))
+
+    return T5TokenizerFast.from_pretrained(
+        folder, **({} if (folder / "tokenizer.json").exists() else {"add_prefix_space": True})
+    )
 
 
 def tokenizer(damaged: str, clip_or_t5: str, edit: Callable, count: int, alone: bool = False) -> Reader:
-    part, read, load, length = {"clip": ("tokenizer", clip_ids, clip_tokenizer, 77), "t5": ("tokenizer_2", t5_ids, t5_tokenizer, 24)}[clip_or_t5]
+    part, read, load, length = {
+        "clip": ("tokenizer", clip_ids, clip_tokenizer, 77),
+        "t5": ("tokenizer_2", t5_ids, t5_tokenizer, 24),
+    }[clip_or_t5]
 
     def make(folder: Path) -> Path:
         for file in (SMALL / part).iterdir():
             if not alone or file.name == damaged:
                 shutil.copy(file, folder)
         return folder / damaged
+
     return Reader(make, edit, read, right_ids(load, length), count)
 
 
@@ -377,13 +513,19 @@ def some_image(name: str, **options: Any) -> Callable[[Path], Path]:
         levels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
         Image.fromarray(levels).save(folder / name, **options)
         return folder / name
+
     return make
 
 
 def image(suffix: str, **options: Any) -> Reader:
     """Formats have no checksum of their pixels: any picture is right that is one."""
-    return Reader(some_image(f"a.{suffix}", **options), mutations.of_bytes, lambda folder: read_image(folder / f"a.{suffix}"),
-                  lambda folder, found: found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3, 60)
+    return Reader(
+        some_image(f"a.{suffix}", **options),
+        mutations.of_bytes,
+        lambda folder: read_image(folder / f"a.{suffix}"),
+        lambda folder, found: found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3,
+        60,
+    )
 
 
 def some_recording(folder: Path) -> Path:
@@ -393,9 +535,17 @@ def some_recording(folder: Path) -> Path:
 
 def some_single_file(folder: Path) -> Path:
     """What tells a transformer's sizes in Black Forest Labs' layout."""
-    shapes = {"img_in.weight": (256, 16), "txt_in.weight": (256, 24), "vector_in.in_layer.weight": (256, 8),
-              "guidance_in.in_layer.weight": (256, 8), "final_layer.linear.weight": (16, 256), "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
-              "double_blocks.1.x": (2,), "single_blocks.0.x": (1,), "single_blocks.10.y": ()}
+    shapes = {
+        "img_in.weight": (256, 16),
+        "txt_in.weight": (256, 24),
+        "vector_in.in_layer.weight": (256, 8),
+        "guidance_in.in_layer.weight": (256, 8),
+        "final_layer.linear.weight": (16, 256),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
+        "double_blocks.1.x": (2,),
+        "single_blocks.0.x": (1,),
+        "single_blocks.10.y": (),
+    }
     write(folder / "a.safetensors", {name: np.zeros(shape, np.float16) for name, shape in shapes.items()})
     return folder / "a.safetensors"
 
@@ -405,8 +555,12 @@ def some_scaled_file(folder: Path) -> Path:
     some_single_file(folder)
     arrays, _ = read_all(folder / "a.safetensors")
     arrays["txt_in.weight"] = arrays["txt_in.weight"].astype(ml_dtypes.float8_e4m3fn)
-    write(folder / "a.safetensors", arrays | {"txt_in.scale_weight": np.full((), 0.5, np.float32), "scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)},
-          {"_quantization_metadata": json.dumps({"layers": {"txt_in": {"format": "float8_e4m3fn"}}})})
+    write(
+        folder / "a.safetensors",
+        arrays
+        | {"txt_in.scale_weight": np.full((), 0.5, np.float32), "scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)},
+        {"_quantization_metadata": json.dumps({"layers": {"txt_in": {"format": "float8_e4m3fn"}}})},
+    )
     return folder / "a.safetensors"
 
 
@@ -416,7 +570,11 @@ def some_gguf(folder: Path) -> Path:
     writer = gguf.GGUFWriter(folder / "a.gguf", "flux")
     for name, array in read_all(folder / "a.safetensors")[0].items():
         if array.ndim == 2 and array.shape[1] % 32 == 0:
-            writer.add_tensor(name, gguf.quantize(array.astype(np.float32), gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(
+                name,
+                gguf.quantize(array.astype(np.float32), gguf.GGMLQuantizationType.Q8_0),
+                raw_dtype=gguf.GGMLQuantizationType.Q8_0,
+            )
         elif array.ndim:
             writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -428,7 +586,12 @@ def some_gguf(folder: Path) -> Path:
 
 def from_gguf(folder: Path) -> tuple:
     source = pretrained.recognise(folder / "a.gguf")
-    return source.kind, source.layout, source.config, {name: source.checkpoint.read(name).shape for name in source.checkpoint}
+    return (
+        source.kind,
+        source.layout,
+        source.config,
+        {name: source.checkpoint.read(name).shape for name in source.checkpoint},
+    )
 
 
 def recognised(folder: Path) -> tuple:
@@ -438,19 +601,33 @@ def recognised(folder: Path) -> tuple:
 
 def right_single_file(folder: Path, result: tuple) -> bool:
     shapes = {name: shape for name, (_, shape, _) in tensors(folder).items()}
-    blocks = {kind: len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}_blocks.")}) for kind in ("double", "single")}
+    blocks = {
+        kind: len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}_blocks.")})
+        for kind in ("double", "single")
+    }
     width, channels = shapes["img_in.weight"]
-    head, = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
-    sizes = {"in_channels": channels, "num_layers": blocks["double"], "num_single_layers": blocks["single"],
-             "attention_head_dim": head, "num_attention_heads": width // head, "joint_attention_dim": shapes["txt_in.weight"][1],
-             "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1], "guidance_embeds": "guidance_in.in_layer.weight" in shapes}
+    (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+    sizes = {
+        "in_channels": channels,
+        "num_layers": blocks["double"],
+        "num_single_layers": blocks["single"],
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+    }
     return result[:2] == ("transformer", "black_forest") and {name: result[2][name] for name in sizes} == sizes
 
 
 def opened(kind: str, part: str, open_part: Callable[[Path], Any]) -> Reader:
     """A config with its weights: whatever the config's check lets through must fit them."""
-    return Reader(copied(f"{part}/config.json", f"{part}/{kind}.safetensors"), mutations.of_json,
-                  lambda folder: sorted(open_part(folder)[1].layout.tensors.items()), count=3)
+    return Reader(
+        copied(f"{part}/config.json", f"{part}/{kind}.safetensors"),
+        mutations.of_json,
+        lambda folder: sorted(open_part(folder)[1].layout.tensors.items()),
+        count=3,
+    )
 
 
 def some_checksums(folder: Path) -> Path:
@@ -459,33 +636,82 @@ def some_checksums(folder: Path) -> Path:
 
 
 READERS = {
-    "safetensors": Reader(some_tensors, mutations.of_safetensors, lambda folder: plain(read_all(folder / "a.safetensors")[0]),
-                          lambda folder, result: tensors(folder) == result, 1500),
-    "sharded index": Reader(some_shards, mutations.of_json, lambda folder: plain(read_all(folder)[0]), right_shards, 150),
+    "safetensors": Reader(
+        some_tensors,
+        mutations.of_safetensors,
+        lambda folder: plain(read_all(folder / "a.safetensors")[0]),
+        lambda folder, result: tensors(folder) == result,
+        1500,
+    ),
+    "sharded index": Reader(
+        some_shards, mutations.of_json, lambda folder: plain(read_all(folder)[0]), right_shards, 150
+    ),
     "transformer config": config(FluxConfig, "transformer", guidance_embeds=False),
     "vae config": config(VAEConfig, "vae", **STABLE_DIFFUSION),
     "t5 config": config(T5Config, "text_encoder_2", feed_forward_proj="relu"),
     "schedule": config(Schedule, "scheduler", "scheduler_config.json"),
-    "clip text config": Reader(copied("text_encoder/config.json"), mutations.of_json, clip.text_config,
-                               right_config(clip.CLIPTextConfig, "config.json"), 200),
-    "clip vision config": Reader(copied("clip_vision/config.json"), mutations.of_json, clip.vision_config,
-                                 right_config(clip.CLIPVisionConfig, "config.json"), 200),
-    "siglip config": Reader(written("config.json", SIGLIP), mutations.of_json, SiglipConfig.from_folder,
-                            right_config(SiglipConfig, "config.json"), 150),
-    "image encoder's folder": Reader(copied("clip_vision/config.json", "clip_vision/preprocessor_config.json"), mutations.of_json,
-                                     lambda folder: repr(open_image_encoder(folder).processor), lambda folder, result: True, 100),
-    "preprocessor": Reader(copied("clip_vision/preprocessor_config.json"), mutations.of_json, ImageProcessor.from_folder,
-                           right_processor, 150),
-    "basis config.yaml": Reader(functools.partial(some_basis, damaged="config.yaml"), mutations.of_yaml, as_published, right_network, 200),
-    "basis": Reader(functools.partial(some_basis, damaged="basis.safetensors"), mutations.of_safetensors, as_published,
-                    lambda folder, result: tensors(folder, "basis.safetensors") == result[1], 150),
+    "clip text config": Reader(
+        copied("text_encoder/config.json"),
+        mutations.of_json,
+        clip.text_config,
+        right_config(clip.CLIPTextConfig, "config.json"),
+        200,
+    ),
+    "clip vision config": Reader(
+        copied("clip_vision/config.json"),
+        mutations.of_json,
+        clip.vision_config,
+        right_config(clip.CLIPVisionConfig, "config.json"),
+        200,
+    ),
+    "siglip config": Reader(
+        written("config.json", SIGLIP),
+        mutations.of_json,
+        SiglipConfig.from_folder,
+        right_config(SiglipConfig, "config.json"),
+        150,
+    ),
+    "image encoder's folder": Reader(
+        copied("clip_vision/config.json", "clip_vision/preprocessor_config.json"),
+        mutations.of_json,
+        lambda folder: repr(open_image_encoder(folder).processor),
+        lambda folder, result: True,
+        100,
+    ),
+    "preprocessor": Reader(
+        copied("clip_vision/preprocessor_config.json"),
+        mutations.of_json,
+        ImageProcessor.from_folder,
+        right_processor,
+        150,
+    ),
+    "basis config.yaml": Reader(
+        functools.partial(some_basis, damaged="config.yaml"), mutations.of_yaml, as_published, right_network, 200
+    ),
+    "basis": Reader(
+        functools.partial(some_basis, damaged="basis.safetensors"),
+        mutations.of_safetensors,
+        as_published,
+        lambda folder, result: tensors(folder, "basis.safetensors") == result[1],
+        150,
+    ),
     "lora": Reader(some_lora, mutations.of_safetensors, update, right_update, 200),
     "labels": Reader(some_data, mutations.of_json, listed, right_list, 150),
-    "cache's identity": Reader(functools.partial(some_store, damaged="identity.json"), mutations.of_json, gathered, count=60),
-    "cache's shard": Reader(functools.partial(some_store, damaged="s1.safetensors"), mutations.of_safetensors, gathered, right_store, 150),
+    "cache's identity": Reader(
+        functools.partial(some_store, damaged="identity.json"), mutations.of_json, gathered, count=60
+    ),
+    "cache's shard": Reader(
+        functools.partial(some_store, damaged="s1.safetensors"), mutations.of_safetensors, gathered, right_store, 150
+    ),
     "run's config": Reader(written("config.json", RUN), mutations.of_json, loaded_run, right_run, 100),
     "run's basis": Reader(some_run, mutations.of_json, basis_of_run, right_basis_of_run, 12),
-    "log": Reader(written("log.txt", LOG), mutations.of_json_lines, resumed, lambda folder, result: result.endswith(b"\n") or not result, 100),
+    "log": Reader(
+        written("log.txt", LOG),
+        mutations.of_json_lines,
+        resumed,
+        lambda folder, result: result.endswith(b"\n") or not result,
+        100,
+    ),
     "clip vocab.json": tokenizer("vocab.json", "clip", mutations.of_json, 15),
     "clip merges.txt": tokenizer("merges.txt", "clip", mutations.of_json_lines, 15),
     "clip tokenizer_config.json": tokenizer("tokenizer_config.json", "clip", mutations.of_json, 25),
@@ -495,15 +721,35 @@ READERS = {
     "t5 spiece.model": tokenizer("spiece.model", "t5", mutations.of_bytes, 30, alone=True),
     "single file": Reader(some_single_file, mutations.of_safetensors, recognised, right_single_file, 150),
     "scaled file": Reader(some_scaled_file, mutations.of_safetensors, recognised, right_single_file, 100),
-    "gguf": Reader(some_gguf, mutations.of_bytes, from_gguf, lambda folder, result: result[:2] == ("transformer", "black_forest"), 100),
-    "transformer": opened("diffusion_pytorch_model", "transformer", lambda folder: pretrained.open_model(folder, "transformer")),
+    "gguf": Reader(
+        some_gguf,
+        mutations.of_bytes,
+        from_gguf,
+        lambda folder, result: result[:2] == ("transformer", "black_forest"),
+        100,
+    ),
+    "transformer": opened(
+        "diffusion_pytorch_model", "transformer", lambda folder: pretrained.open_model(folder, "transformer")
+    ),
     "vae": opened("diffusion_pytorch_model", "vae", lambda folder: pretrained.open_model(folder, "vae")),
     "text encoder": opened("model", "text_encoder", clip.open_clip_text),
     "text encoder 2": opened("model", "text_encoder_2", open_t5),
     "vision": opened("model", "clip_vision", clip.open_clip_vision),
-    "checksums": Reader(some_checksums, mutations.of_json, lambda folder: [each.path.name for each in pretrained.verify(folder)], count=15),
-    **{suffix: image(suffix) for suffix in ("png", "webp", "bmp", "gif", "tiff")}, "jpeg": image("jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
-    "recording": Reader(some_recording, mutations.of_bytes, lambda folder: repr(read_recording(folder / "a.npz")), lambda folder, result: True, 60),
+    "checksums": Reader(
+        some_checksums,
+        mutations.of_json,
+        lambda folder: [each.path.name for each in pretrained.verify(folder)],
+        count=15,
+    ),
+    **{suffix: image(suffix) for suffix in ("png", "webp", "bmp", "gif", "tiff")},
+    "jpeg": image("jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
+    "recording": Reader(
+        some_recording,
+        mutations.of_bytes,
+        lambda folder: repr(read_recording(folder / "a.npz")),
+        lambda folder, result: True,
+        60,
+    ),
 }
 
 
@@ -514,6 +760,7 @@ class TooLong(BaseException):
 @contextlib.contextmanager
 def limits():
     """TooLong after SECONDS; MemoryError beyond MEMORY more than this process has."""
+
     def stop(*_):
         raise TooLong
 
@@ -542,8 +789,17 @@ def outcome(reader: Reader, folder: Path, good: Any) -> str | None:
             raise
         return f"{type(error).__name__}: {error}"[:300]
     try:
-        if (equal(result, good) if not isinstance(good, dict) else result.keys() == good.keys() and all(
-                np.array_equal(result[key], good[key]) if isinstance(good[key], np.ndarray) else result[key] == good[key] for key in good)):
+        if (
+            equal(result, good)
+            if not isinstance(good, dict)
+            else result.keys() == good.keys()
+            and all(
+                np.array_equal(result[key], good[key])
+                if isinstance(good[key], np.ndarray)
+                else result[key] == good[key]
+                for key in good
+            )
+        ):
             return None
         return None if reader.right(folder, result) else f"took it for {result!r}"[:500]
     except Exception as error:
@@ -572,7 +828,12 @@ def test_damaged_files_are_one_sentence_or_read_rightly(name, tmp_path, request,
 def test_what_is_no_file_is_refused_without_opening(name, tmp_path):
     reader = READERS[name]
     path = reader.make(tmp_path)
-    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir, lambda: path.symlink_to(path.name)):
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        path.mkdir,
+        lambda: path.symlink_to(path.name),
+    ):
         path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
         make()
         start = time.process_time()

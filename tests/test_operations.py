@@ -7,15 +7,21 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from lorweb_jax.data import drawings as drawings_module
-from lorweb_jax.data.drawings import is_held_out, load_drawings, render
-from lorweb_jax.data.embedded import build_embedded_dataset
-from lorweb_jax.data.operations import (HELD_OUT_TASKS, OPERATIONS, TRAINING_TASKS, all_sentences, on_white,
-                                        operation)
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.embedded import drawings as drawings_module
+from lorweb_jax.data.embedded.build import build_embedded_dataset
+from lorweb_jax.data.embedded.drawings import is_held_out, load_drawings, render
+from lorweb_jax.data.embedded.operations import (
+    HELD_OUT_TASKS,
+    OPERATIONS,
+    TRAINING_TASKS,
+    all_sentences,
+    on_white,
+    operation,
+)
 from lorweb_jax.images.io import read_image
 
-FILES = ("1F34E", "1F916", "1F3E1", "1F41F", "1F680", "1F408")       # apple, robot, house, fish, rocket, cat
+FILES = ("1F34E", "1F916", "1F3E1", "1F41F", "1F680", "1F408")  # apple, robot, house, fish, rocket, cat
 
 
 def _rendered(size):
@@ -65,7 +71,7 @@ def test_held_out_is_stable():
 
 
 def test_damaged_cache_is_made_anew(cache):
-    path, = cache.glob("*.npz")
+    (path,) = cache.glob("*.npz")
     whole = path.read_bytes()
     before = load_drawings(cache, 16)
     path.write_bytes(whole[:1000])
@@ -80,7 +86,7 @@ def test_drawing_size_out_of_range(tmp_path):
 def test_render_agrees_at_two_sizes(small, large):
     """Averaging the large drawing on white gives the small one: transparency was averaged with the right weights."""
     ours = np.stack([on_white(image) for image in small]).astype(float)
-    assert abs(ours - _reduced(np.stack([on_white(image) for image in large]))).mean() < 1       # of 255
+    assert abs(ours - _reduced(np.stack([on_white(image) for image in large]))).mean() < 1  # of 255
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -90,10 +96,10 @@ def test_operation(name, small, large):
     assert result.dtype == np.uint8 and result.shape == small.shape[:3] + (3,)
     np.testing.assert_array_equal(result, np.stack([apply(image.copy()) for image in small]))
     before = np.stack([on_white(image) for image in small]).astype(float)
-    assert np.sqrt(((result - before) ** 2).mean()) > 25, "hardly visible"                       # of 255
+    assert np.sqrt(((result - before) ** 2).mean()) > 25, "hardly visible"  # of 255
     # Looks alike at four times the size: mean difference at most 7 % of the range (enlarged lines are less sharp).
     assert abs(_reduced(np.stack([apply(image) for image in large])) - result).mean() < 18
-    assert apply(small[0, :24]).shape == (24, 32, 3)                                             # not square
+    assert apply(small[0, :24]).shape == (24, 32, 3)  # not square
     assert apply(small[0, :1, :1]).shape == (1, 1, 3)
 
 
@@ -102,8 +108,13 @@ def test_operations_by_formula(small):
     white = on_white(image)
     alpha = image[..., 3:].astype(np.float64) / 255
     np.testing.assert_allclose(white, image[..., :3] * alpha + 255 * (1 - alpha), atol=0.51)
-    expected = {"filter_invert": 255 - white, "flip_sideways": white[:, ::-1], "flip_over": white[::-1],
-                "rotate_left": np.rot90(white), "rotate_right": np.rot90(white, -1)}
+    expected = {
+        "filter_invert": 255 - white,
+        "flip_sideways": white[:, ::-1],
+        "flip_over": white[::-1],
+        "rotate_left": np.rot90(white),
+        "rotate_right": np.rot90(white, -1),
+    }
     for name, array in expected.items():
         np.testing.assert_array_equal(operation(name).apply(image), array, err_msg=name)
     gray = operation("filter_gray").apply(image)
@@ -159,7 +170,7 @@ def test_embedded_dataset(cache, tmp_path):
 
 def test_embedded_dataset_is_rebuilt_only_for_other_arguments(cache, tmp_path):
     build = lambda pairs: build_embedded_dataset(tmp_path / "data", cache, size=16, pairs_per_task=pairs)
-    (tmp_path / ".data.part").mkdir()                                            # what a killed build left
+    (tmp_path / ".data.part").mkdir()  # what a killed build left
     (tmp_path / ".data.part" / "rubbish").write_text("")
     labels = build(2).train / "frame_red/Group1/labels.json"
     written = labels.stat().st_mtime_ns

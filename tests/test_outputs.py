@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorweb_jax import errors, outputs
-from lorweb_jax.errors import UserError, patient_output, say
+from lorweb_jax.common import errors, outputs
+from lorweb_jax.common.errors import UserError, patient_output, say
 
 
 @pytest.fixture
@@ -30,20 +30,34 @@ def listed(folder):
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("names, overwrite, said", [
-    (["there.png"], False, "exists already"), (["input.png"], True, "one of the inputs"),
-    (["hard.png"], True, "one of the inputs"), (["soft.png"], True, "one of the inputs"),
-    (["weights/../input.png"], True, "one of the inputs"), (["weights/basis.safetensors"], True, "one of the inputs"),
-    (["weights"], True, "is a folder"), (["pipe"], True, "device or a pipe"), (["/dev/null"], True, "device or a pipe"),
-    (["file/a.png"], False, "is a file and no folder"), (["file/b/a.png"], False, "is a file and no folder"),
-    (["n" * 256 + ".png"], False, "too long"), (["new/" + "n" * 256], False, "too long"),
-    (["a\0b.png"], False, "could not be written"), (["a.png", "A.PNG"], False, "differ in case only"),
-    (["new/\u00e9.png", "new/e\u0301.png"], False, "two results"), (["a.png", "./a.png"], False, "two results")])
+@pytest.mark.parametrize(
+    "names, overwrite, said",
+    [
+        (["there.png"], False, "exists already"),
+        (["input.png"], True, "one of the inputs"),
+        (["hard.png"], True, "one of the inputs"),
+        (["soft.png"], True, "one of the inputs"),
+        (["weights/../input.png"], True, "one of the inputs"),
+        (["weights/basis.safetensors"], True, "one of the inputs"),
+        (["weights"], True, "is a folder"),
+        (["pipe"], True, "device or a pipe"),
+        (["/dev/null"], True, "device or a pipe"),
+        (["file/a.png"], False, "is a file and no folder"),
+        (["file/b/a.png"], False, "is a file and no folder"),
+        (["n" * 256 + ".png"], False, "too long"),
+        (["new/" + "n" * 256], False, "too long"),
+        (["a\0b.png"], False, "could not be written"),
+        (["a.png", "A.PNG"], False, "differ in case only"),
+        (["new/\u00e9.png", "new/e\u0301.png"], False, "two results"),
+        (["a.png", "./a.png"], False, "two results"),
+    ],
+)
 def test_refused_before_the_work(folder, names, overwrite, said):
     before = listed(folder)
     with pytest.raises(UserError, match=said) as caught:
-        outputs.require_writable([folder / name for name in names], [folder / "input.png", folder / "weights"],
-                                 overwrite=overwrite)
+        outputs.require_writable(
+            [folder / name for name in names], [folder / "input.png", folder / "weights"], overwrite=overwrite
+        )
     assert "\n" not in str(caught.value) and listed(folder) == before
 
 
@@ -153,13 +167,18 @@ def test_printing_ends_nothing(monkeypatch):
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_command_whose_reader_leaves(tmp_path, status):
     """The work goes on to its end, with its own status and without a word on stderr."""
-    script = ("import sys; from lorweb_jax.errors import run_command\n"
-              "def main():\n"
-              "    for number in range(20000): print(number, '\u0444')\n"
-              f"    open({str(tmp_path / 'done')!r}, 'w').close(); return {status}\n"
-              "run_command(main)")
-    found = subprocess.run(["bash", "-c", '"$0" -c "$1" | head -1; exit ${PIPESTATUS[0]}', sys.executable, script],
-                           capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    script = (
+        "import sys; from lorweb_jax.common.errors import run_command\n"
+        "def main():\n"
+        "    for number in range(20000): print(number, '\u0444')\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close(); return {status}\n"
+        "run_command(main)"
+    )
+    found = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -1; exit ${PIPESTATUS[0]}', sys.executable, script],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
     assert (tmp_path / "done").exists() and found.returncode == status
     assert found.stdout == b"0 \\u0444\n" and found.stderr == b""
 
@@ -168,30 +187,39 @@ ROOT = Path(errors.__file__).parents[1]
 KONTEXT = ["--config=configs/basis.py:kontext", "--topology=gpu:h100x1"]
 
 
-@pytest.mark.parametrize("command, written", [
-    (["-m", "lorweb_jax.plan", *KONTEXT, "--json={}/out.json"], "out.json"),
-    (["-m", "lorweb_jax.plan", *KONTEXT, "--json={}/new/a.json", "--hlo={}/new/A.json"], None),
-    (["tools/benchmark.py", "--no-torch", "--json={}/out.json"], "out.json"),
-    (["tools/build_base.py", "--runs={}/out", "--out={}/out"], "out/model_index.json"),
-    (["tools/build_base.py", "--runs={}/out", "--out={}/out", "--overwrite"], "out/mine.txt"),
-    (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out/table.json"),
-    (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out/sheet.png"),
-    (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out"),
-    (["-m", "lorweb_jax.export", "published", "run", "{}/b.safetensors"], "b.safetensors"),
-    (["-m", "lorweb_jax.export", "published", "{}", "{}/b.safetensors", "--overwrite"], "b.safetensors"),
-    (["-m", "lorweb_jax.export", "checkpoint", "run", "{}/out"], "out/x"),
-    (["-m", "lorweb_jax.export", "lora", "{}/b.safetensors", "{}/b.safetensors", "--pipeline=p", "--overwrite"],
-     "b.safetensors"),
-    (["-m", "lorweb_jax.export", "lora", "b", "{}/b.safetensors", "--pipeline=p"], "b.safetensors")])
+@pytest.mark.parametrize(
+    "command, written",
+    [
+        (["-m", "lorweb_jax.plan", *KONTEXT, "--json={}/out.json"], "out.json"),
+        (["-m", "lorweb_jax.plan", *KONTEXT, "--json={}/new/a.json", "--hlo={}/new/A.json"], None),
+        (["tools/benchmark.py", "--no-torch", "--json={}/out.json"], "out.json"),
+        (["tools/build_base.py", "--runs={}/out", "--out={}/out"], "out/model_index.json"),
+        (["tools/build_base.py", "--runs={}/out", "--out={}/out", "--overwrite"], "out/mine.txt"),
+        (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out/table.json"),
+        (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out/sheet.png"),
+        (["-m", "lorweb_jax.evaluate", "{}", "--pipeline=p", "--data=d", "--out={}/out"], "out"),
+        (["-m", "lorweb_jax.export", "published", "run", "{}/b.safetensors"], "b.safetensors"),
+        (["-m", "lorweb_jax.export", "published", "{}", "{}/b.safetensors", "--overwrite"], "b.safetensors"),
+        (["-m", "lorweb_jax.export", "checkpoint", "run", "{}/out"], "out/x"),
+        (
+            ["-m", "lorweb_jax.export", "lora", "{}/b.safetensors", "{}/b.safetensors", "--pipeline=p", "--overwrite"],
+            "b.safetensors",
+        ),
+        (["-m", "lorweb_jax.export", "lora", "b", "{}/b.safetensors", "--pipeline=p"], "b.safetensors"),
+    ],
+)
 def test_commands_refuse_to_replace_files_before_they_load(tmp_path, command, written):
     """Each in one line and a second or two, for nothing is loaded; what was there stays."""
     if written:
         (tmp_path / written).parent.mkdir(exist_ok=True)
         (tmp_path / written).write_text("of the user")
-    found = subprocess.run([sys.executable, *(word.format(*[tmp_path] * 2) for word in command)], cwd=ROOT,
-                           capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, *(word.format(*[tmp_path] * 2) for word in command)], cwd=ROOT, capture_output=True, text=True
+    )
     assert found.returncode in (1, 2) and found.stderr.count("\n") == 1, found.stderr
-    assert any(words in found.stderr for words in ("exists already", "one of the inputs", "differ in case", "is a file"))
+    assert any(
+        words in found.stderr for words in ("exists already", "one of the inputs", "differ in case", "is a file")
+    )
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["of the user"] * bool(written)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-
 from golden import golden_dir
-from lorweb_jax.basis.basis import Basis, BasisConfig
-from lorweb_jax.errors import UserError
-from lorweb_jax.parity.check import check_folder
-from lorweb_jax.parity.report import COEFFICIENT, EXACT, LEVEL, Report, errors
-from lorweb_jax.weights.basis_file import network_from_config, write_basis
 from test_router import formula
+
+from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.formats.basis_file import network_from_config, write_basis
+from lorweb_jax.common.errors import UserError
+from parity.check import check_folder
+from parity.report import COEFFICIENT, EXACT, LEVEL, Report, errors
 
 TOOL = Path(__file__).parent.parent / "tools" / "check_parity.py"
 
@@ -44,9 +44,11 @@ def changed(path: Path, key: str, change) -> None:
 @pytest.fixture
 def checked(capsys):
     """check_folder's exit status and lines."""
+
     def check(folder):
         status = check_folder(folder)
         return status, capsys.readouterr().out.splitlines()
+
     return check
 
 
@@ -56,8 +58,20 @@ def test_golden_data_pass():
     assert done.returncode == 0, [line for line in lines if "FAIL" in line] or done.stderr
     assert lines[-1] == "331 passed, 0 failed"
     kinds = {line.split()[0] for line in lines[:-1] if line.endswith(" ok")}
-    assert kinds == {"basis_a:", "basis_a_fp16:", "basis_c:", "basis_e:", "grid", "scheduler", "external_query",
-                     "case_a", "case_c", "case_e", "train_step", "e2e_square"}
+    assert kinds == {
+        "basis_a:",
+        "basis_a_fp16:",
+        "basis_c:",
+        "basis_e:",
+        "grid",
+        "scheduler",
+        "external_query",
+        "case_a",
+        "case_c",
+        "case_e",
+        "train_step",
+        "e2e_square",
+    }
     held = {(line.split()[0], line.split(" tol ")[1].split()[0]) for line in lines if " mix/" in line}
     assert held == {("case_a", "1e-06"), ("case_c", "1e-06"), ("case_e", "1e-05")}
     assert "not checked" not in done.stdout
@@ -78,17 +92,20 @@ def test_an_empty_folder_fails(tmp_path, checked):
         check_folder(tmp_path, tmp_path / "absent")
 
 
-@pytest.mark.parametrize("names,passed,not_checked", [
-    (["grid.npz"], 8, []),
-    (["scheduler.npz"], 48, []),
-    (["train_step.npz"], 10, ["noise_pred", "B2/grad/"]),
-    (["e2e_square.npz"], 23, ["pooled_prompt_embeds", "step0/transformer_out", "vae_decode_out", "external_query"]),
-    (["external_query.npz"], 0, ["external_query"]),
-    (["case_c.npz"], 0, ["output", "mix/"]),
-    (["case_c.npz", "configs.json", "basis_c.safetensors"], 47, ["base_output"]),
-    (["configs.json", "basis_a_fp16.safetensors"], 1, []),
-    (["basis_c.safetensors", "case_c.npz"], 0, ["basis_c", "mix/"]),
-])
+@pytest.mark.parametrize(
+    "names,passed,not_checked",
+    [
+        (["grid.npz"], 8, []),
+        (["scheduler.npz"], 48, []),
+        (["train_step.npz"], 10, ["noise_pred", "B2/grad/"]),
+        (["e2e_square.npz"], 23, ["pooled_prompt_embeds", "step0/transformer_out", "vae_decode_out", "external_query"]),
+        (["external_query.npz"], 0, ["external_query"]),
+        (["case_c.npz"], 0, ["output", "mix/"]),
+        (["case_c.npz", "configs.json", "basis_c.safetensors"], 47, ["base_output"]),
+        (["configs.json", "basis_a_fp16.safetensors"], 1, []),
+        (["basis_c.safetensors", "case_c.npz"], 0, ["basis_c", "mix/"]),
+    ],
+)
 def test_file_sets_alone(names, passed, not_checked, tmp_path, checked):
     """Without models or bases, what needs none is checked, and a line says what the rest needs."""
     status, lines = checked(copied(tmp_path, *names))
@@ -132,19 +149,33 @@ def test_bad_files_are_one_line_each(tmp_path, checked):
 
 def test_any_case_name_and_mode(tmp_path, checked):
     """Recordings made with the router's formula: no projection, tanh, two heads, summed."""
-    config = BasisConfig(size=3, rank=2, key_dim=6, heads=2, activation="tanh", reduction="sum", projection="none",
-                         query_mode="ca'-ca", query_dim=6)
+    config = BasisConfig(
+        size=3,
+        rank=2,
+        key_dim=6,
+        heads=2,
+        activation="tanh",
+        reduction="sum",
+        projection="none",
+        query_mode="ca'-ca",
+        query_dim=6,
+    )
     layers = {"transformer_blocks.attn.to_out_0": (2, 4, 4), "single_transformer_blocks.proj_mlp": (1, 4, 16)}
     arrays = Basis(config, layers, rngs=nnx.Rngs(0)).to_arrays()
     write_basis(tmp_path / "basis_other name.safetensors", config, arrays)
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "configs.json").write_text(json.dumps({"other name": network_from_config(config)}))
     query = np.random.default_rng(0).normal(size=(2, 1, 6)).astype(np.float32)
-    names = {"transformer_blocks.1.attn.to_out.0": ("transformer_blocks.attn.to_out_0", 1),
-             "single_transformer_blocks.0.proj_mlp": ("single_transformer_blocks.proj_mlp", 0)}
-    mixes = {f"mix/{name}": np.stack([formula(example[0], np.asarray(arrays[path]["keys"][block]), None, 2, "tanh",
-                                              "sum") for example in query])
-             for name, (path, block) in names.items()}
+    names = {
+        "transformer_blocks.1.attn.to_out.0": ("transformer_blocks.attn.to_out_0", 1),
+        "single_transformer_blocks.0.proj_mlp": ("single_transformer_blocks.proj_mlp", 0),
+    }
+    mixes = {
+        f"mix/{name}": np.stack(
+            [formula(example[0], np.asarray(arrays[path]["keys"][block]), None, 2, "tanh", "sum") for example in query]
+        )
+        for name, (path, block) in names.items()
+    }
     np.savez(tmp_path / "case_other name.npz", external_query=query, **mixes)
     status, lines = checked(tmp_path)
     assert (status, lines[-1]) == (0, "3 passed, 0 failed"), lines

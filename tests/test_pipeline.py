@@ -23,9 +23,14 @@ def images(recorded):
 
 
 def edit(pipeline, recorded, **options):
-    return pipeline.edit_batch([images(recorded)], [str(recorded["prompt"])], steps=4,
-                               guidance=float(recorded["guidance_scale"]), noise=recorded["latents_packed"],
-                               **options)[0]
+    return pipeline.edit_batch(
+        [images(recorded)],
+        [str(recorded["prompt"])],
+        steps=4,
+        guidance=float(recorded["guidance_scale"]),
+        noise=recorded["latents_packed"],
+        **options,
+    )[0]
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -56,8 +61,9 @@ def test_coefficients_may_be_given(pipeline, recorded):
     router = pipeline.coefficients(*images(recorded))
     same = edit(pipeline, recorded, coefficients=router, folded=False)
     assert np.array_equal(same, edit(pipeline, recorded, folded=False))
-    first_only = {path: np.eye(1, coeff.shape[1], dtype=np.float32).repeat(len(coeff), 0)
-                  for path, coeff in router.items()}
+    first_only = {
+        path: np.eye(1, coeff.shape[1], dtype=np.float32).repeat(len(coeff), 0) for path, coeff in router.items()
+    }
     assert not np.array_equal(same, edit(pipeline, recorded, coefficients=first_only))
     with pytest.raises(UserError, match="don't fit"):
         edit(pipeline, recorded, coefficients={"nowhere": np.ones((1, 8))})
@@ -66,8 +72,10 @@ def test_coefficients_may_be_given(pipeline, recorded):
 def test_files_that_a_pipeline_saves(pipeline, recorded, tmp_path):
     """The published format byte for byte, and one mix as a LoRA that makes the same image."""
     pipeline.save_basis(tmp_path / "basis.safetensors", dtype="float32")
-    with safe_open(golden_dir() / "basis_a.safetensors", "np") as theirs, \
-            safe_open(tmp_path / "basis.safetensors", "np") as ours:
+    with (
+        safe_open(golden_dir() / "basis_a.safetensors", "np") as theirs,
+        safe_open(tmp_path / "basis.safetensors", "np") as ours,
+    ):
         assert set(theirs.keys()) == set(ours.keys())
         assert all(np.array_equal(theirs.get_tensor(key), ours.get_tensor(key)) for key in theirs.keys())
     assert pipeline.save_lora(tmp_path / "lora.safetensors", pipeline.coefficients(*images(recorded))) is None

@@ -9,27 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from golden import golden_dir
 from jax.sharding import SingleDeviceSharding
 
-from golden import golden_dir
-from lorweb_jax.errors import UserError
-from lorweb_jax.quantization import quantize
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
-from lorweb_jax.weights.placed import place
-from lorweb_jax.weights.pretrained import open_model
-from lorweb_jax.weights.safetensors_io import Spec, write_stream
-from lorweb_jax.weights.table import LINEAR, Row, Stored
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.files.safetensors_io import Spec, write_stream
+from lorweb_jax.files.sharded_loading import place
+from lorweb_jax.files.table import LINEAR, Row, Stored
+from lorweb_jax.nn.quantization import quantize
+from lorweb_jax.pipeline.folder import PipelineFolder
+from lorweb_jax.pipeline.pretrained import open_model
 
 PIPELINE = golden_dir() / "tiny_pipeline"
 
 ON_EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, safetensors.numpy, sys
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from lorweb_jax.quantization import DTYPES, quantize
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.placed import place
-from lorweb_jax.weights.pretrained import open_model
+from lorweb_jax.nn.quantization import DTYPES, quantize
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.files.sharded_loading import place
+from lorweb_jax.pipeline.pretrained import open_model
 
 folder = sys.argv[1]
 _, stored = open_model(folder, "transformer")
@@ -85,15 +85,20 @@ print("equal")
 
 
 def test_every_split_on_eight_devices():
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, str(PIPELINE / "transformer")], text=True,
-                          capture_output=True,
-                          env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT_DEVICES, str(PIPELINE / "transformer")],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
     assert done.stdout == "equal\n", done.stderr
 
 
 def on_one_device(stored, dtype=jnp.float32):
-    return {path: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
-            for path, shape in stored.layout.shapes.items()}
+    return {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+        for path, shape in stored.layout.shapes.items()
+    }
 
 
 def test_fused_tensors_and_convolutions():
@@ -109,10 +114,14 @@ def test_fused_rows_and_swapped_halves(tmp_path):
     rng = np.random.default_rng(0)
     held = {f"layer.{l}.fused": rng.normal(size=(10, 4)).astype(np.float32) for l in range(3)}
     held["last"] = rng.normal(size=(8, 6, 1, 1)).astype(np.float32)
-    write_stream(tmp_path / "model.safetensors", {key: Spec(a.shape, a.dtype) for key, a in held.items()},
-                 held.__getitem__)
-    rows = [Row("q.kernel", "layer.{l}.fused", LINEAR), Row("mlp.kernel", "layer.{l}.fused", LINEAR),
-            Row("last.kernel", "last", (2, 3, 1, 0), swapped=True)]
+    write_stream(
+        tmp_path / "model.safetensors", {key: Spec(a.shape, a.dtype) for key, a in held.items()}, held.__getitem__
+    )
+    rows = [
+        Row("q.kernel", "layer.{l}.fused", LINEAR),
+        Row("mlp.kernel", "layer.{l}.fused", LINEAR),
+        Row("last.kernel", "last", (2, 3, 1, 0), swapped=True),
+    ]
     shapes = {"q.kernel": (3, 4, 4), "mlp.kernel": (3, 4, 6), "last.kernel": (6, 8)}
     stored = Stored(Checkpoint(tmp_path), rows, {path: np.broadcast_to(0, shape) for path, shape in shapes.items()})
     placed = place(stored, on_one_device(stored), streamed_above=0)
@@ -139,13 +148,16 @@ def test_a_pipeline_gives_the_parts_that_are_asked_for(monkeypatch):
     """Other parts' files are not even opened; quantised layers come as quantize makes them."""
     opened = []
     open_checkpoint = Checkpoint.__init__
-    monkeypatch.setattr(Checkpoint, "__init__",
-                        lambda self, path: opened.append(path.name) or open_checkpoint(self, path))
+    monkeypatch.setattr(
+        Checkpoint, "__init__", lambda self, path: opened.append(path.name) or open_checkpoint(self, path)
+    )
     folder = PipelineFolder(PIPELINE)
     path, device = "transformer.single_transformer_blocks.proj_mlp", SingleDeviceSharding(jax.devices()[0])
-    wanted = {f"{path}.kernel": jax.ShapeDtypeStruct((3, 128, 512), jnp.int8, sharding=device),
-              f"{path}.scale": jax.ShapeDtypeStruct((3, 1, 512), jnp.float32, sharding=device),
-              "image_encoder.visual_projection.kernel": jax.ShapeDtypeStruct((32, 24), jnp.bfloat16, sharding=device)}
+    wanted = {
+        f"{path}.kernel": jax.ShapeDtypeStruct((3, 128, 512), jnp.int8, sharding=device),
+        f"{path}.scale": jax.ShapeDtypeStruct((3, 1, 512), jnp.float32, sharding=device),
+        "image_encoder.visual_projection.kernel": jax.ShapeDtypeStruct((32, 24), jnp.bfloat16, sharding=device),
+    }
     read = folder.read(wanted)
     assert set(read) == set(wanted) and opened == ["transformer", "clip_vision"]
     files = safetensors.numpy.load_file(PIPELINE / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -154,6 +166,11 @@ def test_a_pipeline_gives_the_parts_that_are_asked_for(monkeypatch):
     np.testing.assert_array_equal(read[f"{path}.kernel"], codes)
     np.testing.assert_array_equal(read[f"{path}.scale"], scale)
     everything = folder.read()
-    assert {name.split(".")[0] for name in everything} == {"transformer", "vae", "text_encoder", "text_encoder_2",
-                                                           "image_encoder"}
+    assert {name.split(".")[0] for name in everything} == {
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "image_encoder",
+    }
     np.testing.assert_array_equal(everything[f"{path}.kernel"], kernel)

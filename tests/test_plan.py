@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lorweb_jax import sharding
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.main import read_config
+from lorweb_jax.nn import sharding
+from lorweb_jax.pipeline.published import KontextSizes
 from lorweb_jax.planning import collectives, report, suggest
 from lorweb_jax.planning.activations import kept_bytes
 from lorweb_jax.planning.collectives import Traffic
@@ -30,7 +32,6 @@ from lorweb_jax.planning.topology import target
 from lorweb_jax.planning.work import products
 from lorweb_jax.training.state import count
 from lorweb_jax.training.step import numeric
-from lorweb_jax.weights.known_pipeline import KontextSizes
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,9 +94,12 @@ ENTRY %main (p.4: f32[8,64]) -> f32[8,64] {
 def test_collectives_of_hlo_text():
     """Bytes by the ring formulas of collectives.py; the loop runs from 0 by 2 to 6: 3 times."""
     assert collectives.traffic(HLO, 8) == {
-        "all-gather": Traffic(4, 4 * 8 * 64 * 2 * 3 / 4), "reduce-scatter": Traffic(3, 3 * 2 * 64 * 4 * 3),
-        "all-reduce": Traffic(1, 2 * 8 * 64 * 4 * 3 / 4), "all-to-all": Traffic(1, 2 * 4 * 64 * 4 / 2),
-        "collective-permute": Traffic(3, 3 * 8 * 64 * 4)}
+        "all-gather": Traffic(4, 4 * 8 * 64 * 2 * 3 / 4),
+        "reduce-scatter": Traffic(3, 3 * 2 * 64 * 4 * 3),
+        "all-reduce": Traffic(1, 2 * 8 * 64 * 4 * 3 / 4),
+        "all-to-all": Traffic(1, 2 * 4 * 64 * 4 / 2),
+        "collective-permute": Traffic(3, 3 * 8 * 64 * 4),
+    }
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0"])
@@ -105,13 +109,19 @@ def test_collectives_as_versions_of_jax_write_them(version):
     text = (Path(__file__).parent / "hlo" / f"scan_jax_{version}.txt").read_text()
     assert ("#0" in text) == (version == "0.12.0")
     weight, part = 512 * 512 * 2, 256 * 512 * 4
-    expected = {"all-gather": Traffic(5, 5 * weight * 3 / 4), "reduce-scatter": Traffic(5, 5 * part * 3 / 4),
-                "all-reduce": Traffic(1, 2 * part * 3 / 4)}
+    expected = {
+        "all-gather": Traffic(5, 5 * weight * 3 / 4),
+        "reduce-scatter": Traffic(5, 5 * part * 3 / 4),
+        "all-reduce": Traffic(1, 2 * part * 3 / 4),
+    }
     assert collectives.traffic(text, 4) == expected
     # A loop of which nothing is known counts once, and what is in it is marked.
     unknown = collectives.traffic(text.replace("direction=LT", "direction=GT"), 4)
-    assert unknown == {"all-gather": Traffic(1, weight * 3 / 4, True), "reduce-scatter": Traffic(1, part * 3 / 4, True),
-                       "all-reduce": expected["all-reduce"]}
+    assert unknown == {
+        "all-gather": Traffic(1, weight * 3 / 4, True),
+        "reduce-scatter": Traffic(1, part * 3 / 4, True),
+        "all-reduce": expected["all-reduce"],
+    }
 
 
 def program(function, mesh, *arguments):
@@ -132,8 +142,10 @@ def test_collectives_of_a_tpu_program():
 
         return jax.lax.psum(jax.lax.scan(step, x, length=5)[0], "x")
 
-    w, x = (jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("x")))
-            for shape, dtype in (((512, 512), jnp.bfloat16), ((1024, 512), jnp.float32)))
+    w, x = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("x")))
+        for shape, dtype in (((512, 512), jnp.bfloat16), ((1024, 512), jnp.float32))
+    )
     made = program(jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P("x")), out_specs=P()), mesh, w, x)
     compiled = compile_program(made, made.traced(), "tpu")
     found = compiled.traffic
@@ -152,11 +164,12 @@ def test_too_little_memory_on_a_tpu_is_told():
     made = program(lambda x, y: x + y, mesh, x, x)
     compiled = compile_program(made, made.traced(), "tpu")
     assert not compiled.fits and compiled.capacity == there.chip.memory
-    assert compiled.needed == pytest.approx(3 * 40_000 ** 2 * 4, rel=0.01)
+    assert compiled.needed == pytest.approx(3 * 40_000**2 * 4, rel=0.01)
 
 
 def test_products():
     """A convolution of 3x3 from 2 to 5 channels at 4x6 places, and 7 times a product [3, 4] [4, 4]."""
+
     def f(image, kernel, x, w):
         y = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y.sum() + jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0].sum()
@@ -167,6 +180,7 @@ def test_products():
 
 def test_products_and_bytes_of_what_a_scan_stacks():
     """A carry [3, 4], and 7 times a stacked [3, 4], [5] and a number; what only an unwanted output needs isn't counted."""
+
     def f(x, w, v):
         def step(x, _):
             return x @ w, (x, jnp.arange(5.0), (x @ v).sum())
@@ -186,16 +200,24 @@ def test_batch_is_that_of_training():
     made = numeric(job.prepare({"condition": grids, "target": grids, "caption": ["blur it"] * 4}))
     expected = batch_shapes(job, sharding.make_mesh(job.config.mesh))
     assert {name: (value.shape, value.dtype) for name, value in made.items()} == {
-        name: (shape.shape, shape.dtype) for name, shape in expected.items()}
+        name: (shape.shape, shape.dtype) for name, shape in expected.items()
+    }
 
 
 def test_published_sizes():
     """Parameters of FLUX.1 Kontext's parts, with CLIP ViT-L/14 as the router's encoder, no file read."""
     made = nnx.eval_shape(lambda: KontextSizes("").make(nnx.Rngs(0)))
-    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(getattr(made, name))))
-              for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")}
-    assert counts == {"transformer": 11_901_408_320, "vae": 83_819_683, "text_encoder": 123_060_480,
-                      "text_encoder_2": 4_762_310_656, "image_encoder": 303_966_208}
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(getattr(made, name))))
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+    }
+    assert counts == {
+        "transformer": 11_901_408_320,
+        "vae": 83_819_683,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 4_762_310_656,
+        "image_encoder": 303_966_208,
+    }
 
 
 def test_bytes_from_shapes(gpu_plan):
@@ -228,10 +250,19 @@ def test_unknown_topologies(name):
 
 def test_command(tmp_path):
     """Eight GPUs share what one held; a batch that doesn't divide is refused."""
+
     def run(*options):
-        command = [sys.executable, "-m", "lorweb_jax.plan", f"--config={ROOT}/configs/basis.py:smoke",
-                   f"--config.pipeline={ROOT}/assets/small_kontext", "--config.precomputed=elsewhere",
-                   "--topology=gpu:h100x8", f"--json={tmp_path}/plan.json", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "lorweb_jax.plan",
+            f"--config={ROOT}/configs/basis.py:smoke",
+            f"--config.pipeline={ROOT}/assets/small_kontext",
+            "--config.precomputed=elsewhere",
+            "--topology=gpu:h100x8",
+            f"--json={tmp_path}/plan.json",
+            *options,
+        ]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     refused = run("--config.train.batch=12")

@@ -16,14 +16,14 @@ from flax import nnx
 from PIL import Image
 
 from configs import basis as basis_config
-from lorweb_jax.data import store as stores
-from lorweb_jax.data.store import Store
-from lorweb_jax.errors import UserError
-from lorweb_jax.pipeline import Pipeline
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files import store as stores
+from lorweb_jax.files.safetensors_io import write
+from lorweb_jax.files.state import build, shapes
+from lorweb_jax.files.store import Store
+from lorweb_jax.jobs.basis import BasisJob
+from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.precomputed.fill import precompute
-from lorweb_jax.training.jobs.basis import BasisJob
-from lorweb_jax.weights.safetensors_io import write
-from lorweb_jax.weights.state import build, shapes
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "assets" / "small_kontext"
@@ -39,8 +39,11 @@ def write_data(root, seed=0):
         for pair in range(PAIRS):
             image = random.integers(0, 256, (24 + 8 * pair, 80, 3), np.uint8)
             Image.fromarray(image).save(folder / f"{pair}.png")
-        (folder / "labels.json").write_text(json.dumps(
-            [{"img_name": f"{pair}.png", "edit_instruction": f"put a frame {seed}{task}"} for pair in range(PAIRS)]))
+        (folder / "labels.json").write_text(
+            json.dumps(
+                [{"img_name": f"{pair}.png", "edit_instruction": f"put a frame {seed}{task}"} for pair in range(PAIRS)]
+            )
+        )
     return root
 
 
@@ -71,16 +74,23 @@ def made(tmp_path_factory):
 
 def model_of(job):
     """The job's model with its frozen weights and a basis that changes something."""
+
     def make():
         return job.build(nnx.Rngs(0))
 
     wanted = shapes(make)
     random = np.random.default_rng(0)
-    trained = {path: 0.1 * random.standard_normal(shape.shape, np.float32) for path, shape in wanted.items()
-               if path.startswith("basis.")}
+    trained = {
+        path: 0.1 * random.standard_normal(shape.shape, np.float32)
+        for path, shape in wanted.items()
+        if path.startswith("basis.")
+    }
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    frozen = {path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where) for path, shape in wanted.items()
-              if path not in trained}
+    frozen = {
+        path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+        for path, shape in wanted.items()
+        if path not in trained
+    }
     return build(make, trained | job.frozen(frozen))
 
 
@@ -93,8 +103,11 @@ def both(made):
 
 def loss_of(job, model, batch):
     prepared = {name: np.asarray(value) for name, value in job.prepare(batch).items()}
-    return float(nnx.jit(lambda model, batch, key: job.loss(model, batch | job.encode(model, batch), key))(
-        model, prepared, jax.random.key(0))[0])
+    return float(
+        nnx.jit(lambda model, batch, key: job.loss(model, batch | job.encode(model, batch), key))(
+            model, prepared, jax.random.key(0)
+        )[0]
+    )
 
 
 def test_loss_without_encoders_is_the_same(both):
@@ -112,8 +125,13 @@ def test_pictures_without_encoders_ask_for_the_same(both):
     ours, theirs = Pipeline(cached.folder, small, cached.precomputed), Pipeline(job.folder, whole)
     # Images of other sizes than training's, and results, are shown to the encoder itself.
     larger = [tuple(np.repeat(np.repeat(image, 2, 0), 2, 1) for image in images) for images in conditions]
-    for ask in (lambda p: p.prompt(prompts)[0], lambda p: p.prompt(prompts)[1], lambda p: p.query(conditions),
-                lambda p: p.query(larger), lambda p: p.image_encoder.embed(list(conditions[0]))):
+    for ask in (
+        lambda p: p.prompt(prompts)[0],
+        lambda p: p.prompt(prompts)[1],
+        lambda p: p.query(conditions),
+        lambda p: p.query(larger),
+        lambda p: p.image_encoder.embed(list(conditions[0])),
+    ):
         expected = np.asarray(ask(theirs))
         assert np.abs(ask(ours) - expected).max() <= 1e-6 * np.abs(expected).max()
     assert len(ours.edit_batch(conditions, prompts, steps=1)) == 2
@@ -159,8 +177,10 @@ def test_what_belongs_to_something_else_is_refused(made, tmp_path):
     data[-1000] ^= 1
     weights.write_bytes(data)
     refused("text_encoder_2 was '.*' and is '.*'; remove that folder or name another", pipeline=str(other))
-    refused("lacks 2 of the data's captions, 'put a frame 10' first",
-            data={"root": str(write_data(tmp_path / "other", seed=1))})
+    refused(
+        "lacks 2 of the data's captions, 'put a frame 10' first",
+        data={"root": str(write_data(tmp_path / "other", seed=1))},
+    )
 
 
 def test_new_and_changed_files(made, tmp_path):
@@ -195,7 +215,7 @@ def test_new_and_changed_files(made, tmp_path):
 SLOW = """
 import sys, time
 import numpy as np
-from lorweb_jax.data.store import Store
+from lorweb_jax.files.store import Store
 from lorweb_jax.precomputed.fill import fill
 def compute(items):
     time.sleep(0.1)
@@ -238,7 +258,7 @@ def test_processes_share_the_work_and_a_killed_one_holds_nothing_up(tmp_path):
 def test_a_full_disk_leaves_nothing_that_counts(tmp_path, monkeypatch):
     store = Store(tmp_path, {}, create=True)
     with pytest.raises(UserError, match="GB free, but what is missing there takes 1000000.00 GB"):
-        store.require_space(10 ** 15)
+        store.require_space(10**15)
 
     def full(path, arrays, metadata):
         Path(path).write_bytes(b"half")
@@ -250,10 +270,20 @@ def test_a_full_disk_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.safetensors")) and not Store(tmp_path, {}).settled
 
 
-@pytest.mark.parametrize("keys, items, rows", [
-    ("{}", "[]", 2), ('["a", 1]', "[]", 2), ('["a"]', "[]", 2), ('["a", "b"]', '"x"', 2), ("[", "[]", 2),
-    ("[" * 10**5, "[]", 2), ('["a", "b", "c"]', "[]", 2), ('["a", "b"]', "[]", None), ('["a", "b"]', "[null]", 2),
-])
+@pytest.mark.parametrize(
+    "keys, items, rows",
+    [
+        ("{}", "[]", 2),
+        ('["a", 1]', "[]", 2),
+        ('["a"]', "[]", 2),
+        ('["a", "b"]', '"x"', 2),
+        ("[", "[]", 2),
+        ("[" * 10**5, "[]", 2),
+        ('["a", "b", "c"]', "[]", 2),
+        ('["a", "b"]', "[]", None),
+        ('["a", "b"]', "[null]", 2),
+    ],
+)
 def test_a_shard_that_lies_is_told(tmp_path, keys, items, rows):
     """Lists of other lengths or kinds than the arrays have rows, or arrays of another width than the other shards'."""
     store = Store(tmp_path, {"made_by": "x"}, create=True)

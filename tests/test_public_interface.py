@@ -14,13 +14,13 @@ from golden import golden_dir
 
 import lorweb_jax
 from lorweb_jax import Basis, BasisConfig, Pipeline, UserError, read_image, write_image
-from lorweb_jax.encoders.processor import ImageProcessor
-from lorweb_jax.encoders.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from lorweb_jax.finite import is_finite, require_finite
+from lorweb_jax.common.finite import is_finite, require_finite
+from lorweb_jax.files.safetensors_io import write
 from lorweb_jax.images.grid import other_shape, stretched
-from lorweb_jax.seeds import random_key
-from lorweb_jax.texts import as_text
-from lorweb_jax.weights.safetensors_io import write
+from lorweb_jax.models.image_encoder.processor import ImageProcessor
+from lorweb_jax.models.tokenizers.folder import load_clip_tokenizer, load_t5_tokenizer
+from lorweb_jax.settings.seeds import random_key
+from lorweb_jax.settings.texts import as_text
 
 FOLDER = golden_dir() / "tiny_pipeline"
 
@@ -51,15 +51,18 @@ def refused(capsys):
     return call
 
 
-@pytest.mark.parametrize("name, values", [
-    ("steps", ("a", None, 0, -1, 1.5, 28.0, math.inf, math.nan, True, 10**9, 10**5000, [1], np.float32(2))),
-    ("guidance", ("2.5", None, math.nan, math.inf, -1, 101, True, [2.5], 1e400, np.nan, 1j)),
-    ("seed", ("a", None, -1, 2**64, 0.5, True, [0], math.nan, 10**5000)),
-    ("max_size", ("a", 0, -5, 15, 64.0, math.inf, True, 10**12)),
-    ("folded", (0, 1, "yes", [])),
-    ("prompt", (None, 1, b"bytes", ["list"], math.nan)),
-    ("coefficients", (1, "x", [], {}, {"x": 1}, {1: 2})),
-])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("steps", ("a", None, 0, -1, 1.5, 28.0, math.inf, math.nan, True, 10**9, 10**5000, [1], np.float32(2))),
+        ("guidance", ("2.5", None, math.nan, math.inf, -1, 101, True, [2.5], 1e400, np.nan, 1j)),
+        ("seed", ("a", None, -1, 2**64, 0.5, True, [0], math.nan, 10**5000)),
+        ("max_size", ("a", 0, -5, 15, 64.0, math.inf, True, 10**12)),
+        ("folded", (0, 1, "yes", [])),
+        ("prompt", (None, 1, b"bytes", ["list"], math.nan)),
+        ("coefficients", (1, "x", [], {}, {"x": 1}, {1: 2})),
+    ],
+)
 def test_edit_refuses(pipeline, images, refused, name, values):
     for value in values:
         refused(name, pipeline.edit, *images, **{name: value})
@@ -67,8 +70,20 @@ def test_edit_refuses(pipeline, images, refused, name, values):
 
 def test_edit_refuses_images(pipeline, images, refused):
     a, a2, b = images
-    for value in ("a.png", None, 1, a / 255, a > 9, a.astype(np.uint16), a[..., 0], a[:, :, :2], a.tolist(),
-                  torch.from_numpy(a), a.transpose(2, 0, 1), np.zeros((0, 4, 3), np.uint8)):
+    for value in (
+        "a.png",
+        None,
+        1,
+        a / 255,
+        a > 9,
+        a.astype(np.uint16),
+        a[..., 0],
+        a[:, :, :2],
+        a.tolist(),
+        torch.from_numpy(a),
+        a.transpose(2, 0, 1),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
         refused("^a2 ", pipeline.edit, a, value, b)
         refused("^b ", pipeline.coefficients, a, a2, value)
         refused("^a of analogy 1 ", pipeline.edit_batch, [images, (value, a2, b)], ["", ""])
@@ -96,18 +111,33 @@ def test_batches_refuse(pipeline, images, refused):
 def test_coefficients_must_fit(pipeline, images, coefficients, refused):
     path = next(iter(coefficients))
     for value in (None, "x", 1.0, coefficients[path][:, :1], coefficients[path].astype(str), coefficients[path] * 1j):
-        for call in (functools.partial(pipeline.edit, *images), functools.partial(pipeline.save_lora, "never.safetensors")):
-            refused("don't fit the basis: of " + path.replace(".", r"\."), call, coefficients=coefficients | {path: value})
+        for call in (
+            functools.partial(pipeline.edit, *images),
+            functools.partial(pipeline.save_lora, "never.safetensors"),
+        ):
+            refused(
+                "don't fit the basis: of " + path.replace(".", r"\."), call, coefficients=coefficients | {path: value}
+            )
     refused("which has no more", pipeline.edit, *images, coefficients=coefficients | {"more": coefficients[path]})
     for bad in (np.nan, np.inf):
-        refused("coefficients of " + path, pipeline.edit, *images,
-                coefficients=coefficients | {path: coefficients[path] * bad})
+        refused(
+            "coefficients of " + path,
+            pipeline.edit,
+            *images,
+            coefficients=coefficients | {path: coefficients[path] * bad},
+        )
 
 
 def test_a_result_that_is_no_number_is_none(pipeline, images, coefficients, refused):
     """Coefficients so large that the transformer overflows; noise that is no number."""
-    refused("no result: the latents after sampling holds", pipeline.edit, *images, steps=1, folded=False,
-            coefficients={path: coeff + np.float32(1e30) for path, coeff in coefficients.items()})
+    refused(
+        "no result: the latents after sampling holds",
+        pipeline.edit,
+        *images,
+        steps=1,
+        folded=False,
+        coefficients={path: coeff + np.float32(1e30) for path, coeff in coefficients.items()},
+    )
     noise = np.load(golden_dir() / "e2e_square.npz")["latents_packed"].copy()
     refused("the noise is .*32", pipeline.edit_batch, [images], [""], noise=noise[:, :-1])
     noise[0, 3, 5] = np.nan
@@ -116,12 +146,22 @@ def test_a_result_that_is_no_number_is_none(pipeline, images, coefficients, refu
 
 def test_files_that_are_never_written(pipeline, coefficients, refused, tmp_path):
     save = functools.partial(pipeline.save_lora, tmp_path / "a.safetensors")
-    for value in (1, "x", None, {"x": 1}, {path: coeff * np.nan for path, coeff in coefficients.items()},
-                  {path: coeff * np.inf for path, coeff in coefficients.items()}):
+    for value in (
+        1,
+        "x",
+        None,
+        {"x": 1},
+        {path: coeff * np.nan for path, coeff in coefficients.items()},
+        {path: coeff * np.inf for path, coeff in coefficients.items()},
+    ):
         refused("coefficients", save, value)
     refused("float32", save, {path: coeff * 1e9 for path, coeff in coefficients.items()}, dtype="float16")
-    for name, values in (("rank", ("a", 0, -1, 1.5, 10**9, True)), ("dtype", (None, "int8", "x", 5, [1])),
-                         ("alpha", ("x", -1, math.nan, math.inf)), ("names", ("x", None, [1]))):
+    for name, values in (
+        ("rank", ("a", 0, -1, 1.5, 10**9, True)),
+        ("dtype", (None, "int8", "x", 5, [1])),
+        ("alpha", ("x", -1, math.nan, math.inf)),
+        ("names", ("x", None, [1])),
+    ):
         for value in [value for value in values if (name, value) != ("rank", None)]:
             refused(name, save, coefficients, **{name: value})
     for path in (None, 5, tmp_path / "a.bin", tmp_path, tmp_path / "there.safetensors"):
@@ -138,8 +178,12 @@ def test_files_that_are_never_written(pipeline, coefficients, refused, tmp_path)
 def test_loading_refuses(pipeline, refused):
     for folder in (None, 5, ["x"], "nowhere"):
         refused("pipeline|nowhere", Pipeline.load, folder)
-    for name, values in (("dtype", ("x", None, "int8", 5)), ("attention", ("x", None, [1])),
-                         ("quantization", ("x", None, [1])), ("image_encoder", (5, "nowhere"))):
+    for name, values in (
+        ("dtype", ("x", None, "int8", 5)),
+        ("attention", ("x", None, [1])),
+        ("quantization", ("x", None, [1])),
+        ("image_encoder", (5, "nowhere")),
+    ):
         for value in values:
             refused(f"{name.replace('_', ' ')}|nowhere", Pipeline.load, FOLDER, **{name: value})
     for basis in (None, 5, [], "nowhere"):
@@ -148,9 +192,24 @@ def test_loading_refuses(pipeline, refused):
     refused("adapts layer", pipeline.attach, other)
 
 
-@pytest.mark.parametrize("change", [
-    {"size": "a"}, {"size": 1.5}, {"size": True}, {"size": 0}, {"rank": None}, {"key_dim": 10**12}, {"heads": [1]},
-    {"activation": None}, {"query": 5}, {"scale": math.nan}, {"scale": "x"}, {"query_dim": -1}, {"projection": ["linear"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": "a"},
+        {"size": 1.5},
+        {"size": True},
+        {"size": 0},
+        {"rank": None},
+        {"key_dim": 10**12},
+        {"heads": [1]},
+        {"activation": None},
+        {"query": 5},
+        {"scale": math.nan},
+        {"scale": "x"},
+        {"query_dim": -1},
+        {"projection": ["linear"]},
+    ],
+)
 def test_basis_config_refuses(change, refused):
     refused("basis." + next(iter(change)), BasisConfig, **change)
 
@@ -159,9 +218,15 @@ def test_basis_from_arrays_refuses(refused):
     good = {"layer": {"a": np.zeros((1, 2, 3, 1)), "b": np.zeros((1, 2, 1, 3))}}
     config = BasisConfig(size=2, rank=1, query="fixed")
     assert Basis.from_arrays(config, good).layers
-    for config_, arrays in ((None, good), (config, None), (config, {}), (config, {"layer": None}), (config, {"layer": {}}),
-                            (config, {"layer": good["layer"] | {"a": np.zeros(3)}}),
-                            (config, {"layer": good["layer"] | {"b": np.zeros((1, 3, 1, 3))}})):
+    for config_, arrays in (
+        (None, good),
+        (config, None),
+        (config, {}),
+        (config, {"layer": None}),
+        (config, {"layer": {}}),
+        (config, {"layer": good["layer"] | {"a": np.zeros(3)}}),
+        (config, {"layer": good["layer"] | {"b": np.zeros((1, 3, 1, 3))}}),
+    ):
         refused("basis", Basis.from_arrays, config_, arrays)
 
 
@@ -195,8 +260,9 @@ def test_seeds_make_other_images(pipeline, images):
     assert all(np.abs(one.astype(int) - other).max() > 1 for one, other in zip(made, made[1:] + made[:1]))
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
-                                   ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+)
 def test_finite_is_told_of_every_bit_pattern(dtype):
     """Against numpy's own isfinite: all codes of up to 16 bits, and the borders of the wider ones."""
     bits = np.dtype(dtype).itemsize * 8
@@ -204,9 +270,11 @@ def test_finite_is_told_of_every_bit_pattern(dtype):
         values = np.arange(1 << bits).astype(f"u{bits // 8}").view(dtype)
     else:
         top = np.finfo(dtype)
-        values = np.array([0, -0.0, 1, top.max, top.min, top.tiny, np.inf, -np.inf, np.nan, top.smallest_subnormal], dtype)
+        values = np.array(
+            [0, -0.0, 1, top.max, top.min, top.tiny, np.inf, -np.inf, np.nan, top.smallest_subnormal], dtype
+        )
     expected = np.isfinite(values.astype(np.float32) if bits < 32 else values)
-    assert [is_finite(values[i:i + 1]) for i in range(len(values))] == expected.tolist()
+    assert [is_finite(values[i : i + 1]) for i in range(len(values))] == expected.tolist()
     assert is_finite(values[expected][::-1]) and not is_finite(values.reshape(2, -1).T)
     with pytest.raises(UserError, match=r"x holds (not-a-number|infinity) in [\d,]+.* of"):
         require_finite(values, "x", "do something")
@@ -220,7 +288,10 @@ def test_texts():
             as_text(value, "it")
 
 
-@pytest.mark.parametrize("text", ["", "caf\u00e9", "\0", "\x1b[31m", "a\nb\tc", "\u56fe" * 50, "\ufdfa" * 9, "\udce9", "\u202e", "\U0001f600" * 40])
+@pytest.mark.parametrize(
+    "text",
+    ["", "caf\u00e9", "\0", "\x1b[31m", "a\nb\tc", "\u56fe" * 50, "\ufdfa" * 9, "\udce9", "\u202e", "\U0001f600" * 40],
+)
 def test_any_text_becomes_an_embedding(pipeline, text):
     found, pooled = pipeline.prompt([text])
     assert np.isfinite(np.asarray(found)).all() and np.isfinite(np.asarray(pooled)).all()
@@ -240,8 +311,14 @@ def test_what_of_a_text_is_left_out():
 
 
 def test_other_shapes():
-    for size, target, expected in (((48, 64), (64, 48), True), ((32, 24), (64, 48), False), ((1000, 667), (640, 427), False),
-                                   ((33, 25), (64, 48), False), ((100, 100), (64, 60), True), ((1, 1), (64, 48), True)):
+    for size, target, expected in (
+        ((48, 64), (64, 48), True),
+        ((32, 24), (64, 48), False),
+        ((1000, 667), (640, 427), False),
+        ((33, 25), (64, 48), False),
+        ((100, 100), (64, 60), True),
+        ((1, 1), (64, 48), True),
+    ):
         assert other_shape(size, target) is expected
     flat = [np.zeros((height, width, 3), np.uint8) for width, height in ((64, 48), (32, 24), (48, 64))]
     [sentence] = stretched([tuple(flat), tuple(flat[:2]) + (flat[1],)])
@@ -250,7 +327,7 @@ def test_other_shapes():
 
 def test_texts_of_an_ascii_command_line():
     """Python hands over bytes that it can't read as lone surrogates; UTF-8 among them is read as such."""
-    from lorweb_jax.texts import as_text
+    from lorweb_jax.settings.texts import as_text
 
     seen = "cadre doré 😀".encode().decode("ascii", "surrogateescape")
     assert as_text(seen, "x") == "cadre doré 😀"

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 from golden import golden_dir
 
-from lorweb_jax import quantization
-from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Linear
-from lorweb_jax.pipeline import Pipeline
-from lorweb_jax.quantization import bytes_by_dtype, dequantize, fp8_product, quantize
-from lorweb_jax.transformer.flux import Flux, FluxConfig, block_linears
-from lorweb_jax.weights.state import flat_state, shapes
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files.state import flat_state, shapes
+from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.nn import quantization
+from lorweb_jax.nn.layers import Linear
+from lorweb_jax.nn.quantization import bytes_by_dtype, dequantize, fp8_product, quantize
+from lorweb_jax.pipeline.pipeline import Pipeline
 
 
 def relative(found, expected) -> float:

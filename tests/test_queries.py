@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-
 from golden import golden_dir
-from lorweb_jax.encoders import queries
-from lorweb_jax.encoders.image_encoder import load_image_encoder
-from lorweb_jax.errors import UserError
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.image_encoder import queries
+from lorweb_jax.models.image_encoder.encoder import load_image_encoder
 
 TOLERANCE = 1e-5
 PATCH_MODES = [name for name, mode in queries.QUERY_MODES.items() if mode.depths]
@@ -31,7 +31,7 @@ def golden():
 
 @pytest.mark.parametrize("name", [name for name in queries.QUERY_MODES if name not in PATCH_MODES])
 def test_square_grids_equal_the_published_queries(encoder, golden, name):
-    published = "aa'bb'" if name == "caa'bb'" else name                 # two names of one mode
+    published = "aa'bb'" if name == "caa'bb'" else name  # two names of one mode
     expected = golden[f"sq/pil/{published}"].reshape(1, -1)
     ours = encoder.query(name, [golden["sq/image"]])
     assert ours.shape == (1, encoder.query_dim(name))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
-from lorweb_jax.weights.safetensors_io import Spec, shards_of
-from lorweb_jax.weights.table import Layout
+from lorweb_jax.files.safetensors_io import Spec, shards_of
+from lorweb_jax.files.table import Layout
+from lorweb_jax.pipeline.folder import PipelineFolder
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -18,8 +18,13 @@ def test_full_size_is_the_published_models(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     import random_kontext as tool
 
-    counts = {"transformer": (11_901_408_320, 3), "vae": (83_819_683, 1), "text_encoder": (123_060_480, 1),
-              "text_encoder_2": (4_762_310_656, 2), "clip_vision": (303_966_208, 1)}
+    counts = {
+        "transformer": (11_901_408_320, 3),
+        "vae": (83_819_683, 1),
+        "text_encoder": (123_060_480, 1),
+        "text_encoder_2": (4_762_310_656, 2),
+        "clip_vision": (303_966_208, 1),
+    }
     for part, (count, files) in counts.items():
         _, rows, shapes = tool.model(part, tool.SIZES["kontext"][part], None)
         tensors = Layout(rows, shapes).tensors
@@ -36,8 +41,13 @@ def test_small_folder(tmp_path):
     folder = PipelineFolder(out)
     assert folder.text_tokens == 512
     weights = folder.read()
-    assert {path.split(".")[0] for path in weights} == {"transformer", "vae", "text_encoder", "text_encoder_2",
-                                                        "image_encoder"}
+    assert {path.split(".")[0] for path in weights} == {
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "image_encoder",
+    }
     assert all(array.dtype.name == "bfloat16" for array in weights.values())
     kernel = weights["transformer.single_transformer_blocks.proj_out.kernel"].astype(np.float32)
     assert abs(kernel.std() - 0.02) < 5e-4 and abs(kernel.mean()) < 5e-4

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, Pair, Task, read_pair, read_tasks
-from lorweb_jax.errors import UserError
 
 
 def entry(name, instruction="do it"):
-    return {"img_name": name, "left_image_description": "l", "right_image_description": "r",
-            "edit_instruction": instruction}
+    return {
+        "img_name": name,
+        "left_image_description": "l",
+        "right_image_description": "r",
+        "edit_instruction": instruction,
+    }
 
 
 def write_group(folder, names, labels=None):
@@ -28,8 +32,10 @@ def write_group(folder, names, labels=None):
 
 
 def made_up_tasks(*sizes):
-    return [Task(f"t{t}", f"/t{t}", tuple(Pair(f"/t{t}/{p}.png", "", "", f"instruction {p}") for p in range(size)))
-            for t, size in enumerate(sizes)]
+    return [
+        Task(f"t{t}", f"/t{t}", tuple(Pair(f"/t{t}/{p}.png", "", "", f"instruction {p}") for p in range(size)))
+        for t, size in enumerate(sizes)
+    ]
 
 
 def test_layouts(tmp_path):
@@ -48,33 +54,37 @@ def test_layouts(tmp_path):
     assert len(problems) == 0 and "no problems" in problems.summary()
 
 
-@pytest.mark.parametrize("labels, reason", [
-    ("", "is empty"),
-    ("[{", "not valid JSON"),
-    ("[" * 100_000, "not valid JSON"),
-    (b"\xff\xfe\x00", "not UTF-8"),
-    ("{}", "holds a dict"),
-    ("[]", "lists no images"),
-    (["1.png"], "the entry is a str"),
-    ([{"edit_instruction": "x"}], "no img_name"),
-    ([{"img_name": "", "edit_instruction": "x"}], "no img_name"),
-    ([{"img_name": 7, "edit_instruction": "x"}], "no img_name"),
-    ([{"img_name": "1.png", "edit_instruction": None}], "no edit_instruction"),
-    ([entry("gone.png")], "missing"),
-    ([entry("../Group1")], "leads out of the folder"),
-    ([entry(".")], "no regular file"),  # a folder, not a file
-    ("[" + "1" * 5000 + "]", "not valid JSON"),
-    ([entry("1\0.png")], "missing"),
-    ([entry("x" * 300)], "too long"),
-    ([entry("1.png"), entry("2.png"), entry("1.png")], "listed again"),
-    ([entry("1.png")], "1 usable pair"),
-])
+@pytest.mark.parametrize(
+    "labels, reason",
+    [
+        ("", "is empty"),
+        ("[{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        ("{}", "holds a dict"),
+        ("[]", "lists no images"),
+        (["1.png"], "the entry is a str"),
+        ([{"edit_instruction": "x"}], "no img_name"),
+        ([{"img_name": "", "edit_instruction": "x"}], "no img_name"),
+        ([{"img_name": 7, "edit_instruction": "x"}], "no img_name"),
+        ([{"img_name": "1.png", "edit_instruction": None}], "no edit_instruction"),
+        ([entry("gone.png")], "missing"),
+        ([entry("../Group1")], "leads out of the folder"),
+        ([entry(".")], "no regular file"),  # a folder, not a file
+        ("[" + "1" * 5000 + "]", "not valid JSON"),
+        ([entry("1\0.png")], "missing"),
+        ([entry("x" * 300)], "too long"),
+        ([entry("1.png"), entry("2.png"), entry("1.png")], "listed again"),
+        ([entry("1.png")], "1 usable pair"),
+    ],
+)
 def test_bad_labels_are_reported_and_skipped(tmp_path, labels, reason):
     write_group(tmp_path / "good" / "Group1", ["1.png", "2.png"])
     write_group(tmp_path / "bad" / "Group1", ["1.png", "2.png"])
     file = tmp_path / "bad" / "Group1" / "labels.json"
-    file.write_bytes(labels if isinstance(labels, bytes) else
-                     (labels if isinstance(labels, str) else json.dumps(labels)).encode())
+    file.write_bytes(
+        labels if isinstance(labels, bytes) else (labels if isinstance(labels, str) else json.dumps(labels)).encode()
+    )
     problems = Problems()
     tasks = read_tasks(tmp_path, problems)
     assert "good" in [task.name for task in tasks]
@@ -86,13 +96,50 @@ def test_bad_labels_are_reported_and_skipped(tmp_path, labels, reason):
 
 # Entries of labels.json that are of no use, each for a reason of its own.
 BAD_ENTRIES = [
-    None, True, 7, 1e400, "1.png", [], {}, {"img_name": None}, {"img_name": {"a": 1}, "edit_instruction": "x"},
-    *(entry(name) for name in (
-        "", " ", "\0", "/mnt/old_disk/2.png", "/etc/passwd", "//1.png", "/", "..", "../outside.png", "../Group1/1.png",
-        "a/../1.png", "a/../../../outside.png", "C:\\images\\1.png", "x" * 300, "a/" * 3000, "x" * 10**5, "1.png\0",
-        "\ud800", "1\udfff.png", "\udce9.png", "\x1b[2J\x07", "a\nb", "\u202egnp.1", "🙂.png", "pipe", "folder")),
-    *(entry("1.png", instruction) for instruction in (
-        None, 7, float("nan"), ["x"], {}, "\ud800", "caf\udce9", "x" * 10**5)),
+    None,
+    True,
+    7,
+    1e400,
+    "1.png",
+    [],
+    {},
+    {"img_name": None},
+    {"img_name": {"a": 1}, "edit_instruction": "x"},
+    *(
+        entry(name)
+        for name in (
+            "",
+            " ",
+            "\0",
+            "/mnt/old_disk/2.png",
+            "/etc/passwd",
+            "//1.png",
+            "/",
+            "..",
+            "../outside.png",
+            "../Group1/1.png",
+            "a/../1.png",
+            "a/../../../outside.png",
+            "C:\\images\\1.png",
+            "x" * 300,
+            "a/" * 3000,
+            "x" * 10**5,
+            "1.png\0",
+            "\ud800",
+            "1\udfff.png",
+            "\udce9.png",
+            "\x1b[2J\x07",
+            "a\nb",
+            "\u202egnp.1",
+            "🙂.png",
+            "pipe",
+            "folder",
+        )
+    ),
+    *(
+        entry("1.png", instruction)
+        for instruction in (None, 7, float("nan"), ["x"], {}, "\ud800", "caf\udce9", "x" * 10**5)
+    ),
 ]
 
 
@@ -120,8 +167,11 @@ def test_one_bad_entry_never_ends_the_reading_of_the_others(tmp_path):
 
 def test_an_image_at_an_absolute_path_is_skipped(tmp_path):
     """shared/cases/labels_absolute_path: a copy of a data set whose labels name a disk that is gone."""
-    write_group(tmp_path / "task" / "Group1", ["0.png", "1.png"],
-                json.dumps([entry("0.png"), entry("1.png"), entry("/mnt/old_disk/2.png")]))
+    write_group(
+        tmp_path / "task" / "Group1",
+        ["0.png", "1.png"],
+        json.dumps([entry("0.png"), entry("1.png"), entry("/mnt/old_disk/2.png")]),
+    )
     problems = Problems()
     [task] = read_tasks(tmp_path, problems)
     [problem] = problems
@@ -174,7 +224,8 @@ def test_problems_are_kept_once_counted_and_written(tmp_path):
     problems.write(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == {
         "skipped": [{"task": "t", "file": "f", "reason": "why"}, {"task": "t", "file": "é", "reason": "why"}],
-        "substituted": 3}
+        "substituted": 3,
+    }
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -234,8 +285,11 @@ def test_millions_of_analogies_are_not_listed():
 
 
 def test_bad_analogies():
-    for tasks, limit, message in (([], None, "no tasks"), (made_up_tasks(2, 1), None, "task t1 has fewer"),
-                                  (made_up_tasks(2), 0, "limit")):
+    for tasks, limit, message in (
+        ([], None, "no tasks"),
+        (made_up_tasks(2, 1), None, "task t1 has fewer"),
+        (made_up_tasks(2), 0, "limit"),
+    ):
         with pytest.raises(UserError, match=message):
             Analogies(tasks, limit)
 
@@ -243,5 +297,6 @@ def test_bad_analogies():
 def test_digest_knows_files_but_not_the_place():
     def digest(folder, *names):
         return Analogies([Task("t", folder, tuple(Pair(f"{folder}/{name}", "", "", "") for name in names))]).digest()
+
     assert digest("/x", "1", "2") == digest("/y/z", "1", "2")
     assert len({digest("/x", "1", "2"), digest("/x", "2", "1"), digest("/x", "1", "3")}) == 3

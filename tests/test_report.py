@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from lorweb_jax.errors import UserError
-from lorweb_jax.training import pictures
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.images import pictures
 from lorweb_jax.training.report import Report, duration, report_only
 
 
@@ -17,9 +17,9 @@ def events(workdir):
     """The records of TensorBoard's file: length, its checksum, bytes, their checksum."""
     data = next(workdir.glob("events*")).read_bytes()
     while data:
-        length, = struct.unpack("<Q", data[:8])
-        yield Event.FromString(data[12:12 + length])
-        data = data[16 + length:]
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
 
 
 def test_means_reach_the_log_and_tensorboard(tmp_path):
@@ -43,8 +43,20 @@ def test_lines_after_the_checkpoint_are_taken_out(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "step 2  loss 1\n"
 
 
-@pytest.mark.parametrize("odd", [b"\n", b"\n\n", b"\xff\xfe\n", b"step\n", b"step x  loss 1\n", b"\0\0\0\n", b"a note\n",
-                                 b"step 1\r  loss\n", b"step " + b"9" * 5000 + b"  loss 1\n"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"\n",
+        b"\n\n",
+        b"\xff\xfe\n",
+        b"step\n",
+        b"step x  loss 1\n",
+        b"\0\0\0\n",
+        b"a note\n",
+        b"step 1\r  loss\n",
+        b"step " + b"9" * 5000 + b"  loss 1\n",
+    ],
+)
 def test_a_log_that_is_not_as_it_was_written_goes_on(tmp_path, odd):
     (tmp_path / "log.txt").write_bytes(b"step 2  loss 1\n" + odd + b"step 3  loss 1\nstep 4  loss 1\nstep 6  lo")
     Report(tmp_path, line_job.get_config(), first_step=3, log_state=[]).close()
@@ -58,8 +70,11 @@ def test_a_log_that_can_not_be_read(tmp_path):
 
 
 def test_what_is_only_shown_never_ends_a_run(capsys):
-    for error, told in ((UserError("no room"), "no room"), (KeyError("x"), "KeyError: 'x'"),
-                        (RuntimeError("out of memory\n" + "x" * 1000), "RuntimeError: out of memory xx")):
+    for error, told in (
+        (UserError("no room"), "no room"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (RuntimeError("out of memory\n" + "x" * 1000), "RuntimeError: out of memory xx"),
+    ):
         with report_only("the table"):
             raise error
         line = capsys.readouterr().err
@@ -85,7 +100,10 @@ def test_a_sheet_shows_small_images_enlarged_with_hard_edges():
 @pytest.mark.parametrize("text", ["a\nb", "\udce9", "\0\x1b[0m", "\u56fe", "x" * 100_000, ""])
 def test_pictures_take_any_text_in_no_time(text):
     image = np.zeros((8, 8, 3), np.uint8)
-    shown = [pictures.sheet([(text, [image])], columns=[text]), pictures.heat_map(np.eye(2), [text] * 2, [text] * 2, text)]
+    shown = [
+        pictures.sheet([(text, [image])], columns=[text]),
+        pictures.heat_map(np.eye(2), [text] * 2, [text] * 2, text),
+    ]
     assert all(max(picture.shape) < 2000 for picture in shown)
 
 

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from compare import relative
+from flax import nnx
 from golden import golden_dir
-from lorweb_jax.basis.basis import Basis, BasisConfig
-from lorweb_jax.basis.router import coefficients, internal_query
-from lorweb_jax.errors import UserError
-from lorweb_jax.transformer.flux import block_linears
-from lorweb_jax.weights.basis_file import layer_name, read_basis
+
+from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.formats.basis_file import layer_name, read_basis
+from lorweb_jax.adapters.router import coefficients, internal_query
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.flux1.model import block_linears
 
 TOLERANCE = 1e-6
 
@@ -39,35 +39,42 @@ def formula(query, keys, projection, heads, activation, reduction):
     return np.minimum(np.maximum(total, 0 if activation == "softmax" else -1), 1)
 
 
-@pytest.mark.parametrize("heads,activation,reduction,projection", list(itertools.product(
-    [1, 2, 4], ["softmax", "tanh"], ["mean", "sum"], ["linear", "none"])))
+@pytest.mark.parametrize(
+    "heads,activation,reduction,projection",
+    list(itertools.product([1, 2, 4], ["softmax", "tanh"], ["mean", "sum"], ["linear", "none"])),
+)
 def test_equals_the_formula(heads, activation, reduction, projection):
     random = np.random.default_rng(heads)
     k, q = 8, 8 if projection == "none" else 11
     query, keys = (random.normal(size=size).astype(np.float32) for size in ((3, q), (5, k)))
     matrix = None if projection == "none" else random.normal(size=(k, q)).astype(np.float32)
-    found = coefficients(jnp.asarray(query), jnp.asarray(keys), matrix, heads=heads, activation=activation,
-                         reduction=reduction)
+    found = coefficients(
+        jnp.asarray(query), jnp.asarray(keys), matrix, heads=heads, activation=activation, reduction=reduction
+    )
     expected = [formula(example, keys, matrix, heads, activation, reduction) for example in query]
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # How many of the condition's m tokens each mode takes: ⌊m/4⌋ whole quarters, so 21 of 30 and not 22.
-TAKEN = {8: {"caa'bb'": 8, "caa'b": 6, "caa'": 4}, 30: {"caa'bb'": 30, "caa'b": 21, "caa'": 15},
-         7: {"caa'bb'": 7, "caa'b": 3, "caa'": 3}}
+TAKEN = {
+    8: {"caa'bb'": 8, "caa'b": 6, "caa'": 4},
+    30: {"caa'bb'": 30, "caa'b": 21, "caa'": 15},
+    7: {"caa'bb'": 7, "caa'b": 3, "caa'": 3},
+}
 
 
 @pytest.mark.parametrize("m,mode,pooling", list(itertools.product(TAKEN, ["aa'bb'", *TAKEN[8]], ["avg", "max"])))
 def test_internal_queries_pool_the_named_tokens(m, mode, pooling):
     """5 text tokens, m noisy ones, m of the condition in raster order."""
     x = np.random.default_rng(0).normal(size=(2, 5 + 2 * m, 6)).astype(np.float32)
-    picked = (x if mode == "aa'bb'" else x[:, 5 + m:5 + m + TAKEN[m][mode]]).astype(np.float64)
+    picked = (x if mode == "aa'bb'" else x[:, 5 + m : 5 + m + TAKEN[m][mode]]).astype(np.float64)
     expected = picked.mean(1) if pooling == "avg" else picked.max(1)
     np.testing.assert_allclose(internal_query(jnp.asarray(x), 5, mode, pooling), expected, rtol=1e-5, atol=1e-6)
     # A stream of one kind (a double block's): its own second half is taken, the text stream's, too.
     if mode != "aa'bb'":
-        np.testing.assert_allclose(internal_query(jnp.asarray(x[:, 5:]), 0, mode, pooling), expected, rtol=1e-5,
-                                   atol=1e-6)
+        np.testing.assert_allclose(
+            internal_query(jnp.asarray(x[:, 5:]), 0, mode, pooling), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("mode,m", [("caa'b", 3), ("caa'", 1)])
@@ -100,20 +107,29 @@ def test_errors():
     basis = Basis(BasisConfig(size=2, rank=1, key_dim=4, query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="5 wide and the basis expects 6"):
         basis.coefficients(jnp.zeros((1, 5)))
-    internal = Basis(BasisConfig(size=2, rank=1, key_dim=4, query="internal", query_mode="caa'", query_dim=None),
-                     {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+    internal = Basis(
+        BasisConfig(size=2, rank=1, key_dim=4, query="internal", query_mode="caa'", query_dim=None),
+        {"layer": (1, 3, 5)},
+        rngs=nnx.Rngs(0),
+    )
     with pytest.raises(UserError, match="internal query"):
         internal.coefficients(jnp.zeros((1, 3)))
-    for change, message in [({"heads": 3}, "3 heads"), ({"activation": "relu"}, "softmax or tanh"),
-                            ({"size": 0}, "size"), ({"query": "internal", "query_mode": "cat-aa'b"}, "caa'bb'")]:
+    for change, message in [
+        ({"heads": 3}, "3 heads"),
+        ({"activation": "relu"}, "softmax or tanh"),
+        ({"size": 0}, "size"),
+        ({"query": "internal", "query_mode": "cat-aa'b"}, "caa'bb'"),
+    ]:
         with pytest.raises(UserError, match=message):
             BasisConfig(**{"key_dim": 128, **change})
     with pytest.raises(UserError, match="use projection linear"):
         Basis(BasisConfig(key_dim=4, projection="none", query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("mode,pooling,activation", [("aa'bb'", "avg", "softmax"), ("caa'b", "max", "tanh"),
-                                                     ("caa'bb'", "avg", "softmax"), ("caa'", "max", "softmax")])
+@pytest.mark.parametrize(
+    "mode,pooling,activation",
+    [("aa'bb'", "avg", "softmax"), ("caa'b", "max", "tanh"), ("caa'bb'", "avg", "softmax"), ("caa'", "max", "softmax")],
+)
 def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path):
     """Against diffusers' transformer with the formula hooked onto each of its linear layers, in torch."""
     tiny = pytest.importorskip("tiny_flux")
@@ -121,8 +137,16 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
 
     theirs, values = tiny.theirs(), tiny.inputs(text_tokens=12)  # m = 6 in every stream
     model = tiny.ours(theirs, tmp_path)
-    config = BasisConfig(size=3, rank=2, key_dim=4, query="internal", query_mode=mode, pooling=pooling,
-                         activation=activation, query_dim=None)
+    config = BasisConfig(
+        size=3,
+        rank=2,
+        key_dim=4,
+        query="internal",
+        query_mode=mode,
+        pooling=pooling,
+        activation=activation,
+        query_dim=None,
+    )
     basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
     for layer in basis.layers.values():
         layer.b.set_value(jnp.asarray(np.random.default_rng(1).normal(size=layer.b.shape), jnp.float32))
@@ -134,20 +158,22 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
                 skipped = 12 if name.startswith("single") and mode != "aa'bb'" else 0
                 pooled = x[:, skipped:]
                 if mode != "aa'bb'":
-                    pooled = pooled[:, pooled.shape[1] // 2:]
-                    pooled = pooled[:, :{"caa'bb'": 6, "caa'b": 3, "caa'": 3}[mode]]
+                    pooled = pooled[:, pooled.shape[1] // 2 :]
+                    pooled = pooled[:, : {"caa'bb'": 6, "caa'b": 3, "caa'": 3}[mode]]
                 pooled = pooled.mean(1) if pooling == "avg" else pooled.amax(1)
             scores = torch.einsum("bi,ki,nk->bn", pooled, projection, keys) / 2
             mix = scores.softmax(-1) if activation == "softmax" else scores.tanh()
             return out + torch.einsum("b...i,nir,bn,nro->b...o", x, a, mix, b)
+
         return add
 
     modules = dict(theirs.named_modules())
     for path, parts in basis.to_arrays().items():
         for block in range(len(parts["a"])):
             name = layer_name(path, block)
-            modules[name].register_forward_hook(hook(name, *(
-                torch.tensor(np.asarray(parts[part][block])) for part in ("a", "b", "keys", "projection"))))
+            modules[name].register_forward_hook(
+                hook(name, *(torch.tensor(np.asarray(parts[part][block])) for part in ("a", "b", "keys", "projection")))
+            )
     expected = tiny.run(theirs, values)
     run = jax.jit(lambda model, values, additions: model(*values, additions=additions))
     found = run(model, [values[name] for name in tiny.NAMES], basis.additions())

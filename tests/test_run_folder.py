@@ -10,11 +10,12 @@ import sys
 import line_job
 import pytest
 
-from lorweb_jax import config as configs
-from lorweb_jax.errors import UserError
-from lorweb_jax.train import train
-from lorweb_jax.training import run_folder
-from lorweb_jax.training.run_folder import open_run, owned
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.jobs import make_job
+from lorweb_jax.runs import folder as run_folder
+from lorweb_jax.runs.folder import open_run, owned
+from lorweb_jax.settings import config as configs
+from lorweb_jax.training.loop import train
 
 HOLDER = """
 import fcntl, json, os, socket, sys, time
@@ -40,9 +41,12 @@ def test_a_folder_belongs_to_one_run_and_is_free_once_that_is_dead(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(workdir / ".lock")], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     before = files_in(workdir)
-    with pytest.raises(UserError, match=rf"belongs to a run that is still at it \(process {holder.pid} on "
-                                        rf"{socket.gethostname()}, since 2026-01-02 03:04:05\)"):
-        train(line_job.get_config(), workdir)
+    with pytest.raises(
+        UserError,
+        match=rf"belongs to a run that is still at it \(process {holder.pid} on "
+        rf"{socket.gethostname()}, since 2026-01-02 03:04:05\)",
+    ):
+        train(line_job.get_config(), workdir, make_job)
     assert files_in(workdir) == before
     holder.kill()
     assert holder.wait() == -signal.SIGKILL
@@ -60,17 +64,27 @@ def test_a_forked_reader_does_not_keep_the_lock(tmp_path):
     with owned(tmp_path):
         child = os.fork()
         if not child:
-            links = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
-                     if os.path.lexists(f"/proc/self/fd/{number}")]
+            links = [
+                os.readlink(f"/proc/self/fd/{number}")
+                for number in os.listdir("/proc/self/fd")
+                if os.path.lexists(f"/proc/self/fd/{number}")
+            ]
             os._exit(str(tmp_path / ".lock") in links)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("content, free", [
-    ({"host": socket.gethostname(), "pid": 2**22 + 5}, True), ({"host": socket.gethostname(), "pid": 2**70}, True),
-    ({"host": "elsewhere", "pid": 1}, False), ({"host": socket.gethostname(), "pid": os.getppid()}, False),
-    ("nonsense", True), ("[" * 10**5, True), ("\xff\0", True),
-])
+@pytest.mark.parametrize(
+    "content, free",
+    [
+        ({"host": socket.gethostname(), "pid": 2**22 + 5}, True),
+        ({"host": socket.gethostname(), "pid": 2**70}, True),
+        ({"host": "elsewhere", "pid": 1}, False),
+        ({"host": socket.gethostname(), "pid": os.getppid()}, False),
+        ("nonsense", True),
+        ("[" * 10**5, True),
+        ("\xff\0", True),
+    ],
+)
 def test_where_the_file_system_knows_no_locks_the_owner_in_the_file_counts(tmp_path, monkeypatch, content, free):
     def flock(file, kind):
         raise OSError(38, "Function not implemented")
@@ -90,7 +104,7 @@ def test_what_no_run_wrote_is_not_replaced(tmp_path, name):
     """A model's folder, somebody's log: the run would write files of these names."""
     (tmp_path / name).write_text('{"hidden_size": 7}')
     with pytest.raises(UserError, match=name):
-        train(line_job.get_config(), tmp_path)
+        train(line_job.get_config(), tmp_path, make_job)
     assert (tmp_path / name).read_text() == '{"hidden_size": 7}'
 
 

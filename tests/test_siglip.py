@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from lorweb_jax.encoders.image_encoder import load_image_encoder
-from lorweb_jax.encoders.processor import ImageProcessor
-from lorweb_jax.encoders.siglip import SiglipVision, load_siglip
+from lorweb_jax.models.image_encoder.encoder import load_image_encoder
+from lorweb_jax.models.image_encoder.processor import ImageProcessor
+from lorweb_jax.models.siglip.model import SiglipVision, load_siglip
 
 TOLERANCE = 1e-5
-VISION = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-              patch_size=8)
+VISION = dict(
+    hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
+)
 
 
 def relative(ours, theirs) -> float:
@@ -55,8 +56,10 @@ def test_whole_sharded_model_with_its_processor(tmp_path):
     processor.save_pretrained(tmp_path)
     encoder = load_image_encoder(tmp_path)
     assert isinstance(encoder.model, SiglipVision)
-    images = [np.random.default_rng(i).integers(0, 256, shape, np.uint8)
-              for i, shape in enumerate([(50, 37, 3), (32, 32, 3), (20, 90, 3)])]
+    images = [
+        np.random.default_rng(i).integers(0, 256, shape, np.uint8)
+        for i, shape in enumerate([(50, 37, 3), (32, 32, 3), (20, 90, 3)])
+    ]
     pixels = processor([Image.fromarray(image) for image in images], return_tensors="pt")
     assert relative(encoder.processor(images).transpose(0, 3, 1, 2), pixels["pixel_values"]) <= 1e-6
     assert relative(encoder.embed(images), theirs.get_image_features(**pixels)) <= TOLERANCE

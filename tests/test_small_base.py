@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lorweb_jax import Pipeline
-from lorweb_jax.data.drawings import load_drawings
-from lorweb_jax.data.operations import OPERATIONS, on_white
-from lorweb_jax.evaluation.base import draw
+from lorweb_jax.data.embedded.drawings import load_drawings
+from lorweb_jax.data.embedded.operations import OPERATIONS, on_white
+from lorweb_jax.small_base.evaluation import draw
 
 FOLDER = Path(__file__).parents[1] / "assets" / "small_kontext"
 TRAINING = json.loads((FOLDER / "training" / "base_transformer_config.json").read_text())
-SIDE = TRAINING["data"]["size"]          # of a quadrant, px
+SIDE = TRAINING["data"]["size"]  # of a quadrant, px
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,19 @@ def test_diffusers_makes_the_same_edit_from_the_same_noise(pipeline, theirs, dra
     prompt = "put a red frame around it"
     ours = pipeline.edit_batch([(a, a2, b)], [prompt], steps=3, noise=noise)[0]
     grid = Image.fromarray(np.block([[[a], [a2]], [[b], [b]]]))
-    image = theirs(image=grid, prompt=prompt, height=side, width=side, max_area=side * side, _auto_resize=False,
-                   num_inference_steps=3, guidance_scale=2.5, latents=torch.tensor(noise), output_type="np",
-                   max_sequence_length=pipeline.folder.text_tokens).images[0]
+    image = theirs(
+        image=grid,
+        prompt=prompt,
+        height=side,
+        width=side,
+        max_area=side * side,
+        _auto_resize=False,
+        num_inference_steps=3,
+        guidance_scale=2.5,
+        latents=torch.tensor(noise),
+        output_type="np",
+        max_sequence_length=pipeline.folder.text_tokens,
+    ).images[0]
     difference = np.abs(np.round(image[SIDE:, SIDE:] * 255) - ours)
     assert difference.max() <= 1
 
@@ -68,10 +78,20 @@ def test_diffusers_draws_the_same_from_text(pipeline, theirs):
     for cfg in (1.0, 3.0):
         noise = np.random.default_rng(1).standard_normal((1, (SIDE // 16) ** 2, 64)).astype(np.float32)
         ours = draw(pipeline, [prompt], SIDE, steps=3, cfg=cfg, noise=noise)[0]
-        image = theirs(prompt=prompt, negative_prompt="", true_cfg_scale=cfg, height=SIDE, width=SIDE,
-                       max_area=SIDE * SIDE, _auto_resize=False, num_inference_steps=3, guidance_scale=2.5,
-                       latents=torch.tensor(noise), output_type="np",
-                       max_sequence_length=pipeline.folder.text_tokens).images[0]
+        image = theirs(
+            prompt=prompt,
+            negative_prompt="",
+            true_cfg_scale=cfg,
+            height=SIDE,
+            width=SIDE,
+            max_area=SIDE * SIDE,
+            _auto_resize=False,
+            num_inference_steps=3,
+            guidance_scale=2.5,
+            latents=torch.tensor(noise),
+            output_type="np",
+            max_sequence_length=pipeline.folder.text_tokens,
+        ).images[0]
         assert np.abs(np.round(image * 255) - ours).max() <= 1
 
 
@@ -79,11 +99,14 @@ def test_base_follows_instructions_on_unseen_drawings(pipeline, drawings):
     """Told what to do with the last drawing, it comes nearer to the truth than doing nothing, summed over operations."""
     names = ["frame_red", "background_yellow", "filter_invert", "silhouette_black", "hide_left", "tint_blue"]
     done, nothing = 0.0, 0.0
-    conditions = [(on_white(drawings[3 * i]), on_white(drawings[3 * i + 1]), on_white(drawings[3 * i + 2]))
-                  for i in range(len(names))]
+    conditions = [
+        (on_white(drawings[3 * i]), on_white(drawings[3 * i + 1]), on_white(drawings[3 * i + 2]))
+        for i in range(len(names))
+    ]
     prompts = [f"{OPERATIONS[name].specific[0]} in the last picture" for name in names]
-    for name, (_, _, b), drawing, result in zip(names, conditions, drawings[2::3],
-                                                pipeline.edit_batch(conditions, prompts, steps=8)):
+    for name, (_, _, b), drawing, result in zip(
+        names, conditions, drawings[2::3], pipeline.edit_batch(conditions, prompts, steps=8)
+    ):
         truth = OPERATIONS[name].apply(drawing).astype(float)
         done += np.square(result - truth).mean()
         nothing += np.square(b - truth).mean()

@@ -6,14 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from lorweb_jax.data.drawing_sets import PHOTOGRAPH, SETS, DrawingSets
-from lorweb_jax.data.operations import LAST_ONLY, OPERATIONS, STYLES
-from lorweb_jax.training.small_base.captions import Captions
-from lorweb_jax.training.small_base.corpus import draw_batch, draw_canvases, draw_edits, look_up, make_corpus
+from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS, DrawingSets
+from lorweb_jax.data.embedded.operations import LAST_ONLY, OPERATIONS, STYLES
+from lorweb_jax.small_base.captions import Captions
+from lorweb_jax.small_base.corpus import draw_batch, draw_canvases, draw_edits, look_up, make_corpus
 
 SIGNS, PHOTOGRAPHS, N = 20, 6, 400
-SHARES = SimpleNamespace(style=0.4, last_only=0.5, edited_before=0.5, twice=0.5, vague=0.2, silent=0.1,
-                         caption_drop=0.1, condition_drop=0.3)
+SHARES = SimpleNamespace(
+    style=0.4, last_only=0.5, edited_before=0.5, twice=0.5, vague=0.2, silent=0.1, caption_drop=0.1, condition_drop=0.3
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,11 @@ def drawings():
     total = styles * SIGNS + PHOTOGRAPHS
     set_of = np.concatenate([np.repeat(np.arange(styles), SIGNS), np.full(PHOTOGRAPHS, PHOTOGRAPH)])
     sign = np.arange(total) % SIGNS
-    twins = np.where((set_of == PHOTOGRAPH)[:, None] | (np.arange(len(SETS)) == PHOTOGRAPH), -1,
-                     sign[:, None] + SIGNS * np.arange(len(SETS)))
+    twins = np.where(
+        (set_of == PHOTOGRAPH)[:, None] | (np.arange(len(SETS)) == PHOTOGRAPH),
+        -1,
+        sign[:, None] + SIGNS * np.arange(len(SETS)),
+    )
     columns = [["thing"] * total, [str(i) for i in sign], [""] * total, ["face-"] * total]
     return DrawingSets(np.zeros((total, 8, 8, 4), np.uint8), *columns, set_of, sign < 4, twins)
 
@@ -53,8 +57,11 @@ def test_an_instruction_says_what_becomes_of_the_drawings(corpus, drawings, capt
     """Every wording belongs to exactly one edit; it is carried out on all drawings or on the last, others stay."""
     corpus, _ = corpus
     edits, total = drawn(corpus, k), len(drawings)
-    told = {sentence: edit for edit in (*OPERATIONS.values(), *STYLES.values())
-            for sentence in (edit.instruction, *edit.specific)}
+    told = {
+        sentence: edit
+        for edit in (*OPERATIONS.values(), *STYLES.values())
+        for sentence in (edit.instruction, *edit.specific)
+    }
     ending = LAST_ONLY.format("")
     counted = dict.fromkeys(("all", "last", "style", "operation"), 0)
     for i, row in enumerate(edits.caption):
@@ -72,7 +79,9 @@ def test_an_instruction_says_what_becomes_of_the_drawings(corpus, drawings, capt
                 assert before == after
             elif edit in STYLES.values():
                 counted["style"] += 1
-                style = SETS.index(next(name for name in STYLES if drawings.set_of[after[0] % total] == SETS.index(name)))
+                style = SETS.index(
+                    next(name for name in STYLES if drawings.set_of[after[0] % total] == SETS.index(name))
+                )
                 assert after == (drawings.twins[before[0] % total, style] + before[0] // total * total, 0)
                 assert edit.instruction != text.removesuffix(ending) or drawings.set_of[before[0] % total] != style
                 if text.removesuffix(ending) in edit.specific:
@@ -92,10 +101,12 @@ def test_only_training_drawings_or_only_held_out_ones(corpus, drawings, captions
     batch = jax.device_get(drawn_batch(corpus, 40))
     drawing, edits, _, _ = batch.large
     canvas, _ = jax.device_get(draw_canvases(jax.random.key(1), corpus, 50, 0.3, 0.2))
-    pictures = [part for each in (batch.canvas, batch.single, batch.drawing, edits) for part in (each.before, each.after)]
+    pictures = [
+        part for each in (batch.canvas, batch.single, batch.drawing, edits) for part in (each.before, each.after)
+    ]
     for found in (drawing, canvas.drawing, *(picture.drawing for picture in pictures)):
         assert (drawings.held_out[found % len(drawings)] == held_out).all()
-    for picture in pictures:   # what needs a shape is not done to photographs
+    for picture in pictures:  # what needs a shape is not done to photographs
         on_photograph = drawings.set_of[picture.drawing % len(drawings)] == PHOTOGRAPH
         assert not (on_photograph & corpus.needs_shape[picture.operation]).any()
     assert (drawings.set_of[batch.canvas.before.drawing % len(drawings)] == PHOTOGRAPH).any()
@@ -118,16 +129,22 @@ def test_latents_are_those_of_what_was_drawn(corpus, drawings, captions):
     total, operations = 2 * len(drawings), 1 + len(OPERATIONS)
     number = np.arange(total * operations, dtype=np.float32).reshape(total, operations, 1, 1, 1)
     quadrants = np.broadcast_to(number, (total, operations, 2, 2, 3))
-    large = np.broadcast_to(-1 - np.arange(len(drawings), dtype=np.float32)[:, None, None, None], (len(drawings), 4, 4, 3))
+    large = np.broadcast_to(
+        -1 - np.arange(len(drawings), dtype=np.float32)[:, None, None, None], (len(drawings), 4, 4, 3)
+    )
     batch = drawn_batch(corpus, 5)
     found, again = look_up(jax.device_get(batch), quadrants, large), look_up(batch, quadrants, large)
     batch = jax.device_get(batch)
-    assert {name: len(form["caption"]) for name, form in found.items()} == dict(canvas=15, single=20, drawing=15, large=10)
+    assert {name: len(form["caption"]) for name, form in found.items()} == dict(
+        canvas=15, single=20, drawing=15, large=10
+    )
     for i, (drawing, operation) in enumerate(zip(batch.canvas.after.drawing, batch.canvas.after.operation)):
         four = drawing * operations + operation
         np.testing.assert_array_equal(found["canvas"]["latents"][i, ::2, ::2, 0], four.reshape(2, 2))
-    np.testing.assert_array_equal(found["single"]["condition"][:, 0, 0, 0],
-                                  batch.single.before.drawing[:, 0] * operations + batch.single.before.operation[:, 0])
+    np.testing.assert_array_equal(
+        found["single"]["condition"][:, 0, 0, 0],
+        batch.single.before.drawing[:, 0] * operations + batch.single.before.operation[:, 0],
+    )
     drawing, edits, dropped, caption = batch.large
     shown = found["large"]["latents"][:, 0, 0, 0]
     np.testing.assert_array_equal(shown[~dropped], -1 - drawing[~dropped])

@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-
 from golden import golden_dir
 from lora_files import DOWN_UP, flat, named
-from lorweb_jax.errors import UserError
-from lorweb_jax.weights import gguf_file, pretrained, safetensors_io
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.sources import recognise, recognise_all
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files import gguf_file, safetensors_io
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.pipeline import pretrained
+from lorweb_jax.pipeline.sources import recognise, recognise_all
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = golden_dir() / "tiny_pipeline"
@@ -28,8 +29,10 @@ E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 def single(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
     """The tiny pipeline's transformer and autoencoder in Black Forest Labs' names: {kind: tensors}."""
     out = tmp_path_factory.mktemp("single")
-    files = {kind: pretrained.convert(pretrained.recognise(PIPELINE / kind), "black_forest", out)[0]
-             for kind in ("transformer", "vae")}
+    files = {
+        kind: pretrained.convert(pretrained.recognise(PIPELINE / kind), "black_forest", out)[0]
+        for kind in ("transformer", "vae")
+    }
     return {kind: safetensors.numpy.load_file(file) for kind, file in files.items()}
 
 
@@ -44,7 +47,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], **metadata: str) -> Path:
 
 def converted(file: Path, out: Path, configs=CONFIGS[:1], dtype=None) -> dict[str, np.ndarray]:
     """The transformer that the converter makes of a file, in diffusers' names."""
-    source, = recognise_all(file, configs).sources
+    (source,) = recognise_all(file, configs).sources
     folder, _ = pretrained.convert(source, "diffusers", out, dtype)
     return safetensors.numpy.load_file(folder / WEIGHTS)
 
@@ -55,29 +58,35 @@ def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
         assert found[name].dtype == array.dtype and (found[name] == array).all(), name
 
 
-TEXT = {"text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight": np.zeros((2, 2)),
-        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((2, 2)),
-        "text_encoders.t5xxl.logit_scale": np.zeros(1)}
+TEXT = {
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight": np.zeros((2, 2)),
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((2, 2)),
+    "text_encoders.t5xxl.logit_scale": np.zeros(1),
+}
 
 
 @pytest.mark.parametrize("vae", ["vae.", "first_stage_model."])
 def test_all_in_one(vae, single, tmp_path):
     """Both models are taken, byte for byte those of the folders; what is left out is counted by what it is."""
-    file = write(tmp_path / "all.safetensors", prefixed("model.diffusion_model.", single["transformer"])
-                 | prefixed(vae, single["vae"]) | TEXT)
+    file = write(
+        tmp_path / "all.safetensors",
+        prefixed("model.diffusion_model.", single["transformer"]) | prefixed(vae, single["vae"]) | TEXT,
+    )
     found = recognise_all(file, CONFIGS)
     assert found.left_out == ["CLIP's text encoder (1 tensors)", "T5's text encoder (2 tensors)"]
     for source in found.sources:
         folder, _ = pretrained.convert(source, "diffusers", tmp_path / "out")
-        equal(safetensors.numpy.load_file(folder / WEIGHTS),
-              safetensors.numpy.load_file(PIPELINE / source.kind / WEIGHTS))
+        equal(
+            safetensors.numpy.load_file(folder / WEIGHTS), safetensors.numpy.load_file(PIPELINE / source.kind / WEIGHTS)
+        )
     assert {source.kind for source in found.sources} == {"transformer", "vae"}
     with pytest.raises(UserError, match="all.safetensors, an all-in-one checkpoint: its transformer has attention"):
         recognise_all(file)
 
 
-def scaled(tensors: dict[str, np.ndarray], spelling: str, dtype: np.dtype = E4M3, rows: bool = False
-           ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def scaled(
+    tensors: dict[str, np.ndarray], spelling: str, dtype: np.dtype = E4M3, rows: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(a file's tensors, the float32 weights that they stand for): matrices in fp8 with scales, the rest as it is."""
     file, expected, largest = {}, {}, float(ml_dtypes.finfo(dtype).max)
     for name, array in tensors.items():
@@ -93,8 +102,15 @@ def scaled(tensors: dict[str, np.ndarray], spelling: str, dtype: np.dtype = E4M3
     return file, expected
 
 
-@pytest.mark.parametrize("spelling,rows,dtype", [(".scale_weight", False, E4M3), (".weight_scale", False, E4M3),
-                                                 (".weight_scale", True, E4M3), (".scale_weight", False, E5M2)])
+@pytest.mark.parametrize(
+    "spelling,rows,dtype",
+    [
+        (".scale_weight", False, E4M3),
+        (".weight_scale", False, E4M3),
+        (".weight_scale", True, E4M3),
+        (".scale_weight", False, E5M2),
+    ],
+)
 def test_scaled_fp8(spelling, rows, dtype, single, tmp_path):
     """Each weight is its fp8 number times its scale, to the bit in float32: converted, and loaded as it is."""
     file, expected = scaled(single["transformer"], spelling, dtype, rows)
@@ -122,18 +138,23 @@ def test_fp8_of_newer_files(single, tmp_path):
     with pytest.raises(UserError, match='stored as "mxfp8"'):
         header = json.dumps({"layers": {layer: {"format": "mxfp8"}}})
         recognise(write(path, file, _quantization_metadata=header), CONFIGS[0])
-    plain = {name: array.astype(E4M3 if array.ndim == 2 else np.float32)
-             for name, array in single["transformer"].items()}
+    plain = {
+        name: array.astype(E4M3 if array.ndim == 2 else np.float32) for name, array in single["transformer"].items()
+    }
     written, _ = pretrained.convert(recognise(write(path, plain), CONFIGS[0]), "diffusers", tmp_path)
     assert Checkpoint(written).dtypes() == {"float32": 70, "float8_e4m3fn": 56}
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"x.scale_weight": np.ones(())}, 'the scale "x.scale_weight", but no "x.weight"'),
-    ({"single_blocks.0.linear1.scale_weight": np.array(-1.0)}, "holds -1.0, expected finite"),
-    ({"single_blocks.0.linear1.scale_weight": np.ones((7, 1))}, "one number or one a row"),
-    ({"single_blocks.0.linear1.weight_scale": np.ones(())}, "two scales of"),
-    ({"single_blocks.0.linear1.weight": np.ones((896, 128), np.int8)}, "in int8 with a scale")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"x.scale_weight": np.ones(())}, 'the scale "x.scale_weight", but no "x.weight"'),
+        ({"single_blocks.0.linear1.scale_weight": np.array(-1.0)}, "holds -1.0, expected finite"),
+        ({"single_blocks.0.linear1.scale_weight": np.ones((7, 1))}, "one number or one a row"),
+        ({"single_blocks.0.linear1.weight_scale": np.ones(())}, "two scales of"),
+        ({"single_blocks.0.linear1.weight": np.ones((896, 128), np.int8)}, "in int8 with a scale"),
+    ],
+)
 def test_scales_that_make_no_sense(change, message, single, tmp_path):
     file, _ = scaled(single["transformer"], ".scale_weight")
     with pytest.raises(UserError, match=f"x.safetensors.*{message}"):
@@ -161,8 +182,10 @@ def gguf_of(path: Path, tensors: dict[str, np.ndarray], kinds: list[str]) -> tup
 def test_gguf(kinds, single, tmp_path):
     """A GGUF transformer becomes what the package unpacks, to the bit, whatever is fused in it."""
     file, expected = gguf_of(tmp_path / "flux1-kontext-Q.gguf", single["transformer"], kinds)
-    equal(converted(file, tmp_path / "out", dtype=np.float32),
-          converted(write(tmp_path / "x.safetensors", expected), tmp_path / "expected"))
+    equal(
+        converted(file, tmp_path / "out", dtype=np.float32),
+        converted(write(tmp_path / "x.safetensors", expected), tmp_path / "expected"),
+    )
     weights = recognise(file, CONFIGS[0]).checkpoint
     name = "double_blocks.1.txt_attn.qkv.weight"
     assert (weights.read(name, 5, 90).astype(np.float32) == expected[name][5:90]).all()
@@ -191,7 +214,7 @@ def test_damaged_gguf(single, tmp_path):
     changed = [data[:n] for n in range(4, 200, 7)]
     for _ in range(300):
         byte = int(random.integers(4, 200))
-        changed.append(data[:byte] + bytes([int(random.integers(256))]) + data[byte + 1:])
+        changed.append(data[:byte] + bytes([int(random.integers(256))]) + data[byte + 1 :])
     for mutated in changed:
         bad.write_bytes(mutated)
         try:
@@ -202,19 +225,27 @@ def test_damaged_gguf(single, tmp_path):
 
 ONE = np.zeros((2, 2), np.float32)
 NAMED = {
-    "a LoRA in Black Forest Labs' names": {"double_blocks.0.img_attn.qkv.lora_A.weight": ONE,
-                                           "single_blocks.0.linear1.lora_A.weight": ONE},
+    "a LoRA in Black Forest Labs' names": {
+        "double_blocks.0.img_attn.qkv.lora_A.weight": ONE,
+        "single_blocks.0.linear1.lora_A.weight": ONE,
+    },
     "a LoRA in kohya's names": named({"double_blocks.0.img_mlp.0": (ONE, ONE)}, "lora_unet_", DOWN_UP, flat),
     "a LoRWeB basis": {"transformer.single_transformer_blocks.0.proj_out.lora_keys": ONE},
-    "packed in bitsandbytes' 4 bits": {"single_blocks.0.linear1.weight": ONE,
-                                       "single_blocks.0.linear1.weight.absmax": ONE},
-    "packed by SVDQuant": {"single_transformer_blocks.0.mlp_fc1.qweight": ONE,
-                           "single_transformer_blocks.0.mlp_fc1.wscales": ONE},
+    "packed in bitsandbytes' 4 bits": {
+        "single_blocks.0.linear1.weight": ONE,
+        "single_blocks.0.linear1.weight.absmax": ONE,
+    },
+    "packed by SVDQuant": {
+        "single_transformer_blocks.0.mlp_fc1.qweight": ONE,
+        "single_transformer_blocks.0.mlp_fc1.wscales": ONE,
+    },
     "in fp8 with a scale for each block": {"single_blocks.0.linear1.weight_scale_inv": ONE},
     "a FLUX.2 transformer": {"single_blocks.0.linear1.weight": ONE, "double_stream_modulation_img.lin.weight": ONE},
     "a Chroma transformer": {"single_blocks.0.linear1.weight": ONE, "distilled_guidance_layer.in_proj.weight": ONE},
-    "a Stable Diffusion 1, 2 or XL model": {"model.diffusion_model.input_blocks.1.0.in_layers.0.weight": ONE,
-                                            "first_stage_model.encoder.down.0.block.0.conv1.weight": ONE},
+    "a Stable Diffusion 1, 2 or XL model": {
+        "model.diffusion_model.input_blocks.1.0.in_layers.0.weight": ONE,
+        "first_stage_model.encoder.down.0.block.0.conv1.weight": ONE,
+    },
     "a T5 text encoder": {"encoder.block.0.layer.0.SelfAttention.q.weight": ONE},
     "a CLIP or SigLIP model with its text encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": ONE},
     "an image encoder": {"vision_model.encoder.layers.0.mlp.fc1.weight": ONE},
@@ -228,9 +259,15 @@ def test_what_it_is(name, tmp_path):
         recognise_all(write(tmp_path / "x.safetensors", NAMED[name]))
 
 
-@pytest.mark.parametrize("begins,what", [
-    (b"PK\x03\x04", "PyTorch's pickle"), (b"version https://git-lfs.", "Git LFS pointer"),
-    (b"<!DOCTYPE html>", "a web page"), (b'{"a": 1}', "JSON text")])
+@pytest.mark.parametrize(
+    "begins,what",
+    [
+        (b"PK\x03\x04", "PyTorch's pickle"),
+        (b"version https://git-lfs.", "Git LFS pointer"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b'{"a": 1}', "JSON text"),
+    ],
+)
 def test_what_it_is_by_its_beginning(begins, what, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(begins + bytes(100))
     with pytest.raises(UserError, match=f"x.safetensors is not a safetensors file, but .*{what}"):
@@ -239,8 +276,9 @@ def test_what_it_is_by_its_beginning(begins, what, tmp_path):
 
 def test_incomplete_files_are_named(single, tmp_path):
     """What is missing is told with the file's name, and that it is an all-in-one checkpoint if it is one."""
-    few = {name: array for name, array in single["transformer"].items()
-           if name.startswith(("img_in", "single_blocks.0"))}
+    few = {
+        name: array for name, array in single["transformer"].items() if name.startswith(("img_in", "single_blocks.0"))
+    }
     with pytest.raises(UserError, match="x.safetensors: the FLUX transformer has no double_blocks"):
         recognise_all(write(tmp_path / "x.safetensors", few))
     file = write(tmp_path / "x.safetensors", prefixed("model.diffusion_model.", few) | TEXT)
@@ -251,10 +289,19 @@ def test_incomplete_files_are_named(single, tmp_path):
 def test_command(single, tmp_path):
     """The converter on an all-in-one checkpoint with scaled fp8: two folders, and lines that say what became of it."""
     file, _ = scaled(single["transformer"], ".scale_weight")
-    path = write(tmp_path / "all.safetensors",
-                 prefixed("model.diffusion_model.", file) | prefixed("vae.", single["vae"]) | TEXT)
-    command = [sys.executable, ROOT / "tools" / "convert_flux_weights.py", path, "--to", "diffusers",
-               "--out", tmp_path / "out", *(f"--config={config}" for config in CONFIGS)]
+    path = write(
+        tmp_path / "all.safetensors", prefixed("model.diffusion_model.", file) | prefixed("vae.", single["vae"]) | TEXT
+    )
+    command = [
+        sys.executable,
+        ROOT / "tools" / "convert_flux_weights.py",
+        path,
+        "--to",
+        "diffusers",
+        "--out",
+        tmp_path / "out",
+        *(f"--config={config}" for config in CONFIGS),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "left out CLIP's text encoder (1 tensors), T5's" in done.stdout and " of scaled float8_e4m3fn" in done.stdout

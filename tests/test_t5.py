@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
 from golden import golden_dir
-from lorweb_jax.encoders.t5 import TABLE, T5Config, T5Encoder, load_t5, relative_position_buckets
-from lorweb_jax.errors import UserError
-from lorweb_jax.weights import safetensors_io
-from lorweb_jax.weights.state import flat_state
-from lorweb_jax.weights.table import tensors_of
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files import safetensors_io
+from lorweb_jax.files.state import flat_state
+from lorweb_jax.files.table import tensors_of
+from lorweb_jax.models.t5.model import TABLE, T5Config, T5Encoder, load_t5, relative_position_buckets
 
 TOLERANCE = 1e-5
 FOLDER = golden_dir() / "tiny_pipeline" / "text_encoder_2"
@@ -35,11 +35,14 @@ def test_equals_transformers_with_and_without_mask(tmp_path, feed_forward_proj):
     from transformers import T5EncoderModel
 
     torch.manual_seed(0)
-    theirs = T5EncoderModel(TheirConfig(vocab_size=50, d_model=24, d_kv=6, d_ff=40, num_layers=3, num_heads=4,
-                                        feed_forward_proj=feed_forward_proj)).eval()
+    theirs = T5EncoderModel(
+        TheirConfig(
+            vocab_size=50, d_model=24, d_kv=6, d_ff=40, num_layers=3, num_heads=4, feed_forward_proj=feed_forward_proj
+        )
+    ).eval()
     for parameter in theirs.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter)
-    theirs.save_pretrained(tmp_path, max_shard_size="10KB")             # sharded, as FLUX's is
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")  # sharded, as FLUX's is
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours = load_t5(tmp_path)
     ids = np.random.default_rng(0).integers(0, 50, (2, 40)).astype(np.int32)
@@ -91,7 +94,16 @@ def test_gradient_reaches_every_weight_and_remat_keeps_it():
 
 def test_other_feed_forwards_are_refused():
     with pytest.raises(UserError, match="gated-silu"):
-        T5Config.from_json({"vocab_size": 5, "d_model": 4, "d_kv": 2, "d_ff": 8, "num_layers": 1, "num_heads": 2,
-                            "feed_forward_proj": "gated-silu"})
+        T5Config.from_json(
+            {
+                "vocab_size": 5,
+                "d_model": 4,
+                "d_kv": 2,
+                "d_ff": 8,
+                "num_layers": 1,
+                "num_heads": 2,
+                "feed_forward_proj": "gated-silu",
+            }
+        )
     with pytest.raises(UserError, match="vocab_size"):
         T5Config.from_json({"model_type": "clip"})

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-
 from golden import golden_dir
-from lorweb_jax.encoders.small_tokenizers import train_small_tokenizers
-from lorweb_jax.encoders.tokenizers import load_clip_tokenizer, load_t5_tokenizer, tokenize_clip, tokenize_t5
-from lorweb_jax.errors import UserError
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.tokenizers.folder import load_clip_tokenizer, load_t5_tokenizer, tokenize_clip, tokenize_t5
+from lorweb_jax.small_base.tokenizers import train_small_tokenizers
 
 PIPELINE = golden_dir() / "tiny_pipeline"
 SMALL = Path(__file__).parent.parent / "assets" / "small_kontext"
@@ -32,12 +32,34 @@ def test_ids_equal_golden():
 
 
 TEXTS = [
-    "Put it  upside down, please.", "", "   ", " leading and trailing ", "a\tb\nc\r\nd", "DON'T I'll we've 's 'Tis", "it's",
-    "3 x 4.5e6 = 0", "a!!!???...", "under_score-dash\u2014em", "\u201cquotes\u201d \u2018s", "&amp; <b>", "caf\u00e9 e\u0301 A\u030a",
-    "\u0130stanbul STRASSE \u00df", "x\u00b2 \u00bd \u2460", "nbsp\u00a0x\u3000y\u2028z", "zero\u200bwidth a\u00adb \ufeffbom",
-    "nul\x00 \x01 \x7f \x85 \x1c.", "\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467", "\u732bcat\u732b \u65e5\u672c\u8a9e \u306e",
-    "\ud55c\uad6d\uc5b4 \u0645\u0631\u062d\u0628\u0627 \u0915\u094d\u0937\u093f", "\ue000private \uff21\uff46 \ufb01 \u01c5", "<|endoftext|> inside",
-    "<|EndOfText|>x<|startoftext|>", "</s> z <pad>", "x <extra_id_3> y<extra_id_0>", "word " * 200]
+    "Put it  upside down, please.",
+    "",
+    "   ",
+    " leading and trailing ",
+    "a\tb\nc\r\nd",
+    "DON'T I'll we've 's 'Tis",
+    "it's",
+    "3 x 4.5e6 = 0",
+    "a!!!???...",
+    "under_score-dash\u2014em",
+    "\u201cquotes\u201d \u2018s",
+    "&amp; <b>",
+    "caf\u00e9 e\u0301 A\u030a",
+    "\u0130stanbul STRASSE \u00df",
+    "x\u00b2 \u00bd \u2460",
+    "nbsp\u00a0x\u3000y\u2028z",
+    "zero\u200bwidth a\u00adb \ufeffbom",
+    "nul\x00 \x01 \x7f \x85 \x1c.",
+    "\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\u732bcat\u732b \u65e5\u672c\u8a9e \u306e",
+    "\ud55c\uad6d\uc5b4 \u0645\u0631\u062d\u0628\u0627 \u0915\u094d\u0937\u093f",
+    "\ue000private \uff21\uff46 \ufb01 \u01c5",
+    "<|endoftext|> inside",
+    "<|EndOfText|>x<|startoftext|>",
+    "</s> z <pad>",
+    "x <extra_id_3> y<extra_id_0>",
+    "word " * 200,
+]
 # Letters of all kinds. What Unicode got lately, and most of what lies beyond 16 bits, has other properties in Python's
 # tables than in those of tokenizers.
 _LETTERS = [chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
@@ -57,14 +79,18 @@ def theirs():
 def test_ids_are_those_of_transformers(base, theirs):
     clip = theirs.CLIPTokenizer.from_pretrained(base / "tokenizer")
     t5 = theirs.T5TokenizerFast.from_pretrained(base / "tokenizer_2")
-    for tokenizer, tokenize, folder, length in ((clip, tokenize_clip, "tokenizer", 77),
-                                                (t5, tokenize_t5, "tokenizer_2", 40)):
+    for tokenizer, tokenize, folder, length in (
+        (clip, tokenize_clip, "tokenizer", 77),
+        (t5, tokenize_t5, "tokenizer_2", 40),
+    ):
         expected = tokenizer(TEXTS + RANDOM, padding="max_length", truncation=True, max_length=length)["input_ids"]
         np.testing.assert_array_equal(tokenize(TEXTS + RANDOM, base / folder, length), expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"legacy": False}, {"add_prefix_space": False}, {"extra_ids": 3},
-                                      {"add_prefix_space": True, "legacy": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"legacy": False}, {"add_prefix_space": False}, {"extra_ids": 3}, {"add_prefix_space": True, "legacy": True}],
+)
 def test_a_bare_spiece_model(settings, tmp_path, theirs):
     """As transformers converts it; add_prefix_space, where it is set, goes before what tokenizer.json says."""
     shutil.copy(PIPELINE / "tokenizer_2" / "spiece.model", tmp_path)
@@ -168,10 +194,12 @@ def test_the_small_bases_are_read_by_transformers(small, theirs, tmp_path):
                 if path.name == "special_tokens_map.json":
                     written["pad_token"] = "either as a text or with options"
             assert again == ours, path.name
-    np.testing.assert_array_equal(t5(texts, padding="max_length", max_length=16)["input_ids"],
-                                  tokenize_t5(texts, folder / "tokenizer_2", 16))
-    np.testing.assert_array_equal(clip(texts, padding="max_length", max_length=77)["input_ids"],
-                                  tokenize_clip(texts, folder / "tokenizer"))
+    np.testing.assert_array_equal(
+        t5(texts, padding="max_length", max_length=16)["input_ids"], tokenize_t5(texts, folder / "tokenizer_2", 16)
+    )
+    np.testing.assert_array_equal(
+        clip(texts, padding="max_length", max_length=77)["input_ids"], tokenize_clip(texts, folder / "tokenizer")
+    )
 
 
 def test_missing_files_and_words_are_named(tmp_path):

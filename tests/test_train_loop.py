@@ -16,11 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from lorweb_jax import sharding
-from lorweb_jax.errors import UserError, told
-from lorweb_jax.train import train
-from lorweb_jax.training import checkpoints, checksums
-from lorweb_jax.training.checkpoints import restore_trainables
+from lorweb_jax.common.errors import UserError, told
+from lorweb_jax.jobs import make_job
+from lorweb_jax.nn import sharding
+from lorweb_jax.runs import checkpoints, checksums
+from lorweb_jax.runs.checkpoints import restore_trainables
+from lorweb_jax.training.loop import train
 from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
 from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
 from lorweb_jax.training.step import make_update
@@ -36,13 +37,17 @@ def losses(workdir: Path) -> dict[int, float]:
 def start(workdir: Path, *options: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "lorweb_jax.main", f"--config={LINE_JOB}", f"--workdir={workdir}", *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("whole")
-    train(line_job.get_config(), workdir)
+    train(line_job.get_config(), workdir, make_job)
     return workdir
 
 
@@ -87,7 +92,8 @@ def test_only_trainables_reach_optimizer_and_checkpoint_and_frozen_are_arguments
     opt_state = optimizer.init(trainable)
     assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (4, 4)}
     step = jax.make_jaxpr(make_update(job, layout, optimizer, 0))(
-        trainable, opt_state, frozen, {"x": jnp.zeros((8, 4))}, np.uint32(0))
+        trainable, opt_state, frozen, {"x": jnp.zeros((8, 4))}, np.uint32(0)
+    )
     assert all(np.size(constant) <= 1 for constant in step.consts)
 
 
@@ -110,9 +116,9 @@ def test_a_run_killed_at_three_moments_is_the_whole_run_to_the_bit(whole_run, tm
                 return True
         return False
 
-    kill_when(lambda step: step == 3)    # before the first checkpoint
+    kill_when(lambda step: step == 3)  # before the first checkpoint
     kill_when(writing)
-    kill_when(lambda step: step == 18)   # between two checkpoints
+    kill_when(lambda step: step == 18)  # between two checkpoints
     last = start(workdir, "--config.line.pause=0.02")
     output, errors = last.communicate()
     assert last.returncode == 0, errors
@@ -123,21 +129,22 @@ def test_a_run_killed_at_three_moments_is_the_whole_run_to_the_bit(whole_run, tm
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_exactly(tmp_path, monkeypatch):
     config = line_job.get_config("average")
-    config.train.log_every = 4          # step 7, where it is stopped, is within an interval of the log
+    config.train.log_every = 4  # step 7, where it is stopped, is within an interval of the log
     config.train.checkpoint_every = 50
-    train(config, tmp_path / "whole")
+    train(config, tmp_path / "whole", make_job)
 
     def next_batch(self):
         if self.position == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self)
+
     real = line_job.Points.__next__
     with monkeypatch.context() as patch:
         patch.setattr(line_job.Points, "__next__", next_batch)
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "run", make_job)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["7"]
     assert not (tmp_path / "run/slope.npy").exists()
-    train(config, tmp_path / "run")
+    train(config, tmp_path / "run", make_job)
     assert (tmp_path / "run/log.txt").read_bytes() == (tmp_path / "whole/log.txt").read_bytes()
     # The averaged weights are what is exported and restored.
     exported = np.load(tmp_path / "run/slope.npy")
@@ -155,10 +162,10 @@ def test_sigterm_in_the_middle_of_a_checkpoint_loses_nothing(whole_run, tmp_path
         real(folder)
 
     monkeypatch.setattr(checksums, "write", write)
-    assert not train(line_job.get_config(), tmp_path)
+    assert not train(line_job.get_config(), tmp_path, make_job)
     assert checksums.damage(tmp_path / "checkpoints" / str(max(checkpoints.complete_steps(tmp_path)))) is None
     for _ in range(2):
-        if train(line_job.get_config(), tmp_path):
+        if train(line_job.get_config(), tmp_path, make_job):
             break
     assert (tmp_path / "log.txt").read_bytes() == (whole_run / "log.txt").read_bytes()
     np.testing.assert_array_equal(np.load(tmp_path / "slope.npy"), np.load(whole_run / "slope.npy"))
@@ -177,7 +184,7 @@ def test_a_folder_that_vanishes_while_a_run_writes_it(tmp_path, monkeypatch, gon
     real = line_job.Points.__next__
     monkeypatch.setattr(line_job.Points, "__next__", next_batch)
     with pytest.raises((UserError, OSError)) as caught:
-        train(line_job.get_config(), tmp_path / "run")
+        train(line_job.get_config(), tmp_path / "run", make_job)
     message, status = told(caught.value)
     assert status == 1 and str(tmp_path / "run") in message and "\n" not in message
 
@@ -208,9 +215,9 @@ def test_schedules():
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, log_every):
     config = line_job.get_config()
     config.train.log_every = log_every
-    config.line.bad_step = 11            # the 12th step
+    config.line.bad_step = 11  # the 12th step
     with pytest.raises(UserError, match="the loss is nan at step 12"):
-        train(config, tmp_path)
+        train(config, tmp_path, make_job)
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 10
     assert np.isfinite(restore_trainables(tmp_path)[0]["slope"]).all()
 
@@ -222,22 +229,24 @@ def test_pictures_that_fail_do_not_end_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(line_job.LineJob, "show", show)
     config = line_job.get_config()
     config.train.steps = config.train.picture_every = 2
-    assert train(config, tmp_path) and (tmp_path / "slope.npy").exists()
-    assert capsys.readouterr().err == ("pictures of step 2 could not be made, the run goes on without: RuntimeError: "
-                                       "RESOURCE_EXHAUSTED: out of memory\n")
+    assert train(config, tmp_path, make_job) and (tmp_path / "slope.npy").exists()
+    assert capsys.readouterr().err == (
+        "pictures of step 2 could not be made, the run goes on without: RuntimeError: "
+        "RESOURCE_EXHAUSTED: out of memory\n"
+    )
 
 
 def test_a_run_folder_of_another_config_is_refused(whole_run):
     config = line_job.get_config()
     config.optimizer.b2 = 0.5
     with pytest.raises(UserError, match="optimizer.b2 was 0.99 and is 0.5"):
-        train(config, whole_run)
+        train(config, whole_run, make_job)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        train(line_job.get_config(), tmp_path / "file" / "run")
+        train(line_job.get_config(), tmp_path / "file" / "run", make_job)
 
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_due(tmp_path, monkeypatch):
@@ -245,19 +254,24 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_due(tmp_path, monkeypatch):
     saves = iter([1e9, 100])
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(saves)))
     with pytest.raises(UserError, match="could not be written.*MB are free.*goes on from step 5"):
-        train(config, tmp_path)
+        train(config, tmp_path, make_job)
     assert restore_trainables(tmp_path, step=5)[0].keys() == {"slope"}
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tmp_path):
     """A limit on the size of files, set before the third save, stands in for the disk."""
-    command = ("import resource, lorweb_jax.main as m, lorweb_jax.training.checkpoints as c;"
-               "from lorweb_jax.errors import run_command; real = c.Checkpoints.save;"
-               "limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size));"
-               "c.Checkpoints.save = lambda self, step, *a: (step == 15 and limit(64), real(self, step, *a));"
-               "run_command(m.command)")
-    run = subprocess.run([sys.executable, "-c", command, f"--config={LINE_JOB}", f"--workdir={tmp_path / 'run'}"],
-                         capture_output=True, text=True)
+    command = (
+        "import resource, lorweb_jax.main as m, lorweb_jax.runs.checkpoints as c;"
+        "from lorweb_jax.common.errors import run_command; real = c.Checkpoints.save;"
+        "limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size));"
+        "c.Checkpoints.save = lambda self, step, *a: (step == 15 and limit(64), real(self, step, *a));"
+        "run_command(m.command)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", command, f"--config={LINE_JOB}", f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 1
     assert re.search("^error: .*could not be written.*File too large", run.stderr, re.MULTILINE), run.stderr
     assert checkpoints.Checkpoints(tmp_path / "run").latest() in (5, 10)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import golden_dir
 from safetensors.numpy import load_file
 
-from golden import golden_dir
-from lorweb_jax.errors import UserError
-from lorweb_jax.latents.vae import AutoencoderKL, VAEConfig
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
 
 TOLERANCE = 1e-5
 
@@ -69,10 +69,18 @@ def test_encode_and_decode_equal_diffusers(folder, size):
     compare(folder, size)
 
 
-@pytest.mark.parametrize("settings", [
-    {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True},
-    {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False, "layers_per_block": 2},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True},
+        {
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": False,
+            "layers_per_block": 2,
+        },
+    ],
+)
 def test_other_configs_equal_diffusers(tmp_path, settings):
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -114,9 +122,15 @@ def test_a_sample_has_the_posteriors_mean_and_variance(folder):
     assert abs((draws.var(0) / sigma**2).mean() - 1) <= 0.05
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"act_fn": "gelu"}, "act_fn"), ({"latents_mean": [0.0]}, "latents_mean"),
-    ({"down_block_types": ["AttnDownBlock2D"]}, "AttnDownBlock2D"), ({"norm_num_groups": 3}, "norm_num_groups")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"act_fn": "gelu"}, "act_fn"),
+        ({"latents_mean": [0.0]}, "latents_mean"),
+        ({"down_block_types": ["AttnDownBlock2D"]}, "AttnDownBlock2D"),
+        ({"norm_num_groups": 3}, "norm_num_groups"),
+    ],
+)
 def test_an_unsupported_config_is_a_user_error(folder, change, words):
     config = json.loads((folder / "config.json").read_text()) | change
     with pytest.raises(UserError, match=words):

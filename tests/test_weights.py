@@ -10,12 +10,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Conv, LayerNorm, Linear, stacked
-from lorweb_jax.weights import state
-from lorweb_jax.weights.checkpoint import Checkpoint
-from lorweb_jax.weights.safetensors_io import Spec, write, write_sharded, write_stream
-from lorweb_jax.weights.table import CONV, LINEAR, Layout, Row, Stored, tensors_of
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.files import state
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.files.safetensors_io import Spec, write, write_sharded, write_stream
+from lorweb_jax.files.table import CONV, LINEAR, Layout, Row, Stored, tensors_of
+from lorweb_jax.nn.layers import Conv, LayerNorm, Linear, stacked
 
 
 class Block(nnx.Module):
@@ -34,11 +34,16 @@ class Model(nnx.Module):
 
 
 ROWS = [
-    Row("blocks.left.kernel", "layer.{l}.fused.weight", LINEAR), Row("blocks.left.bias", "layer.{l}.fused.bias"),
-    Row("blocks.right.kernel", "layer.{l}.fused.weight", LINEAR), Row("blocks.right.bias", "layer.{l}.fused.bias"),
-    ("blocks.norm.scale", "layer.{l}.norm.weight", None), ("blocks.norm.bias", "layer.{l}.norm.bias", None),
-    Row("convs.0.kernel", "conv.weight", CONV), Row("convs.0.bias", "conv.bias"),
-    Row("last.kernel", "last.weight", (2, 3, 1, 0), swapped=True), Row("absent.kernel", "absent.weight", LINEAR),
+    Row("blocks.left.kernel", "layer.{l}.fused.weight", LINEAR),
+    Row("blocks.left.bias", "layer.{l}.fused.bias"),
+    Row("blocks.right.kernel", "layer.{l}.fused.weight", LINEAR),
+    Row("blocks.right.bias", "layer.{l}.fused.bias"),
+    ("blocks.norm.scale", "layer.{l}.norm.weight", None),
+    ("blocks.norm.bias", "layer.{l}.norm.bias", None),
+    Row("convs.0.kernel", "conv.weight", CONV),
+    Row("convs.0.bias", "conv.bias"),
+    Row("last.kernel", "last.weight", (2, 3, 1, 0), swapped=True),
+    Row("absent.kernel", "absent.weight", LINEAR),
 ]
 
 
@@ -53,7 +58,8 @@ def test_flat_state_and_build_are_inverses(model):
     assert flat["blocks.left.kernel"].shape == (3, 4, 4)
     shapes = state.shapes(Model)
     assert {path: (s.shape, s.dtype) for path, s in shapes.items()} == {
-        path: (a.shape, a.dtype) for path, a in flat.items()}
+        path: (a.shape, a.dtype) for path, a in flat.items()
+    }
     values = {path: np.full(a.shape, k, ml_dtypes.bfloat16) for k, (path, a) in enumerate(flat.items())}
     built = state.flat_state(state.build(Model, values))
     for path in values:
@@ -64,14 +70,19 @@ def test_build_lists_what_differs(model):
     flat = state.flat_state(model)
     flat["stray"] = flat.pop("last.kernel")
     flat["convs.0.bias"] = jnp.zeros(7)
-    with pytest.raises(UserError, match=r"3 places(.|\n)*− last.kernel \[6, 8\](.|\n)*\+ stray(.|\n)*"
-                                        r"± convs.0.bias: found \[7\], expected \[5\]"):
+    with pytest.raises(
+        UserError,
+        match=r"3 places(.|\n)*− last.kernel \[6, 8\](.|\n)*\+ stray(.|\n)*"
+        r"± convs.0.bias: found \[7\], expected \[5\]",
+    ):
         state.build(Model, flat)
 
 
 def test_table_is_its_own_inverse_and_lies_as_said(model, tmp_path):
-    flat = {path: np.asarray(jax.random.normal(jax.random.key(k), a.shape))
-            for k, (path, a) in enumerate(state.flat_state(model).items())}
+    flat = {
+        path: np.asarray(jax.random.normal(jax.random.key(k), a.shape))
+        for k, (path, a) in enumerate(state.flat_state(model).items())
+    }
     specs, produce = tensors_of(flat, ROWS)
     write_stream(tmp_path / "model.safetensors", specs, produce)
     theirs = safetensors.numpy.load_file(tmp_path / "model.safetensors")
@@ -91,8 +102,9 @@ def test_table_is_its_own_inverse_and_lies_as_said(model, tmp_path):
 def test_table_is_strict(model, tmp_path):
     specs, produce = tensors_of(state.flat_state(model), ROWS)
     wrong = {key: spec for key, spec in specs.items() if key != "conv.bias"} | {"extra": Spec((2,), np.float32)}
-    write_stream(tmp_path / "m.safetensors", wrong,
-                 lambda key: np.zeros(2, np.float32) if key == "extra" else produce(key))
+    write_stream(
+        tmp_path / "m.safetensors", wrong, lambda key: np.zeros(2, np.float32) if key == "extra" else produce(key)
+    )
     with pytest.raises(UserError, match=r"− conv.bias \[5\]: missing\n  \+ extra \[2\]"):
         Stored(Checkpoint(tmp_path), ROWS, state.shapes(Model)).load()
     with pytest.raises(UserError, match="no row for blocks.norm.bias"):
@@ -100,9 +112,15 @@ def test_table_is_strict(model, tmp_path):
 
 
 def arrays(rng):
-    return {"w": rng.normal(size=(7, 3)).astype(np.float32), "h": rng.normal(size=(5,)).astype(np.float16),
-            "b": rng.normal(size=(2, 3)).astype(ml_dtypes.bfloat16), "i": np.arange(4), "s": np.array(3, np.float32),
-            "u": np.arange(3, dtype=np.uint8), "e": np.zeros((0, 2), np.float32)}
+    return {
+        "w": rng.normal(size=(7, 3)).astype(np.float32),
+        "h": rng.normal(size=(5,)).astype(np.float16),
+        "b": rng.normal(size=(2, 3)).astype(ml_dtypes.bfloat16),
+        "i": np.arange(4),
+        "s": np.array(3, np.float32),
+        "u": np.arange(3, dtype=np.uint8),
+        "e": np.zeros((0, 2), np.float32),
+    }
 
 
 def test_files_are_those_of_the_safetensors_package(tmp_path):
@@ -139,11 +157,15 @@ def test_bad_files_are_one_sentence(tmp_path):
     good = tmp_path / "good.safetensors"
     write(good, arrays(np.random.default_rng(0)))
     whole = good.read_bytes()
-    cases = {"cut": (whole[:-3], "cut short: .* expected"), "headless": (whole[:40], "cut short within its header"),
-             "empty": (b"", "not a safetensors file"), "zip": (b"PK\x03\x04" + bytes(200), "not a safetensors file"),
-             "text": (b"version https://git-lfs.github.com/spec/v1\n" * 5, "not a safetensors file"),
-             "json": ((2).to_bytes(8, "little") + b"[]", "not a safetensors file"),
-             "sizes": (whole.replace(b'"shape":[7,3]', b'"shape":[7,4]'), "does not agree with its shape")}
+    cases = {
+        "cut": (whole[:-3], "cut short: .* expected"),
+        "headless": (whole[:40], "cut short within its header"),
+        "empty": (b"", "not a safetensors file"),
+        "zip": (b"PK\x03\x04" + bytes(200), "not a safetensors file"),
+        "text": (b"version https://git-lfs.github.com/spec/v1\n" * 5, "not a safetensors file"),
+        "json": ((2).to_bytes(8, "little") + b"[]", "not a safetensors file"),
+        "sizes": (whole.replace(b'"shape":[7,3]', b'"shape":[7,4]'), "does not agree with its shape"),
+    }
     for name, (content, message) in cases.items():
         file = tmp_path / f"{name}.safetensors"
         file.write_bytes(content)

@@ -5,12 +5,21 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
-from lorweb_jax.transformer.flux import Flux, FluxConfig
-from lorweb_jax.weights.pretrained import load_transformer
-from lorweb_jax.weights.state import build
+from lorweb_jax.files.state import build
+from lorweb_jax.models.flux1.model import Flux, FluxConfig
+from lorweb_jax.pipeline.pretrained import load_transformer
 
-SIZES = dict(in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=20, num_attention_heads=2,
-             joint_attention_dim=24, pooled_projection_dim=12, guidance_embeds=True, axes_dims_rope=(4, 6, 10))
+SIZES = dict(
+    in_channels=16,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=20,
+    num_attention_heads=2,
+    joint_attention_dim=24,
+    pooled_projection_dim=12,
+    guidance_embeds=True,
+    axes_dims_rope=(4, 6, 10),
+)
 NAMES = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")
 
 
@@ -40,9 +49,14 @@ def inputs(batch: int = 2, seed: int = 0, text_tokens: int = 5) -> dict[str, np.
     y, x = np.divmod(np.arange(6), 3)
     ids = [np.stack([np.full(6, image), y, x], -1) for image in (0, 1)]
     values = dict(
-        hidden_states=random.normal(size=(batch, 12, 16)), encoder_hidden_states=random.normal(size=(batch, text_tokens, 24)),
-        pooled_projections=random.normal(size=(batch, 12)), timestep=np.linspace(0.1, 0.2, batch),
-        guidance=np.linspace(0.3, 0.1, batch), img_ids=np.concatenate(ids), txt_ids=np.zeros((text_tokens, 3)))
+        hidden_states=random.normal(size=(batch, 12, 16)),
+        encoder_hidden_states=random.normal(size=(batch, text_tokens, 24)),
+        pooled_projections=random.normal(size=(batch, 12)),
+        timestep=np.linspace(0.1, 0.2, batch),
+        guidance=np.linspace(0.3, 0.1, batch),
+        img_ids=np.concatenate(ids),
+        txt_ids=np.zeros((text_tokens, 3)),
+    )
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 

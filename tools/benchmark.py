@@ -47,13 +47,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.command_line import Parser, positive  # noqa: E402  (the path above comes first)
-from lorweb_jax.errors import UserError, run_command  # noqa: E402
-from lorweb_jax.outputs import require_writable, write_text  # noqa: E402
+from lorweb_jax.common.command_line import Parser, positive  # noqa: E402  (the path above comes first)
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.outputs import require_writable, write_text  # noqa: E402
 
 
 def one_or_more(*choices: str):
     """A parser of comma-separated lists of these choices."""
+
     def listed(text: str) -> list[str]:
         names = text.split(",")
         if len(set(names)) < len(names) or not set(names) <= set(choices):
@@ -65,35 +66,65 @@ def one_or_more(*choices: str):
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "mid", "kontext"], default="tiny",
-                        help="tiny: the small base, 2 + 6 blocks of width 128; mid: 4 + 8 of 768; "
-                             "kontext: 19 + 38 of 3072 (default: tiny)")
+    parser.add_argument(
+        "--size",
+        choices=["tiny", "mid", "kontext"],
+        default="tiny",
+        help="tiny: the small base, 2 + 6 blocks of width 128; mid: 4 + 8 of 768; "
+        "kontext: 19 + 38 of 3072 (default: tiny)",
+    )
     parser.add_argument("--what", choices=["sample", "train"], default="sample", help="default: sample")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="of weights and computation (default: bfloat16 for kontext, else float32)")
-    parser.add_argument("--tokens", type=positive, metavar="N",
-                        help="noisy and conditioning tokens together, half of each (default: 32, 512; "
-                             "8192 for kontext, 2048 in training)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of weights and computation (default: bfloat16 for kontext, else float32)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="noisy and conditioning tokens together, half of each (default: 32, 512; "
+        "8192 for kontext, 2048 in training)",
+    )
     parser.add_argument("--text-tokens", type=positive, metavar="N", help="default: 16, 128, 512")
-    parser.add_argument("--batch", type=positive, metavar="N",
-                        help="default: 1; in training 8 for tiny, 6 for kontext")
+    parser.add_argument("--batch", type=positive, metavar="N", help="default: 1; in training 8 for tiny, 6 for kontext")
     parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="of every row (default: 10)")
-    parser.add_argument("--basis-size", type=positive, default=32, metavar="N",
-                        help="members of the basis (default: 32)")
+    parser.add_argument(
+        "--basis-size", type=positive, default=32, metavar="N", help="members of the basis (default: 32)"
+    )
     parser.add_argument("--basis-rank", type=positive, default=4, metavar="R", help="of each (default: 4)")
-    parser.add_argument("--quant", type=one_or_more("none", "int8", "fp8"), default=["none"], metavar="KIND,…",
-                        help="the frozen linear layers' weights: none, int8, fp8 (default: none)")
-    parser.add_argument("--remat", type=one_or_more("none", "full", "attention", "dots"), metavar="POLICY,…",
-                        help="what the backward pass computes again, training only: none, full (all of a block), "
-                             "attention (all but attention), dots (all but products) (default: none; full for kontext)")
-    parser.add_argument("--moments", type=one_or_more("float32", "bfloat16", "int8"), metavar="KIND,…",
-                        help="AdamW's moments, training only: float32, bfloat16, int8 (default: float32)")
-    parser.add_argument("--unroll", type=positive, metavar="N",
-                        help="blocks compiled side by side (default: 1; 8 for tiny)")
-    parser.add_argument("--attention", choices=["auto", "xla", "cudnn", "pallas"], default="auto",
-                        help="implementation; auto times those that the device has at this shape and takes the fastest")
-    parser.add_argument("--threads", type=positive, metavar="N",
-                        help="CPU cores and threads of every row (default: all there are)")
+    parser.add_argument(
+        "--quant",
+        type=one_or_more("none", "int8", "fp8"),
+        default=["none"],
+        metavar="KIND,…",
+        help="the frozen linear layers' weights: none, int8, fp8 (default: none)",
+    )
+    parser.add_argument(
+        "--remat",
+        type=one_or_more("none", "full", "attention", "dots"),
+        metavar="POLICY,…",
+        help="what the backward pass computes again, training only: none, full (all of a block), "
+        "attention (all but attention), dots (all but products) (default: none; full for kontext)",
+    )
+    parser.add_argument(
+        "--moments",
+        type=one_or_more("float32", "bfloat16", "int8"),
+        metavar="KIND,…",
+        help="AdamW's moments, training only: float32, bfloat16, int8 (default: float32)",
+    )
+    parser.add_argument(
+        "--unroll", type=positive, metavar="N", help="blocks compiled side by side (default: 1; 8 for tiny)"
+    )
+    parser.add_argument(
+        "--attention",
+        choices=["auto", "xla", "cudnn", "pallas"],
+        default="auto",
+        help="implementation; auto times those that the device has at this shape and takes the fastest",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU cores and threads of every row (default: all there are)"
+    )
     parser.add_argument("--no-torch", action="store_true", help="leave the diffusers rows out")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured here as well")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of the same name")
@@ -103,7 +134,7 @@ def parse() -> argparse.Namespace:
 def make_variants(args: argparse.Namespace) -> list:
     """The Settings that the arguments ask for, the first to be measured most; UserError for those that contradict
     each other."""
-    from lorweb_jax.benchmark.setting import DEFAULTS, Setting
+    from benchmark.setting import DEFAULTS, Setting
 
     given = vars(args) | {"dtype": args.dtype or ("bfloat16" if args.size == "kontext" else "float32")}
     defaults = dict(zip(("tokens", "text_tokens", "batch", "remat", "unroll"), DEFAULTS[args.size, args.what]))
@@ -116,23 +147,30 @@ def make_variants(args: argparse.Namespace) -> list:
         raise UserError(f"--tokens is {args.tokens}; half are noisy and half conditioning, so give an even number", 2)
     for name in ("remat", "moments"):
         if getattr(args, name) and args.what == "sample":
-            raise UserError(f"--{name} is of the backward pass and the optimizer, and sampling has neither; leave it "
-                            "out or give --what=train", 2)
+            raise UserError(
+                f"--{name} is of the backward pass and the optimizer, and sampling has neither; leave it "
+                "out or give --what=train",
+                2,
+            )
     if args.attention == "cudnn" and given["dtype"] == "float32":
         raise UserError("cuDNN's attention has no float32; give --dtype=bfloat16 or --attention=xla", 2)
     if args.json:
         require_writable([args.json], overwrite=args.overwrite)
     varied = itertools.product(args.quant, args.remat or [defaults["remat"]], args.moments or ["float32"])
-    return [Setting(**{name: values[name] for name in Setting.__dataclass_fields__}) for values in
-            (given | {"quantization": quantization, "remat": remat, "moments": moments}
-             for quantization, remat, moments in varied)]
+    return [
+        Setting(**{name: values[name] for name in Setting.__dataclass_fields__})
+        for values in (
+            given | {"quantization": quantization, "remat": remat, "moments": moments}
+            for quantization, remat, moments in varied
+        )
+    ]
 
 
 def main() -> None:
     args = parse()
     # After the arguments, so that --help answers at once.
-    from lorweb_jax.benchmark.run import run_benchmark
-    from lorweb_jax.benchmark.table import table
+    from benchmark.run import run_benchmark
+    from benchmark.table import table
 
     result = run_benchmark(make_variants(args), with_torch=not args.no_torch)
     if args.json:

@@ -1,9 +1,9 @@
 """Put the small base together: one pipeline folder in diffusers' layout out of the runs that trained its parts.
 
-  python -m lorweb_jax.main --config=configs/base_vae.py
-  python -m lorweb_jax.main --config=configs/base_clip.py
-  python -m lorweb_jax.main --config=configs/base_transformer.py
-  python tools/build_base.py --runs runs --out assets/small_kontext --overwrite
+python -m lorweb_jax.main --config=configs/base_vae.py
+python -m lorweb_jax.main --config=configs/base_clip.py
+python -m lorweb_jax.main --config=configs/base_transformer.py
+python tools/build_base.py --runs runs --out assets/small_kontext --overwrite
 """
 
 import argparse
@@ -13,22 +13,45 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.errors import UserError, run_command  # noqa: E402
-from lorweb_jax.outputs import replacing_folder, require_new_folder  # noqa: E402
-from lorweb_jax.weights.safetensors_io import write_json  # noqa: E402
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.outputs import replacing_folder, require_new_folder  # noqa: E402
+from lorweb_jax.files.safetensors_io import write_json  # noqa: E402
 
 # part of the pipeline -> the run that trained it
-PARTS = {"vae": "base_vae", "clip_vision": "base_clip", "transformer": "base_transformer",
-         "text_encoder": "base_transformer", "text_encoder_2": "base_transformer",
-         "tokenizer": "base_transformer", "tokenizer_2": "base_transformer"}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.35.1",
-             "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15,
-             "num_train_timesteps": 1000, "shift": 3.0, "time_shift_type": "exponential", "use_dynamic_shifting": True}
-INDEX = {"_class_name": "FluxKontextPipeline", "_diffusers_version": "0.35.1", "feature_extractor": [None, None],
-         "image_encoder": [None, None], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-         "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
-         "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
-         "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+PARTS = {
+    "vae": "base_vae",
+    "clip_vision": "base_clip",
+    "transformer": "base_transformer",
+    "text_encoder": "base_transformer",
+    "text_encoder_2": "base_transformer",
+    "tokenizer": "base_transformer",
+    "tokenizer_2": "base_transformer",
+}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.35.1",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+INDEX = {
+    "_class_name": "FluxKontextPipeline",
+    "_diffusers_version": "0.35.1",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 def main() -> None:

@@ -23,18 +23,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.errors import run_command  # noqa: E402  (the path above comes first)
+from lorweb_jax.common.errors import run_command  # noqa: E402  (the path above comes first)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the folder of recordings")
-    parser.add_argument("--pipeline", metavar="FOLDER", type=Path,
-                        help="the models that the recordings were made with, in diffusers layout "
-                             "(default: DIR/tiny_pipeline if it is there)")
+    parser.add_argument(
+        "--pipeline",
+        metavar="FOLDER",
+        type=Path,
+        help="the models that the recordings were made with, in diffusers layout "
+        "(default: DIR/tiny_pipeline if it is there)",
+    )
     args = parser.parse_args()
     # After the arguments, so that --help answers at once.
-    from lorweb_jax.parity.check import check_folder
+    from parity.check import check_folder
 
     return check_folder(args.folder, args.pipeline)
 

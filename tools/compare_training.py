@@ -18,8 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorweb_jax.command_line import Parser, positive  # noqa: E402  (the path above comes first)
-from lorweb_jax.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.command_line import Parser, positive  # noqa: E402  (the path above comes first)
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
 
 HELD_OUT_BATCHES = 8
 SHOWN = 50  # last steps whose loss is averaged
@@ -27,9 +27,15 @@ SHOWN = 50  # last steps whose loss is averaged
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("options", nargs="+", metavar="FIELD=VALUE", help="of the config, as --config.FIELD=VALUE of main")
-    parser.add_argument("--config", default=f"{ROOT}/configs/basis.py", metavar="FILE[:VARIANT]",
-                        help="of a basis (default: configs/basis.py)")
+    parser.add_argument(
+        "options", nargs="+", metavar="FIELD=VALUE", help="of the config, as --config.FIELD=VALUE of main"
+    )
+    parser.add_argument(
+        "--config",
+        default=f"{ROOT}/configs/basis.py",
+        metavar="FILE[:VARIANT]",
+        help="of a basis (default: configs/basis.py)",
+    )
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default: 300")
     parser.add_argument("--batch", type=positive, default=6, metavar="N", help="default: 6")
     return parser.parse_args()
@@ -37,8 +43,8 @@ def parse() -> argparse.Namespace:
 
 def changed(config, option: str) -> None:
     """Sets the field of "FIELD=VALUE"; UserError for a field that isn't there or a value of another kind."""
-    from lorweb_jax import config as configs
     from lorweb_jax.main import unknown_field
+    from lorweb_jax.settings import config as configs
 
     name, _, value = option.partition("=")
     known = dict(configs.fields(config))
@@ -62,12 +68,12 @@ def trained(config, name: str) -> Row:
     import jax
     import numpy as np
 
-    from lorweb_jax import sharding
     from lorweb_jax.data.loader import AnalogyLoader
     from lorweb_jax.data.relation252k import Analogies
-    from lorweb_jax.quantization import bytes_by_dtype
-    from lorweb_jax.train import next_batch
-    from lorweb_jax.training.jobs import make_job
+    from lorweb_jax.jobs import make_job
+    from lorweb_jax.nn import sharding
+    from lorweb_jax.nn.quantization import bytes_by_dtype
+    from lorweb_jax.training.loop import next_batch
     from lorweb_jax.training.optimizer import make_optimizer
     from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
     from lorweb_jax.training.step import TrainStep
@@ -98,21 +104,32 @@ def trained(config, name: str) -> Row:
         seconds = (time.perf_counter() - start) / max(1, steps - 1)
         getattr(data, "close", lambda: None)()  # its worker processes
         for split in list(job.tasks)[1:]:
-            batches = AnalogyLoader(Analogies(job.tasks[split]), batch_size, quadrant_size=config.data.quadrant_size,
-                                    seed=config.seed, caption_drop=0.0, task_balanced=True, workers=0,
-                                    reverse_probability=0.0, problems=job.problems)
+            batches = AnalogyLoader(
+                Analogies(job.tasks[split]),
+                batch_size,
+                quadrant_size=config.data.quadrant_size,
+                seed=config.seed,
+                caption_drop=0.0,
+                task_balanced=True,
+                workers=0,
+                reverse_probability=0.0,
+                problems=job.problems,
+            )
             drawn = [next_batch(job, batches, batch_size, mesh) for _ in range(HELD_OUT_BATCHES)]
-            held_out[split] = np.mean([loss(trainable, frozen, batch | step.encode(frozen, batch), number)
-                                       for number, batch in enumerate(drawn)])
-    return Row(np.mean(losses[-SHOWN:]), held_out, seconds,
-               f"{bytes_by_dtype(frozen)}; {bytes_by_dtype(opt_state)}")
+            held_out[split] = np.mean(
+                [
+                    loss(trainable, frozen, batch | step.encode(frozen, batch), number)
+                    for number, batch in enumerate(drawn)
+                ]
+            )
+    return Row(np.mean(losses[-SHOWN:]), held_out, seconds, f"{bytes_by_dtype(frozen)}; {bytes_by_dtype(opt_state)}")
 
 
 def main() -> None:
     args = parse()
     # After the arguments, so that --help answers at once.
-    from lorweb_jax import config as configs
     from lorweb_jax.main import read_config
+    from lorweb_jax.settings import config as configs
 
     planned = {}
     for option in [None, *args.options]:
@@ -123,8 +140,12 @@ def main() -> None:
         configs.check(config)
     rows = {name: trained(config, name) for name, config in planned.items()}
     splits = list(next(iter(rows.values())).held_out)
-    print(f"{args.steps} steps of {args.batch}; training: mean loss of the last {min(SHOWN, args.steps)}\n"
-          + " " * 28 + "".join(f"{name:>19}" for name in ("training", *splits)) + "    s a step   frozen; optimizer")
+    print(
+        f"{args.steps} steps of {args.batch}; training: mean loss of the last {min(SHOWN, args.steps)}\n"
+        + " " * 28
+        + "".join(f"{name:>19}" for name in ("training", *splits))
+        + "    s a step   frozen; optimizer"
+    )
     for name, row in rows.items():
         losses = "".join(f"{value:>19.5f}" for value in (row.training, *row.held_out.values()))
         print(f"{name:<28}{losses}{row.seconds:>12.3f}   {row.kept}")

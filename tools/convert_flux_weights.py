@@ -22,31 +22,55 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.command_line import Parser  # noqa: E402
-from lorweb_jax.errors import UserError, run_command  # noqa: E402  (the path above comes first)
-from lorweb_jax.outputs import require_writable  # noqa: E402
+from lorweb_jax.common.command_line import Parser  # noqa: E402
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402  (the path above comes first)
+from lorweb_jax.common.outputs import require_writable  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="*", type=Path,
-                        help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
-                             "or a .safetensors or .gguf file, told apart by the names of the tensors; or a Hub name")
-    parser.add_argument("--to", choices=["diffusers", "black-forest"],
-                        help="diffusers: OUT/transformer and OUT/vae; "
-                             "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors")
+    parser.add_argument(
+        "source",
+        nargs="*",
+        type=Path,
+        help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
+        "or a .safetensors or .gguf file, told apart by the names of the tensors; or a Hub name",
+    )
+    parser.add_argument(
+        "--to",
+        choices=["diffusers", "black-forest"],
+        help="diffusers: OUT/transformer and OUT/vae; "
+        "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors",
+    )
     parser.add_argument("--out", type=Path, help="folder to write into; made if it isn't there")
-    parser.add_argument("--dtype", choices=["keep", "float32", "bfloat16", "float16"], default="keep",
-                        help="what to store the weights in (default: as in the source; float32 for fp8 with scales and "
-                             "for packed numbers, which loses nothing)")
-    parser.add_argument("--config", type=Path, action="append", default=[],
-                        help="diffusers' config.json, for a single file of other sizes than FLUX.1's; one for each "
-                             "model where there are two")
-    parser.add_argument("--shard-gb", type=float, default=10.0,
-                        help="largest file in the diffusers layout, in GB of 10^9 bytes (default: 10)")
-    parser.add_argument("--verify", type=Path, metavar="WRITTEN",
-                        help="convert nothing; read a file or folder that this command wrote again, and compare every "
-                             "tensor's name, shape, dtype and SHA-256 with what was recorded beside it")
+    parser.add_argument(
+        "--dtype",
+        choices=["keep", "float32", "bfloat16", "float16"],
+        default="keep",
+        help="what to store the weights in (default: as in the source; float32 for fp8 with scales and "
+        "for packed numbers, which loses nothing)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        help="diffusers' config.json, for a single file of other sizes than FLUX.1's; one for each "
+        "model where there are two",
+    )
+    parser.add_argument(
+        "--shard-gb",
+        type=float,
+        default=10.0,
+        help="largest file in the diffusers layout, in GB of 10^9 bytes (default: 10)",
+    )
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="WRITTEN",
+        help="convert nothing; read a file or folder that this command wrote again, and compare every "
+        "tensor's name, shape, dtype and SHA-256 with what was recorded beside it",
+    )
     args = parser.parse_args()
     if args.verify is None and not (args.source and args.to and args.out):
         parser.error("give the source, --to and --out, or --verify")
@@ -56,10 +80,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     # After the arguments, so that --help answers at once.
-    import numpy as np
     import ml_dtypes
+    import numpy as np
 
-    from lorweb_jax.weights import pretrained
+    from lorweb_jax.pipeline import pretrained
 
     if args.verify is not None:
         for checkpoint in pretrained.verify(args.verify, Progress()):
@@ -73,21 +97,29 @@ def main() -> None:
     require_writable([pretrained.target_of(source, args.to.replace("-", "_"), args.out) for source in sources])
     for source in sources:
         checkpoint = source.checkpoint
-        print(f"{checkpoint.path}: a FLUX {source.kind} in the {source.layout.replace('_', '-')} layout: "
-              f"{len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, "
-              + ", ".join(f"{count} of {name}" for name, count in checkpoint.dtypes().items()), flush=True)
+        print(
+            f"{checkpoint.path}: a FLUX {source.kind} in the {source.layout.replace('_', '-')} layout: "
+            f"{len(checkpoint)} tensors, {checkpoint.nbytes:,} bytes, "
+            + ", ".join(f"{count} of {name}" for name, count in checkpoint.dtypes().items()),
+            flush=True,
+        )
         progress = Progress()
-        target, specs = pretrained.convert(source, args.to.replace("-", "_"), args.out, dtype,
-                                           int(args.shard_gb * 1e9), progress)
+        target, specs = pretrained.convert(
+            source, args.to.replace("-", "_"), args.out, dtype, int(args.shard_gb * 1e9), progress
+        )
         written = sum(spec.nbytes for spec in specs.values())
         stored = sorted({np.dtype(spec.dtype).name for spec in specs.values()})
         earlier = f", {progress.first:,} of them by an earlier run" if progress.first else ""
-        print(f"  -> {target}: {len(specs)} tensors, {written:,} bytes{earlier}, {', '.join(stored)}, no difference "
-              f"from the table, checksums recorded; {progress.seconds:.1f} s ({progress.rate / 1e6:.0f} MB/s)",
-              flush=True)
+        print(
+            f"  -> {target}: {len(specs)} tensors, {written:,} bytes{earlier}, {', '.join(stored)}, no difference "
+            f"from the table, checksums recorded; {progress.seconds:.1f} s ({progress.rate / 1e6:.0f} MB/s)",
+            flush=True,
+        )
     if args.to == "diffusers":
-        print("A whole pipeline folder also has model_index.json, scheduler, text_encoder, text_encoder_2, tokenizer "
-              "and tokenizer_2: take them from a diffusers folder of the same model.")
+        print(
+            "A whole pipeline folder also has model_index.json, scheduler, text_encoder, text_encoder_2, tokenizer "
+            "and tokenizer_2: take them from a diffusers folder of the same model."
+        )
 
 
 class Progress:
@@ -118,14 +150,19 @@ class Progress:
             return
         self.shown = now
         end = "\n" if last or not sys.stderr.isatty() else "\r"
-        print(f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB, {self.rate / 1e6:.0f} MB/s, "
-              f"{(total - done) / self.rate:.0f} s left   ", end=end, flush=True, file=sys.stderr)
+        print(
+            f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB, {self.rate / 1e6:.0f} MB/s, "
+            f"{(total - done) / self.rate:.0f} s left   ",
+            end=end,
+            flush=True,
+            file=sys.stderr,
+        )
 
 
 def _recognised(args: argparse.Namespace) -> list:
-    from lorweb_jax.schema import read_json
-    from lorweb_jax.weights.hub_cache import resolve
-    from lorweb_jax.weights.sources import recognise_all
+    from lorweb_jax.common.schema import read_json
+    from lorweb_jax.files.hub_cache import resolve
+    from lorweb_jax.pipeline.sources import recognise_all
 
     sources = [resolve(path, ("transformer/*", "vae/*"), "its folder or files") for path in args.source]
     found = [recognise_all(part, args.config) for path in sources for part in _parts(path)]
@@ -133,15 +170,22 @@ def _recognised(args: argparse.Namespace) -> list:
     if unused := [file for file in args.config if all(source.config != read_json(file) for source in sources)]:
         raise UserError(f"--config={unused[0]} belongs to none of the models given; its _class_name tells which", 2)
     if len(kinds := [source.kind for source in sources]) > len(set(kinds)):
-        raise UserError("two of the sources are the same model, and one would overwrite the other; convert them one at "
-                        "a time, into different folders", 2)
+        raise UserError(
+            "two of the sources are the same model, and one would overwrite the other; convert them one at "
+            "a time, into different folders",
+            2,
+        )
     for each in found:
         if each.left_out:
             print(f"{each.sources[0].checkpoint.path}: left out {', '.join(each.left_out)}", flush=True)
-        if any(entry.decoder for source in each.sources for entry in source.checkpoint.entries.values()) \
-                and args.dtype == "keep":
-            print("fp8 with scales and packed numbers become float32, without loss; --dtype bfloat16 halves the files",
-                  flush=True)
+        if (
+            any(entry.decoder for source in each.sources for entry in source.checkpoint.entries.values())
+            and args.dtype == "keep"
+        ):
+            print(
+                "fp8 with scales and packed numbers become float32, without loss; --dtype bfloat16 halves the files",
+                flush=True,
+            )
     return sources
 
 

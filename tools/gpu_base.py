@@ -34,11 +34,11 @@ import numpy as np  # noqa: E402
 from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
 
 VAE = Path("assets/small_kontext/vae")
-SECONDS_TO_END = 7           # for the last writing
-VAE_SHARE = 0.33             # of the time, from the start: when the autoencoder has to be done
-LATENTS_SHARE = 0.45         # and when no other variant's latents are begun
-LEAST_STEPS = 500            # of the autoencoder: with fewer it is no better than what it begins with
-LEAST_PSNR = 20.0            # dB on training canvases
+SECONDS_TO_END = 7  # for the last writing
+VAE_SHARE = 0.33  # of the time, from the start: when the autoencoder has to be done
+LATENTS_SHARE = 0.45  # and when no other variant's latents are begun
+LEAST_STEPS = 500  # of the autoencoder: with fewer it is no better than what it begins with
+LEAST_PSNR = 20.0  # dB on training canvases
 # Searching for the fastest products took longer than it saves (they are cuBLAS's); convolutions need it.
 SEARCHED = {"xla_gpu_autotune_level": 1}
 UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -50,13 +50,15 @@ def prepare(drawings_path: Path, vae: Path) -> None:
     runs/base_transformer."""
     import runpy
 
-    from lorweb_jax.data.drawing_sets import load_sets
-    from lorweb_jax.training.small_base.captions import Captions
-    from lorweb_jax.training.small_base.tokens import make_tokenizers, tokens_of
-    from lorweb_jax.weights.pretrained import load_vae
+    from lorweb_jax.data.embedded.drawing_sets import load_sets
+    from lorweb_jax.pipeline.pretrained import load_vae
+    from lorweb_jax.small_base.captions import Captions
+    from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
 
-    configs = {name: runpy.run_path(f"configs/{name}.py")["get_config"]().to_dict()
-               for name in ("base_vae", "base_transformer")}
+    configs = {
+        name: runpy.run_path(f"configs/{name}.py")["get_config"]().to_dict()
+        for name in ("base_vae", "base_transformer")
+    }
     length = configs["base_transformer"]["data"]["text_tokens"]
     drawings = load_sets(drawings_path)
     captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
@@ -64,14 +66,21 @@ def prepare(drawings_path: Path, vae: Path) -> None:
     clip_words, t5_words = make_tokenizers(captions.texts, folder, length)
     clip_ids, t5_ids = tokens_of(captions.texts, folder, length)
     PREPARED.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(PREPARED / "captions.npz", texts=np.array(captions.texts), clip_ids=clip_ids.astype(np.int16),
-                        t5_ids=t5_ids.astype(np.int16), words=np.array([clip_words, t5_words]))
+    np.savez_compressed(
+        PREPARED / "captions.npz",
+        texts=np.array(captions.texts),
+        clip_ids=clip_ids.astype(np.int16),
+        t5_ids=t5_ids.astype(np.int16),
+        words=np.array([clip_words, t5_words]),
+    )
     vae_config, weights = load_vae(vae)
     np.savez(PREPARED / "vae.npz", **{name: np.asarray(weights[name], np.float32) for name in weights})
     configs["vae"] = {name: vae_config[name] for name in ("scaling_factor", "shift_factor")}
     (PREPARED / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     cut = (clip_ids[:, -1] == clip_words - 1).sum() - (clip_ids[:, -2] == clip_words - 1).sum()
-    print(f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut")
+    print(
+        f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut"
+    )
 
 
 def finish(out: Path) -> None:
@@ -81,13 +90,13 @@ def finish(out: Path) -> None:
     from flax import nnx
     from safetensors.numpy import load_file
 
-    from lorweb_jax import config as configs
+    from lorweb_jax.files.state import build
     from lorweb_jax.images.io import write_image
-    from lorweb_jax.latents.vae import AutoencoderKL
-    from lorweb_jax.training.jobs.base_transformer import write_editor
-    from lorweb_jax.training.jobs.base_vae import BaseVAE, write_autoencoder
-    from lorweb_jax.training.small_base.editor import Editor, editor_config
-    from lorweb_jax.weights.state import build
+    from lorweb_jax.models.autoencoder.model import AutoencoderKL
+    from lorweb_jax.settings import config as configs
+    from lorweb_jax.small_base.editor import Editor, editor_config
+    from lorweb_jax.small_base.jobs.transformer import write_editor
+    from lorweb_jax.small_base.jobs.vae import BaseVAE, write_autoencoder
 
     record = json.loads((out / "base.json").read_text())
     made = {name: runpy.run_path(f"configs/{name}.py")["get_config"]() for name in ("base_vae", "base_transformer")}
@@ -99,8 +108,10 @@ def finish(out: Path) -> None:
     for name, picture in job.show(vae, 0).items():
         write_image(Path(f"runs/base_vae/pictures/{name}.png"), picture)
     sizes = editor_config(made["base_transformer"], *map(int, np.load(PREPARED / "captions.npz")["words"]))
-    editor = build(lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)), {
-        name: array.astype(np.float32) for name, array in load_file(out / "transformer.safetensors").items()})
+    editor = build(
+        lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)),
+        {name: array.astype(np.float32) for name, array in load_file(out / "transformer.safetensors").items()},
+    )
     write_editor(Path("runs/base_transformer"), sizes, editor)
 
 
@@ -110,12 +121,12 @@ class Pixels:
     def __init__(self, drawings, operations: list[str], variants, processes: int, log: Log):
         self.total, self.log, self.names = len(drawings.names), log, operations
         self.held_out = np.tile(drawings.held_out, len(variants))
-        self.pieces: list[tuple[np.ndarray, np.ndarray]] = []     # (drawings or variants, uint8 [n, 1 + o, h, w, 3])
+        self.pieces: list[tuple[np.ndarray, np.ndarray]] = []  # (drawings or variants, uint8 [n, 1 + o, h, w, 3])
         self.made = [0] * len(variants)
         self.thread = Background(self._make, drawings.images, variants, processes)
 
     def _make(self, images, variants, processes):
-        from lorweb_jax.data.bulk import operated
+        from lorweb_jax.data.embedded.bulk import operated
 
         for v, variant in enumerate(variants):
             order = np.random.default_rng(v).permutation(self.total)
@@ -156,24 +167,37 @@ def prepared_weights(layout) -> dict[str, np.ndarray] | None:
 
 def same_shapes(corpus, wanted):
     """A corpus of fewer variants in the shapes of one with more: what may be drawn stays the same."""
+
     def fit(array, like):
         if array.shape == like.shape:
             return array
         if array.ndim == 1:
             return np.resize(array, like.shape)
-        if len(array) == len(like):             # members: only the first `counts` of a row are ever read
+        if len(array) == len(like):  # members: only the first `counts` of a row are ever read
             return np.stack([np.resize(row, like.shape[1]) for row in array])
-        return np.resize(array, like.shape)     # twins: rows beyond are never read
+        return np.resize(array, like.shape)  # twins: rows beyond are never read
+
     return type(corpus)(*(fit(*pair) for pair in zip(corpus, wanted)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepare", action="store_true", help="write what the other machine needs, into local_data/gpu")
-    parser.add_argument("--vae", type=Path, default=VAE, help="with --prepare: a vae folder of the shape in "
-                        f"configs/base_vae.py, whose weights the autoencoder begins with (default: {VAE})")
-    parser.add_argument("--autoencoder", choices=("train", "prepared"), default="train",
-                        help="whether it is trained, or taken as --prepare found it (default: train)")
+    parser.add_argument(
+        "--prepare", action="store_true", help="write what the other machine needs, into local_data/gpu"
+    )
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        default=VAE,
+        help="with --prepare: a vae folder of the shape in "
+        f"configs/base_vae.py, whose weights the autoencoder begins with (default: {VAE})",
+    )
+    parser.add_argument(
+        "--autoencoder",
+        choices=("train", "prepared"),
+        default="train",
+        help="whether it is trained, or taken as --prepare found it (default: train)",
+    )
     parser.add_argument("--finish", type=Path, metavar="OUT", help="write runs/base_vae and runs/base_transformer")
     parser.add_argument("--drawings", type=Path, default=DRAWINGS, help=f"the pack of drawings (default: {DRAWINGS})")
     parser.add_argument("--seconds", type=float, default=300.0, help="when all has to be done (default: 300)")
@@ -196,10 +220,10 @@ def main() -> None:
 
 
 def train(args, log: Log) -> None:
-    from lorweb_jax.data.drawing_sets import SETS, load_sets
-    from lorweb_jax.data.operations import OPERATIONS
-    from lorweb_jax.training.small_base.captions import Captions
-    from lorweb_jax.training.small_base.corpus import VARIANTS, make_corpus, some
+    from lorweb_jax.data.embedded.drawing_sets import SETS, load_sets
+    from lorweb_jax.data.embedded.operations import OPERATIONS
+    from lorweb_jax.small_base.captions import Captions
+    from lorweb_jax.small_base.corpus import VARIANTS, make_corpus, some
 
     configs = Settings.of(json.loads((PREPARED / "configs.json").read_text()))
     vae, flow = configs.base_vae, configs.base_transformer
@@ -222,12 +246,14 @@ def train(args, log: Log) -> None:
     known = np.array([rows[text] for text in captions.texts])
     words = SimpleNamespace(clip=held["clip_ids"][known].astype(np.int32), t5=held["t5_ids"][known].astype(np.int32))
 
-    variants = VARIANTS[:flow.data.variants]
+    variants = VARIANTS[: flow.data.variants]
     pixels = Pixels(drawings, ["", *OPERATIONS], variants, args.processes, log)
     corpora = {v: make_corpus(drawings, captions, v) for v in range(1, len(variants) + 1)}
-    log.say(f"{len(drawings.names)} drawings ("
-            + ", ".join(f"{(drawings.set_of == i).sum()} {name}" for i, name in enumerate(SETS))
-            + f"), {drawings.held_out.sum()} held out, {len(OPERATIONS)} operations, {len(captions.texts)} captions")
+    log.say(
+        f"{len(drawings.names)} drawings ("
+        + ", ".join(f"{(drawings.set_of == i).sum()} {name}" for i, name in enumerate(SETS))
+        + f"), {drawings.held_out.sum()} held out, {len(OPERATIONS)} operations, {len(captions.texts)} captions"
+    )
 
     import jax
 
@@ -242,11 +268,15 @@ def train(args, log: Log) -> None:
     # One after the other: programs that compile at once get in each other's way. What is autotuned comes first, on a card
     # that does nothing else.
     programs = Background(lambda: [made.compile() for made in (*[autoencoder] * training, encoders, editor)])
-    weights, scale = (stage.train_autoencoder(autoencoder, encoders, pixels, programs) if training else
-                      stage.prepared_autoencoder(autoencoder, configs.vae))
+    weights, scale = (
+        stage.train_autoencoder(autoencoder, encoders, pixels, programs)
+        if training
+        else stage.prepared_autoencoder(autoencoder, configs.vae)
+    )
     wait_for(encoders, programs)
-    tables, count = stage.encode_all(encoders.program, weights, scale, pixels, drawings, len(OPERATIONS) + 1,
-                                     1 if training else len(variants))
+    tables, count = stage.encode_all(
+        encoders.program, weights, scale, pixels, drawings, len(OPERATIONS) + 1, 1 if training else len(variants)
+    )
     stage.train_editor(editor, tables, same_shapes(corpora[count], corpus), words, programs)
 
 
@@ -257,12 +287,14 @@ class Stages:
 
     def to_compile(self, what: str, made, options, *tables):
         """`made.compile()` sets made.program; made.begun makes the state to start from, meanwhile."""
+
         def compile_it():
             begin = self.log.now()
             lowered = made.lower(*tables)
             traced = self.log.now()
             made.program = lowered.compile(compiler_options=options)
             self.log.say(f"{what}: traced in {traced - begin:.1f} s, compiled in {self.log.now() - traced:.1f} s")
+
         made.program, made.compile, made.begun = None, compile_it, Background(made.fresh)
         return made
 
@@ -271,10 +303,9 @@ class Stages:
         import jax
         import jax.numpy as jnp
 
-        from lorweb_jax.layers import Weight
-        from lorweb_jax.training.small_base.autoencoder import (autoencoder_config, autoencoder_loss, enlarged,
-                                                                new_autoencoder)
-        from lorweb_jax.training.small_base.corpus import canvas_of, draw_canvases
+        from lorweb_jax.nn.layers import Weight
+        from lorweb_jax.small_base.autoencoder import autoencoder_config, autoencoder_loss, enlarged, new_autoencoder
+        from lorweb_jax.small_base.corpus import canvas_of, draw_canvases
 
         side, count = config.data.size, len(corpus.needs_shape)
         corpus = corpus._replace(edited=np.arange(self.size.table, dtype=np.int32))
@@ -306,9 +337,9 @@ class Stages:
         """The trainer of transformer and text encoders."""
         import jax
 
-        from lorweb_jax.layers import Weight
-        from lorweb_jax.training.small_base.corpus import draw_batch, look_up
-        from lorweb_jax.training.small_base.editor import Editor, editor_config, flow_loss
+        from lorweb_jax.nn.layers import Weight
+        from lorweb_jax.small_base.corpus import draw_batch, look_up
+        from lorweb_jax.small_base.editor import Editor, editor_config, flow_loss
 
         sizes = editor_config(config, *map(int, vocabularies))
         side, operations, total = config.data.size // 8, len(corpus.needs_shape), len(corpus.photograph)
@@ -321,9 +352,13 @@ class Stages:
         def shape(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-        tables = (jax.ShapeDtypeStruct((total, operations, side, side, 16), np.float16),
-                  jax.ShapeDtypeStruct((len(drawings.names), 2 * side, 2 * side, 16), np.float16),
-                  jax.tree.map(shape, corpus), shape(words.clip), shape(words.t5))
+        tables = (
+            jax.ShapeDtypeStruct((total, operations, side, side, 16), np.float16),
+            jax.ShapeDtypeStruct((len(drawings.names), 2 * side, 2 * side, 16), np.float16),
+            jax.tree.map(shape, corpus),
+            shape(words.clip),
+            shape(words.t5),
+        )
         # Blocks are scanned: side by side they take minutes to compile for a GPU.
         job = SimpleNamespace(trainable=Weight, build=lambda rngs: Editor(sizes, 1, self.dtype, rngs=rngs))
         return self.to_compile("transformer's steps", trainer(job, config, loss), UNSEARCHED, *tables)
@@ -335,7 +370,7 @@ class Stages:
         pixels.wait_for(max(60, self.size.table // 4))
         table = jax.device_put(pixels.table(self.size.table, 0))
         self.log.say("pixels for the autoencoder are there")
-        wait_for(encoders, programs)              # compiled after the autoencoder's own
+        wait_for(encoders, programs)  # compiled after the autoencoder's own
         waiting: list[Background] = []
 
         def every(state, progress):
@@ -350,8 +385,17 @@ class Stages:
         deadline = max(self.vae_end, self.log.now() + 0.12 * self.log.seconds)
         begun = made.begun.result()
         try:
-            state = run_until(deadline, self.log, "vae", self.size.vae_steps, (made.held or begun[0], *begun[1:]), (table,),
-                              made.program, every, least=LEAST_STEPS if made.held else 0)
+            state = run_until(
+                deadline,
+                self.log,
+                "vae",
+                self.size.vae_steps,
+                (made.held or begun[0], *begun[1:]),
+                (table,),
+                made.program,
+                every,
+                least=LEAST_STEPS if made.held else 0,
+            )
             weights = jax.device_get(state[0])
             reached = float(np.mean([entry["psnr"] for entry in self.log.record["vae"][-5:]]))
             if reached < LEAST_PSNR and made.held:
@@ -362,12 +406,14 @@ class Stages:
         del table
         sample = pixels.table(min(256, self.size.table), 9).reshape(-1, *pixels.pieces[0][1].shape[2:])
         sample = sample[np.random.default_rng(0).permutation(len(sample))[:ENCODED]]
-        latents = encoders.program[0](weights, np.float32(1), np.float32(0),
-                                      np.resize(sample, (ENCODED, *sample.shape[1:])))
+        latents = encoders.program[0](
+            weights, np.float32(1), np.float32(0), np.resize(sample, (ENCODED, *sample.shape[1:]))
+        )
         latents = np.asarray(latents).astype(np.float32)
         scale, shift = round(float(1 / latents.std()), 4), round(float(latents.mean()), 4)
-        self.log.set(scaling_factor=scale, shift_factor=shift,
-                     deviation_of_channels=latents.std((0, 1, 2)).round(3).tolist())
+        self.log.set(
+            scaling_factor=scale, shift_factor=shift, deviation_of_channels=latents.std((0, 1, 2)).round(3).tolist()
+        )
         save(self.args.out / "vae.safetensors", weights, np.float32)
         self.log.say(f"autoencoder written, scale {scale}, shift {shift}")
         return weights, (scale, shift)
@@ -379,7 +425,7 @@ class Stages:
         import jax.numpy as jnp
 
         from lorweb_jax.images.levels import to_float
-        from lorweb_jax.training.small_base.autoencoder import enlarged
+        from lorweb_jax.small_base.autoencoder import enlarged
 
         def latents(weights, scale, shift, x):
             model = autoencoder.layout.model(weights, {})
@@ -391,11 +437,15 @@ class Stages:
         def compile_both():
             begin = self.log.now()
             weights = autoencoder.begun.result()[0]
-            made.program = [jax.jit(function).lower(
-                weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8)).compile(
-                    compiler_options=SEARCHED)
-                for function, count in ((latents, ENCODED),
-                                        (lambda w, a, b, x: latents(w, a, b, enlarged(x)), ENLARGED))]
+            made.program = [
+                jax.jit(function)
+                .lower(weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8))
+                .compile(compiler_options=SEARCHED)
+                for function, count in (
+                    (latents, ENCODED),
+                    (lambda w, a, b, x: latents(w, a, b, enlarged(x)), ENLARGED),
+                )
+            ]
             self.log.say(f"encoders: compiled in {self.log.now() - begin:.1f} s")
 
         made.compile = compile_both
@@ -428,7 +478,9 @@ class Stages:
                     ready = rows // (total * operations)
                     break
             pixels.wait_for(-(-(rows + ENCODED) // operations))
-            table = put(table, np.int32(rows), encode(weights, *scale, blocks(list(pixels.pieces), block, ENCODED, operations)))
+            table = put(
+                table, np.int32(rows), encode(weights, *scale, blocks(list(pixels.pieces), block, ENCODED, operations))
+            )
         kept = [(index, images) for index, images in list(pixels.pieces) if index[0] < ready * total]
         order = np.concatenate([index for index, _ in kept])
         place = np.zeros(len(pixels.held_out), np.int64)
@@ -440,12 +492,17 @@ class Stages:
         for index, images in kept:
             original = index < total
             plain[index[original]] = images[original, 0]
-        large = jnp.concatenate([encode_large(weights, *scale, np.resize(plain[i:i + ENLARGED],
-                                                                         (ENLARGED, *plain.shape[1:])))
-                                 for i in range(0, total, ENLARGED)])[:total]
+        large = jnp.concatenate(
+            [
+                encode_large(weights, *scale, np.resize(plain[i : i + ENLARGED], (ENLARGED, *plain.shape[1:])))
+                for i in range(0, total, ENLARGED)
+            ]
+        )[:total]
         jax.block_until_ready((quadrants, large))
-        self.log.say(f"latents of {ready} variants on the device: {quadrants.nbytes / 1e9:.2f} GB, "
-                     f"deviation {float(quadrants[:64].astype(jnp.float32).std()):.3f}")
+        self.log.say(
+            f"latents of {ready} variants on the device: {quadrants.nbytes / 1e9:.2f} GB, "
+            f"deviation {float(quadrants[:64].astype(jnp.float32).std()):.3f}"
+        )
         return (quadrants, large), ready
 
     def train_editor(self, made, tables, corpus, words, programs):
@@ -460,11 +517,18 @@ class Stages:
             # On the way, so that a run that is killed leaves something.
             if progress > saved[-1] + 0.3:
                 saved.append(progress)
-                writing.append(Background(save, self.args.out / "transformer.safetensors",
-                                          jax.device_get(made.averaged(state[1])), np.float16))
+                writing.append(
+                    Background(
+                        save,
+                        self.args.out / "transformer.safetensors",
+                        jax.device_get(made.averaged(state[1])),
+                        np.float16,
+                    )
+                )
 
-        state = run_until(self.end, self.log, "transformer", self.size.flow_steps, made.begun.result(), tables,
-                          made.program, every)
+        state = run_until(
+            self.end, self.log, "transformer", self.size.flow_steps, made.begun.result(), tables, made.program, every
+        )
         for each in writing:
             each.join()
         save(self.args.out / "transformer.safetensors", jax.device_get(made.averaged(state[1])), np.float16)
@@ -488,7 +552,7 @@ def blocks(kept, block, size, operations):
         images = kept[piece][1]
         images = images.reshape(-1, *images.shape[2:])
         at = first - int(starts[piece])
-        part = images[at:at + missing]
+        part = images[at : at + missing]
         parts.append(part)
         missing -= len(part)
         first += len(part)

@@ -32,8 +32,8 @@ def prepare() -> None:
     """Writes the sentences' tokens and the config, for a machine without tokenizers and ml_collections."""
     import runpy
 
-    from lorweb_jax.data.drawing_sets import load_sets
-    from lorweb_jax.training.jobs.base_clip import make_sentences
+    from lorweb_jax.data.embedded.drawing_sets import load_sets
+    from lorweb_jax.small_base.jobs.clip import make_sentences
 
     config = runpy.run_path("configs/base_clip.py")["get_config"]().to_dict()
     sentences = make_sentences(load_sets(DRAWINGS))
@@ -44,7 +44,7 @@ def prepare() -> None:
 
 
 def read_prepared():
-    from lorweb_jax.training.jobs.base_clip import Sentences
+    from lorweb_jax.small_base.jobs.clip import Sentences
 
     with np.load(SENTENCES) as file:
         sentences = Sentences(**{name: file[name] for name in Sentences._fields})
@@ -57,10 +57,9 @@ def make_trainer(size, drawings, sentences, config, dtype):
     import jax
     import jax.numpy as jnp
 
-    from lorweb_jax.data.operations import OPERATIONS
-    from lorweb_jax.layers import Weight
-    from lorweb_jax.training.jobs.base_clip import (STYLE_SETS, ClipPair, choose, image_processor, pair_loss,
-                                                    tower_configs)
+    from lorweb_jax.data.embedded.operations import OPERATIONS
+    from lorweb_jax.nn.layers import Weight
+    from lorweb_jax.small_base.jobs.clip import STYLE_SETS, ClipPair, choose, image_processor, pair_loss, tower_configs
 
     vision_config, text_config = tower_configs(config, sentences.words)
     job = SimpleNamespace(trainable=Weight, build=lambda rngs: ClipPair(vision_config, text_config, rngs=rngs))
@@ -71,41 +70,57 @@ def make_trainer(size, drawings, sentences, config, dtype):
         row, chosen = choose(choice_key, rows, drawings.set_of, drawings.twins, size.batch, config.data.edits)
         goal = jnp.asarray(STYLE_SETS)[jnp.maximum(chosen.edits - operations, 0)]
         twin = jnp.asarray(drawings.twins)[chosen.drawing[:, None], goal]
-        after = jnp.where((chosen.edits < operations)[..., None, None, None],
-                          table[row[:, None], jnp.minimum(chosen.edits, operations - 1)], plain[twin])
+        after = jnp.where(
+            (chosen.edits < operations)[..., None, None, None],
+            table[row[:, None], jnp.minimum(chosen.edits, operations - 1)],
+            plain[twin],
+        )
         images = jnp.concatenate([plain[chosen.drawing][:, None], after], 1)
-        return pair_loss(model, {"images": images, "drawing": chosen.drawing, "edits": chosen.edits}, sentences,
-                         drawings.set_of, processor, config.loss, wording_key, dtype)
+        return pair_loss(
+            model,
+            {"images": images, "drawing": chosen.drawing, "edits": chosen.edits},
+            sentences,
+            drawings.set_of,
+            processor,
+            config.loss,
+            wording_key,
+            dtype,
+        )
 
     shape = drawings.images.shape[1:3] + (3,)
     return trainer(job, config, loss), (
-        jax.ShapeDtypeStruct((size.table,), np.int32), jax.ShapeDtypeStruct((size.table, operations, *shape), np.uint8),
-        jax.ShapeDtypeStruct((len(drawings), *shape), np.uint8))
+        jax.ShapeDtypeStruct((size.table,), np.int32),
+        jax.ShapeDtypeStruct((size.table, operations, *shape), np.uint8),
+        jax.ShapeDtypeStruct((len(drawings), *shape), np.uint8),
+    )
 
 
 def train(args) -> None:
     # Searching for the fastest kernels takes longer than they save.
     flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
-    size = SimpleNamespace(table=48, batch=8, steps=2, processes=1) if args.tiny else \
-        SimpleNamespace(table=1024, batch=128, steps=20, processes=args.processes)
+    size = (
+        SimpleNamespace(table=48, batch=8, steps=2, processes=1)
+        if args.tiny
+        else SimpleNamespace(table=1024, batch=128, steps=20, processes=args.processes)
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, args.seconds, "clip", ("clip",))
 
-    from lorweb_jax.data.bulk import operated
-    from lorweb_jax.data.drawing_sets import load_sets
-    from lorweb_jax.data.operations import OPERATIONS, on_white
+    from lorweb_jax.data.embedded.bulk import operated
+    from lorweb_jax.data.embedded.drawing_sets import load_sets
+    from lorweb_jax.data.embedded.operations import OPERATIONS, on_white
 
     drawings = load_sets(DRAWINGS)
     log.say(f"{len(drawings)} drawings")
     candidates = np.flatnonzero(~drawings.held_out)
-    pieces: list[tuple[np.ndarray, np.ndarray]] = []        # (drawings, uint8 [n, operations, h, w, 3]), newest last
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []  # (drawings, uint8 [n, operations, h, w, 3]), newest last
 
     def make() -> None:
         round_ = 0
         while log.now() < args.seconds:
             order = np.random.default_rng(round_).permutation(candidates)
-            order = order[:2 * size.table] if args.tiny else order
+            order = order[: 2 * size.table] if args.tiny else order
             for start, stop, images in operated(drawings.images[order], list(OPERATIONS), size.processes):
                 pieces.append((order[start:stop], images))
                 # Two tables' worth are kept: what is older has been shown.
@@ -141,7 +156,7 @@ def train(args) -> None:
             if found >= count:
                 break
         rows, images = (np.concatenate([piece[i] for piece in kept]) for i in (0, 1))
-        if len(rows) < count:                                # the first ones are shown again until there are more
+        if len(rows) < count:  # the first ones are shown again until there are more
             again = np.resize(np.arange(len(rows)), count)
             rows, images = rows[again], images[again]
         return rows[:count].astype(np.int32), images[:count]
@@ -168,12 +183,16 @@ def train(args) -> None:
         if not waiting and new >= size.table // 2:
             waiting.append(Background(lambda: tuple(map(jax.device_put, table(size.table)))))
 
-    state = run_until(args.seconds - SECONDS_TO_END, log, "clip", size.steps, state,
-                      (*map(jax.device_put, first), plain), step, every)
+    state = run_until(
+        args.seconds - SECONDS_TO_END, log, "clip", size.steps, state, (*map(jax.device_put, first), plain), step, every
+    )
     log.record["tables"], log.record["trained_seconds"] = len(shown), round(log.now() - begun, 1)
     average = jax.device_get(made.averaged(state[1]))
-    save(args.out / "clip_vision.safetensors",
-         {name: array for name, array in average.items() if name.startswith("vision.")}, np.float16)
+    save(
+        args.out / "clip_vision.safetensors",
+        {name: array for name, array in average.items() if name.startswith("vision.")},
+        np.float16,
+    )
     log.say(f"vision tower written; {len(shown)} tables of {size.table} drawings shown")
 
 
@@ -182,17 +201,19 @@ def finish(out: Path) -> None:
     from flax import nnx
     from safetensors.numpy import load_file
 
-    from lorweb_jax.data.drawing_sets import load_sets
-    from lorweb_jax.encoders.clip import ClipVision, save_clip
-    from lorweb_jax.encoders.processor import FILE
-    from lorweb_jax.training.jobs.base_clip import image_processor, tower_configs
-    from lorweb_jax.training.jobs.clip_quality import write_quality
-    from lorweb_jax.weights.safetensors_io import write_json
-    from lorweb_jax.weights.state import build
+    from lorweb_jax.data.embedded.drawing_sets import load_sets
+    from lorweb_jax.files.safetensors_io import write_json
+    from lorweb_jax.files.state import build
+    from lorweb_jax.models.clip.folder import ClipVision, save_clip
+    from lorweb_jax.models.image_encoder.processor import FILE
+    from lorweb_jax.small_base.jobs.clip import image_processor, tower_configs
+    from lorweb_jax.small_base.jobs.clip_quality import write_quality
 
     sentences, config = read_prepared()
     vision, _ = tower_configs(config, sentences.words)
-    weights = {name.removeprefix("vision."): array for name, array in load_file(out / "clip_vision.safetensors").items()}
+    weights = {
+        name.removeprefix("vision."): array for name, array in load_file(out / "clip_vision.safetensors").items()
+    }
     model = build(lambda: ClipVision(vision, rngs=nnx.Rngs(0)), weights)
     processor = image_processor(vision.image_size)
     folder = Path("runs/base_clip/clip_vision")

@@ -106,9 +106,9 @@ def trainer(job, config, loss):
     import optax
     from flax import nnx
 
+    from lorweb_jax.files.state import flat_state
     from lorweb_jax.training.optimizer import averaged, make_optimizer
     from lorweb_jax.training.state import Layout
-    from lorweb_jax.weights.state import flat_state
 
     layout = Layout.of(job, config.seed)
 
@@ -120,12 +120,18 @@ def trainer(job, config, loss):
         def step(i, state):
             weights, opt_state, count = state
             progress = first + a_step * i
-            rate = scale * config.optimizer.learning_rate * jnp.minimum(progress / 0.02 + 1e-3, 1.0) * 0.5 * (
-                1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+            rate = (
+                scale
+                * config.optimizer.learning_rate
+                * jnp.minimum(progress / 0.02 + 1e-3, 1.0)
+                * 0.5
+                * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+            )
             optimizer = make_optimizer(config, lambda _: rate)
             key = jax.random.fold_in(jax.random.key(config.seed), count)
             (value, metrics), gradient = jax.value_and_grad(
-                lambda weights: loss(layout.model(weights, {}), key, *tables), has_aux=True)(weights)
+                lambda weights: loss(layout.model(weights, {}), key, *tables), has_aux=True
+            )(weights)
             updates, opt_state = optimizer.update(gradient, opt_state, weights)
             metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
             return (optax.apply_updates(weights, updates), opt_state, count + 1), metrics
@@ -178,11 +184,12 @@ def run_until(deadline: float, log: Log, curve: str, most: int, state, tables, p
             break
         span = deadline - begin
         progress = (now - begin) / span
-        state, metrics = program(state, np.int32(steps), np.float32(progress), np.float32(a_step / span),
-                                 np.float32(scale), *tables)
+        state, metrics = program(
+            state, np.int32(steps), np.float32(progress), np.float32(a_step / span), np.float32(scale), *tables
+        )
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         first, done = not done, done + steps
-        if first:                               # it loads the program
+        if first:  # it loads the program
             log.say(f"{curve}: the first step took {log.now() - now:.2f} s")
         else:
             took.append(max((log.now() - now) / steps, 1e-6))
@@ -195,8 +202,10 @@ def run_until(deadline: float, log: Log, curve: str, most: int, state, tables, p
         log.add(curve, step=done, progress=progress, **metrics)
         if not np.isfinite(metrics["loss"]):
             scale /= 2
-            log.say(f"{curve}: the loss is {metrics['loss']} after {done} steps; on from {kept_at:.2f} at {scale} of the "
-                    "learning rate")
+            log.say(
+                f"{curve}: the loss is {metrics['loss']} after {done} steps; on from {kept_at:.2f} at {scale} of the "
+                "learning rate"
+            )
             if scale < 0.05:
                 raise FloatingPointError(f"{curve}: the loss is {metrics['loss']} after {done} steps")
             state = kept
@@ -209,6 +218,6 @@ def run_until(deadline: float, log: Log, curve: str, most: int, state, tables, p
 
 
 def save(path: Path, weights, dtype) -> None:
-    from lorweb_jax.weights.safetensors_io import write
+    from lorweb_jax.files.safetensors_io import write
 
     write(path, {name: np.asarray(array).astype(dtype) for name, array in weights.items()})

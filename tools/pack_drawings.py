@@ -26,9 +26,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.data.drawing_sets import FORMAT, SETS  # noqa: E402
-from lorweb_jax.data.drawings import is_held_out, render, sign_name  # noqa: E402
-from lorweb_jax.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.data.embedded.drawing_sets import FORMAT, SETS  # noqa: E402
+from lorweb_jax.data.embedded.drawings import is_held_out, render, sign_name  # noqa: E402
 from lorweb_jax.images.io import write_file  # noqa: E402
 
 # set -> (package as npm pack or pip download names it, folder in it, ending, licence)
@@ -36,8 +36,12 @@ SOURCES = {
     "openmoji": ("openmoji-17.*.tgz", "package/color/svg/", ".svg", "CC BY-SA 4.0, OpenMoji, https://openmoji.org"),
     "lines": ("openmoji-17.*.tgz", "package/black/svg/", ".svg", "CC BY-SA 4.0, OpenMoji, https://openmoji.org"),
     "noto": ("emoji-datasource-google-*.tgz", "package/img/google/64/", ".png", "Apache-2.0, Noto Emoji, Google"),
-    "twemoji": ("emoji-datasource-twitter-*.tgz", "package/img/twitter/64/", ".png",
-                "CC BY 4.0, Twemoji, Twitter and other contributors"),
+    "twemoji": (
+        "emoji-datasource-twitter-*.tgz",
+        "package/img/twitter/64/",
+        ".png",
+        "CC BY 4.0, Twemoji, Twitter and other contributors",
+    ),
     "fluent": ("lobehub-fluent-emoji-3d-*.tgz", "package/assets/", ".webp", "MIT, Fluent Emoji, Microsoft"),
 }
 # picture -> (package, file, what it shows, licence as its package states it)
@@ -78,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     for code in thinned(common, table):
         images = {name: drawn(files_of[code], SOURCES[name][2], args.size) for name, files_of in names.items()}
         if min((image[..., 3] > 127).mean() for name, image in images.items() if name != "lines") < 0.06:
-            continue                                                # thin signs vanish at small sizes
+            continue  # thin signs vanish at small sizes
         for name, image in images.items():
             rows.append(table[code]["row"] | {"set": name, "code": code, "held_out": is_held_out(sign_name(code))})
             files.append(encoded(image, lossless=True))
@@ -86,15 +90,28 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\r{len(rows)} drawings", end="", file=sys.stderr, flush=True)
     for code, (package, path, name, _) in PHOTOGRAPHS.items():
         for image in parts(open_photograph(args.packages, package, path), args.size):
-            rows.append({"name": name, "group": "photographs", "subgroup": "photograph", "set": "photograph",
-                         "code": code, "held_out": is_held_out(code)})
+            rows.append(
+                {
+                    "name": name,
+                    "group": "photographs",
+                    "subgroup": "photograph",
+                    "set": "photograph",
+                    "code": code,
+                    "held_out": is_held_out(code),
+                }
+            )
             files.append(encoded(image, lossless=False))
-    licences = ({name: source[3] for name, source in SOURCES.items()}
-                | {f"photograph {code}": source[3] for code, source in PHOTOGRAPHS.items()})
+    licences = {name: source[3] for name, source in SOURCES.items()} | {
+        f"photograph {code}": source[3] for code, source in PHOTOGRAPHS.items()
+    }
     index = json.dumps({"format": FORMAT, "size": args.size, "licences": licences, "drawings": rows})
     packed = io.BytesIO()
-    np.savez(packed, index=np.frombuffer(index.encode(), np.uint8), ends=np.cumsum([len(file) for file in files]),
-             data=np.frombuffer(b"".join(files), np.uint8))
+    np.savez(
+        packed,
+        index=np.frombuffer(index.encode(), np.uint8),
+        ends=np.cumsum([len(file) for file in files]),
+        data=np.frombuffer(b"".join(files), np.uint8),
+    )
     write_file(args.out, packed.getvalue())
     print(f"\rwrote {args.out}: {len(packed.getvalue()) / 1e6:.1f} MB")
     for name in SETS:
@@ -116,7 +133,7 @@ def read_package(folder: Path, pattern: str, inside: str, ending: str) -> dict[s
     with tarfile.open(package_file(folder, pattern)) as archive:
         for member in archive:
             if member.name.startswith(inside) and member.name.endswith(ending):
-                found[plain_code(member.name[len(inside):-len(ending)])] = archive.extractfile(member).read()
+                found[plain_code(member.name[len(inside) : -len(ending)])] = archive.extractfile(member).read()
     return found
 
 
@@ -135,7 +152,8 @@ def signs(folder: Path) -> dict[str, dict]:
         if name and len(name.split()) <= MOST_WORDS and "keycap" not in name and entry["group"] != "component":
             found[plain_code(entry["hexcode"])] = {
                 "order": entry["order"] or 0,
-                "row": {"name": name, "group": entry["group"], "subgroup": entry["subgroups"]}}
+                "row": {"name": name, "group": entry["group"], "subgroup": entry["subgroups"]},
+            }
     return found
 
 
@@ -201,8 +219,9 @@ def encoded(image: np.ndarray, lossless: bool) -> bytes:
     packed = io.BytesIO()
     if lossless:
         colour = np.round(np.round(image[..., :3] / 255 * (LEVELS - 1)) / (LEVELS - 1) * 255).astype(np.uint8)
-        Image.fromarray(np.concatenate([colour, image[..., 3:]], -1)).save(packed, "WEBP", lossless=True, method=4,
-                                                                           quality=100)
+        Image.fromarray(np.concatenate([colour, image[..., 3:]], -1)).save(
+            packed, "WEBP", lossless=True, method=4, quality=100
+        )
     else:
         Image.fromarray(image[..., :3]).save(packed, "WEBP", quality=92, method=6)
     return packed.getvalue()

@@ -17,16 +17,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lorweb_jax.errors import run_command  # noqa: E402  (the path above comes first)
+from lorweb_jax.common.errors import run_command  # noqa: E402  (the path above comes first)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", metavar="FOLDER", type=Path, default=ROOT / "assets" / "small_kontext",
-                        help="models in diffusers layout (default: the small ones here)")
+    parser.add_argument(
+        "--pipeline",
+        metavar="FOLDER",
+        type=Path,
+        default=ROOT / "assets" / "small_kontext",
+        help="models in diffusers layout (default: the small ones here)",
+    )
     args = parser.parse_args()
     # After the arguments, so that --help answers at once.
-    from lorweb_jax.parity.quantization import random_layers, real_layers, table
+    from parity.quantization import random_layers, real_layers, table
 
     print(f"random layers, inputs x outputs\n{table(random_layers())}\n", flush=True)
     layers, velocities = real_layers(args.pipeline, ROOT / "docs" / "example")

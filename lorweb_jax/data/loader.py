@@ -15,13 +15,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from lorweb_jax.arguments import as_value
-from lorweb_jax.config_fields import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole
-from lorweb_jax.data.problems import Notes, Problem, Problems, printable, reason
+from lorweb_jax.common.errors import UserError, printable
+from lorweb_jax.data.problems import Notes, Problem, Problems, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
-from lorweb_jax.errors import UserError
 from lorweb_jax.images import grid
 from lorweb_jax.images.resize import resize
+from lorweb_jax.settings.fields import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole, as_value
 
 # Not absl's logger, which training silences below errors since libraries chatter there.
 _log = logging.getLogger(__name__)
@@ -33,8 +32,14 @@ STRETCHED = "its images have another shape than the quadrants of a grid, to whic
 class _Reader:
     """Turns the number of an analogy and a random generator into a sample. It travels to the worker processes."""
 
-    def __init__(self, analogies: Analogies, quadrant_size: tuple[int, int] | None, max_size: int | None,
-                 caption_drop: float, reverse_probability: float):
+    def __init__(
+        self,
+        analogies: Analogies,
+        quadrant_size: tuple[int, int] | None,
+        max_size: int | None,
+        caption_drop: float,
+        reverse_probability: float,
+    ):
         self._analogies = analogies
         self._quadrant_size = quadrant_size
         self._max_size = max_size
@@ -96,8 +101,10 @@ class _Reader:
                     break
             else:
                 return analogy, [images[pair_id] for pair_id in analogy.pair_ids], problems
-        raise UserError(f"none of the {len(analogies)} analogies can be read; the first of {len(problems)} problems: "
-                        f"task {problems[0].task}, {problems[0].file}: {problems[0].reason}; check the data folder")
+        raise UserError(
+            f"none of the {len(analogies)} analogies can be read; the first of {len(problems)} problems: "
+            f"task {problems[0].task}, {problems[0].file}: {problems[0].reason}; check the data folder"
+        )
 
     def _images(self, pair: Pair, tell: Callable[[str, str], None]) -> tuple[np.ndarray, np.ndarray]:
         before, after = read_pair(pair, tell)
@@ -105,8 +112,10 @@ class _Reader:
         shrink = min(1, self._max_size / (2 * max(sides))) if self._max_size else 1
         # Any size can be brought to a given quadrant; as the first image, one this small leaves no whole token.
         if not self._quadrant_size and int(2 * min(sides) * shrink) < 16:
-            raise UserError(f"{pair.file} makes a quadrant with a side below 8 pixels; expected 8 or more; replace "
-                            "the file or give a quadrant size")
+            raise UserError(
+                f"{pair.file} makes a quadrant with a side below 8 pixels; expected 8 or more; replace "
+                "the file or give a quadrant size"
+            )
         return before, after
 
 
@@ -115,8 +124,10 @@ def _batch(samples: list[dict]) -> dict:
     sizes = {sample["condition"].shape[:2] for sample in samples}
     if len(sizes) > 1:
         shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
-        raise UserError(f"the grids of one batch have {len(sizes)} sizes ({shown}), expected one; give a quadrant "
-                        "size, or use batches of 1")
+        raise UserError(
+            f"the grids of one batch have {len(sizes)} sizes ({shown}), expected one; give a quadrant "
+            "size, or use batches of 1"
+        )
     batch = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -147,10 +158,21 @@ class AnalogyLoader(grain.DatasetIterator):
     and `set_state`, or `grain.checkpoint.CheckpointSave` and `CheckpointRestore`. Call `close` at the end.
     """
 
-    def __init__(self, data: str | os.PathLike | Analogies, batch_size: int, *,
-                 quadrant_size: int | tuple[int, int] | None = None, max_size: int | None = None, seed: int = 0,
-                 caption_drop: float = 0.05, reverse_probability: float = 0.0, task_balanced: bool = False,
-                 workers: int = 0, rows: Sequence[int] | None = None, problems: Problems | None = None):
+    def __init__(
+        self,
+        data: str | os.PathLike | Analogies,
+        batch_size: int,
+        *,
+        quadrant_size: int | tuple[int, int] | None = None,
+        max_size: int | None = None,
+        seed: int = 0,
+        caption_drop: float = 0.05,
+        reverse_probability: float = 0.0,
+        task_balanced: bool = False,
+        workers: int = 0,
+        rows: Sequence[int] | None = None,
+        problems: Problems | None = None,
+    ):
         """
         Args:
           data: a folder as `read_tasks` takes it, or analogies.
@@ -187,8 +209,7 @@ class AnalogyLoader(grain.DatasetIterator):
                 _log.warning("%s", self.problems.summary())
         self.analogies = data
         self._workers = workers
-        self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size,
-                        "task_balanced": task_balanced}
+        self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size, "task_balanced": task_balanced}
         order_seed, draw_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(2))
         reader = _Reader(data, quadrant_size, max_size, caption_drop, reverse_probability)
         samples = _order(data, order_seed, task_balanced).random_map(reader, seed=draw_seed)
@@ -208,8 +229,9 @@ class AnalogyLoader(grain.DatasetIterator):
             self.problems.substituted += bool(problems)
             for problem in problems:
                 if self.problems.add(problem.task, problem.file, problem.reason):
-                    _log.warning("skipped %s of task %s: %s", *map(printable, (problem.file, problem.task,
-                                                                               problem.reason)))
+                    _log.warning(
+                        "skipped %s of task %s: %s", *map(printable, (problem.file, problem.task, problem.reason))
+                    )
         return batch
 
     def start_prefetch(self) -> None:
@@ -224,8 +246,9 @@ class AnalogyLoader(grain.DatasetIterator):
             # grain reads absl flags when it starts workers, which fails in a program that never parsed any.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._workers, _BATCHES_AHEAD),
-                                        functools.partial(_end_with, os.getpid()))
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(self._workers, _BATCHES_AHEAD), functools.partial(_end_with, os.getpid())
+            )
         self._iterator = iter(stream)
         self._iterator.start_prefetch()
 
@@ -240,11 +263,12 @@ class AnalogyLoader(grain.DatasetIterator):
           UserError: the state belongs to another stream (data, seed, global batch or balance changed).
         """
         saved = state["stream"]
-        changed = [f"{name} {saved.get(name)} -> {now}" for name, now in self._stream.items()
-                   if saved.get(name) != now]
+        changed = [f"{name} {saved.get(name)} -> {now}" for name, now in self._stream.items() if saved.get(name) != now]
         if changed:
-            raise UserError(f"the saved data position belongs to another stream ({'; '.join(changed)}); expected the "
-                            "data and settings it was saved with; restore them or start a new run")
+            raise UserError(
+                f"the saved data position belongs to another stream ({'; '.join(changed)}); expected the "
+                "data and settings it was saved with; restore them or start a new run"
+            )
         self._stop()
         self._position = state["batches"]
 
@@ -277,8 +301,10 @@ def _order(analogies: Analogies, seed: int, task_balanced: bool) -> grain.MapDat
         return grain.MapDataset.range(len(analogies)).shuffle(seed).repeat()
     *seeds, round_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(len(analogies.tasks) + 1))
     spans = [analogies.span(task) for task in range(len(analogies.tasks))]
-    tasks = [grain.MapDataset.range(span.start, span.stop).shuffle(task_seed).repeat()
-             for span, task_seed in zip(spans, seeds, strict=True)]
+    tasks = [
+        grain.MapDataset.range(span.start, span.stop).shuffle(task_seed).repeat()
+        for span, task_seed in zip(spans, seeds, strict=True)
+    ]
     rounds = grain.MapDataset.mix(tasks)
     return grain.experimental.WindowShuffleMapDataset(rounds, window_size=len(tasks), seed=round_seed)
 
@@ -301,16 +327,24 @@ class _Rows(grain.MapDataset):
 
 
 def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows):
-    rules = {"batch size": (batch_size, BATCH), "quadrant size": (quadrant_size, Either(Whole(0, 0, also=(None,)),
-                                                                                      Several(SIDE, 2, 2))),
-             "largest size": (max_size, Whole(2, 2**20, also=(None,))), "seed": (seed, SEED),
-             "probability of caption drop": (caption_drop, SHARE),
-             "probability of reversal": (reverse_probability, SHARE), "number of workers": (workers, WORKERS)}
+    rules = {
+        "batch size": (batch_size, BATCH),
+        "quadrant size": (quadrant_size, Either(Whole(0, 0, also=(None,)), Several(SIDE, 2, 2))),
+        "largest size": (max_size, Whole(2, 2**20, also=(None,))),
+        "seed": (seed, SEED),
+        "probability of caption drop": (caption_drop, SHARE),
+        "probability of reversal": (reverse_probability, SHARE),
+        "number of workers": (workers, WORKERS),
+    }
     for name, (value, rule) in rules.items():
         as_value(value, f"the {name}", rule)
     if quadrant_size and max_size:
-        raise UserError(f"both a quadrant size {quadrant_size} and a maximum size {max_size} were given; the first "
-                        "fixes the grid's size, so give one of them")
+        raise UserError(
+            f"both a quadrant size {quadrant_size} and a maximum size {max_size} were given; the first "
+            "fixes the grid's size, so give one of them"
+        )
     if rows is not None and not (len(rows) and all(0 <= row < batch_size for row in rows)):
-        raise UserError(f"rows {list(rows)} of a batch of {batch_size} were asked for; expected one or more of 0 to "
-                        f"{batch_size - 1}")
+        raise UserError(
+            f"rows {list(rows)} of a batch of {batch_size} were asked for; expected one or more of 0 to "
+            f"{batch_size - 1}"
+        )

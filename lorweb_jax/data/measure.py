@@ -25,15 +25,14 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from lorweb_jax.arguments import as_value
-from lorweb_jax.command_line import Parser
-from lorweb_jax.config_fields import SHOWN_AT_ONCE, SIDE, WORKERS, Real, Whole
+from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.errors import run_command
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Analogies, read_tasks
-from lorweb_jax.errors import run_command
 from lorweb_jax.images import grid
 from lorweb_jax.images.resize import resize
+from lorweb_jax.settings.fields import SHOWN_AT_ONCE, SIDE, WORKERS, Real, Whole, as_value
 
 WARM_UP = 4  # batches that aren't counted: imports, worker processes, full buffers
 
@@ -97,12 +96,15 @@ def write_pairs(root: Path, height: int = 512, tasks: int = 4, pairs: int = 12) 
         for pair in range(pairs):
             image = np.full((height, 2 * height, 3), 128.0)
             for level in range(2, 10):  # each octave of detail a little fainter than the one before
-                noise = 70 * 2 ** (-level / 2) * random.normal(0, 1, (2 ** level, 2 ** (level + 1), 3))
-                image += np.stack([resize(channel.astype(np.float32), (2 * height, height))
-                                   for channel in np.moveaxis(noise, -1, 0)], -1)
+                noise = 70 * 2 ** (-level / 2) * random.normal(0, 1, (2**level, 2 ** (level + 1), 3))
+                image += np.stack(
+                    [resize(channel.astype(np.float32), (2 * height, height)) for channel in np.moveaxis(noise, -1, 0)],
+                    -1,
+                )
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{pair}.jpg", quality=92)
-        (folder / "labels.json").write_text(json.dumps(
-            [{"img_name": f"{pair}.jpg", "edit_instruction": f"edit {task}"} for pair in range(pairs)]))
+        (folder / "labels.json").write_text(
+            json.dumps([{"img_name": f"{pair}.jpg", "edit_instruction": f"edit {task}"} for pair in range(pairs)])
+        )
 
 
 def _machine() -> str:
@@ -116,24 +118,30 @@ def _machine() -> str:
 
 def _report(root: Path, args: argparse.Namespace) -> None:
     size = args.quadrant_size
-    print(f"{_machine()}\ngrids of {2 * size}x{2 * size}, batches of {args.batch}, {args.repeats} x {args.seconds:g} s "
-          "each\n\n| workers | grids a second | spread | processor time a grid | grids a second per core |\n"
-          "|--:|--:|--:|--:|--:|")
+    print(
+        f"{_machine()}\ngrids of {2 * size}x{2 * size}, batches of {args.batch}, {args.repeats} x {args.seconds:g} s "
+        "each\n\n| workers | grids a second | spread | processor time a grid | grids a second per core |\n"
+        "|--:|--:|--:|--:|--:|"
+    )
     for workers in args.workers:
         runs = [measure_input(root, size, workers, args.seconds, args.batch) for _ in range(args.repeats)]
         rates, used = [run.grids_per_second for run in runs], [run.cpu_ms for run in runs]
         cpu = None if None in used else statistics.median(used)
         shown = "| |" if cpu is None else f"{cpu:.1f} ms | {1000 / cpu:.1f} |"
-        print(f"| {workers} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} | {shown}",
-              flush=True)
+        print(
+            f"| {workers} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} | {shown}", flush=True
+        )
     print("\nprocessor time of one grid's stages:")
     for name, milliseconds in breakdown(root, size).items():
         print(f"  {milliseconds:6.2f} ms  {name}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m lorweb_jax.data.measure", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m lorweb_jax.data.measure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, help="a Relation252K folder (default: JPEG pairs made in a temporary one)")
     parser.add_argument("--quadrant-size", type=int, default=256, help="pixels; the grid's side is twice that")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes (default: 0 1 2)")
@@ -142,9 +150,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=6, help="grids a batch (default: 6)")
     args = parser.parse_args(arguments)
     for value, name, rule in (
-            (args.quadrant_size, "--quadrant-size", SIDE), (args.seconds, "--seconds", Real(0, 86_400, above=True)),
-            (args.repeats, "--repeats", Whole(1, 1000)), (args.batch, "--batch", SHOWN_AT_ONCE),
-            *((workers, "--workers", WORKERS) for workers in args.workers)):
+        (args.quadrant_size, "--quadrant-size", SIDE),
+        (args.seconds, "--seconds", Real(0, 86_400, above=True)),
+        (args.repeats, "--repeats", Whole(1, 1000)),
+        (args.batch, "--batch", SHOWN_AT_ONCE),
+        *((workers, "--workers", WORKERS) for workers in args.workers),
+    ):
         as_value(value, name, rule)
     with contextlib.ExitStack() as closing:
         root = args.data

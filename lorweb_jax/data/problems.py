@@ -6,22 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lorweb_jax.errors import UserError, say
-from lorweb_jax.outputs import write_file
-
-
-def printable(text: str, longest: int = 500) -> str:
-    """A text that any terminal, font and UTF-8 file takes: on one line, at most `longest` characters of it.
-
-    Control characters, bytes of file names that aren't UTF-8 and the like are shown as \\x1b, \\xe9, \\ud800.
-    """
-    cut = text if len(text) <= longest else text[:longest] + "…"
-    return "".join(character if character.isprintable() else _escaped(character) for character in cut)
-
-
-def _escaped(character: str) -> str:
-    byte = ord(character) - 0xDC00  # of a file name, as os.fsdecode gives it
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+from lorweb_jax.common.errors import UserError, printable, say
+from lorweb_jax.common.outputs import write_file
 
 
 def reason(error: Exception) -> str:
@@ -83,9 +69,11 @@ class Problems:
         if not self._found:
             return "no problems found in the data"
         tasks = len({problem.task for problem in self})
-        lines = [f"{len(self)} item(s) of {tasks} task(s) skipped"
-                 + (f", {self.substituted} analogies replaced by others while reading" if self.substituted else "")
-                 + ":"]
+        lines = [
+            f"{len(self)} item(s) of {tasks} task(s) skipped"
+            + (f", {self.substituted} analogies replaced by others while reading" if self.substituted else "")
+            + ":"
+        ]
         lines += [f"  {p.task}: {p.file}: {p.reason}" for p in itertools.islice(self, examples)]
         if len(self) > examples:
             lines.append(f"  ... and {len(self) - examples} more")

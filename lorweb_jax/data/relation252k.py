@@ -19,11 +19,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.schema import INDEX_BYTES
+from lorweb_jax.common.user_files import read_text
 from lorweb_jax.data.problems import Problems, printable
-from lorweb_jax.errors import UserError
-from lorweb_jax.files import read_text
 from lorweb_jax.images.io import read_image
-from lorweb_jax.schema import INDEX_BYTES
 
 LONGEST_INSTRUCTION = 20_000  # characters; text encoders take a few thousand at most
 
@@ -104,8 +104,9 @@ def _pair(entry, folder: Path) -> Pair:
         raise ValueError("the image is no regular file, or a link to none" if there else "the image file is missing")
     # Nothing is computed from the descriptions: copies without them lose nothing.
     left, right = (entry.get(f"{side}_image_description") for side in ("left", "right"))
-    return Pair(str(path), *(text if isinstance(text, str) and _is_unicode(text) else "" for text in (left, right)),
-                instruction)
+    return Pair(
+        str(path), *(text if isinstance(text, str) and _is_unicode(text) else "" for text in (left, right)), instruction
+    )
 
 
 def _is_unicode(text: str) -> bool:
@@ -131,8 +132,10 @@ def _read_task(folder: Path, problems: Problems) -> Task | None:
             continue
         for number, entry in enumerate(entries):
             name = entry.get("img_name") if isinstance(entry, dict) else None
-            shown = os.path.join(*file.parent.relative_to(folder).parts,
-                                 str(PurePosixPath(name)).lstrip("/") if isinstance(name, str) and name else file.name)
+            shown = os.path.join(
+                *file.parent.relative_to(folder).parts,
+                str(PurePosixPath(name)).lstrip("/") if isinstance(name, str) and name else file.name,
+            )
             try:
                 pair = _pair(entry, file.parent)
             except (ValueError, OSError) as error:
@@ -163,8 +166,10 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
     try:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
-        raise UserError(f"the data folder {root} can't be listed ({error.strerror}); expected a folder with one "
-                        "sub-folder per task; check the path") from error
+        raise UserError(
+            f"the data folder {root} can't be listed ({error.strerror}); expected a folder with one "
+            "sub-folder per task; check the path"
+        ) from error
     tasks = []
     for folder in folders:
         try:
@@ -176,8 +181,10 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
             tasks.append(task)
     if not tasks:
         found = problems.summary() if len(problems) else "it has no sub-folders"
-        raise UserError(f"no usable task in the data folder {root}; expected <task>/Group1/labels.json with two or "
-                        f"more image pairs; found: {found}")
+        raise UserError(
+            f"no usable task in the data folder {root}; expected <task>/Group1/labels.json with two or "
+            f"more image pairs; found: {found}"
+        )
     return tasks
 
 
@@ -285,8 +292,11 @@ def contents(tasks: Iterable[Task]) -> str:
     the folder lies. `Analogies.digest`, which saved positions hold, knows the names alone."""
     found = hashlib.sha256()
     for task in tasks:
-        found.update(json.dumps([task.name, *([task.relative(pair), pair.instruction, _size(pair.file)]
-                                              for pair in task.pairs)]).encode())
+        found.update(
+            json.dumps(
+                [task.name, *([task.relative(pair), pair.instruction, _size(pair.file)] for pair in task.pairs)]
+            ).encode()
+        )
     return found.hexdigest()[:16]
 
 

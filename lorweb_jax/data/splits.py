@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lorweb_jax.data.embedded import build_embedded_dataset
+from lorweb_jax.data.embedded.build import build_embedded_dataset
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import Task, read_tasks
 

@@ -7,17 +7,17 @@ from typing import Protocol
 
 import numpy as np
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Task, read_pair
-from lorweb_jax.errors import UserError
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.lpips import lpips
 from lorweb_jax.evaluation.table import TRUTH, Table
 from lorweb_jax.images.grid import fit_to_model, other_shape, quadrants, target_grid
+from lorweb_jax.images.pictures import sheet
 from lorweb_jax.images.resize import resize
-from lorweb_jax.training.pictures import sheet
 
-BATCH = 16          # images of one size that a model is given at once
+BATCH = 16  # images of one size that a model is given at once
 STRETCHED = "its images have another shape than those of the first pair, to which they are stretched"
 LARGEST_SHOWN = 192  # px of an image's longer edge in a sheet
 
@@ -48,8 +48,7 @@ class Embedder(Protocol):
 Method = Callable[[Sequence[Sample]], Sequence[np.ndarray]]
 
 
-def read_samples(tasks: Sequence[Task], per_task: int, problems: Problems,
-                 max_size: int | None = None) -> list[Sample]:
+def read_samples(tasks: Sequence[Task], per_task: int, problems: Problems, max_size: int | None = None) -> list[Sample]:
     """`per_task` analogies of each task, or all where there are fewer; the same ones at every call.
 
     Their images are the quadrants of the target grid as the model gets it: b and the edited images at a's size, the
@@ -67,8 +66,9 @@ def read_samples(tasks: Sequence[Task], per_task: int, problems: Problems,
         problems.substituted += len(replaced)
         samples += [sample for sample in read if sample] + replaced
     if not samples:
-        raise UserError(f"no analogy of the data can be read; expected tasks with two readable images each; "
-                        f"{problems.summary()}")
+        raise UserError(
+            f"no analogy of the data can be read; expected tasks with two readable images each; {problems.summary()}"
+        )
     return samples
 
 
@@ -110,12 +110,13 @@ def batches(images: Sequence[np.ndarray], largest: int = BATCH) -> Iterator[tupl
     for indexes in by_size.values():
         length = -(-len(indexes) // -(-len(indexes) // largest))
         for start in range(0, len(indexes), length):
-            chosen = indexes[start:start + length]
+            chosen = indexes[start : start + length]
             yield chosen, (chosen * length)[:length]
 
 
-def evaluate(make_results: Mapping[str, Method], samples: Sequence[Sample],
-             image_encoder: Embedder | None = None) -> Table:
+def evaluate(
+    make_results: Mapping[str, Method], samples: Sequence[Sample], image_encoder: Embedder | None = None
+) -> Table:
     """Let each method make b′ of every sample, and score it.
 
     make_results: {method's name: function from samples to uint8 images of the samples' sizes}. Without an encoder
@@ -133,12 +134,16 @@ def evaluate(make_results: Mapping[str, Method], samples: Sequence[Sample],
     return Table([sample.task for sample in samples], scores, results)
 
 
-def _scores(images: Sequence[np.ndarray], samples: Sequence[Sample],
-            image_encoder: Embedder | None) -> dict[str, list[float]]:
+def _scores(
+    images: Sequence[np.ndarray], samples: Sequence[Sample], image_encoder: Embedder | None
+) -> dict[str, list[float]]:
     errors = [metrics.mse(image, sample.b2) for image, sample in zip(images, samples)]
-    scores = {"mse": errors, "psnr": [metrics.psnr(error) for error in errors],
-              "lpips": distances(images, [sample.b2 for sample in samples]),
-              "lpips_b": distances(images, [sample.b for sample in samples])}
+    scores = {
+        "mse": errors,
+        "psnr": [metrics.psnr(error) for error in errors],
+        "lpips": distances(images, [sample.b2 for sample in samples]),
+        "lpips_b": distances(images, [sample.b for sample in samples]),
+    }
     if image_encoder:
         a, a2, b = (_embeddings(image_encoder, list(part)) for part in zip(*(sample.condition for sample in samples)))
         cosines = metrics.clip_directional(a2 - a, _embeddings(image_encoder, images) - b)
@@ -150,19 +155,20 @@ def distances(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> list[float]:
     """LPIPS of each image of x with its partner in y; sizes may differ from pair to pair."""
     found = np.zeros(len(x))
     for chosen, padded in batches(x):
-        found[chosen] = lpips(np.stack([x[i] for i in padded]), np.stack([y[i] for i in padded]))[:len(chosen)]
+        found[chosen] = lpips(np.stack([x[i] for i in padded]), np.stack([y[i] for i in padded]))[: len(chosen)]
     return found.tolist()
 
 
 def _embeddings(image_encoder: Embedder, images: Sequence[np.ndarray]) -> np.ndarray:
     """[b, p]; an encoder brings every image to its own size, so all of them count as one."""
-    found = [image_encoder.embed([images[i] for i in padded])[:len(chosen)]
-             for chosen, padded in batches([images[0]] * len(images))]
+    found = [
+        image_encoder.embed([images[i] for i in padded])[: len(chosen)]
+        for chosen, padded in batches([images[0]] * len(images))
+    ]
     return np.concatenate(found)
 
 
-def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndarray]],
-               per_task: int = 1) -> np.ndarray:
+def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndarray]], per_task: int = 1) -> np.ndarray:
     """a, a′, b, what each method made of it, the true b′: the first `per_task` samples of every task, one a row.
 
     results: {method: images, one per sample}, as in `Table.results`. Returns uint8 [H, W, 3].

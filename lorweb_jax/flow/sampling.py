@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 
-def euler(velocity: Callable[[jax.Array, Any], jax.Array], noise: jax.Array, sigmas: jax.Array,
-          given: Any = None) -> jax.Array:
+def euler(
+    velocity: Callable[[jax.Array, Any], jax.Array], noise: jax.Array, sigmas: jax.Array, given: Any = None
+) -> jax.Array:
     """z ← z + (σ' − σ) · velocity(z, σ_b) over consecutive noise levels, in one scanned loop; z stays float32.
 
     noise [b, s, c]; sigmas [steps + 1], descending. velocity takes z and the noise level of each example [b], or, where

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from lorweb_jax.errors import UserError
-from lorweb_jax.schema import Between, checked, given, require_class
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.schema import Between, checked, given, require_class
 
 TRAIN_STEPS = 1000
 
@@ -23,8 +23,10 @@ class Schedule:
 
     def __post_init__(self):
         if self.base_image_seq_len >= self.max_image_seq_len:
-            raise UserError(f"the schedule's base_image_seq_len is {self.base_image_seq_len}, it must be below "
-                            f"max_image_seq_len, which is {self.max_image_seq_len}; correct scheduler_config.json")
+            raise UserError(
+                f"the schedule's base_image_seq_len is {self.base_image_seq_len}, it must be below "
+                f"max_image_seq_len, which is {self.max_image_seq_len}; correct scheduler_config.json"
+            )
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str | Path = "scheduler_config.json") -> "Schedule":

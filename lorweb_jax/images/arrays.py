@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lorweb_jax.errors import UserError, say
+from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.images.convert import to_rgb
 
 MAX_PIXELS = 80_000_000  # below Pillow's own limit; such a picture takes 240 MB in memory
@@ -32,10 +32,14 @@ def as_image(value: Any, name: str) -> np.ndarray:
         found, advice = _found(value)
         raise UserError(f"{name} is {found}, a uint8 array [H, W, 3] in 0..255 was expected; {advice}")
     if value.shape[0] * value.shape[1] > MAX_PIXELS:
-        raise UserError(f"{name} has {value.shape[1]}x{value.shape[0]} pixels, at most {MAX_PIXELS:,} in all were expected; "
-                        "make it smaller first")
+        raise UserError(
+            f"{name} has {value.shape[1]}x{value.shape[0]} pixels, at most {MAX_PIXELS:,} in all were expected; "
+            "make it smaller first"
+        )
     if not value.size:
-        raise UserError(f"{name} has {value.shape[1]}x{value.shape[0]} pixels, at least one was expected; give an image")
+        raise UserError(
+            f"{name} has {value.shape[1]}x{value.shape[0]} pixels, at least one was expected; give an image"
+        )
     return value
 
 

@@ -12,16 +12,17 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 
 # The same samples' other bytes, where Pillow keeps one byte of two; N is this machine's order.
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-_OTHER_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "CMYK")
-                for order, other in _SWAPPED.items()}
+_OTHER_BYTES = {
+    f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "CMYK") for order, other in _SWAPPED.items()
+}
 _SPACES = {"RGB ": ("RGB",), "GRAY": ("L", "I;16"), "CMYK": ("CMYK",), "Lab ": ("LAB",)}
 _KEY_SCALES = {"L;2": 85, "L;4": 17}  # Pillow widens these samples, and not the transparent one
-_DEPTH = 258                          # TIFF's BitsPerSample
-_PHOTOMETRIC = 262                    # TIFF's PhotometricInterpretation, 0: white is zero
+_DEPTH = 258  # TIFF's BitsPerSample
+_PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation, 0: white is zero
 
 
 def to_rgb(image: Image.Image, notes: list[str], again: Callable[[], Image.Image] | None = None) -> np.ndarray:
@@ -50,8 +51,9 @@ def to_rgb(image: Image.Image, notes: list[str], again: Callable[[], Image.Image
     elif upright.mode.startswith("I"):
         colours = _sixteen_bit_grey(np.asarray(upright), image)
     else:
-        colours = _colours(upright if deep is None else
-                           Image.frombytes(upright.mode, upright.size, _eight(deep).tobytes()))
+        colours = _colours(
+            upright if deep is None else Image.frombytes(upright.mode, upright.size, _eight(deep).tobytes())
+        )
     rgb = _in_srgb(colours, image.info, notes)
     if alpha is not None:
         rgb = Image.merge("RGBA", (*rgb.split(), Image.fromarray(alpha)))
@@ -67,8 +69,9 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _set_raw_mode(image: Image.Image, raw: str) -> None:
-    image.tile = [tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
-                  for tile in image.tile]
+    image.tile = [
+        tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile
+    ]
 
 
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -114,8 +117,10 @@ def _colours(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         return image.convert("LA").convert("L")
     if image.mode == "F":
-        raise UserError("it holds floating-point numbers of unknown range, 8 or 16 bits were expected; save it with 8 "
-                        "bits a channel")
+        raise UserError(
+            "it holds floating-point numbers of unknown range, 8 or 16 bits were expected; save it with 8 "
+            "bits a channel"
+        )
     # Pillow warns of palettes with transparency unless they become RGBA first.
     return image.convert("RGBA").convert("RGB") if image.has_transparency_data else image.convert("RGB")
 
@@ -123,8 +128,10 @@ def _colours(image: Image.Image) -> Image.Image:
 def _sixteen_bit_grey(samples: np.ndarray, image: Image.Image) -> Image.Image:
     """Mode I;16, 0..65535, of the samples of an image that Pillow opened."""
     if samples.min() < 0 or samples.max() > 65535 or image.mode == "I" and image.format not in ("PPM", "PNG"):
-        raise UserError(f"it has 32-bit or signed grey values ({samples.min()} to {samples.max()}), 8 or 16 bits were "
-                        "expected; save it with 8 bits a channel")
+        raise UserError(
+            f"it has 32-bit or signed grey values ({samples.min()} to {samples.max()}), 8 or 16 bits were "
+            "expected; save it with 8 bits a channel"
+        )
     tags, samples = getattr(image, "tag_v2", {}), samples.astype(np.uint32)
     largest = (1 << tags.get(_DEPTH, (16,))[0]) - 1
     samples = (samples * 65535 + largest // 2) // largest  # Pillow leaves 12-bit samples in 0..4095
@@ -143,8 +150,10 @@ def _in_srgb(colours: Image.Image, info: dict, notes: list[str]) -> Image.Image:
                 return transform(colours)
             if space == "RGB " and colours.mode in _SPACES["GRAY"]:
                 return _in_srgb(_plain(colours), info, notes)
-            notes.append(f"its colour profile is of {space.strip()} images, and it is none; the profile is left out, "
-                         "the colours are taken as sRGB")
+            notes.append(
+                f"its colour profile is of {space.strip()} images, and it is none; the profile is left out, "
+                "the colours are taken as sRGB"
+            )
     return _plain(colours)
 
 
@@ -179,6 +188,7 @@ def _transform(profile: bytes, mode: str) -> tuple[str, Callable[[Image.Image], 
 def _built(profile: ImageCms.ImageCmsProfile, mode: str) -> Callable[[Image.Image], Image.Image]:
     # Of curves over grey littlecms keeps a table that is off by up to 10 levels in the dark, unless told not to.
     flags = ImageCms.Flags.NOOPTIMIZE if mode in _SPACES["GRAY"] else ImageCms.Flags.NONE
-    transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB",
-                                        ImageCms.Intent.PERCEPTUAL, flags)
+    transform = ImageCms.buildTransform(
+        profile, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags
+    )
     return lambda image: ImageCms.applyTransform(image, transform)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.images.resize import resize
 
 
@@ -21,13 +21,20 @@ def stretched(analogies: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
     """A sentence for a′, and one for b, where such an image takes another shape when it is brought to a's size."""
     sentences = []
     for place, name in ((1, "a2"), (2, "b")):
-        found = [(images[place].shape[1::-1], images[0].shape[1::-1]) for images in analogies
-                 if other_shape(images[place].shape[1::-1], images[0].shape[1::-1])]
+        found = [
+            (images[place].shape[1::-1], images[0].shape[1::-1])
+            for images in analogies
+            if other_shape(images[place].shape[1::-1], images[0].shape[1::-1])
+        ]
         if found:
             (width, height), (a_width, a_height) = found[0]
-            among = f" in {len(found)} of {len(analogies)} analogies, in the first of them" if len(analogies) > 1 else ""
-            sentences.append(f"{name} is stretched to a's shape{among} from {width}x{height} to {a_width}x{a_height} "
-                             f"pixels; crop it to the same proportions if that is not wanted")
+            among = (
+                f" in {len(found)} of {len(analogies)} analogies, in the first of them" if len(analogies) > 1 else ""
+            )
+            sentences.append(
+                f"{name} is stretched to a's shape{among} from {width}x{height} to {a_width}x{a_height} "
+                f"pixels; crop it to the same proportions if that is not wanted"
+            )
     return sentences
 
 
@@ -36,12 +43,14 @@ def other_shape(size: tuple[int, int], target: tuple[int, int]) -> bool:
     more than the pixel that comes from rounding."""
     (width, height), (to_width, to_height) = size, target
     even_width, even_height = to_height * width / height, to_width * height / width
-    return (abs(even_width - to_width) > max(1, 0.01 * to_width)
-            and abs(even_height - to_height) > max(1, 0.01 * to_height))
+    return abs(even_width - to_width) > max(1, 0.01 * to_width) and abs(even_height - to_height) > max(
+        1, 0.01 * to_height
+    )
 
 
-def target_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, b2: np.ndarray,
-                max_size: int | None = None) -> np.ndarray:
+def target_grid(
+    a: np.ndarray, a2: np.ndarray, b: np.ndarray, b2: np.ndarray, max_size: int | None = None
+) -> np.ndarray:
     """[a, a2; b, b2], what the model is to make; sizes as in `condition_grid`."""
     height, width = a.shape[:2]
     a2, b, b2 = (resize(image, (width, height)) for image in (a2, b, b2))
@@ -75,11 +84,15 @@ def fit_to_model(grid: np.ndarray, multiple: int = 16) -> tuple[np.ndarray, str 
     """
     height, width = grid.shape[:2]
     if min(height, width) < multiple:
-        raise UserError(f"the grid of the images is {width}x{height} pixels, at least {multiple}x{multiple} was "
-                        f"expected; give a first image of at least {multiple // 2}x{multiple // 2} pixels, or a "
-                        "larger maximum size")
+        raise UserError(
+            f"the grid of the images is {width}x{height} pixels, at least {multiple}x{multiple} was "
+            f"expected; give a first image of at least {multiple // 2}x{multiple // 2} pixels, or a "
+            "larger maximum size"
+        )
     fitted = (width // multiple * multiple, height // multiple * multiple)
     if fitted == (width, height):
         return grid, None
-    return resize(grid, fitted), (f"the grid is resized from {width}x{height} to {fitted[0]}x{fitted[1]} pixels: the "
-                                  f"model works on multiples of {multiple}")
+    return resize(grid, fitted), (
+        f"the grid is resized from {width}x{height} to {fitted[0]}x{fitted[1]} pixels: the "
+        f"model works on multiples of {multiple}"
+    )

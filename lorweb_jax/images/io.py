@@ -10,23 +10,38 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lorweb_jax.errors import UserError, say
+from lorweb_jax.common.errors import UserError, say
+from lorweb_jax.common.outputs import write_file
 from lorweb_jax.images.arrays import MAX_PIXELS, as_image
 from lorweb_jax.images.convert import to_rgb
-from lorweb_jax.outputs import write_file
 
 # What is read. Pillow knows many more formats, of which some run an interpreter or another program.
 READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 # {suffix: format} of what is written, and the longest side that a format has room for, pixels.
-WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF",
-           ".tiff": "TIFF"}
+WRITTEN = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 _LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ours comes first, as an error
 
 # {how a file begins: what it is}, of formats that people take for pictures of a kind that any program reads.
-_KNOWN = {b"%!PS": "an EPS or PostScript file", b"%PDF": "a PDF", b"8BPS": "a Photoshop file", b"<svg": "an SVG drawing",
-          b"<?xml": "an SVG drawing or another XML file", b"\xff\x0a": "a JPEG XL image",
-          b"\0\0\0\x0cJXL ": "a JPEG XL image", b"\0\0\0\x0cjP  ": "a JPEG 2000 image", b"v/1\x01": "an OpenEXR image"}
+_KNOWN = {
+    b"%!PS": "an EPS or PostScript file",
+    b"%PDF": "a PDF",
+    b"8BPS": "a Photoshop file",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an SVG drawing or another XML file",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
+    b"v/1\x01": "an OpenEXR image",
+}
 
 
 def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None) -> np.ndarray:
@@ -38,8 +53,10 @@ def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None)
     whose range isn't known.
     """
     if not isinstance(path, str | os.PathLike):
-        raise UserError(f"an image's path is a {type(path).__name__}, a str or Path was expected; images that are in "
-                        "memory need no reading")
+        raise UserError(
+            f"an image's path is a {type(path).__name__}, a str or Path was expected; images that are in "
+            "memory need no reading"
+        )
     try:
         path = Path(path)
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
@@ -47,8 +64,10 @@ def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None)
         notes: list[str] = []
         with open(path, "rb") as file, Image.open(file, formats=READ) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} in all were "
-                                "expected; make it smaller first")
+                raise UserError(
+                    f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} in all were "
+                    "expected; make it smaller first"
+                )
             if _frames(image) > 1:
                 notes.append("it holds several frames or pages; the first one is taken")
             pixels = to_rgb(image, notes, lambda: Image.open(path, formats=READ))
@@ -63,9 +82,10 @@ def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None)
     except UnidentifiedImageError:
         raise UserError(f"{path} is {_kind(path)}; give a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path} has far too many pixels, at most {MAX_PIXELS:,} were expected; make it smaller "
-                        "first") from None
-    except Exception as error:                # on damaged files Pillow's readers raise nearly every kind of error
+        raise UserError(
+            f"{path} has far too many pixels, at most {MAX_PIXELS:,} were expected; make it smaller first"
+        ) from None
+    except Exception as error:  # on damaged files Pillow's readers raise nearly every kind of error
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"the image {path} could not be read ({error.strerror}); check the path") from None
         raise UserError(f"the image {path} is damaged ({error}); replace it by an intact copy") from None
@@ -91,20 +111,26 @@ def _kind(path: Path) -> str:
         start = file.read(32)
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"heim", b"hevc"):
         return "a HEIC photo"
-    return next((kind for magic, kind in _KNOWN.items() if start.startswith(magic)),
-                "not an image in a known format" if start else "empty")
+    return next(
+        (kind for magic, kind in _KNOWN.items() if start.startswith(magic)),
+        "not an image in a known format" if start else "empty",
+    )
 
 
 def require_image_name(path: str | Path, size: tuple[int, int] | None = None) -> None:
     """UserError unless `path` has a suffix that images are written with, and room for `size` = (width, height)."""
     suffix = Path(path).suffix.lower()
     if suffix not in WRITTEN:
-        raise UserError(f"{path} has the suffix {suffix or '(none)'}, one of {' '.join(WRITTEN)} was expected; "
-                        "rename it", 2)
+        raise UserError(
+            f"{path} has the suffix {suffix or '(none)'}, one of {' '.join(WRITTEN)} was expected; rename it", 2
+        )
     longest = _LONGEST.get(WRITTEN[suffix], max(size or [0]))
     if size and max(size) > longest:
-        raise UserError(f"{path} would have {size[0]}x{size[1]} pixels, and a {WRITTEN[suffix]} file holds at most "
-                        f"{longest} a side; give a .png", 2)
+        raise UserError(
+            f"{path} would have {size[0]}x{size[1]} pixels, and a {WRITTEN[suffix]} file holds at most "
+            f"{longest} a side; give a .png",
+            2,
+        )
 
 
 def write_image(path: str | Path, image: np.ndarray, overwrite: bool = True) -> Path:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorweb_jax.sharding import to_host
+from lorweb_jax.nn.sharding import to_host
 
 
 def to_float(image: jax.Array | np.ndarray) -> jax.Array:

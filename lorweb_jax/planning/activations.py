@@ -12,10 +12,10 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
+from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.program import Program
 from lorweb_jax.planning.shapes import grid_size, scanned_linears, tokens
 from lorweb_jax.planning.work import carried
-from lorweb_jax.sharding import batch_shares
 
 # Vectors of width d a token, in the compute dtype; fitted to the TPU compiler's temporaries, as the next.
 BLOCK_VECTORS = 24
@@ -47,8 +47,9 @@ def estimate(program: Program, kept: float) -> Estimate:
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
     block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * flux.features * itemsize / tensor
     # At the last single block going forward, or the first going backward, most is kept.
-    weights = sum(i * o for path, (_, i, o) in scanned_linears(flux).items()
-                  if path.startswith("single_transformer_blocks."))
+    weights = sum(
+        i * o for path, (_, i, o) in scanned_linears(flux).items() if path.startswith("single_transformer_blocks.")
+    )
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
     pixels = local * math.prod(grid_size(job.config))  # of the targets; the conditions follow them
     images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0
@@ -67,7 +68,7 @@ def kept_bytes(jaxpr, sequence: int) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"]:
-            for out in equation.outvars[carried(equation):]:
+            for out in equation.outvars[carried(equation) :]:
                 if out.aval.shape.count(sequence) < 2:
                     total += out.aval.size * out.aval.dtype.itemsize
         else:

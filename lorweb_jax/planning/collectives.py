@@ -71,8 +71,9 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
                 trips = _trips(instruction, computations)
                 visit(instruction.attribute("body"), times * (trips or 1), at_least or trips is None)
             elif instruction.opcode == "conditional":
-                for branch in re.findall(r"%([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}",
-                                                                   instruction.rest) or [""])[0]):
+                for branch in re.findall(
+                    r"%([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}", instruction.rest) or [""])[0]
+                ):
                     visit(branch, times, at_least)
             elif instruction.opcode in ("async-update", "async-done"):
                 pass  # name the computation that async-start began
@@ -156,8 +157,9 @@ def _group(rest: str, devices: int) -> int:
     if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
         # An axis, or a part 'name':(before)size of one.
-        return math.prod(int(part or sizes[name])
-                         for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found.group(2)))
+        return math.prod(
+            int(part or sizes[name]) for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found.group(2))
+        )
     return devices
 
 

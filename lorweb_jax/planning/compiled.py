@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.planning import collectives
 from lorweb_jax.planning.program import Program
 from lorweb_jax.training.step import side_by_side
@@ -54,10 +54,15 @@ def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platf
         return max((_too_large(message, *took) for message in failed), key=lambda found: found.needed)
     memory = [part.memory for part in made]
     most = max(memory, key=lambda part: part.temp_size_in_bytes + _results(part))
-    return Compiled(*took, arguments=sum(part.argument_size_in_bytes for part in memory),
-                    temporaries=most.temp_size_in_bytes, results=_results(most),
-                    code=sum(part.generated_code_size_in_bytes for part in memory),
-                    traffic=collectives.added(part.traffic for part in made), text="\n".join(part.text for part in made))
+    return Compiled(
+        *took,
+        arguments=sum(part.argument_size_in_bytes for part in memory),
+        temporaries=most.temp_size_in_bytes,
+        results=_results(most),
+        code=sum(part.generated_code_size_in_bytes for part in memory),
+        traffic=collectives.added(part.traffic for part in made),
+        text="\n".join(part.text for part in made),
+    )
 
 
 class _Part(NamedTuple):
@@ -90,5 +95,9 @@ def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:
     if not found:
         raise UserError("the compiler failed: " + message.strip().splitlines()[0])
     needed, needed_unit, capacity, capacity_unit = found.groups()
-    return Compiled(seconds, core_seconds, needed=float(needed) * _UNITS[needed_unit],
-                    capacity=float(capacity) * _UNITS[capacity_unit])
+    return Compiled(
+        seconds,
+        core_seconds,
+        needed=float(needed) * _UNITS[needed_unit],
+        capacity=float(capacity) * _UNITS[capacity_unit],
+    )

@@ -25,20 +25,23 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
         base = program.groups["base"]
         kernels = [base[f"transformer.{path}.kernel"] for path in linears]
         whole = low_rank * itemsize + sum(shape.size * shape.dtype.itemsize for shape in kernels)
-        found["all-gather"] = Traffic(passes * (flux.num_layers + flux.num_single_layers),
-                                      passes * whole / tensor * (fsdp - 1) / fsdp)
+        found["all-gather"] = Traffic(
+            passes * (flux.num_layers + flux.num_single_layers), passes * whole / tensor * (fsdp - 1) / fsdp
+        )
     reduced = Traffic()
     if training and data * fsdp > 1:
-        reduced = Traffic(flux.num_layers + flux.num_single_layers,
-                          2 * low_rank * itemsize / tensor * (1 - 1 / (data * fsdp)))
+        reduced = Traffic(
+            flux.num_layers + flux.num_single_layers, 2 * low_rank * itemsize / tensor * (1 - 1 / (data * fsdp))
+        )
     if tensor > 1:
         # After each product whose inputs are split: two of them in a double block, one in a single block; as many
         # going backward.
         local = program.batch // (data * fsdp) if program.batch % (data * fsdp) == 0 else program.batch
         rows = local * (2 * tokens(job) + job.folder.text_tokens)
         times = (passes + (training and job.config.remat != "none")) * (2 * flux.num_layers + flux.num_single_layers)
-        reduced = Traffic(reduced.count + times, reduced.sent
-                          + times * 2 * rows * flux.features * itemsize * (tensor - 1) / tensor)
+        reduced = Traffic(
+            reduced.count + times, reduced.sent + times * 2 * rows * flux.features * itemsize * (tensor - 1) / tensor
+        )
     if reduced.count:
         found["all-reduce"] = reduced
     return found

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.extend
 
-from lorweb_jax import sharding
+from lorweb_jax.nn import sharding
 from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
@@ -51,9 +51,12 @@ def make_plan(config, there: Target, what: str) -> Plan:
     gradients = device_bytes(program.gradients)
     if compiled and compiled.fits:
         padding = max(0, compiled.arguments - sum(map(used_bytes, program.parts, traced)))
-        memory |= {"padding of arguments": padding, "gradients": gradients,
-                   "activations, temporaries": compiled.temporaries - gradients,
-                   "results, program": compiled.results + compiled.code}
+        memory |= {
+            "padding of arguments": padding,
+            "gradients": gradients,
+            "activations, temporaries": compiled.temporaries - gradients,
+            "results, program": compiled.results + compiled.code,
+        }
         peak, traffic = sum(memory.values()), compiled.traffic if compiled.text else expected_traffic(program)
     else:
         temporaries = estimate(program, kept_by_example(program, traced)).total
@@ -65,18 +68,33 @@ def make_plan(config, there: Target, what: str) -> Plan:
     done = work(program, traced)
     sent = sum(kind.sent for kind in traffic.values())
     capacity = compiled.capacity if compiled and compiled.capacity else there.chip.memory
-    return Plan(there, program, {name: size for name, size in memory.items() if size}, peak, capacity, traffic, done,
-                floors(program, done, sent, there.chip), compiled)
+    return Plan(
+        there,
+        program,
+        {name: size for name, size in memory.items() if size},
+        peak,
+        capacity,
+        traffic,
+        done,
+        floors(program, done, sent, there.chip),
+        compiled,
+    )
 
 
 def used_bytes(part: Part, traced: jax.stages.Traced) -> float:
     """Of a part's arguments those that its compiled program takes: jit drops what has no use, such as the decoder of
     the autoencoder, which lies on the devices all the same."""
     jaxpr = traced.jaxpr.jaxpr
-    used = {variable for equation in jaxpr.eqns for variable in equation.invars
-            if isinstance(variable, jax.extend.core.Var)}
-    return device_bytes([leaf for leaf, variable in zip(jax.tree.leaves(part.arguments), jaxpr.invars, strict=True)
-                         if variable in used and leaf.sharding])
+    used = {
+        variable for equation in jaxpr.eqns for variable in equation.invars if isinstance(variable, jax.extend.core.Var)
+    }
+    return device_bytes(
+        [
+            leaf
+            for leaf, variable in zip(jax.tree.leaves(part.arguments), jaxpr.invars, strict=True)
+            if variable in used and leaf.sharding
+        ]
+    )
 
 
 def arguments(program: Program) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 
+from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.chips import Chip
 from lorweb_jax.planning.program import Program
 from lorweb_jax.planning.shapes import device_bytes, scanned_linears
 from lorweb_jax.planning.work import Work
-from lorweb_jax.sharding import batch_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ def memory_bytes(program: Program) -> float:
     base, basis = program.groups["base"], program.groups["basis"]
     kernels = {f"transformer.{path}.kernel" for path in scanned_linears(program.job.folder.flux_config)}
     whole = sum(base[path].size * base[path].dtype.itemsize for path in kernels) / program.mesh.shape["tensor"]
-    once = device_bytes([shape for path, shape in base.items()
-                         if path.startswith("transformer.") and path not in kernels])
+    once = device_bytes(
+        [shape for path, shape in base.items() if path.startswith("transformer.") and path not in kernels]
+    )
     return passes * whole + once + 2 * device_bytes((program.gradients, basis, program.groups.get("optimizer", ())))

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lorweb_jax import sharding
+from lorweb_jax.jobs.basis import BasisJob
+from lorweb_jax.models.flux1.model import block_linears
+from lorweb_jax.nn import sharding
 from lorweb_jax.planning import shapes as planned
-from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import Layout, StateShapes
 from lorweb_jax.training.step import TrainStep
-from lorweb_jax.transformer.flux import block_linears
 
 
 class Part(NamedTuple):
@@ -60,11 +61,19 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         encoded = step.encoded(state.frozen, batch)
     number = jax.ShapeDtypeStruct((), np.uint32)
-    return Program("train", job, mesh,
-                   (Part(step.encode, (state.frozen, batch)),
-                    Part(step.update, (state.trainable, state.opt_state, state.frozen, encoded, number))),
-                   {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": encoded},
-                   state.trainable, config.train.batch, 1)
+    return Program(
+        "train",
+        job,
+        mesh,
+        (
+            Part(step.encode, (state.frozen, batch)),
+            Part(step.update, (state.trainable, state.opt_state, state.frozen, encoded, number)),
+        ),
+        {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": encoded},
+        state.trainable,
+        config.train.batch,
+        1,
+    )
 
 
 def sample_program(job: BasisJob, mesh: Mesh) -> Program:
@@ -85,8 +94,9 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     def sample(trainable, frozen, inputs, query, sigmas):
         model = layout.model(trainable, frozen)
         additions = None if folded else model.additions(query, b)
-        return model.sample(**inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size,
-                            additions=additions)
+        return model.sample(
+            **inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size, additions=additions
+        )
 
     split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())
     noise = ((b, planned.tokens(job), flux.in_channels), jnp.float32)

@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lorweb_jax import sharding
-from lorweb_jax.basis.basis import BasisConfig
-from lorweb_jax.encoders import queries
-from lorweb_jax.errors import UserError
+from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.jobs.basis import BasisJob
+from lorweb_jax.models.flux1.model import FluxConfig, LinearShape, block_linears
+from lorweb_jax.models.image_encoder import queries
+from lorweb_jax.nn import sharding
+from lorweb_jax.nn.attention import resolve
+from lorweb_jax.pipeline.published import open_pipeline
 from lorweb_jax.precomputed.scope import Scope
-from lorweb_jax.training.jobs.basis import BasisJob
 from lorweb_jax.training.state import Shapes
-from lorweb_jax.transformer.attention import resolve
-from lorweb_jax.transformer.flux import FluxConfig, LinearShape, block_linears
-from lorweb_jax.weights.known_pipeline import open_pipeline
 
 
 class PlannedBasisJob(BasisJob):
@@ -29,8 +30,9 @@ class PlannedBasisJob(BasisJob):
         self.basis_config = self.signed_config = BasisConfig(**config.basis)  # there may be no weights to sign with
         self.folder = open_pipeline(config.pipeline, config.basis.encoder)
         # For the devices that are planned for, not for those of this machine.
-        self.planned_attention = resolve(config.attention, platform, jnp.dtype(config.compute_dtype),
-                                         self.folder.flux_config.attention_head_dim)
+        self.planned_attention = resolve(
+            config.attention, platform, jnp.dtype(config.compute_dtype), self.folder.flux_config.attention_head_dim
+        )
         # cuDNN's can't even be traced where it isn't.
         self.attention = {"cudnn": "xla"}.get(self.planned_attention, self.planned_attention)
         self.scope = Scope.of(config, self.folder, {}) if config.precomputed else None
@@ -39,8 +41,11 @@ class PlannedBasisJob(BasisJob):
 def planned_job(config, platform: str) -> PlannedBasisJob:
     """The job as it would be on a "tpu" or "gpu". UserError for another one: its data alone know what a batch is."""
     if config.job != "basis":
-        raise UserError(f"the config is of the job {config.job!r}; only a basis's training is planned: give "
-                        "configs/basis.py:kontext or one like it", 2)
+        raise UserError(
+            f"the config is of the job {config.job!r}; only a basis's training is planned: give "
+            "configs/basis.py:kontext or one like it",
+            2,
+        )
     return PlannedBasisJob(config, platform)
 
 
@@ -48,8 +53,11 @@ def grid_size(config) -> tuple[int, int]:
     """(height, width) of the grids, pixels. UserError where they would differ from example to example."""
     side = config.data.quadrant_size
     if not side:
-        raise UserError("config.data.quadrant_size is 0, so that each grid has a size of its own; plan for one size: "
-                        "set --config.data.quadrant_size=256 or another multiple of 8", 2)
+        raise UserError(
+            "config.data.quadrant_size is 0, so that each grid has a size of its own; plan for one size: "
+            "set --config.data.quadrant_size=256 or another multiple of 8",
+            2,
+        )
     height, width = (side, side) if isinstance(side, int) else side
     return 2 * height, 2 * width
 
@@ -82,8 +90,10 @@ def batch_shapes(job: BasisJob, mesh: Mesh) -> Shapes:
 def prompt_shapes(job: BasisJob, b: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Text and pooled text of b captions."""
     flux, dtype = job.folder.flux_config, jnp.dtype(job.config.compute_dtype)
-    return {"text": ((b, job.folder.text_tokens, flux.joint_attention_dim), dtype),
-            "pooled": ((b, flux.pooled_projection_dim), dtype)}
+    return {
+        "text": ((b, job.folder.text_tokens, flux.joint_attention_dim), dtype),
+        "pooled": ((b, flux.pooled_projection_dim), dtype),
+    }
 
 
 def query_width(job: BasisJob) -> int:
@@ -98,5 +108,6 @@ def scanned_linears(flux: FluxConfig) -> dict[str, LinearShape]:
 
 def device_bytes(shapes) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(shapes))
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+    )

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from lorweb_jax.config import get
-from lorweb_jax.errors import UserError
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan, arguments, make_program
 from lorweb_jax.planning.shapes import device_bytes
+from lorweb_jax.settings.config import get
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def faster(config, plan: Plan) -> list[Change]:
         return []
     estimator, order = _Estimator(plan), ("none", "dots", "attention", "full")
     offset = plan.peak - estimator.bytes(config)
-    for remat in order[:order.index(config.remat)]:
+    for remat in order[: order.index(config.remat)]:
         change = Change({"remat": remat}, estimator.changed(config, {"remat": remat}) + offset)
         if change.peak <= 0.9 * plan.capacity:
             return [change]
@@ -72,8 +72,11 @@ class _Estimator:
         program = make_program(config, self._plan.target, self._plan.program.what)
         if config.remat not in self._kept:
             self._kept[config.remat] = kept_by_example(program, program.traced())
-        return (sum(arguments(program).values()) + device_bytes(program.gradients)
-                + estimate(program, self._kept[config.remat]).total)
+        return (
+            sum(arguments(program).values())
+            + device_bytes(program.gradients)
+            + estimate(program, self._kept[config.remat]).total
+        )
 
 
 def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:

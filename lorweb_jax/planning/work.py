@@ -1,6 +1,6 @@
 """FLOPs of a program: what the model asks for, what its frozen encoders add, and what remat computes again.
 
-The first is counted from sizes (benchmark/flops.py); the last is what the traced program multiplies beyond that.
+The first is counted from sizes (planning/flops.py); the last is what the traced program multiplies beyond that.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import jax.extend
 
-from lorweb_jax.benchmark.flops import base_flops, basis_flops
+from lorweb_jax.planning.flops import base_flops, basis_flops
 from lorweb_jax.planning.program import Program
 from lorweb_jax.planning.shapes import query_width, tokens
 
@@ -45,10 +45,15 @@ def model_flops(program: Program) -> float:
         external = basis.query == "external"
         # The router's products, for one vector an example: none where coefficients are fixed, and left out where
         # each layer asks its own input, which is less than a thousandth.
-        sizes = SimpleNamespace(size=basis.size, rank=basis.rank, key_dim=basis.key_dim if external else 0,
-                                query_dim=query_width(job) if external else 0)
-        setting = SimpleNamespace(model=folder.flux_config, basis=sizes, batch=program.batch, tokens=sequence,
-                                  text_tokens=text)
+        sizes = SimpleNamespace(
+            size=basis.size,
+            rank=basis.rank,
+            key_dim=basis.key_dim if external else 0,
+            query_dim=query_width(job) if external else 0,
+        )
+        setting = SimpleNamespace(
+            model=folder.flux_config, basis=sizes, batch=program.batch, tokens=sequence, text_tokens=text
+        )
         flops += basis_flops(kind, setting)
     return flops * program.steps
 
@@ -82,9 +87,11 @@ def _products(equation, used: list[bool]) -> float:
     if name == "cond":
         return max(products(branch.jaxpr) for branch in params["branches"])
     if name == "scan":  # what is carried may be wanted by the next turn
-        used = [True] * carried(equation) + used[carried(equation):]
-    return _times(name, params) * sum(products(inner, used if len(inner.outvars) == len(used) else None)
-                                      for inner in jax.extend.core.jaxprs_in_params(params))
+        used = [True] * carried(equation) + used[carried(equation) :]
+    return _times(name, params) * sum(
+        products(inner, used if len(inner.outvars) == len(used) else None)
+        for inner in jax.extend.core.jaxprs_in_params(params)
+    )
 
 
 def carried(scan) -> int:

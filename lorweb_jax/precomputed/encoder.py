@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorweb_jax.model import AnalogyModel
+from lorweb_jax.files.state import build, shapes
+from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.precomputed.scope import Scope
-from lorweb_jax.weights.state import build, shapes
 
 
 class SharedEncoder:
@@ -22,18 +22,21 @@ class SharedEncoder:
 
     def __init__(self, scope: Scope, parts: Sequence[str], batch: int, function: Callable[..., jax.Array | tuple]):
         devices = jax.local_devices()
-        mesh = Mesh(np.array(devices[:math.gcd(batch, len(devices))]), ("batch",))
+        mesh = Mesh(np.array(devices[: math.gcd(batch, len(devices))]), ("batch",))
         copied, self._split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
         self._batch = batch
 
         def make() -> AnalogyModel:
             return scope.folder.make(nnx.Rngs(0), dtype=scope.compute_dtype, parts=parts)
 
-        wanted = {path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scope.frozen_dtype), sharding=copied)
-                  for path, shape in shapes(make).items()}
+        wanted = {
+            path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scope.frozen_dtype), sharding=copied)
+            for path, shape in shapes(make).items()
+        }
         graphdef, self._state = nnx.split(build(make, scope.folder.read(wanted), str(scope.folder.folder)))
-        self._function = jax.jit(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays),
-                                 out_shardings=self._split)
+        self._function = jax.jit(
+            lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays), out_shardings=self._split
+        )
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         n = len(arrays[0])

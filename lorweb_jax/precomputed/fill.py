@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorweb_jax.data import fingerprint
+from lorweb_jax.common import fingerprint
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems, reason
 from lorweb_jax.data.relation252k import Pair, read_pair
 from lorweb_jax.data.splits import read_splits
-from lorweb_jax.data.store import Store, shard_name
-from lorweb_jax.encoders import queries
-from lorweb_jax.errors import UserError
+from lorweb_jax.files.store import Store, shard_name
 from lorweb_jax.images.resize import resize
+from lorweb_jax.models.image_encoder import queries
+from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.precomputed.encoder import SharedEncoder
 from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.precomputed.scope import TEXT_ENCODERS, Scope
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
 
 CAPTIONS, FILES = 16, 64  # in a shard: 67 MB of T5-XXL's embeddings in bfloat16; 128 images
 SECONDS_BETWEEN_REPORTS = 10.0
@@ -36,8 +36,11 @@ def precompute(config) -> None:
     Raises UserError for another kind of config, unusable data or models, a folder made by others, or a full disk.
     """
     if config.job != "basis":
-        raise UserError(f"the config is of the job {config.job!r}; only a basis's encoders are precomputed: give "
-                        "configs/basis.py or one like it", 2)
+        raise UserError(
+            f"the config is of the job {config.job!r}; only a basis's encoders are precomputed: give "
+            "configs/basis.py or one like it",
+            2,
+        )
     problems = Problems()
     folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
     scope = Scope.of(config, folder, read_splits(config, problems))
@@ -86,8 +89,12 @@ def _images(scope: Scope, problems: Problems) -> None:
 
     def load() -> Compute:
         processor = encoder_folder.processor
-        encoder = SharedEncoder(scope, ("image_encoder",), 2 * FILES, lambda model, views: queries.embed(
-            mode, model.image_encoder, processor.normalised(views)))
+        encoder = SharedEncoder(
+            scope,
+            ("image_encoder",),
+            2 * FILES,
+            lambda model, views: queries.embed(mode, model.image_encoder, processor.normalised(views)),
+        )
 
         def compute(items):
             images: dict[str, np.ndarray] = {}
@@ -117,20 +124,23 @@ def _changed(file: str) -> int:
         return 0
 
 
-def fill(store: Store, items: Sequence[str], per_shard: int, bytes_each: int, what: str,
-         load: Callable[[], Compute]) -> None:
+def fill(
+    store: Store, items: Sequence[str], per_shard: int, bytes_each: int, what: str, load: Callable[[], Compute]
+) -> None:
     """Settle `items` in shards of `per_shard`, beside whoever does the same; returns when all are, by whomever.
 
     bytes_each: what an item takes on disk, roughly. load() is called when there is work for this process.
     Raises UserError where there is no room.
     """
-    chunks = [items[start:start + per_shard] for start in range(0, len(items), per_shard)]
+    chunks = [items[start : start + per_shard] for start in range(0, len(items), per_shard)]
     chunks = [left for chunk in chunks if (left := [item for item in chunk if item not in store.settled])]
     waiting = {shard_name(chunk): chunk for chunk in chunks}
     progress = Progress(what, len(items), sum(map(len, chunks)))
     if waiting:
-        print(f"{what}: {progress.left:,} of {len(items):,} are missing, {progress.left * bytes_each / 1e6:,.1f} MB",
-              flush=True)
+        print(
+            f"{what}: {progress.left:,} of {len(items):,} are missing, {progress.left * bytes_each / 1e6:,.1f} MB",
+            flush=True,
+        )
     store.require_space(progress.left * bytes_each)
     compute = None
     while waiting:
@@ -170,5 +180,8 @@ class Progress:
         if self.left and now - self._said >= SECONDS_BETWEEN_REPORTS:
             self._said = now
             rate = self._since / (now - self._begin)
-            print(f"{self.what}: {self.total - self.left:,} of {self.total:,}, {rate:.1f} a second, "
-                  f"{self.left / rate / 60:.1f} min left", flush=True)
+            print(
+                f"{self.what}: {self.total - self.left:,} of {self.total:,}, {rate:.1f} a second, "
+                f"{self.left / rate / 60:.1f} min left",
+                flush=True,
+            )

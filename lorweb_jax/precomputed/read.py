@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lorweb_jax.data import fingerprint
-from lorweb_jax.encoders import queries
-from lorweb_jax.encoders.image_encoder import ImageEncoder, load_image_encoder
-from lorweb_jax.errors import UserError
+from lorweb_jax.common import fingerprint
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.images.grid import quadrants
+from lorweb_jax.models.image_encoder import queries
+from lorweb_jax.models.image_encoder.encoder import ImageEncoder, load_image_encoder
 from lorweb_jax.precomputed.scope import Scope
 
 
@@ -21,8 +21,11 @@ class Precomputed:
         """Raises UserError if there is nothing precomputed, if it belongs to other models, settings or data."""
         self.scope = scope
         self._text = scope.text_store()
-        _require(self._text.folder, "captions", [repr(text) for text in scope.captions()
-                                                 if fingerprint.of_text(text) not in self._text])
+        _require(
+            self._text.folder,
+            "captions",
+            [repr(text) for text in scope.captions() if fingerprint.of_text(text) not in self._text],
+        )
         self._images = None
         if not scope.queries_kept:
             self._images = scope.image_store()
@@ -34,8 +37,10 @@ class Precomputed:
         """text [b, t, j] and pooled [b, p] of captions of the data."""
         keys = [fingerprint.of_text(text) for text in texts]
         if absent := [text for text, key in zip(texts, keys) if key not in self._text]:
-            raise UserError(f"the caption {absent[0]!r} is not in {self._text.folder}, which has the captions of the "
-                            "data alone; use one of these")
+            raise UserError(
+                f"the caption {absent[0]!r} is not in {self._text.folder}, which has the captions of the "
+                "data alone; use one of these"
+            )
         return self._text.gather("text", keys), self._text.gather("pooled", keys)
 
     def batch_query(self, images: np.ndarray, tasks: Sequence[str]) -> np.ndarray | None:
@@ -47,9 +52,11 @@ class Precomputed:
             return None
         query, absent = self._query(images)
         if query is None:
-            raise UserError(f"an image of task {tasks[absent]} is not in {self._images.folder}: its file was changed, "
-                            "or is decoded differently on this machine; run `python -m lorweb_jax.precompute` here "
-                            "with another --config.precomputed")
+            raise UserError(
+                f"an image of task {tasks[absent]} is not in {self._images.folder}: its file was changed, "
+                "or is decoded differently on this machine; run `python -m lorweb_jax.precompute` here "
+                "with another --config.precomputed"
+            )
         return query
 
     def query(self, grids: Sequence[np.ndarray]) -> np.ndarray:
@@ -81,5 +88,8 @@ class Precomputed:
 
 def _require(folder: Path, what: str, absent: list[str]) -> None:
     if absent:
-        raise UserError(f"{folder} lacks {len(absent):,} of the data's {what}, {absent[0]} first; run "
-                        "`python -m lorweb_jax.precompute` with the same options, which adds them", 2)
+        raise UserError(
+            f"{folder} lacks {len(absent):,} of the data's {what}, {absent[0]} first; run "
+            "`python -m lorweb_jax.precompute` with the same options, which adds them",
+            2,
+        )

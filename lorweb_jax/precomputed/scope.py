@@ -12,13 +12,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorweb_jax.basis.basis import BasisConfig
-from lorweb_jax.data import fingerprint
+from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.common import fingerprint
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.relation252k import Task
-from lorweb_jax.data.store import Store
-from lorweb_jax.encoders import queries
-from lorweb_jax.errors import UserError
-from lorweb_jax.weights.pipeline_folder import PipelineFolder
+from lorweb_jax.files.store import Store
+from lorweb_jax.models.image_encoder import queries
+from lorweb_jax.pipeline.folder import PipelineFolder
 
 # Raised when the same files would give other arrays than before.
 FORMAT = 1
@@ -48,8 +48,16 @@ class Scope:
             raise UserError("the config names no folder for what is precomputed; set --config.precomputed=FOLDER", 2)
         basis, side = BasisConfig(**config.basis), config.data.quadrant_size
         quadrant = ((side, side) if isinstance(side, int) else tuple(side)) if side else None
-        return cls(Path(config.precomputed), folder, basis, quadrant, config.compute_dtype, config.train.frozen_dtype,
-                   tasks, _queries_kept(basis, quadrant))
+        return cls(
+            Path(config.precomputed),
+            folder,
+            basis,
+            quadrant,
+            config.compute_dtype,
+            config.train.frozen_dtype,
+            tasks,
+            _queries_kept(basis, quadrant),
+        )
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -61,26 +69,46 @@ class Scope:
         """By `fingerprint.of_text` of a caption: "text" [t, j] and "pooled" [p], as the training step has them."""
         parts = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
         made_by = {part: fingerprint.of_folder(self.folder.folder / part) for part in parts}
-        return Store(self.root / "text", {"format": FORMAT, **made_by, "text_tokens": self.folder.text_tokens,
-                                          "compute_dtype": self.compute_dtype, "frozen_dtype": self.frozen_dtype},
-                     create=create)
+        return Store(
+            self.root / "text",
+            {
+                "format": FORMAT,
+                **made_by,
+                "text_tokens": self.folder.text_tokens,
+                "compute_dtype": self.compute_dtype,
+                "frozen_dtype": self.frozen_dtype,
+            },
+            create=create,
+        )
 
     def image_store(self, create: bool = False) -> Store:
         """By `fingerprint.of_image` of a quadrant: "embedding" [e], float32."""
-        return Store(self.root / "images",
-                     {"format": FORMAT, "image_encoder": fingerprint.of_folder(self.folder.encoder_folder),
-                      "embedding": queries.embedding_kind(self.basis.query_mode), "quadrant_size": list(self.quadrant),
-                      "frozen_dtype": self.frozen_dtype}, create=create)
+        return Store(
+            self.root / "images",
+            {
+                "format": FORMAT,
+                "image_encoder": fingerprint.of_folder(self.folder.encoder_folder),
+                "embedding": queries.embedding_kind(self.basis.query_mode),
+                "quadrant_size": list(self.quadrant),
+                "frozen_dtype": self.frozen_dtype,
+            },
+            create=create,
+        )
 
     def captions(self) -> list[str]:
         """Every caption that training or its pictures may need, the empty one first."""
-        return sorted({"", *(pair.instruction for tasks in self.tasks.values() for task in tasks
-                             for pair in task.pairs)})
+        return sorted(
+            {"", *(pair.instruction for tasks in self.tasks.values() for task in tasks for pair in task.pairs)}
+        )
 
     def files(self) -> dict[str, str]:
         """{name with the file's size: path} of every image file of the data; one that is gone has size −1."""
-        return {f"{split}/{task.name}/{task.relative(pair)} {_size(pair.file)}": pair.file
-                for split, tasks in self.tasks.items() for task in tasks for pair in task.pairs}
+        return {
+            f"{split}/{task.name}/{task.relative(pair)} {_size(pair.file)}": pair.file
+            for split, tasks in self.tasks.items()
+            for task in tasks
+            for pair in task.pairs
+        }
 
 
 def _size(file: str) -> int:
@@ -94,9 +122,13 @@ def _queries_kept(basis: BasisConfig, quadrant: tuple[int, int] | None) -> str |
     if basis.query != "external":
         return f"the {basis.query} query asks no image encoder"
     if not queries.query_mode(basis.query_mode).per_image:
-        return (f"the query mode {basis.query_mode} looks at whole grids, of which there are about as many as pairs of "
-                "images; the image encoder stays in the training step")
+        return (
+            f"the query mode {basis.query_mode} looks at whole grids, of which there are about as many as pairs of "
+            "images; the image encoder stays in the training step"
+        )
     if quadrant is None:
-        return ("without config.data.quadrant_size an image's size depends on the one it is shown with; the image "
-                "encoder stays in the training step")
+        return (
+            "without config.data.quadrant_size an image's size depends on the one it is shown with; the image "
+            "encoder stays in the training step"
+        )
     return None

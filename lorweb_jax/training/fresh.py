@@ -10,21 +10,23 @@ from typing import Any
 import jax
 import jax.extend
 
-from lorweb_jax import sharding
+from lorweb_jax.nn import sharding
 
 _SMALL = 64  # numbers; random keys, counts and the like are computed one by one, and handed to the programs
 
 
-def arrays_of(make: Callable[[], dict[str, jax.Array]],
-              shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def arrays_of(
+    make: Callable[[], dict[str, jax.Array]], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     """What `jax.jit(make)()` gives, to the bit, in the places that `shapes` say."""
     traced = jax.make_jaxpr(make)()
     outputs = dict(zip(sorted(shapes), traced.jaxpr.outvars, strict=True))  # as jax orders a dict
     values: dict[Any, Any] = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
     large = []
     for equation in _needed(traced.jaxpr.eqns, outputs.values()):
-        if (all(var.aval.size <= _SMALL for var in equation.outvars)
-                and all(_is_literal(var) or var in values for var in equation.invars)):
+        if all(var.aval.size <= _SMALL for var in equation.outvars) and all(
+            _is_literal(var) or var in values for var in equation.invars
+        ):
             _compute(equation, values)
         else:
             large.append(equation)
@@ -36,8 +38,11 @@ def arrays_of(make: Callable[[], dict[str, jax.Array]],
             made[name] = sharding.put(_value(output, values), shapes[name])
             continue
         equations = _needed(large, [output])
-        inputs = list(dict.fromkeys(var for equation in equations for var in equation.invars
-                                    if not _is_literal(var) and var in values))
+        inputs = list(
+            dict.fromkeys(
+                var for equation in equations for var in equation.invars if not _is_literal(var) and var in values
+            )
+        )
         program, given = _program(equations, inputs, output), [values[var] for var in inputs]
         where = shapes[name].sharding
         alike = str(jax.make_jaxpr(program)(*given)), where
@@ -69,8 +74,9 @@ def _program(equations: Sequence[Any], inputs: Sequence[Any], output: Any) -> Ca
 
 def _compute(equation: Any, values: dict[Any, Any]) -> None:
     """Adds the equation's results to `values`."""
-    found = equation.primitive.bind(*(_value(var, values) for var in equation.invars),
-                                    **equation.primitive.get_bind_params(equation.params))
+    found = equation.primitive.bind(
+        *(_value(var, values) for var in equation.invars), **equation.primitive.get_bind_params(equation.params)
+    )
     values.update(zip(equation.outvars, found if equation.primitive.multiple_results else [found], strict=True))
 
 

@@ -2,7 +2,7 @@
 
 A job says which model is trained, on what, by which loss, and what to show and export; train.py does the rest
 (devices, optimizer, checkpoints, metrics) the same way for all of them. A job is made by
-`lorweb_jax.training.jobs.<name>:make(config)`, with `config.job` as the name.
+`lorweb_jax.jobs.<name>:make(config)`, with `config.job` as the name.
 """
 
 from collections.abc import Iterator

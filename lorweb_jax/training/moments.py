@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorweb_jax.seeds import random_key
+from lorweb_jax.settings.seeds import random_key
 
-_BLOCK = 128   # numbers that share a scale, at most (more where the axis has a larger odd factor)
-_POWER = 4     # of v's code: √v by 2 loses what is far below a block's largest, by 3 nearly as good as by 4
+_BLOCK = 128  # numbers that share a scale, at most (more where the axis has a larger odd factor)
+_POWER = 4  # of v's code: √v by 2 loses what is far below a block's largest, by 3 nearly as good as by 4
 _GOLDEN = 0x9E37  # 2¹⁶ times the golden ratio's fraction
 
 Moments = tuple[jax.Array, jax.Array]  # m, v
@@ -45,8 +45,9 @@ def scale_by_adam(b1: float, b2: float, kind: str, seed: int, eps: float = 1e-8)
         def zeros(array, dtype=jnp.float32):
             return jnp.zeros(array.shape, dtype)
 
-        packed = {path: pack(*map(zeros, (array, array)), *[zeros(array, jnp.uint32)] * 2)
-                  for path, array in params.items()}
+        packed = {
+            path: pack(*map(zeros, (array, array)), *[zeros(array, jnp.uint32)] * 2) for path, array in params.items()
+        }
         return AdamState(jnp.zeros([], jnp.int32), _by_name(packed))
 
     def update(updates, state, params=None):
@@ -55,7 +56,7 @@ def scale_by_adam(b1: float, b2: float, kind: str, seed: int, eps: float = 1e-8)
         for path, gradient in updates.items():
             m, v = unpack({name: arrays[path] for name, arrays in state.moments.items()})
             m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * jnp.square(gradient)
-            directions[path] = m / (1 - b1 ** count) / (jnp.sqrt(v / (1 - b2 ** count)) + eps)
+            directions[path] = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
             key = jax.random.fold_in(random_key(seed), zlib.crc32(f"moments {path}".encode()))
             packed[path] = pack(m, v, *_thresholds(jax.random.bits(key, gradient.shape, jnp.uint32), count))
         return directions, AdamState(count, _by_name(packed))
@@ -90,7 +91,7 @@ def _to_bfloat16(x: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _pack_int8(m: jax.Array, v: jax.Array, for_m: jax.Array, for_v: jax.Array) -> dict[str, jax.Array]:
-    for_m, for_v = (threshold.astype(jnp.float32) / 2 ** 16 for threshold in (for_m, for_v))
+    for_m, for_v = (threshold.astype(jnp.float32) / 2**16 for threshold in (for_m, for_v))
 
     v_scale = _largest(v)
     share = v * _inverse(_spread(v_scale, v))
@@ -144,7 +145,7 @@ def _largest(x: jax.Array) -> jax.Array:
     if not x.shape:
         return x
     axis, block = _blocks(x.shape)
-    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1:]).max(axis + 1)
+    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]).max(axis + 1)
 
 
 def _spread(scale: jax.Array, x: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ def make_schedule(config) -> optax.Schedule:
     optimizer, steps = config.optimizer, config.train.steps
     if optimizer.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
-            0.0 if optimizer.warmup else optimizer.learning_rate, optimizer.learning_rate, optimizer.warmup, steps)
+            0.0 if optimizer.warmup else optimizer.learning_rate, optimizer.learning_rate, optimizer.warmup, steps
+        )
     if optimizer.warmup:
         return optax.linear_schedule(0.0, optimizer.learning_rate, optimizer.warmup)
     return optax.constant_schedule(optimizer.learning_rate)
@@ -37,20 +38,33 @@ def make_optimizer(config, schedule: optax.Schedule | None = None) -> optax.Grad
 def _adamw(optimizer, schedule: optax.Schedule, seed: int) -> optax.GradientTransformation:
     if optimizer.moments == "float32":
         return optax.adamw(schedule, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
-    return optax.chain(scale_by_adam(optimizer.b1, optimizer.b2, optimizer.moments, seed),
-                       optax.add_decayed_weights(optimizer.weight_decay), optax.scale_by_learning_rate(schedule))
+    return optax.chain(
+        scale_by_adam(optimizer.b1, optimizer.b2, optimizer.moments, seed),
+        optax.add_decayed_weights(optimizer.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
 
 
 def _muon(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for kernels, as matrices [inputs, outputs]; Adam at 0.3 of the rate for all else."""
+
     def dimensions(params):
         axes = {2: ((0,), (1,)), 3: ((1,), (2,)), 4: ((0, 1, 2), (3,))}  # dense, stacked dense, convolution
-        return {name: optax.contrib.MuonDimensionNumbers(*axes[array.ndim]) if name.endswith("kernel") else None
-                for name, array in params.items()}
+        return {
+            name: optax.contrib.MuonDimensionNumbers(*axes[array.ndim]) if name.endswith("kernel") else None
+            for name, array in params.items()
+        }
 
-    return optax.contrib.muon(schedule, beta=0.95, ns_steps=5, adam_b2=optimizer.b2, consistent_rms=0.2,
-                              weight_decay=optimizer.weight_decay, muon_weight_dimension_numbers=dimensions,
-                              adam_learning_rate=lambda step: 0.3 * schedule(step))
+    return optax.contrib.muon(
+        schedule,
+        beta=0.95,
+        ns_steps=5,
+        adam_b2=optimizer.b2,
+        consistent_rms=0.2,
+        weight_decay=optimizer.weight_decay,
+        muon_weight_dimension_numbers=dimensions,
+        adam_learning_rate=lambda step: 0.3 * schedule(step),
+    )
 
 
 class AverageState(NamedTuple):
@@ -63,6 +77,7 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
     d = min(decay, (1 + step) / (10 + step)), so that the first weights are soon forgotten.
     """
+
     def init(params):
         return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
 

@@ -16,10 +16,10 @@ import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lorweb_jax.errors import UserError
-from lorweb_jax.files import regular_file
-from lorweb_jax.outputs import write_file
-from lorweb_jax.training import pictures
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.outputs import write_file
+from lorweb_jax.common.user_files import regular_file
+from lorweb_jax.images import pictures
 
 # clu's own summary writer is the one part of clu.metric_writers that needs TensorFlow. A module of that name
 # with our writer goes in its place before the first import.
@@ -56,8 +56,10 @@ class TextWriter(_Writer):
             write_file(path, b"".join(line + b"\n" for line in lines if not _later(line, first_step)))
             self.file = path.open("a")
         except OSError as error:
-            raise UserError(f"the log {path} can't be read and written ({error.strerror}); check what lies there and "
-                            "its permissions") from None
+            raise UserError(
+                f"the log {path} can't be read and written ({error.strerror}); check what lies there and "
+                "its permissions"
+            ) from None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self.file.write(f"step {step}" + "".join(f"  {name} {value:.9g}" for name, value in scalars.items()) + "\n")
@@ -82,8 +84,9 @@ class SummaryWriter(_Writer):
     def __init__(self, logdir: Path, first_step: int):
         self.events = event_file_writer.EventsWriter(str(logdir / "events"))
         # TensorBoard then drops what an earlier, killed run wrote after this step.
-        self.events.write_event(Event(wall_time=time.time(), step=first_step + 1,
-                                      session_log=SessionLog(status=SessionLog.START)))
+        self.events.write_event(
+            Event(wall_time=time.time(), step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        )
 
     def _write(self, step: int, value: Any) -> None:
         self.events.write_event(Event(wall_time=time.time(), step=step, summary=value))
@@ -119,7 +122,8 @@ class Report:
         self.total, self.batch, self.every = config.train.steps, config.train.batch, config.train.log_every
         self.writes = jax.process_index() == 0  # the others keep the same metrics, for the checkpoint
         self.writer = metric_writers.MultiWriter(
-            [TextWriter(workdir / LOG, first_step), SummaryWriter(workdir, first_step)] if self.writes else [])
+            [TextWriter(workdir / LOG, first_step), SummaryWriter(workdir, first_step)] if self.writes else []
+        )
         self.means = list(log_state)  # metrics of steps that are not logged yet, on the host
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []  # (step, metrics on the device)
         self.clock, self.timed_from = None, first_step
@@ -135,9 +139,11 @@ class Report:
         """Wait for the metrics; UserError that names the first step whose loss is not finite."""
         for step, metrics in jax.device_get(self.waiting):
             if not math.isfinite(metrics["loss"]):
-                raise UserError(f"the loss is {metrics['loss']} at step {step + 1}; training stopped and the last "
-                                "good checkpoint is kept: lower --config.optimizer.learning_rate or look at the data "
-                                "and run the command again")
+                raise UserError(
+                    f"the loss is {metrics['loss']} at step {step + 1}; training stopped and the last "
+                    "good checkpoint is kept: lower --config.optimizer.learning_rate or look at the data "
+                    "and run the command again"
+                )
             self.means.append({name: float(value) for name, value in metrics.items()})
         self.waiting = []
 
@@ -175,8 +181,10 @@ class Report:
         try:
             getattr(self.writer, kind)(*values)
         except OSError as error:
-            raise UserError(f"the metrics of {self.workdir} could not be written ({error.strerror}); make room and "
-                            "run the same command again: it goes on from the last checkpoint") from error
+            raise UserError(
+                f"the metrics of {self.workdir} could not be written ({error.strerror}); make room and "
+                "run the same command again: it goes on from the last checkpoint"
+            ) from error
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # every write was flushed, so that one that failed has been told
@@ -196,8 +204,11 @@ def report_only(what: str) -> Iterator[None]:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(str(error).split())
-        print(f"{what} could not be made, the run goes on without: {kind}{line[:300]}{'…' * (len(line) > 300)}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{what} could not be made, the run goes on without: {kind}{line[:300]}{'…' * (len(line) > 300)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def duration(seconds: float) -> str:

@@ -15,10 +15,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lorweb_jax import sharding
-from lorweb_jax.errors import UserError
-from lorweb_jax.layers import Scale
-from lorweb_jax.seeds import random_key
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.nn import sharding
+from lorweb_jax.nn.layers import Scale
+from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.fresh import arrays_of
 from lorweb_jax.training.job import Job
 
@@ -39,8 +39,10 @@ class Layout:
         """From job.build, traced; UserError if nothing in the model is trainable."""
         graphdef, trainable, frozen = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(random_key(seed)))))
         if not trainable:
-            raise UserError(f"the model has no {job.trainable.__name__} that the job's filter would train; "
-                            "check `trainable` and `trainable_filter` of the job")
+            raise UserError(
+                f"the model has no {job.trainable.__name__} that the job's filter would train; "
+                "check `trainable` and `trainable_filter` of the job"
+            )
         return cls(graphdef, _by_path(trainable), _by_path(frozen))
 
     def shapes(self, part: str, mesh: Mesh, dtype: Any) -> Shapes:
@@ -49,8 +51,13 @@ class Layout:
         Weights that the model makes in float32 are stored in `dtype`; quantised kernels and their scales as they are.
         """
         variables = {name: variable for name, (_, variable) in getattr(self, part).items()}
-        return sharding.place(mesh, {name: jax.ShapeDtypeStruct(variable.shape, _stored(variable, dtype))
-                                     for name, variable in variables.items()})
+        return sharding.place(
+            mesh,
+            {
+                name: jax.ShapeDtypeStruct(variable.shape, _stored(variable, dtype))
+                for name, variable in variables.items()
+            },
+        )
 
     def model(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
         """The model that holds these arrays."""
@@ -109,13 +116,16 @@ def frozen_weights(job: Job, shapes: Shapes, config) -> Arrays:
         return _built(job, "frozen", shapes, config.seed)
     frozen = _placed(job.frozen(shapes), shapes)
     if missing := sorted(shapes.keys() - frozen.keys()):
-        raise UserError(f"{len(missing)} frozen weights are missing, {missing[0]} first; "
-                        "check that the files and the config's sizes belong together")
+        raise UserError(
+            f"{len(missing)} frozen weights are missing, {missing[0]} first; "
+            "check that the files and the config's sizes belong together"
+        )
     return frozen
 
 
 def _built(job: Job, part: str, shapes: Shapes, seed: int) -> Arrays:
     """One part of the job's fresh model, made where it will live; the other part is never computed."""
+
     def arrays() -> Arrays:
         _, trainable, frozen = split(job, job.build(nnx.Rngs(random_key(seed))))
         held = _by_path(trainable if part == "trainable" else frozen)
@@ -129,11 +139,16 @@ def _placed(held: Mapping[str, Any], shapes: Shapes) -> Arrays:
     placed = {}
     for name, array in held.items():
         if name not in shapes or shapes[name].shape != array.shape:
-            raise UserError(f"the weight {name} of shape {array.shape} has no place in this job's model; "
-                            "check that the files and the config's sizes belong together")
+            raise UserError(
+                f"the weight {name} of shape {array.shape} has no place in this job's model; "
+                "check that the files and the config's sizes belong together"
+            )
         where = shapes[name]
-        placed[name] = (array if isinstance(array, jax.Array) and (array.dtype, array.sharding)
-                        == (where.dtype, where.sharding) else sharding.put(array, where))
+        placed[name] = (
+            array
+            if isinstance(array, jax.Array) and (array.dtype, array.sharding) == (where.dtype, where.sharding)
+            else sharding.put(array, where)
+        )
     return placed
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lorweb_jax import sharding
-from lorweb_jax.seeds import random_key
+from lorweb_jax.nn import sharding
+from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.job import Batch, Job
 from lorweb_jax.training.state import Arrays, Layout, StateShapes
 
@@ -24,6 +24,7 @@ def make_update(job: Job, layout: Layout, optimizer: optax.GradientTransformatio
 
     `step` is the step's index, uint32; all randomness of a step comes from it and from `seed`.
     """
+
     def update(trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: jax.Array):
         key = jax.random.fold_in(random_key(seed), step)
 
@@ -48,22 +49,34 @@ class TrainStep:
     `update`: see make_update.
     """
 
-    def __init__(self, job: Job, layout: Layout, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh,
-                 shapes: StateShapes):
+    def __init__(
+        self,
+        job: Job,
+        layout: Layout,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        mesh: Mesh,
+        shapes: StateShapes,
+    ):
         self._split = sharding.batch_split(mesh)
         self.encode = None
         if hasattr(job, "encode"):
+
             def encode(frozen: Arrays, batch: Batch) -> Batch:
                 return job.encode(layout.frozen_model(frozen), batch)
 
             self.encode = jax.jit(encode, out_shardings=self._split, compiler_options=_encode_options(mesh))
         kept = sharding.shardings_of((shapes.trainable, shapes.opt_state))
-        self.update = jax.jit(make_update(job, layout, optimizer, seed), donate_argnums=(0, 1),
-                              out_shardings=(*kept, sharding.copied(mesh)))
+        self.update = jax.jit(
+            make_update(job, layout, optimizer, seed),
+            donate_argnums=(0, 1),
+            out_shardings=(*kept, sharding.copied(mesh)),
+        )
         self._compiled = False
 
     def encoded(self, frozen: Any, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch and what `encode` adds to it, as shapes; arguments may be shapes too."""
+
         def shape(array):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._split)
 
@@ -72,8 +85,12 @@ class TrainStep:
     def __call__(self, trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: np.uint32):
         if self.encode:
             if not self._compiled:
-                side_by_side([self.encode.lower(frozen, batch).compile, self.update.lower(
-                    trainable, opt_state, frozen, self.encoded(frozen, batch), step).compile])
+                side_by_side(
+                    [
+                        self.encode.lower(frozen, batch).compile,
+                        self.update.lower(trainable, opt_state, frozen, self.encoded(frozen, batch), step).compile,
+                    ]
+                )
                 self._compiled = True
             batch = batch | self.encode(frozen, batch)
         return self.update(trainable, opt_state, frozen, batch, step)
@@ -93,5 +110,8 @@ def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
 
 def numeric(batch: Batch) -> dict[str, np.ndarray]:
     """The entries of a prepared batch that a step takes: arrays of numbers; texts are left out."""
-    return {name: np.asarray(value) for name, value in batch.items()
-            if isinstance(value, np.ndarray | jax.Array) and value.dtype.kind not in "OSU"}
+    return {
+        name: np.asarray(value)
+        for name, value in batch.items()
+        if isinstance(value, np.ndarray | jax.Array) and value.dtype.kind not in "OSU"
+    }

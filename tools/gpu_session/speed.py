@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(folder) for folder in list(Path(__file__).resolve().parents)[2::-1]]
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 
@@ -26,13 +26,13 @@ import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 from variants import POLICIES, applied  # noqa: E402
 
-from lorweb_jax import layers  # noqa: E402
-from lorweb_jax.basis.additions import LowRankMix  # noqa: E402
-from lorweb_jax.benchmark import ceilings, ours  # noqa: E402
-from lorweb_jax.benchmark.flops import base_flops, basis_flops  # noqa: E402
-from lorweb_jax.benchmark.random_weights import inputs, normal, random_basis, random_flux  # noqa: E402
-from lorweb_jax.benchmark.setting import DEFAULTS, Setting  # noqa: E402
-from lorweb_jax.transformer.flux import Flux, block_linears  # noqa: E402
+from benchmark import ceilings, ours  # noqa: E402
+from benchmark.random_weights import inputs, normal, random_basis, random_flux  # noqa: E402
+from benchmark.setting import DEFAULTS, Setting  # noqa: E402
+from lorweb_jax.adapters.mixture import LowRankMix  # noqa: E402
+from lorweb_jax.models.flux1.model import Flux, block_linears  # noqa: E402
+from lorweb_jax.nn import layers  # noqa: E402
+from lorweb_jax.planning.flops import base_flops, basis_flops  # noqa: E402
 
 START = time.monotonic()
 NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
@@ -62,9 +62,23 @@ def setting_of(args, what, **changes):
     tokens, text, batch, remat, unroll = DEFAULTS[size, what]
     if args.tiny:
         unroll = 1
-    values = dict(size=size, what=what, dtype="float32" if args.tiny else "bfloat16", tokens=tokens, text_tokens=text,
-                  batch=batch, repeats=1, basis_size=32, basis_rank=4, quantization="none", moments="float32",
-                  remat=remat, unroll=unroll, attention="xla" if args.tiny else "cudnn", threads=1)
+    values = dict(
+        size=size,
+        what=what,
+        dtype="float32" if args.tiny else "bfloat16",
+        tokens=tokens,
+        text_tokens=text,
+        batch=batch,
+        repeats=1,
+        basis_size=32,
+        basis_rank=4,
+        quantization="none",
+        moments="float32",
+        remat=remat,
+        unroll=unroll,
+        attention="xla" if args.tiny else "cudnn",
+        threads=1,
+    )
     return Setting(**values | changes)
 
 
@@ -74,9 +88,18 @@ def shapes(tree):
 
 def graph(setting):
     """(graphdef, state's shapes) of the transformer, weights in the setting's dtype."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Flux(
-        setting.model, remat=setting.remat, attention=setting.attention, unroll=setting.unroll,
-        quantization=setting.quantization, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(
+        nnx.eval_shape(
+            lambda: Flux(
+                setting.model,
+                remat=setting.remat,
+                attention=setting.attention,
+                unroll=setting.unroll,
+                quantization=setting.quantization,
+                rngs=nnx.Rngs(0),
+            )
+        )
+    )
 
     def cast(leaf):
         wide = leaf.dtype == jnp.float32 and leaf.shape[-2:-1] != (1,)
@@ -91,6 +114,7 @@ def stacked_leaf(path):
 
 def unstacked_state(state, without=("norm1", "norm1_context", "norm")):
     """The state with a list of one array a block in the place of each stack but the modulations'."""
+
     def split(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         if not stacked_leaf(path) or any(name in names for name in without):
@@ -104,6 +128,7 @@ def unstacked_state(state, without=("norm1", "norm1_context", "norm")):
 
 def fp8_state(state):
     """The state with codes [l, o, i] and one scale a kernel, of a model quantised to fp8 as codes [l, i, o]."""
+
     def turned(path, leaf):
         if leaf.dtype == jnp.float8_e4m3fn:
             if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -157,8 +182,14 @@ class Program:
         self.compiled = lowered.compile(compiler_options=options)
         self.compile_seconds = time.monotonic() - start
         analysis = self.compiled.memory_analysis()
-        self.memory = {name: getattr(analysis, f"{name}_size_in_bytes") / 2**30
-                       for name in ("argument", "output", "temp", "alias")} if analysis else None
+        self.memory = (
+            {
+                name: getattr(analysis, f"{name}_size_in_bytes") / 2**30
+                for name in ("argument", "output", "temp", "alias")
+            }
+            if analysis
+            else None
+        )
 
 
 _INPUTS = {}
@@ -173,8 +204,13 @@ def inputs_cached(setting):
 
 def mods_of(setting, levels):
     graphdef, state = graph(setting_plain(setting))
-    return shapes(jax.eval_shape(lambda s, lv: nnx.merge(graphdef, s).modulations(
-        lv["pooled_bp"], lv["timestep_b"], lv["guidance_b"]), state, levels))
+    return shapes(
+        jax.eval_shape(
+            lambda s, lv: nnx.merge(graphdef, s).modulations(lv["pooled_bp"], lv["timestep_b"], lv["guidance_b"]),
+            state,
+            levels,
+        )
+    )
 
 
 def setting_plain(setting):
@@ -184,19 +220,27 @@ def setting_plain(setting):
 def mixes_of(setting):
     c = setting.basis
     S = jax.ShapeDtypeStruct
-    return {path: LowRankMix(S((l, c.size, i, c.rank), setting.dtype), S((l, c.size, c.rank, o), setting.dtype),
-                             S((l, setting.batch, c.size), jnp.float32), c.scale)
-            for path, (l, i, o) in block_linears(setting.model).items()}
+    return {
+        path: LowRankMix(
+            S((l, c.size, i, c.rank), setting.dtype),
+            S((l, c.size, c.rank, o), setting.dtype),
+            S((l, setting.batch, c.size), jnp.float32),
+            c.scale,
+        )
+        for path, (l, i, o) in block_linears(setting.model).items()
+    }
 
 
 def trainables(setting):
     c, S = setting.basis, jax.ShapeDtypeStruct
     trainable = {}
     for path, (l, i, o) in block_linears(setting.model).items():
-        trainable |= {f"{path}.a": S((l, c.size, i, c.rank), jnp.float32),
-                      f"{path}.b": S((l, c.size, c.rank, o), jnp.float32),
-                      f"{path}.keys": S((l, c.size, c.key_dim), jnp.float32),
-                      f"{path}.projection": S((l, c.key_dim, c.query_dim), jnp.float32)}
+        trainable |= {
+            f"{path}.a": S((l, c.size, i, c.rank), jnp.float32),
+            f"{path}.b": S((l, c.size, c.rank, o), jnp.float32),
+            f"{path}.keys": S((l, c.size, c.key_dim), jnp.float32),
+            f"{path}.projection": S((l, c.key_dim, c.query_dim), jnp.float32),
+        }
     optimizer = ours.paper_optimizer(setting.moments)
     return trainable, jax.eval_shape(optimizer.init, trainable), optimizer
 
@@ -232,8 +276,9 @@ def main():
 
     sample, train = setting_of(args, "sample"), setting_of(args, "train")
     flops = base_flops("velocity", sample.model, sample.batch, sample.tokens, sample.text_tokens)
-    train_flops = (base_flops("basis", train.model, train.batch, train.tokens, train.text_tokens)
-                   + basis_flops("basis", train))
+    train_flops = base_flops("basis", train.model, train.batch, train.tokens, train.text_tokens) + basis_flops(
+        "basis", train
+    )
     programs = plan(sample, train, flops, train_flops)
     making = threading.Thread(target=make_weights, args=(sample,))
     making.start()
@@ -278,14 +323,18 @@ def compile_group(programs, results, deadline):
             error = future.exception()
             results.put("failed", program.name, f"compiling: {type(error).__name__}: {str(error)[:300]}")
         else:
-            results.put("compile", f"{program.section} {program.name}",
-                        {"seconds": round(program.compile_seconds, 1), "GiB": program.memory})
+            results.put(
+                "compile",
+                f"{program.section} {program.name}",
+                {"seconds": round(program.compile_seconds, 1), "GiB": program.memory},
+            )
             ready.append(program)
     return ready
 
 
 def plan(sample, train, flops, train_flops):
     """Every program of the session, those of a group in the order of what they tell."""
+
     def s(name, section="sample", **more):
         setting = dataclasses.replace(sample, **more.pop("change", {}))
         return Program(section, name, setting, flops=flops, **more)
@@ -299,17 +348,38 @@ def plan(sample, train, flops, train_flops):
         t("as it is, remat full"),
         s("no triton gemm", options=NO_TRITON),
         s("rope", variants=("rope",), options=NO_TRITON),
-        t("outputs kept, rope", variants=("rope", "outputs", "split"), policy="outputs", options=NO_TRITON,
-          change={"remat": "outputs"}),
+        t(
+            "outputs kept, rope",
+            variants=("rope", "outputs", "split"),
+            policy="outputs",
+            options=NO_TRITON,
+            change={"remat": "outputs"},
+        ),
         s("rope, split", variants=("rope", "split"), options=NO_TRITON),
         s("rope, split, unstacked", section="unstacked", variants=("rope", "split", "unstacked"), options=NO_TRITON),
-        s("fp8 per tensor", section="fp8-tensor", variants=("rope", "fp8-tensor"), change={"quantization": "fp8"},
-          options=NO_TRITON),
+        s(
+            "fp8 per tensor",
+            section="fp8-tensor",
+            variants=("rope", "fp8-tensor"),
+            change={"quantization": "fp8"},
+            options=NO_TRITON,
+        ),
         s("low-rank basis, rope", kind="low-rank", variants=("rope",), options=NO_TRITON),
-        t("outputs, qkv kept, rope, split", variants=("rope", "outputs", "split", "qkv"), policy="outputs+qkv",
-          options=NO_TRITON | {"xla_gpu_memory_limit_slop_factor": 118}, change={"remat": "outputs+qkv"}),
-        t("no basis: outputs kept, rope", kind="inputs", variants=("rope", "outputs", "split"), policy="outputs",
-          options=NO_TRITON, change={"remat": "outputs"}),
+        t(
+            "outputs, qkv kept, rope, split",
+            variants=("rope", "outputs", "split", "qkv"),
+            policy="outputs+qkv",
+            options=NO_TRITON | {"xla_gpu_memory_limit_slop_factor": 118},
+            change={"remat": "outputs+qkv"},
+        ),
+        t(
+            "no basis: outputs kept, rope",
+            kind="inputs",
+            variants=("rope", "outputs", "split"),
+            policy="outputs",
+            options=NO_TRITON,
+            change={"remat": "outputs"},
+        ),
         s("int8 as it is", section="int8", change={"quantization": "int8"}),
         s("fp8 as it is", section="fp8", change={"quantization": "fp8"}),
         t("attention kept", policy="attention+", change={"remat": "attention+"}),
@@ -338,14 +408,24 @@ def with_structure(setting, state):
 def measure_ceilings(args, results, sample, train, deadline):
     kinds = ["fp8"] if jax.default_backend() == "gpu" else []
     d, m = sample.model.features, sample.length
-    source = jnp.ones(2 ** 29 if not args.tiny else 2 ** 20, jnp.float32)
-    results.put("ceilings", "copy GB/s", round(2 * source.nbytes / ceilings.best_seconds(jax.jit(lambda x: x + 1), source) / 1e9))
+    source = jnp.ones(2**29 if not args.tiny else 2**20, jnp.float32)
+    results.put(
+        "ceilings",
+        "copy GB/s",
+        round(2 * source.nbytes / ceilings.best_seconds(jax.jit(lambda x: x + 1), source) / 1e9),
+    )
     del source
-    from lorweb_jax.transformer.attention import attend
+    from lorweb_jax.nn.attention import attend
 
     for name, setting, backward in (("sample", sample, False), ("train", train, False), ("train", train, True)):
-        q, k, v = (normal(seed, (setting.batch, setting.length, setting.model.num_attention_heads,
-                                 setting.model.attention_head_dim), setting.dtype) for seed in range(3))
+        q, k, v = (
+            normal(
+                seed,
+                (setting.batch, setting.length, setting.model.num_attention_heads, setting.model.attention_head_dim),
+                setting.dtype,
+            )
+            for seed in range(3)
+        )
 
         def forward(q, k, v, setting=setting):
             return attend(q, k, v, setting.attention)
@@ -355,16 +435,25 @@ def measure_ceilings(args, results, sample, train, deadline):
 
         f = jax.jit(both if backward else forward)
         found = ceilings.best_seconds(f, q, k, v)
-        products = (7 if backward else 2) * 2 * setting.batch * setting.length ** 2 * setting.model.features
-        results.put("attention", f"{name} {'forward + backward' if backward else 'forward'} {list(q.shape)}",
-                    {"ms": round(1e3 * found, 3), "TFLOP/s": round(products / found / 1e12, 1)})
+        products = (7 if backward else 2) * 2 * setting.batch * setting.length**2 * setting.model.features
+        results.put(
+            "attention",
+            f"{name} {'forward + backward' if backward else 'forward'} {list(q.shape)}",
+            {"ms": round(1e3 * found, 3), "TFLOP/s": round(products / found / 1e12, 1)},
+        )
     for dtype in [sample.dtype, *kinds]:
-        for shape in [(m, d, d), (m, d, 4 * d), (m, 4 * d, d), (m, 5 * d, d), (8192, 8192, 8192)][:2 if args.tiny else None]:
+        for shape in [(m, d, d), (m, d, 4 * d), (m, 4 * d, d), (m, 5 * d, d), (8192, 8192, 8192)][
+            : 2 if args.tiny else None
+        ]:
             if time.monotonic() > deadline - 10:
                 return
             try:
                 rate = ceilings._rate(shape, dtype)
-                results.put("ceilings", f"{dtype} {list(shape)}", f"{rate / 1e12:.1f} T/s, {2e3 * shape[0] * shape[1] * shape[2] / rate:.4f} ms")
+                results.put(
+                    "ceilings",
+                    f"{dtype} {list(shape)}",
+                    f"{rate / 1e12:.1f} T/s, {2e3 * shape[0] * shape[1] * shape[2] / rate:.4f} ms",
+                )
             except Exception as error:
                 results.put("failed", f"ceiling {dtype} {shape}", str(error)[:200])
 
@@ -406,8 +495,10 @@ def measure_group(group, members, results, deadline, sample, args):
                     mixes = basis.additions(nnx.jit(lambda b, q: b.coefficients(q))(basis, query))
                 run = runner(program, (state, given, mods, mixes))
             elif program.kind == "basis":
-                trainable = {path: normal(seed, s.shape, "float32", 0.02) for seed, (path, s) in
-                             enumerate(trainables(program.setting)[0].items())}
+                trainable = {
+                    path: normal(seed, s.shape, "float32", 0.02)
+                    for seed, (path, s) in enumerate(trainables(program.setting)[0].items())
+                }
                 optimizer = ours.paper_optimizer(program.setting.moments)
                 opt_state = jax.jit(optimizer.init)(trainable)
                 run = train_runner(program, trainable, opt_state, with_structure(program.setting, state), given)

@@ -20,16 +20,19 @@ TINY = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, joint_atte
 
 def inputs(model, batch, tokens, text, device):
     config, half = model.config, tokens // 2
-    width = int(half ** 0.5)
+    width = int(half**0.5)
     index = torch.arange(half)
     ids = torch.cat([torch.stack([torch.full_like(index, t), index // width, index % width], -1) for t in (0, 1)])
     random = dict(device=device, dtype=torch.bfloat16)
-    return dict(hidden_states=torch.randn(batch, tokens, config.in_channels, **random),
-                encoder_hidden_states=torch.randn(batch, text, config.joint_attention_dim, **random),
-                pooled_projections=torch.randn(batch, 768, **random),
-                timestep=torch.linspace(0.3, 0.7, batch, device=device),
-                guidance=torch.full((batch,), 2.5, device=device), img_ids=ids.float().to(device),
-                txt_ids=torch.zeros(text, 3, device=device))
+    return dict(
+        hidden_states=torch.randn(batch, tokens, config.in_channels, **random),
+        encoder_hidden_states=torch.randn(batch, text, config.joint_attention_dim, **random),
+        pooled_projections=torch.randn(batch, 768, **random),
+        timestep=torch.linspace(0.3, 0.7, batch, device=device),
+        guidance=torch.full((batch,), 2.5, device=device),
+        img_ids=ids.float().to(device),
+        txt_ids=torch.zeros(text, 3, device=device),
+    )
 
 
 def seconds_of(step, sync, budget):
@@ -95,8 +98,23 @@ def main():
 
     from peft import LoraConfig
 
-    names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj",
-             "net.2", "proj_mlp", "proj_out", "norm1.linear", "norm1_context.linear", "norm.linear"]
+    names = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "net.0.proj",
+        "net.2",
+        "proj_mlp",
+        "proj_out",
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
+    ]
     layers = "|".join(name.replace(".", r"\.") for name in names)
     model.add_adapter(LoraConfig(r=128, lora_alpha=128, target_modules=rf".*transformer_blocks\..*({layers})"))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -111,7 +129,7 @@ def main():
 
     def step():
         with torch.autocast(device, torch.bfloat16):
-            velocity = model(**given, return_dict=False)[0][:, :target.shape[1]]
+            velocity = model(**given, return_dict=False)[0][:, : target.shape[1]]
         (velocity.float() - target).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lorweb_jax import layers, sharding
-from lorweb_jax.transformer import blocks, flux
-from lorweb_jax.transformer.blocks import gelu, modulate
+from lorweb_jax.models.flux1 import blocks
+from lorweb_jax.models.flux1 import model as flux
+from lorweb_jax.models.flux1.blocks import gelu, modulate
+from lorweb_jax.nn import layers, sharding
 
-_TARGETS = {"rotate": (blocks, "rotate"), "attend": (blocks, "attend"), "scan_stack": (flux, "scan_stack"),
-            "product": (layers, "product"), "joint": (blocks.JointAttention, "__call__"),
-            "feed_forward": (blocks.FeedForward, "__call__"), "single": (blocks.SingleBlock, "__call__")}
+_TARGETS = {
+    "rotate": (blocks, "rotate"),
+    "attend": (blocks, "attend"),
+    "scan_stack": (flux, "scan_stack"),
+    "product": (layers, "product"),
+    "joint": (blocks.JointAttention, "__call__"),
+    "feed_forward": (blocks.FeedForward, "__call__"),
+    "single": (blocks.SingleBlock, "__call__"),
+}
 
 
 @contextlib.contextmanager
@@ -63,7 +70,7 @@ def _low_rank_of_parts(mix, parts):
     a = mix.a_nir.astype(dtype).transpose(1, 0, 2).reshape(i, n * r)
     start, h = 0, 0
     for part in parts:
-        h = h + part @ a[start:start + part.shape[-1]]
+        h = h + part @ a[start : start + part.shape[-1]]
         start += part.shape[-1]
     coeff = jnp.repeat(mix.scale * mix.coeff_bn, r, axis=-1).astype(dtype)
     return (h * coeff[:, None]) @ mix.b_nro.astype(dtype).reshape(n * r, -1)
@@ -109,6 +116,7 @@ def _named_qkv():
 
 def _unstacked():
     """Stacks whose leaves are lists of one array a block; see session.unstacked_state."""
+
     def loop(stack, body, carry, xs=None, *, without=(), prepare=lambda weights: weights, remat="none", unroll=1):
         from flax import nnx
 
@@ -124,6 +132,7 @@ def _unstacked():
 
 def _fp8_per_tensor():
     """Products as cuBLASLt makes them in e4m3: codes [o, i], one scale a kernel, a constant one for the input."""
+
     def product(x, codes_oi, scale):
         step = jnp.asarray(0.02, x.dtype)
         rounded = (jnp.clip(x / step, -448, 448)).astype(jnp.float8_e4m3fn)
@@ -133,7 +142,16 @@ def _fp8_per_tensor():
     return {"product": product}
 
 
-VARIANTS = {"rope": _rope_flipped, "split": _split_proj_out, "outputs": _named_outputs, "qkv": _named_qkv,
-            "unstacked": _unstacked, "fp8-tensor": _fp8_per_tensor}
-POLICIES = {"attention+": functools.partial(policy, ()), "outputs": functools.partial(policy, ("outputs",)),
-            "outputs+qkv": functools.partial(policy, ("outputs", "qkv"))}
+VARIANTS = {
+    "rope": _rope_flipped,
+    "split": _split_proj_out,
+    "outputs": _named_outputs,
+    "qkv": _named_qkv,
+    "unstacked": _unstacked,
+    "fp8-tensor": _fp8_per_tensor,
+}
+POLICIES = {
+    "attention+": functools.partial(policy, ()),
+    "outputs": functools.partial(policy, ("outputs",)),
+    "outputs+qkv": functools.partial(policy, ("outputs", "qkv")),
+}

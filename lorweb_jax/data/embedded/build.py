@@ -1,0 +1,111 @@
+"""The embedded data set: analogies built at first run from real drawings, in Relation252K's layout (method.md §8)."""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.embedded.drawings import Drawings, load_drawings
+from lorweb_jax.data.embedded.operations import HELD_OUT_TASKS, TRAINING_TASKS, Operation, on_white, operation
+from lorweb_jax.images.io import write_image
+
+KEY_FILE = "embedded.json"
+# Raised when the same arguments would give other files than before.
+FORMAT = 1
+
+
+class EmbeddedDataset(NamedTuple):
+    """The three roots. Held-out tasks are shown on held-out drawings, so that nothing about them was ever seen."""
+
+    train: Path
+    heldout_tasks: Path
+    heldout_drawings: Path
+
+
+def build_embedded_dataset(
+    folder: str | Path, cache_folder: str | Path, size: int = 32, pairs_per_task: int = 40, seed: int = 0
+) -> EmbeddedDataset:
+    """Write the data set below `folder` unless it is there; returns its roots.
+
+    Each file is "before | after", `size` pixels high and 2·size wide; a task holds `pairs_per_task` drawings (or as
+    many as there are). The same arguments give the same files; others replace what an earlier call wrote. A killed
+    build leaves nothing behind in `folder`. Raises UserError for fewer than 2 pairs a task, or when `folder` holds
+    something else.
+    """
+    folder = Path(folder).absolute()
+    if pairs_per_task < 2:
+        raise UserError(f"{pairs_per_task} pairs a task were asked for, an analogy needs at least 2; ask for more")
+    roots = EmbeddedDataset(*(folder / name for name in EmbeddedDataset._fields))
+    key = {
+        "format": FORMAT,
+        "size": size,
+        "pairs_per_task": pairs_per_task,
+        "seed": seed,
+        "training_tasks": list(TRAINING_TASKS),
+        "held_out_tasks": list(HELD_OUT_TASKS),
+    }
+    if _is_built(folder, key):
+        return roots
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same folder
+        if not _is_built(folder, key):  # by the process that held the lock
+            partial = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed build left
+            _build(partial, load_drawings(cache_folder, size), pairs_per_task, seed)
+            (partial / KEY_FILE).write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+    return roots
+
+
+def _is_built(folder: Path, key: dict) -> bool:
+    """Whether `folder` holds this very data set; UserError if it holds something that isn't ours to replace."""
+    if not folder.exists():
+        return False
+    try:
+        return json.loads((folder / KEY_FILE).read_text(encoding="utf-8")) == key
+    except (OSError, ValueError, RecursionError):
+        if folder.is_dir() and not any(folder.iterdir()):
+            return False
+        raise UserError(
+            f"{folder} holds something else than an embedded data set, an empty or new folder was "
+            "expected; choose another folder or remove it"
+        ) from None
+
+
+def _build(folder: Path, drawings: Drawings, pairs_per_task: int, seed: int) -> None:
+    seen, unseen = drawings.part(held_out=False), drawings.part(held_out=True)
+    for root, tasks, chosen in zip(
+        EmbeddedDataset._fields, (TRAINING_TASKS, HELD_OUT_TASKS, TRAINING_TASKS), (seen, unseen, unseen), strict=True
+    ):
+        for number, task in enumerate(tasks):
+            random = np.random.default_rng([seed, EmbeddedDataset._fields.index(root), number])
+            _write_task(
+                folder / root / task / "Group1",
+                operation(task),
+                chosen,
+                random.permutation(len(chosen))[:pairs_per_task],
+            )
+
+
+def _write_task(folder: Path, edit: Operation, drawings: Drawings, indices: np.ndarray) -> None:
+    labels = []
+    for index in indices:
+        name, rgba = drawings.names[index], drawings.images[index]
+        file = f"{name.replace(' ', '_')}.png"
+        write_image(folder / file, np.concatenate([on_white(rgba), edit.apply(rgba)], 1))
+        labels.append(
+            {
+                "img_name": file,
+                "left_image_description": name,
+                "right_image_description": f"{name} {edit.describe}",
+                "edit_instruction": edit.instruction,
+            }
+        )
+    (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,253 @@
+"""Trains a basis of LoRAs and its router on analogies over a frozen FLUX Kontext pipeline (method.md §5).
+
+Images become latents before each step, on the devices. Captions and images become text embeddings and queries there
+too, or these are taken from disk (config.precomputed), and the model has no encoders.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.adapters.basis import BasisConfig, BasisParam
+from lorweb_jax.common import fingerprint
+from lorweb_jax.data.loader import AnalogyLoader
+from lorweb_jax.data.problems import Problems
+from lorweb_jax.data.relation252k import Analogies, contents
+from lorweb_jax.data.splits import read_splits
+from lorweb_jax.evaluation import lpips
+from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
+from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
+from lorweb_jax.files.safetensors_io import write_json
+from lorweb_jax.flow.loss import draw, weighted_mse
+from lorweb_jax.flow.schedule import train_timesteps, train_weights
+from lorweb_jax.images.pictures import heat_map
+from lorweb_jax.models.autoencoder.packing import pack
+from lorweb_jax.models.image_encoder import queries
+from lorweb_jax.models.image_encoder.identity import identity
+from lorweb_jax.nn import quantization, sharding
+from lorweb_jax.nn.attention import choose
+from lorweb_jax.pipeline.adapters import ENCODER
+from lorweb_jax.pipeline.folder import MODEL_PARTS, PARTS, PipelineFolder
+from lorweb_jax.pipeline.model import AnalogyModel
+from lorweb_jax.pipeline.pipeline import Pipeline
+from lorweb_jax.precomputed.read import Precomputed
+from lorweb_jax.precomputed.scope import Scope
+from lorweb_jax.training.report import report_only
+
+
+def make(config) -> "BasisJob":
+    return BasisJob(config)
+
+
+class BasisJob:
+    """See training/job.py for what each method is for."""
+
+    trainable = BasisParam
+
+    def __init__(self, config):
+        self.config = config
+        quantization.check(config.quantization)
+        self.basis_config = BasisConfig(**config.basis)
+        self.folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
+        self.problems = Problems()  # files of the data that can't be used, found now or while reading
+        self._looked_at = Problems()  # the same while pictures and tables are made
+        self.tasks = read_splits(config, self.problems)
+        if len(self.problems):
+            print(self.problems.summary(), flush=True)
+        self.scope = Scope.of(config, self.folder, self.tasks) if config.precomputed else None
+        if missing := lpips.missing():
+            print(
+                f"note: {missing}; without it the run ends without its tables, which python -m lorweb_jax.evaluate "
+                "makes later",
+                flush=True,
+            )
+
+    def sources(self) -> dict[str, str]:
+        train, *held_out = (contents(tasks) for tasks in self.tasks.values())
+        encoder = self.folder.encoder_folder
+        return {
+            "pipeline": fingerprint.of_folders(self.folder.folder / part for part in PARTS),
+            "basis.encoder": fingerprint.of_folder(encoder) if encoder else "none",
+            "data.root": train,
+            "data.held_out": " ".join(held_out),
+        }
+
+    @functools.cached_property
+    def signed_config(self) -> BasisConfig:
+        """basis_config with what others know the image encoder by, and what tells it from others."""
+        if self.basis_config.query != "external" or not self.folder.encoder_folder:
+            return self.basis_config
+        found = identity(self.folder.encoder_folder)
+        return dataclasses.replace(self.basis_config, encoder=found.name, encoder_sketch=found.sketch)
+
+    @functools.cached_property
+    def precomputed(self) -> Precomputed | None:
+        """What takes the encoders' place; None where they are part of the step."""
+        return Precomputed(self.scope) if self.scope else None
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """The implementation that config.attention stands for, measured at the shape of a device's share of a step."""
+        config, flux = self.config, self.folder.flux_config
+        side = config.data.quadrant_size or 256
+        height, width = (side, side) if isinstance(side, int) else side
+        tokens = 8 * height * width // (2 * self.folder.vae_config.downscale) ** 2 + self.folder.text_tokens
+        shape = (1, tokens, flux.num_attention_heads, flux.attention_head_dim)
+        return choose(config.attention, shape, jnp.dtype(config.compute_dtype), backward=True)
+
+    @property
+    def sampling(self) -> dict:
+        """How pictures and tables are made."""
+        return {name: self.config.show[name] for name in ("steps", "guidance", "batch")}
+
+    def build(self, rngs: nnx.Rngs) -> AnalogyModel:
+        left_out = self.scope.left_out if self.scope else ()
+        return self.folder.make(
+            rngs,
+            self.signed_config,
+            dtype=self.config.compute_dtype,
+            remat=self.config.remat,
+            attention=self.attention,
+            unroll=self.config.unroll,
+            quantization=self.config.quantization,
+            parts=[part for part in MODEL_PARTS if part not in left_out],
+        )
+
+    def frozen(self, shapes) -> dict[str, jax.Array]:
+        return self.folder.read(shapes)
+
+    def data(self, config) -> AnalogyLoader:
+        """Of each global batch the rows that this process's devices hold."""
+        data, batch = config.data, config.train.batch
+        if self.precomputed:
+            print(f"text{'' if self.scope.queries_kept else ' and queries'} from {self.scope.root}", flush=True)
+        else:
+            self.folder.tell_left_out(
+                (pair.instruction for task in self.tasks["train"] for pair in task.pairs), "caption"
+            )
+        return AnalogyLoader(
+            Analogies(self.tasks["train"]),
+            batch,
+            quadrant_size=data.quadrant_size,
+            seed=config.seed,
+            caption_drop=data.caption_drop,
+            task_balanced=data.task_balanced,
+            reverse_probability=data.reverse_probability,
+            workers=data.workers,
+            rows=sharding.batch_rows(sharding.make_mesh(config.mesh), batch),
+            problems=self.problems,
+        )
+
+    def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
+        """Analogies of a split to look at, the same ones every time; `tasks` spread over the split's tasks."""
+        chosen = self.tasks[split]
+        if tasks:
+            chosen = chosen[:: max(1, len(chosen) // tasks)][:tasks]
+        side = self.config.data.quadrant_size
+        return read_samples(
+            chosen, per_task, self._looked_at, 2 * (side if isinstance(side, int) else max(side)) or None
+        )
+
+    def prepare(self, batch: dict) -> dict:
+        """Captions become token ids, condition grids what the image encoder sees of them; or both what is known of
+        them already."""
+        # An example's two grids side by side, [b, 2, H, W, 3]: a split of the batch keeps them together.
+        prepared = {"grids": np.stack([batch["target"], batch["condition"]], axis=1)}
+        if self.precomputed:
+            prepared["text"], prepared["pooled"] = self.precomputed.prompt(list(batch["caption"]))
+            query = self.precomputed.batch_query(batch["images"], batch["task"])
+            if query is not None:
+                return prepared | {"query": query}
+        else:
+            prepared["clip_ids"], prepared["t5_ids"] = self.folder.token_ids(list(batch["caption"]))
+        if self.basis_config.query == "external":
+            prepared["views"] = queries.views(
+                self.basis_config.query_mode, list(batch["condition"]), self.folder.encoder.processor
+            )
+        return prepared
+
+    def encode(self, model, batch):
+        """Latents of target and condition [b, 2, h, w, c]; of what is not precomputed, text [b, t, j] and pooled [b, p],
+        and the query [b, q] of a router that asks from outside."""
+        # All targets, then all conditions: half the memory of both at once, and a quarter fewer bytes moved as the TPU
+        # compiler counts them.
+        latents = jax.lax.map(model.latents, jnp.moveaxis(batch["grids"], 1, 0))
+        encoded = {"latents": jnp.moveaxis(latents, 0, 1)}
+        if "clip_ids" in batch:
+            encoded["text"], encoded["pooled"] = model.prompt(batch["clip_ids"], batch["t5_ids"])
+        if "views" in batch:
+            encoded["query"] = model.query(batch["views"])
+        return encoded
+
+    def loss(self, model, batch, key):
+        x0, condition = (pack(batch["latents"][:, image]) for image in (0, 1))
+        noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
+        height, width = (side * self.folder.vae_config.downscale for side in batch["latents"].shape[2:4])
+        guidance = jnp.full(x0.shape[:1], self.config.guidance)
+        velocity = model.velocity(
+            noised.tokens_bsc,
+            condition,
+            batch["text"],
+            batch["pooled"],
+            noised.time_b,
+            guidance,
+            (height, width),
+            model.additions(batch.get("query"), x0.shape[0]),
+        )
+        return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0], {}
+
+    def show(self, model, step: int) -> dict[str, np.ndarray]:
+        """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
+        pipeline, shown = Pipeline(self.folder, model, self.precomputed), {}
+        for split in self.tasks:
+            samples = self._samples(split, 1, self.config.show.tasks)
+            shown[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
+        if self.basis_config.query == "external":
+            shown["router"] = self._router_map(pipeline)
+        if self.precomputed:
+            self.precomputed.release()
+        return shown
+
+    def _router_map(self, pipeline: Pipeline) -> np.ndarray:
+        """Coefficients [tasks, n] of the layer in the middle of the model, averaged over each task's examples."""
+        samples = self._samples("train", 2)
+        coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
+        stacks = [path for path in coefficients if path.endswith("attn.to_v")]
+        middle = sharding.to_host(coefficients[stacks[-1]])
+        layer = middle.shape[0] // 2
+        tasks = list(dict.fromkeys(sample.task for sample in samples))
+        rows = np.stack(
+            [middle[layer, [i for i, sample in enumerate(samples) if sample.task == task]].mean(0) for task in tasks]
+        )
+        return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
+
+    def finish(self, model, workdir: Path) -> None:
+        """Writes the basis in the published format (an ordinary LoRA if nothing is routed); then tables and sheets, and
+        which files of the data could not be used. Only the first can end the run."""
+        pipeline = Pipeline(self.folder, model, self.precomputed)
+        config = model.basis.config
+        if config.routed:
+            pipeline.save_basis(workdir / "export" / "basis.safetensors")
+            if config.encoder_sketch:
+                write_json(workdir / ENCODER, {"name": config.encoder, "sketch": config.encoder_sketch})
+        else:
+            ones = {path: np.ones(layer.a.shape[:2], np.float32) for path, layer in model.basis.layers.items()}
+            pipeline.save_lora(workdir / "export" / "lora.safetensors", ones, dtype="float16")
+        if len(self.problems):
+            with report_only("problems.json"):
+                self.problems.write(workdir / "problems.json")
+                print(self.problems.summary(), flush=True)
+        for split in list(self.tasks)[1:] or ["train"]:
+            with report_only(f"the table of {split}"):
+                table = evaluate_pipeline(
+                    pipeline,
+                    self._samples(split, self.config.show.per_task),
+                    workdir / "evaluation" / split,
+                    **self.sampling,
+                )
+                print(f"{split}:\n{table.text()}", flush=True)

@@ -1,0 +1,168 @@
+"""FLUX's two kinds of block and its last layer, each reading like its equations.
+
+`add` is a dictionary from the name of a linear layer in the block to what is added to that layer's product. `mod` holds
+the block's modulation vectors [b, count·d] by the name of the layer that made them (flux.Flux.modulations).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lorweb_jax.models.flux1.embeddings import rotate
+from lorweb_jax.nn import sharding
+from lorweb_jax.nn.attention import attend
+from lorweb_jax.nn.layers import Addition, Linear, RMSNorm, layer_norm
+
+Additions = dict[str, Addition]
+Modulations = dict[str, jax.Array]
+
+
+def modulate(x: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:
+    """LN(x) · (1 + scale) + shift, x [b, s, d]."""
+    return layer_norm(x) * (1 + scale_bd[:, None]) + shift_bd[:, None]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+class Modulation(nnx.Module):
+    """`count` vectors [b, d], side by side, from the conditioning vector [b, d]."""
+
+    def __init__(self, features: int, count: int, quantization: str, *, rngs: nnx.Rngs):
+        # Zero at the start, so that a block trained from scratch begins as the identity (adaLN-Zero).
+        self.linear = Linear(
+            features, count * features, init=jax.nn.initializers.zeros, quantization=quantization, rngs=rngs
+        )
+
+    def __call__(self, vector_bd: jax.Array, addition: Addition | None = None) -> jax.Array:
+        return self.linear(jax.nn.silu(vector_bd), addition)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, features: int, quantization: str, *, rngs: nnx.Rngs):
+        self.net_0_proj = Linear(features, 4 * features, quantization=quantization, rngs=rngs)
+        self.net_2 = Linear(4 * features, features, quantization=quantization, rngs=rngs)
+
+    def __call__(self, x: jax.Array, add: Additions, name: str) -> jax.Array:
+        hidden = gelu(self.net_0_proj(x, add.get(f"{name}.net_0_proj")))
+        hidden = sharding.constrain(hidden, "batch", None, "tensor")
+        return self.net_2(hidden, add.get(f"{name}.net_2"))
+
+
+def _joined(out: jax.Array) -> jax.Array:
+    """[b, s, heads, a] -> [b, s, d]."""
+    return out.reshape(*out.shape[:2], -1)
+
+
+class JointAttention(nnx.Module):
+    """Attention over text and image tokens together, each stream with its own projections; text comes first."""
+
+    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
+        self.heads, self.implementation = heads, implementation
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out_0", "to_add_out"):
+            setattr(self, name, Linear(features, features, quantization=quantization, rngs=rngs))
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(self, name, RMSNorm(features // heads, rngs=rngs))
+
+    def __call__(self, image: jax.Array, text: jax.Array, rope, add: Additions) -> tuple[jax.Array, jax.Array]:
+        def project(x, name):
+            y = getattr(self, name)(x, add.get(f"attn.{name}"))
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        q = jnp.concatenate([self.norm_added_q(project(text, "add_q_proj")), self.norm_q(project(image, "to_q"))], 1)
+        k = jnp.concatenate([self.norm_added_k(project(text, "add_k_proj")), self.norm_k(project(image, "to_k"))], 1)
+        v = jnp.concatenate([project(text, "add_v_proj"), project(image, "to_v")], 1)
+        out = _joined(attend(rotate(q, rope), rotate(k, rope), v, self.implementation))
+        length = text.shape[1]
+        return (
+            self.to_out_0(out[:, length:], add.get("attn.to_out_0")),
+            self.to_add_out(out[:, :length], add.get("attn.to_add_out")),
+        )
+
+
+class DoubleBlock(nnx.Module):
+    """One double-stream block: image and text have weights of their own and meet in attention."""
+
+    MODULATIONS = ("norm1", "norm1_context")
+
+    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
+        self.norm1 = Modulation(features, 6, quantization, rngs=rngs)
+        self.norm1_context = Modulation(features, 6, quantization, rngs=rngs)
+        self.attn = JointAttention(features, heads, implementation, quantization, rngs=rngs)
+        self.ff = FeedForward(features, quantization, rngs=rngs)
+        self.ff_context = FeedForward(features, quantization, rngs=rngs)
+
+    def __call__(self, image: jax.Array, text: jax.Array, mod: Modulations, rope, add: Additions):
+        """image [b, s, d], text [b, t, d] -> the same."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(mod["norm1"], 6, axis=-1)
+        (text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate) = jnp.split(
+            mod["norm1_context"], 6, axis=-1
+        )
+
+        image_update, text_update = self.attn(
+            modulate(image, shift, scale), modulate(text, text_shift, text_scale), rope, add
+        )
+        image = image + gate[:, None] * image_update
+        text = text + text_gate[:, None] * text_update
+
+        image = image + mlp_gate[:, None] * self.ff(modulate(image, mlp_shift, mlp_scale), add, "ff")
+        text = text + text_mlp_gate[:, None] * self.ff_context(
+            modulate(text, text_mlp_shift, text_mlp_scale), add, "ff_context"
+        )
+        return image, text
+
+
+class SelfAttention(nnx.Module):
+    """Attention of the single-stream blocks; its output projection is part of the block's `proj_out`."""
+
+    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
+        self.heads, self.implementation = heads, implementation
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(self, name, Linear(features, features, quantization=quantization, rngs=rngs))
+        self.norm_q = RMSNorm(features // heads, rngs=rngs)
+        self.norm_k = RMSNorm(features // heads, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope, add: Additions, text_tokens: int) -> jax.Array:
+        def project(name):
+            y = getattr(self, name)(x, add.get(f"attn.{name}"), text_tokens)
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        q, k = (rotate(norm(project(name)), rope) for norm, name in ((self.norm_q, "to_q"), (self.norm_k, "to_k")))
+        return _joined(attend(q, k, project("to_v"), self.implementation))
+
+
+class SingleBlock(nnx.Module):
+    """One single-stream block on the joined sequence: attention and MLP side by side, then one projection."""
+
+    MODULATIONS = ("norm",)
+
+    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
+        self.norm = Modulation(features, 3, quantization, rngs=rngs)
+        self.attn = SelfAttention(features, heads, implementation, quantization, rngs=rngs)
+        self.proj_mlp = Linear(features, 4 * features, quantization=quantization, rngs=rngs)
+        self.proj_out = Linear(5 * features, features, quantization=quantization, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mod: Modulations, rope, add: Additions, text_tokens: int) -> jax.Array:
+        """x [b, t + s, d], text first -> the same."""
+        shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
+        normed = modulate(x, shift, scale)
+        hidden = gelu(self.proj_mlp(normed, add.get("proj_mlp"), text_tokens))
+        hidden = sharding.constrain(hidden, "batch", None, "tensor")
+        joined = jnp.concatenate([self.attn(normed, rope, add, text_tokens), hidden], axis=-1)
+        return x + gate[:, None] * self.proj_out(joined, add.get("proj_out"), text_tokens)
+
+
+class OutputNorm(nnx.Module):
+    """The last modulation; diffusers keeps scale before shift here, the reverse of every block."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.linear = Linear(features, 2 * features, init=jax.nn.initializers.zeros, rngs=rngs)
+
+    def vectors(self, vector_bd: jax.Array) -> jax.Array:
+        """[b, 2d]"""
+        return self.linear(jax.nn.silu(vector_bd))
+
+    def __call__(self, x: jax.Array, vectors: jax.Array) -> jax.Array:
+        scale, shift = jnp.split(vectors, 2, axis=-1)
+        return modulate(x, shift, scale)

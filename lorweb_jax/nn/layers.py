@@ -1,0 +1,205 @@
+"""Layers shared by every model here, and how equal blocks are stacked and scanned.
+
+Parameters may be stored in one dtype and used in another: a layer computes in the dtype of its input,
+except normalisation statistics, which are always float32.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lorweb_jax.nn import sharding
+from lorweb_jax.nn.quantization import product, quantize
+
+# What a linear layer may be given on top of its product: `addition(x, text_tokens)` returns an update of
+# the same shape as the layer's output. `text_tokens` says how many of x's leading tokens are text tokens
+# that precede image tokens (0 where the stream holds one kind).
+Addition = Callable[[jax.Array, int], jax.Array]
+
+
+class Weight(nnx.Variable):
+    """A weight of a pretrained model: frozen, unless a training job names this type as its trainables."""
+
+
+class Scale(Weight):
+    """What a quantised kernel is multiplied by; kept in the dtype it was made in, whatever weights are stored in."""
+
+
+_lecun = jax.nn.initializers.lecun_normal()
+
+
+class Linear(nnx.Module):
+    """y = x W (+ bias) (+ addition(x)); kernel [i, o], bias [o].
+
+    `quantization`, one of quantization.KINDS: the kernel holds 8-bit codes, and scale [1, o] what multiplies them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        init=_lecun,
+        quantization: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        kernel, scale = init(rngs.params(), (in_features, out_features), jnp.float32), None
+        if quantization != "none":
+            kernel, scale = quantize(kernel, quantization)
+        self.kernel = Weight(kernel)
+        self.scale = None if scale is None else Scale(scale)
+        self.bias = Weight(jnp.zeros((out_features,), jnp.float32)) if bias else None
+
+    def __call__(self, x: jax.Array, addition: Addition | None = None, text_tokens: int = 0) -> jax.Array:
+        """x [b, s, i] or [b, i] -> [b, s, o] or [b, o]."""
+        if self.scale is None:
+            y = x @ self.kernel[...].astype(x.dtype)
+        else:
+            y = product(x, self.kernel[...], self.scale[...])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if addition is not None:
+            y = y + addition(x, text_tokens)
+        return y
+
+
+class Conv(nnx.Module):
+    """2-D convolution on NHWC; kernel [kh, kw, i, o]. `padding` is explicit: ((top, bottom), (left, right))."""
+
+    def __init__(
+        self, in_features: int, out_features: int, size: int = 3, *, stride: int = 1, padding=None, rngs: nnx.Rngs
+    ):
+        self.stride = stride
+        self.padding = padding if padding is not None else ((size // 2, size // 2),) * 2
+        self.kernel = Weight(
+            jax.nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)(
+                rngs.params(), (size, size, in_features, out_features), jnp.float32
+            )
+        )
+        self.bias = Weight(jnp.zeros((out_features,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Small and used once: every device takes the whole kernel to its share of the images. Left to themselves,
+        # partitioners pass pieces of images around.
+        kernel = sharding.constrain(self.kernel[...], None, None, None, None).astype(x.dtype)
+        y = jax.lax.conv_general_dilated(
+            sharding.constrain(x, "batch", None, None, None),
+            kernel,
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table by integer id; embedding [v, d]."""
+
+    def __init__(self, count: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = Weight(0.02 * jax.random.normal(rngs.params(), (count, features), jnp.float32))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """(x − mean) / √(var + eps) over the last axis, without scale; statistics in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with scale and bias [d]."""
+
+    def __init__(self, features: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = Weight(jnp.ones((features,), jnp.float32))
+        self.bias = Weight(jnp.zeros((features,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.eps) * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + eps) · scale over the last axis; statistics in float32."""
+
+    def __init__(self, features: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = Weight(jnp.ones((features,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` blocks made by `make`, as one block whose parameters have a leading axis l = depth."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    def build(rngs):
+        return make(rngs)
+
+    return build(rngs)
+
+
+def map_stack(stack: nnx.Module, f: Callable[[nnx.Module, Any], jax.Array], xs: Any = None) -> jax.Array:
+    """f(block, xs[block]) of all blocks of a stack at once, [l, …]: one batched product where a scan has l."""
+    graphdef, state = nnx.split(stack)
+    return jax.vmap(lambda block_state, x: f(nnx.merge(graphdef, block_state), x))(state, xs)
+
+
+def stack_outputs(stack: nnx.Module, x: jax.Array) -> tuple[jax.Array, ...]:
+    """(x, and what each block of the stack makes of the one before)."""
+    graphdef, state = nnx.split(stack)
+
+    def step(x, block_state):
+        x = nnx.merge(graphdef, block_state)(x)
+        return x, x
+
+    return (x, *jax.lax.scan(step, x, state)[1])
+
+
+# What the backward pass of a scanned block may keep; everything else is computed again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_stack(
+    stack: nnx.Module,
+    body: Callable[[nnx.Module, Any, Any], Any],
+    carry: Any,
+    xs: Any = None,
+    *,
+    without: Collection[str] = (),
+    prepare: Callable[[Any], Any] = lambda weights: weights,
+    remat: str = "none",
+    unroll: int = 1,
+) -> Any:
+    """carry after `carry = body(block, carry, xs[block])` for each block of a stack made by `stacked`.
+
+    Layers named in `without` are not scanned over: the body must not use them. `prepare` is applied to a block's
+    weights as a step begins. `remat` names an entry of REMAT_POLICIES; "none" keeps every intermediate for the
+    backward pass.
+    """
+    graphdef, unused, state = nnx.split(stack, lambda path, _: path[0] in without, ...)
+
+    def step(carry, slices):
+        block_state, block_xs = slices
+        # What isn't used stays a whole stack, and no part of the program.
+        return body(nnx.merge(graphdef, unused, prepare(block_state)), carry, block_xs), None
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs), unroll=unroll)[0]

@@ -1,0 +1,232 @@
+"""A run's checkpoints (orbax): trainables, optimizer, step, data position and the metrics not yet logged.
+
+Frozen weights are never in them. A checkpoint counts once it is complete: orbax writes to a temporary name first,
+so that a run killed at any moment goes on from the one before. They are written while training goes on. Checksums in
+each tell whether it still is what was written; where they differ, the one before it is taken.
+"""
+
+import base64
+import logging
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from lorweb_jax.settings import config as configs
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.runs import checksums
+
+# orbax reports each stage of a save, and prints tracebacks of errors that it raises as well; asyncio those of the other
+# reads of a restore that failed.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+
+FOLDER, CONFIG = "checkpoints", "config.json"
+KEEP = 3
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: the state after `step` steps."""
+
+    step: int
+    trainable: dict[str, jax.Array]
+    opt_state: Any
+    data_state: Any
+    log_state: Any
+
+
+def goes_on(workdir: Path) -> str:
+    """What the same command would do now, as part of a sentence."""
+    steps = complete_steps(workdir)
+    return f"the same command goes on from step {max(steps)}" if steps else "the same command begins again"
+
+
+class Checkpoints:
+    """Saves and restores a run's state in `workdir`/checkpoints, keeping the latest KEEP."""
+
+    def __init__(self, workdir: Path):
+        self.folder = workdir / FOLDER
+        self._saving = 0
+        self.manager = ocp.CheckpointManager(
+            self.folder.absolute(), options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEEP, create=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
+
+    def _write_checksums(self) -> None:
+        """All is written, under a temporary name; by process 0, in the thread that saves."""
+        [*_, newest] = sorted(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"),
+                              key=lambda path: path.stat().st_mtime_ns)
+        checksums.write(newest)
+
+    def latest(self) -> int | None:
+        """Number of steps done in the newest complete checkpoint; None where there is none."""
+        return self.manager.latest_step()
+
+    def restore_newest(self, trainable: Any, opt_state: Any) -> Restored | None:
+        """The newest checkpoint that is as it was written, restored as `restore` does; None where there is no
+        checkpoint. Those that are damaged are kept under another name, and told.
+
+        UserError where none can be restored.
+        """
+        wrong: dict[int, str] = {}
+        while (step := self._newest_intact(wrong)) is not None:
+            try:
+                restored = self.restore(step, trainable, opt_state)
+            except UserError as error:
+                # With checksums that hold, or where other processes have begun to restore it, there is nothing to try.
+                if (self.folder / str(step) / checksums.FILE).exists() or jax.process_count() > 1:
+                    raise
+                wrong[step] = str(error)
+                continue
+            self._set_aside(wrong, step)
+            return restored
+        if wrong:
+            raise UserError(f"none of the checkpoints in {self.folder} can be restored: in that of step {max(wrong)}, "
+                            f"{wrong[max(wrong)]}; bring back an intact copy, or choose another --workdir to begin again")
+        return None
+
+    def _newest_intact(self, wrong: dict[int, str]) -> int | None:
+        """The step whose files process 0 finds as they were written; what is wrong with later ones goes into `wrong`."""
+        found = -1
+        if jax.process_index() == 0:
+            for step in sorted(set(complete_steps(self.folder.parent)) - wrong.keys(), reverse=True):
+                damage = checksums.damage(self.folder / str(step))
+                if damage is None:
+                    found = step
+                    break
+                wrong[step] = damage
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        return None if found < 0 else found
+
+    def _set_aside(self, wrong: Mapping[int, str], instead: int) -> None:
+        for step in sorted(wrong):
+            kept = self.folder / f"{step}.damaged"
+            shutil.rmtree(kept, ignore_errors=True)
+            (self.folder / str(step)).rename(kept)
+            print(f"the checkpoint of step {step} is damaged ({wrong[step]}): it is kept as {kept}, and the run goes on "
+                  f"from step {instead}", flush=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints")
+        self.manager.reload()
+
+    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, data_state: Any,
+             log_state: Any) -> None:
+        """Begin to write the state after `step` steps; returns once the arrays may be donated.
+
+        UserError where there is no room for it, or where it or the one before it could not be written.
+        """
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, opt_state))) + 2**20
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            self.finish()
+            raise self._not_written(f"it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+        self.finish()
+        self._saving = step
+        try:
+            self.manager.save(step, args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(trainable),
+                optimizer=ocp.args.StandardSave(opt_state),
+                progress=ocp.args.JsonSave({"data": _to_json(data_state), "log": log_state})))
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def finish(self) -> None:
+        """Wait until what `save` began is on disk; UserError if it could not be written."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def restore(self, step: int, trainable: Any, opt_state: Any) -> Restored:
+        """A checkpoint, its arrays onto the shardings of the trees of ShapeDtypeStruct given. UserError for one that
+        can't be read or is of another size.
+        """
+        try:
+            held = self.manager.restore(step, args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(trainable),
+                optimizer=ocp.args.StandardRestore(opt_state),
+                progress=ocp.args.JsonRestore()))
+            return Restored(step, held.trainable, held.optimizer, _from_json(held.progress["data"]),
+                            held.progress["log"])
+        except Exception as error:
+            raise UserError(f"the checkpoint {self.folder / str(step)} does not fit this model or is damaged "
+                            f"({_in_a_line(error)}); delete that folder to go on from the one before it") from error
+
+    def close(self) -> None:
+        try:
+            self.manager.close()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception | str) -> UserError:
+        steps = complete_steps(self.folder.parent)
+        kept = f"the run goes on from step {max(steps)}" if steps else "no checkpoint was complete yet"
+        return UserError(f"a checkpoint could not be written to {self.folder} ({_in_a_line(error)}); "
+                         f"make room and run the same command again: {kept}")
+
+
+def restore_trainables(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], Any]:
+    """(trained weights by dotted path, config) of a run folder, at its newest intact checkpoint or at `step`.
+
+    Where the run keeps averaged weights, these are what is given. UserError where there is no such checkpoint.
+    """
+    config = configs.load(workdir / CONFIG)
+    steps = sorted(complete_steps(workdir), reverse=True)
+    if not steps:
+        raise UserError(f"{workdir} holds no complete checkpoint; train for longer, or name another run folder")
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir} holds no checkpoint of step {step}; it has {sorted(steps)}")
+    first = None
+    for number in steps if step is None else [step]:
+        try:
+            held = _read_trainables(workdir / FOLDER / str(number), config.train.ema > 0)
+        except UserError as error:
+            first = first or error
+            continue
+        if first:
+            print(f"note: {first}; that of step {number} is taken", file=sys.stderr, flush=True)
+        return held, config
+    raise first
+
+
+def _read_trainables(folder: Path, averaged: bool) -> dict[str, np.ndarray]:
+    item = "optimizer" if averaged else "trainable"
+    if wrong := checksums.damage(folder, (item,)):
+        raise UserError(f"the checkpoint {folder} is damaged ({wrong})")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata((folder / item).absolute()).item_metadata.tree
+            held = checkpointer.restore((folder / item).absolute(), restore_args=jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
+        if averaged:
+            held = next(part["average"] for part in held if isinstance(part, dict) and "average" in part)
+    except Exception as error:
+        raise UserError(f"the checkpoint {folder} is damaged ({_in_a_line(error)})") from error
+    return held
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """The steps of the complete checkpoints, in any order."""
+    folder = workdir / FOLDER
+    return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+
+
+def _to_json(state: Any) -> Any:
+    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
+
+
+def _from_json(state: Any) -> Any:
+    return base64.b64decode(state["base64"]) if isinstance(state, dict) and state.keys() == {"base64"} else state
+
+
+def _in_a_line(error: Exception | str) -> str:
+    """The first line of an error, without the beginning where it is long: tensorstore names the cause last."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 160 else "… " + line[-160:]

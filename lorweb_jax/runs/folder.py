@@ -1,0 +1,175 @@
+"""A run's folder: it belongs to one run at a time, to one config, and to the data and models that the run began with."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+import jax
+from jax.experimental import multihost_utils
+
+from lorweb_jax.settings import config as configs
+from lorweb_jax.settings import fields as config_fields
+from lorweb_jax.files.store import NO_LOCKS
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.outputs import write_file
+from lorweb_jax.common.schema import read_json
+from lorweb_jax.runs.checkpoints import complete_steps
+
+CONFIG, LOCK, SOURCES = "config.json", ".lock", "sources.json"
+SHARED_WITHIN = 20.0  # s until a file that process 0 has written is seen by all hosts
+# What runs write beside config.json. Where such a thing lies and no config.json of a run, it is somebody else's.
+_WRITTEN = {"checkpoints", "log.txt", "pictures", "export", "evaluation", "problems.json", "encoder.json", "quality.json", "vae",
+            "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "clip_vision"}
+
+
+@contextlib.contextmanager
+def owned(workdir: Path) -> Iterator[None]:
+    """Within it, this run (its process 0) has the folder for itself; it is made where there is none.
+
+    Raises UserError if it can't be written, if another run is at it (host and process are named; the system takes the
+    lock from one that died), or if it holds what no run wrote and this one would replace.
+    """
+    if jax.process_index():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+        lock = open(workdir / LOCK, "a+")
+    except OSError as error:
+        raise UserError(f"the run folder {workdir} cannot be written ({error.strerror}); "
+                        "choose another with --workdir, or make room and set its permissions") from None
+    with lock:
+        _take(lock, workdir)
+        _inherited.add(lock)
+        try:
+            _require_runs_own(workdir)
+            yield
+        finally:
+            _inherited.discard(lock)
+            with contextlib.suppress(OSError):
+                lock.truncate(0)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _take(lock: TextIO, workdir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = False
+    except BlockingIOError:
+        held = True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"the run folder {workdir} can't be locked ({error.strerror}); choose another with "
+                            "--workdir") from None
+        held = _runs(_owner(lock))  # a file system without locks: whoever stands in the file and isn't known to be dead
+    if held:
+        owner = _owner(lock)
+        who = (f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else
+               "another process, which has just begun")
+        raise UserError(f"the run folder {workdir} belongs to a run that is still at it ({who}); wait for it, stop it, "
+                        f"or choose another with --workdir (if it is gone, delete {workdir / LOCK})")
+    lock.truncate(0)
+    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
+                           "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+    lock.flush()
+
+
+def _owner(lock: TextIO) -> dict | None:
+    """{host, pid, since} of whoever took the lock; None if it isn't said."""
+    lock.seek(0)
+    try:
+        owner = json.loads(lock.read(1000))
+        return owner if type(owner["pid"]) is int and owner.keys() >= {"host", "since"} else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _runs(owner: dict | None) -> bool:
+    if owner is None:
+        return False
+    if owner["host"] != socket.gethostname():
+        return True  # who knows
+    try:
+        os.kill(owner["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return owner["pid"] != os.getpid()
+
+
+# A forked process (a reader of images) would keep its parent's lock beyond the parent's death.
+_inherited: set[TextIO] = set()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _inherited])
+
+
+def _require_runs_own(workdir: Path) -> None:
+    """UserError if the folder holds what no training run wrote and this one would replace."""
+    if (workdir / CONFIG).exists():
+        configs.load(workdir / CONFIG)
+        return
+    foreign = sorted(path.name for path in workdir.iterdir()
+                     if path.name in _WRITTEN or path.name.startswith("events.out."))
+    if foreign:
+        raise UserError(f"{workdir} holds {', '.join(foreign)}, but no {CONFIG} of a training run, which would replace "
+                        "them; name a new folder with --workdir")
+
+
+def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
+    """Write the run's config into its folder; or check that the checkpoints that are there are of this config.
+
+    sources: {field: fingerprint of what lies there} of the config's paths. Paths are compared by what they hold, all
+    other fields by their values; configs.MAY_CHANGE lists those that may differ. UserError where something differs (it
+    is shown), and where the folder is not the same one for all processes of the run.
+    """
+    if jax.process_index() == 0:
+        if complete_steps(workdir):
+            _require_same(workdir, config, sources)
+        write_file(workdir / SOURCES, (json.dumps(dict(sources), indent=1) + "\n").encode())
+        configs.save(config, workdir / CONFIG)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+        _check_shared(workdir, config)
+
+
+def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
+    if not (workdir / CONFIG).exists():
+        raise UserError(f"{workdir} holds checkpoints, but no {CONFIG}, which says how they were made; name a new folder "
+                        "with --workdir")
+    known: dict[str, str] = {}
+    with contextlib.suppress(UserError):  # there is none in older runs' folders
+        known = read_json(workdir / SOURCES, dict[str, str])
+    differing = configs.differences(configs.load(workdir / CONFIG), config)
+    # Where the embedded data are built and what is precomputed: made anew, the same comes of it. Of data that no
+    # fingerprint was kept of, the saved position tells whether they are the same.
+    free = {field for field in config_fields.paths(config.job)
+            if field in known or field in ("precomputed", "data.root", "data.held_out") or field.endswith("cache")}
+    changed = [f"{name} was {config_fields.shown(old)} and is {config_fields.shown(new)}"
+               for name, (old, new) in differing.items() if name not in configs.MAY_CHANGE | free]
+    if changed:
+        raise UserError(f"{workdir} holds a run with another config: {', '.join(changed)}; "
+                        "use the same values to go on with it, or another --workdir")
+    if other := [field for field in known if known[field] != sources.get(field)]:
+        held = ", ".join(f"{field} ({configs.get(config, field) or 'the default'})" for field in other)
+        raise UserError(f"{workdir} holds a run that began with other files than those of {held}; give the same ones to "
+                        f"go on with it, or another --workdir (or delete {workdir / SOURCES} to go on with these)")
+
+
+def _check_shared(workdir: Path, config) -> None:
+    """UserError unless this process sees what process 0 wrote; network file systems may need some seconds."""
+    path, end = workdir / CONFIG, time.monotonic() + SHARED_WITHIN
+    while not path.exists() or configs.differences(configs.load(path), config):
+        if time.monotonic() > end:
+            raise UserError(f"the run folder {workdir.absolute()} of process 0 is not the one that process "
+                            f"{jax.process_index()} sees on {socket.gethostname()}; give with --workdir a folder on a "
+                            "file system that all hosts share")
+        time.sleep(0.5)

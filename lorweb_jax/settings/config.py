@@ -1,0 +1,146 @@
+"""What every training config has in common, and how configs are read, written and compared.
+
+Configs are ml_collections files in configs/: `get_config(variant)` starts from `base_config(job)` and sets what
+differs, so that each field stands once. Nothing here imports jax: `--help` and a misspelt field answer at once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.outputs import write_file
+from lorweb_jax.common.schema import checked, read_json
+from lorweb_jax.settings import fields as config_fields
+
+# Fields that a run may change when it goes on from its own checkpoint.
+MAY_CHANGE = frozenset(
+    {
+        "train.steps",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.picture_every",
+        # where and how it is computed, as other hardware may need it
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "remat",
+        "attention",
+        "unroll",
+        "data.workers",
+    }
+)
+
+
+def base_config(job: str) -> ConfigDict:
+    """The fields that train.py itself reads, with the paper's recipe for the optimizer (method.md §5)."""
+    config = ConfigDict()
+    config.job = job  # a name of training/jobs, or an import path package.module:function
+    config.seed = 0  # of initial weights, noise and data order
+
+    config.train = ConfigDict()
+    config.train.steps = 1000  # optimizer updates in all
+    config.train.batch = 6  # examples a step, over all devices
+    config.train.log_every = 20  # steps between lines of metrics (each line is the mean since the last)
+    config.train.checkpoint_every = 200
+    config.train.picture_every = 500
+    config.train.ema = 0.0  # decay of the averaged weights that are shown and exported; 0 keeps none
+    config.train.frozen_dtype = "float32"  # storage of frozen weights: float32, bfloat16 or float16
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or muon, for kernels, with adam for the rest
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "constant"  # or cosine, down to 0 at train.steps
+    config.optimizer.warmup = 0  # steps of linear rise from 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.moments = "float32"  # storage of adamw's two averages: float32, bfloat16 or int8
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip = 1.0  # largest global norm of the gradient
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # devices that share the batch, each with a copy of the weights
+    config.mesh.fsdp = -1  # devices that share the batch and split the weights; -1 takes what the others leave
+    config.mesh.tensor = 1  # devices that split heads and features of every layer
+    return config
+
+
+def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) -> ConfigDict:
+    """The config of variant `name` of a config file, the default one being ""; UserError names those there are."""
+    if name not in variants:
+        named = ", ".join(key for key in variants if key) or "none"
+        raise UserError(f"the config has no variant {name!r}; its variants are: {named}", code=2)
+    return variants[name]()
+
+
+def check(config: ConfigDict) -> None:
+    """UserError, with status 2, for a field whose value no run could use (config_fields.py has the ranges)."""
+    config_fields.check(dict(fields(config)))
+
+
+def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a config or of its json form; tuples come as lists."""
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def get(config: ConfigDict, field: str) -> Any:
+    """The value of a dotted field."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{dotted field: (old value, new value)} where two configs differ; a missing field counts as None."""
+    old, new = dict(fields(old)), dict(fields(new))
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
+
+
+def default_workdir(config_flag: str) -> Path:
+    """runs/<name> of a --config value: configs/basis.py -> runs/basis, configs/basis.py:tanh -> runs/basis_tanh."""
+    path, _, variant = config_flag.partition(":")
+    return Path("runs") / (Path(path).stem + ("_" + variant.replace(",", "_").replace("/", "_") if variant else ""))
+
+
+def load(path: Path) -> ConfigDict:
+    """The config that `save` wrote; UserError where there is none, or what lies there is none of a training run."""
+    try:
+        values = read_json(path, remedy="name the folder of a training run")
+        checked(values, _Saved, path)
+        return ConfigDict(values)
+    except UserError as error:
+        raise UserError(f"{error} (a training run's config was expected)") from None
+    except (TypeError, ValueError, AttributeError) as error:  # keys that a ConfigDict can't have
+        raise UserError(
+            f"{path} is not a config written by a training run ({error}); name another run folder"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedTrain:
+    ema: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What is read of a saved config without being asked for by name."""
+
+    job: str
+    train: _SavedTrain
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Write a config as json, all or nothing."""
+    write_file(path, (json.dumps(config.to_dict(), indent=1) + "\n").encode())

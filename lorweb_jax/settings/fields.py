@@ -1,0 +1,456 @@
+"""What each field of a config may hold: one rule a field, by job, and what fields may not hold together.
+
+A field without a rule is refused, and so is a rule's field that a config lacks: no field goes unchecked. Nothing here
+imports jax, so that a value that makes no sense is told before anything is loaded. Jobs given by an import path check
+the fields of their own themselves.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lorweb_jax.common.errors import UserError
+
+_LONGEST_SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number in low..high, a multiple of `multiple`; or one of `also`. True and False are none."""
+
+    low: int
+    high: int
+    multiple: int = 1
+    also: tuple[int | None, ...] = ()
+
+    def takes(self, value: Any) -> bool:
+        if value is None:
+            return None in self.also
+        return type(value) is int and (
+            value in self.also or self.low <= value <= self.high and value % self.multiple == 0
+        )
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.multiple == 1 else f"a multiple of {self.multiple}"
+        return " or ".join([f"{kind} from {self.low:,} to {self.high:,}", *map(str, self.also)])
+
+
+@dataclass(frozen=True)
+class Real:
+    """A finite number in low..high; `above` leaves low out, `below` high."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def takes(self, value: Any) -> bool:
+        if type(value) not in (int, float) or not self.low <= value <= self.high:
+            return False
+        return not (self.above and value == self.low or self.below and value == self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return f"a number {low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def takes(self, value: Any) -> bool:
+        return type(value) is str and value in self.words
+
+    def __str__(self) -> str:
+        return " or ".join([", ".join(self.words[:-1]), self.words[-1]] if len(self.words) > 1 else self.words)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def takes(self, value: Any) -> bool:
+        return type(value) is bool
+
+    def __str__(self) -> str:
+        return "True or False"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A path, or where `empty` says so "". A run may go on with another path that holds the same (runs/folder.py)."""
+
+    empty: bool = False
+
+    def takes(self, value: Any) -> bool:
+        if type(value) is not str or "\0" in value:
+            return False
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            return False
+        return self.empty or bool(value.strip())
+
+    def __str__(self) -> str:
+        return "a path or empty" if self.empty else "a path"
+
+
+@dataclass(frozen=True)
+class Several:
+    """A list or tuple of `least` to `most` values that `each` takes."""
+
+    each: "Rule"
+    least: int
+    most: int
+
+    def takes(self, value: Any) -> bool:
+        return (
+            isinstance(value, list | tuple)
+            and self.least <= len(value) <= self.most
+            and all(map(self.each.takes, value))
+        )
+
+    def __str__(self) -> str:
+        count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        return f"{count} values, each {self.each}"
+
+
+@dataclass(frozen=True)
+class Either:
+    """What one of two rules takes."""
+
+    one: "Rule"
+    other: "Rule"
+
+    def takes(self, value: Any) -> bool:
+        return self.one.takes(value) or self.other.takes(value)
+
+    def __str__(self) -> str:
+        return f"{self.one}, or {self.other}"
+
+
+Rule = Whole | Real | Choice | Flag | Folder | Several | Either
+
+_COUNT = Whole(1, 10**9)  # of steps
+_WIDTH = Whole(1, 65_536)  # of features
+_LAYERS = Whole(1, 1000)
+SHARE = Real(0, 1)  # a probability
+_WEIGHT = Real(0, 1e6)  # of a part of a loss
+GUIDANCE = Real(0, 100)
+SAMPLING_STEPS = Whole(1, 1000)
+SHOWN_PER_TASK = Whole(1, 10**6)
+SHOWN_AT_ONCE = Whole(1, 65_536)
+SEED = Whole(0, 2**64 - 1)  # each gives other random keys (seeds.py)
+_DTYPE = Choice(("float32", "bfloat16", "float16"))
+SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then divide into 2x2 patches
+WORKERS = Whole(0, 1024)
+BATCH = Whole(1, 2**20)
+_TOKENS = Whole(1, 512)
+
+INTERNAL_MODES = ("aa'bb'", "caa'bb'", "caa'b", "caa'")
+QUERY_MODES = ("cat-aa'b", "ca'-ca", "ca'-ca+cb", *INTERNAL_MODES, "paa'b", "cat-paa'b", "paa'b3", "cat-paa'b3")
+
+COMMON: dict[str, Rule] = {
+    "seed": SEED,
+    "train.steps": _COUNT,
+    "train.batch": BATCH,
+    "train.log_every": _COUNT,
+    "train.checkpoint_every": _COUNT,
+    "train.picture_every": _COUNT,
+    "train.ema": Real(0, 1, below=True),
+    "train.frozen_dtype": _DTYPE,
+    "optimizer.name": Choice(("adamw", "muon")),
+    "optimizer.learning_rate": Real(0, 10, above=True),
+    "optimizer.schedule": Choice(("constant", "cosine")),
+    "optimizer.warmup": Whole(0, 10**9),
+    "optimizer.b1": Real(0, 1, below=True),
+    "optimizer.b2": Real(0, 1, below=True),
+    "optimizer.moments": Choice(("float32", "bfloat16", "int8")),
+    "optimizer.weight_decay": Real(0, 100),
+    "optimizer.clip": Real(0, 1e12, above=True),
+    "mesh.data": Whole(1, 2**20, also=(-1,)),
+    "mesh.fsdp": Whole(1, 2**20, also=(-1,)),
+    "mesh.tensor": Whole(1, 2**20, also=(-1,)),
+}
+
+BASIS: dict[str, Rule] = {
+    "pipeline": Folder(),
+    "basis.size": Whole(1, 4096),
+    "basis.rank": Whole(1, 4096),
+    "basis.key_dim": _WIDTH,
+    "basis.heads": _WIDTH,
+    "basis.activation": Choice(("softmax", "tanh")),
+    "basis.reduction": Choice(("mean", "sum")),
+    "basis.query": Choice(("external", "internal", "fixed")),
+    "basis.query_mode": Choice(QUERY_MODES),
+    "basis.pooling": Choice(("avg", "max")),
+    "basis.projection": Choice(("linear", "none")),
+    "basis.query_dim": Whole(1, 2**20, also=(None,)),
+    "basis.encoder": Folder(empty=True),
+    "data.root": Folder(),
+    "data.held_out": Folder(empty=True),
+    "data.cache": Folder(),
+    "data.quadrant_size": Either(Whole(8, 4096, multiple=8, also=(0,)), Several(SIDE, 2, 2)),
+    "data.caption_drop": SHARE,
+    "data.reverse_probability": SHARE,
+    "data.task_balanced": Flag(),
+    "data.workers": WORKERS,
+    "precomputed": Folder(empty=True),
+    "loss_weight": Choice(("bell", "uniform")),
+    "guidance": GUIDANCE,
+    "compute_dtype": _DTYPE,
+    "quantization": Choice(("none", "int8", "fp8")),
+    "remat": Choice(("none", "dots", "attention", "full")),
+    "attention": Choice(("auto", "xla", "cudnn", "pallas")),
+    "unroll": _LAYERS,
+    "show.tasks": Whole(1, 10**6),
+    "show.per_task": SHOWN_PER_TASK,
+    "show.batch": SHOWN_AT_ONCE,
+    "show.steps": SAMPLING_STEPS,
+    "show.guidance": GUIDANCE,
+}
+
+BASE_VAE: dict[str, Rule] = {
+    "model.block_out_channels": Several(_WIDTH, 1, 10),
+    "model.layers_per_block": _LAYERS,
+    "model.norm_num_groups": _WIDTH,
+    "model.latent_channels": _WIDTH,
+    "model.mid_block_add_attention": Flag(),
+    "model.sample_size": Whole(1, 65_536),
+    "initial": Folder(empty=True),
+    "data.drawings": Folder(),
+    "data.signs": Whole(0, 10**6),
+    "data.size": SIDE,
+    "data.plain": SHARE,
+    "data.enlarged": SHARE,
+    "loss.absolute": _WEIGHT,
+    "loss.squared": _WEIGHT,
+    "loss.edge": _WEIGHT,
+    "loss.kl": _WEIGHT,
+    "loss.consistency": _WEIGHT,
+}
+
+BASE_CLIP: dict[str, Rule] = {
+    "vision.hidden_size": _WIDTH,
+    "vision.intermediate_size": _WIDTH,
+    "vision.num_hidden_layers": _LAYERS,
+    "vision.num_attention_heads": _WIDTH,
+    "vision.projection_dim": _WIDTH,
+    "vision.image_size": Whole(1, 4096),
+    "vision.patch_size": Whole(1, 4096),
+    "text.hidden_size": _WIDTH,
+    "text.intermediate_size": _WIDTH,
+    "text.num_hidden_layers": _LAYERS,
+    "text.num_attention_heads": _WIDTH,
+    "data.drawings": Folder(),
+    "data.edits": Whole(1, 1000),
+    "loss.caption": _WEIGHT,
+    "loss.edit": _WEIGHT,
+    "loss.family": _WEIGHT,
+    "loss.kind": _WEIGHT,
+}
+
+FORMS = ("canvas", "single", "drawing", "large")  # of examples; see small_base/corpus.py
+BASE_TRANSFORMER: dict[str, Rule] = {
+    "transformer.num_layers": _LAYERS,
+    "transformer.num_single_layers": _LAYERS,
+    "transformer.num_attention_heads": _WIDTH,
+    "transformer.attention_head_dim": _WIDTH,
+    "transformer.in_channels": _WIDTH,
+    "transformer.guidance_embeds": Flag(),
+    "transformer.axes_dims_rope": Several(Whole(2, 65_536, multiple=2), 3, 3),
+    "text.hidden_size": _WIDTH,
+    "text.intermediate_size": _WIDTH,
+    "text.num_hidden_layers": _LAYERS,
+    "text.num_attention_heads": _WIDTH,
+    "text_2.d_model": _WIDTH,
+    "text_2.d_kv": _WIDTH,
+    "text_2.d_ff": _WIDTH,
+    "text_2.num_layers": _LAYERS,
+    "text_2.num_heads": _WIDTH,
+    "unroll": _LAYERS,
+    "data.drawings": Folder(),
+    "data.signs": Whole(0, 10**6),
+    "data.cache": Folder(),
+    "data.size": SIDE,
+    "data.vae": Folder(),
+    "data.variants": Whole(1, 2),
+    "data.text_tokens": _TOKENS,
+    "data.style": SHARE,
+    "data.last_only": SHARE,
+    "data.edited_before": SHARE,
+    "data.twice": SHARE,
+    "data.vague": SHARE,
+    "data.silent": SHARE,
+    "data.caption_drop": SHARE,
+    "data.condition_drop": SHARE,
+    **{f"forms.{form}": Whole(1, 1000) for form in FORMS},
+    **{f"form_weights.{form}": _WEIGHT for form in FORMS},
+    "loss_weight": Choice(("bell", "uniform")),
+    "guidance": Several(GUIDANCE, 2, 2),
+    "show_steps": Whole(1, 1000),
+}
+
+JOBS: dict[str, dict[str, Rule]] = {
+    "basis": BASIS,
+    "base_vae": BASE_VAE,
+    "base_clip": BASE_CLIP,
+    "base_transformer": BASE_TRANSFORMER,
+}
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+Values = Mapping[str, Any]  # by dotted field
+
+
+def check(values: Values) -> None:
+    """UserError, with status 2, for the first field that no run could use: the field, its value, what it may be."""
+    job = values.get("job")
+    if not (isinstance(job, str) and (job in JOBS or _IMPORT_PATH.fullmatch(job))):
+        raise refused("job", job, f"{', '.join(JOBS)} or an import path package.module:function")
+    rules = COMMON | JOBS.get(job, {})
+    for name, rule in rules.items():
+        if name not in values:
+            raise UserError(f"the config has no field {name}; it must be {rule}", 2)
+        if not rule.takes(values[name]):
+            raise refused(name, values[name], str(rule))
+    if job in JOBS and (unknown := sorted(values.keys() - rules.keys() - {"job"})):
+        raise UserError(
+            f"config.{unknown[0]} is no field of the job {job!r}, whose fields are those of configs/"
+            f"{job}.py; leave it out",
+            2,
+        )
+    for together in (_training, _TOGETHER.get(job, lambda values: None)):
+        together(values)
+
+
+def paths(job: str) -> frozenset[str]:
+    """The fields of a job that are paths."""
+    return frozenset(name for name, rule in JOBS.get(job, {}).items() if isinstance(rule, Folder))
+
+
+def refused(name: str, value: Any, expected: str) -> UserError:
+    """The error for a field's value."""
+    return UserError(f"config.{name} is {shown(value)}; it must be {expected}: set --config.{name}=…", 2)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, shortened; whole numbers of thousands of digits have no repr."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+
+
+def _training(values: Values) -> None:
+    if values["optimizer.warmup"] >= values["train.steps"]:
+        raise refused(
+            "optimizer.warmup",
+            values["optimizer.warmup"],
+            f"at least 0 and below config.train.steps, which is {values['train.steps']}",
+        )
+    moments, name = values["optimizer.moments"], values["optimizer.name"]
+    if moments != "float32" and name != "adamw":
+        raise UserError(
+            f"config.optimizer.moments is {moments!r}, but {name} keeps its averages in float32; leave it "
+            "at float32, or set --config.optimizer.name=adamw",
+            2,
+        )
+    sizes = {axis: values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")}
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(
+            f"config.mesh is {', '.join(f'{axis} {size}' for axis, size in sizes.items())}; one of them "
+            "can be -1 and take the devices that the others leave: set --config.mesh.…",
+            2,
+        )
+    shares, batch = math.prod(sizes[axis] for axis in ("data", "fsdp") if sizes[axis] > 0), values["train.batch"]
+    if batch % shares:
+        raise refused(
+            "train.batch",
+            batch,
+            f"a multiple of {shares}, the number of devices that config.mesh.data and .fsdp share it among",
+        )
+
+
+def _basis(values: Values) -> None:
+    query, mode, width = (values[f"basis.{name}"] for name in ("query", "query_mode", "query_dim"))
+    _divides(values, "basis.heads", "basis.key_dim")
+    if query == "internal" and mode not in INTERNAL_MODES:
+        raise refused("basis.query_mode", mode, f"for an internal query, {Choice(INTERNAL_MODES)}")
+    if query != "external" and width is not None:
+        raise refused("basis.query_dim", width, f"None: {_ARTICLE[query]} query has no width of its own")
+    if query == "external" and values["basis.projection"] == "none" and width not in (None, values["basis.key_dim"]):
+        raise refused(
+            "basis.query_dim",
+            width,
+            f"config.basis.key_dim, which is {values['basis.key_dim']}, or None, as config.basis.projection is none",
+        )
+    if values["data.root"] == "embedded" and values["data.held_out"]:
+        raise refused(
+            "data.held_out",
+            values["data.held_out"],
+            "empty, as config.data.root is embedded, which has held-out tasks of its own",
+        )
+
+
+_ARTICLE = {"internal": "an internal", "fixed": "a fixed"}
+
+
+def _divides(values: Values, part: str, whole: str) -> None:
+    if values[whole] % values[part]:
+        raise refused(part, values[part], f"a divisor of config.{whole}, which is {values[whole]}")
+
+
+def _base_vae(values: Values) -> None:
+    for channels in values["model.block_out_channels"]:
+        if channels % values["model.norm_num_groups"]:
+            raise refused(
+                "model.norm_num_groups",
+                values["model.norm_num_groups"],
+                f"a divisor of each of config.model.block_out_channels, such as {channels}",
+            )
+    if values["train.batch"] % 2:
+        raise refused("train.batch", values["train.batch"], "even: half of a batch is decoded whole, half as quadrants")
+
+
+def _base_clip(values: Values) -> None:
+    for tower in ("vision", "text"):
+        _divides(values, f"{tower}.num_attention_heads", f"{tower}.hidden_size")
+    _divides(values, "vision.patch_size", "vision.image_size")
+
+
+def _base_transformer(values: Values) -> None:
+    _divides(values, "text.num_attention_heads", "text.hidden_size")
+    axes, width = values["transformer.axes_dims_rope"], values["transformer.attention_head_dim"]
+    if sum(axes) != width:
+        raise refused(
+            "transformer.axes_dims_rope",
+            axes,
+            f"three even numbers of the sum config.transformer.attention_head_dim, which is {width}",
+        )
+    low, high = values["guidance"]
+    if low > high:
+        raise refused("guidance", values["guidance"], "two numbers, the lower one first")
+
+
+_TOGETHER: dict[str, Callable[[Values], None]] = {
+    "basis": _basis,
+    "base_vae": _base_vae,
+    "base_clip": _base_clip,
+    "base_transformer": _base_transformer,
+}
+
+
+def as_value(given: Any, name: str, rule: Rule) -> Any:
+    """A number (of Python or numpy) that the rule takes; UserError, which calls it `name`, for everything else."""
+    value = given.item() if isinstance(given, np.generic) else given
+    if not rule.takes(value):
+        raise UserError(f"{name} is {shown(given)}; give {rule}", 2)
+    return value

@@ -1,0 +1,238 @@
+"""Trains the small base's transformer and text encoders to draw from text and to edit by instruction.
+
+small_base/corpus.py says what a batch shows, small_base/editor.py has the model and its loss.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.embedded.bulk import operated
+from lorweb_jax.data.embedded.drawing_sets import DrawingSets, load_sets
+from lorweb_jax.data.embedded.operations import OPERATIONS
+from lorweb_jax.files.safetensors_io import write_json
+from lorweb_jax.files.state import build, flat_state
+from lorweb_jax.images.levels import to_float, to_uint8
+from lorweb_jax.images.pictures import sheet
+from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
+from lorweb_jax.models.clip.folder import save_clip
+from lorweb_jax.models.t5 import model as t5
+from lorweb_jax.nn.layers import Weight
+from lorweb_jax.nn.sharding import to_host
+from lorweb_jax.pipeline.pretrained import load_vae, save_folder, save_transformer
+from lorweb_jax.small_base.autoencoder import enlarged
+from lorweb_jax.small_base.captions import Captions
+from lorweb_jax.small_base.corpus import VARIANTS, Corpus, draw_batch, look_up, make_corpus, some
+from lorweb_jax.small_base.editor import Editor, EditorConfig, editor_config, flow_loss, sample
+from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
+
+
+def make(config) -> "BaseTransformer":
+    return BaseTransformer(config)
+
+
+class Batches:
+    """Endless batches of latents by form: see corpus.look_up; numbered entries "canvas.latents" and so on, each
+    [groups, examples of the form in a group, …].
+
+    A batch depends on the seed and its number only, which is the position that is saved.
+    """
+
+    def __init__(self, tables: tuple[np.ndarray, np.ndarray], corpus: Corpus, groups: int, config, seed: int):
+        self.tables, self.groups, self.seed, self.position = tables, groups, seed, 0
+        self.draw = jax.jit(lambda key: draw_batch(key, corpus, groups, config.forms, config.data))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        key = jax.random.fold_in(jax.random.key(self.seed), self.position)
+        self.position += 1
+        found = look_up(jax.device_get(self.draw(key)), *self.tables)
+        return {
+            f"{form}.{name}": array.reshape(self.groups, -1, *array.shape[1:])
+            for form, arrays in found.items()
+            for name, array in arrays.items()
+        }
+
+    def get_state(self) -> dict[str, int]:
+        return {"batches": self.position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.position = state["batches"]
+
+
+def by_form(batch: dict) -> dict[str, dict]:
+    """{form: {name: [n, …]}} of what `Batches` gives."""
+    forms: dict[str, dict] = {}
+    for key, array in batch.items():
+        form, name = key.split(".")
+        forms.setdefault(form, {})[name] = array.reshape(-1, *array.shape[2:])
+    return forms
+
+
+class BaseTransformer:
+    """See training/job.py for what each method is for."""
+
+    trainable = Weight
+
+    def __init__(self, config):
+        self.config = config
+        drawings = load_sets(config.data.drawings)
+        self.drawings = some(drawings, config.data.signs) if config.data.signs else drawings
+        vae_folder = Path(config.data.vae)
+        if not (vae_folder / "config.json").is_file():
+            raise UserError(
+                f"there is no autoencoder in {vae_folder}; train it first with "
+                "`python -m lorweb_jax.main --config=configs/base_vae.py`"
+            )
+        vae_config, weights = load_vae(vae_folder)
+        self.vae = build(lambda: AutoencoderKL(VAEConfig.from_json(vae_config), rngs=nnx.Rngs(0)), weights)
+        self.tables = latents_of(self.vae, weights, self.drawings, config.data)
+        self.captions = Captions([self.drawings.captions(i) for i in range(len(self.drawings))])
+        with tempfile.TemporaryDirectory() as folder:
+            vocabularies = self._tokenizers(Path(folder))
+            self.clip_ids, self.t5_ids = tokens_of(self.captions.texts, Path(folder), config.data.text_tokens)
+        self.editor_config: EditorConfig = editor_config(config, *vocabularies)
+
+    def _tokenizers(self, folder: Path) -> tuple[int, int]:
+        return make_tokenizers(self.captions.texts, folder, self.config.data.text_tokens)
+
+    def build(self, rngs: nnx.Rngs) -> Editor:
+        return Editor(self.editor_config, self.config.unroll, rngs=rngs)
+
+    def batches(self, groups: int, seed: int, held_out: bool = False) -> Batches:
+        corpus = make_corpus(self.drawings, self.captions, self.config.data.variants, held_out)
+        return Batches(self.tables, corpus, groups, self.config, seed)
+
+    def data(self, config) -> Batches:
+        return self.batches(config.train.batch, config.seed)
+
+    def loss(self, model, batch, key):
+        return flow_loss(model, by_form(batch), self.clip_ids, self.t5_ids, key, self.config)
+
+    def show(self, model, step: int) -> dict[str, np.ndarray]:
+        """Held-out drawings edited as told (the canvas, the result, the truth), and drawings from text (a training
+        drawing's caption, what is drawn of it, the drawing)."""
+        batch = by_form(next(self.batches(8, seed=1, held_out=True)))
+        seen = by_form(next(self.batches(8, seed=1)))
+        shown = {}
+        for name, form, columns in (
+            ("edits", batch["canvas"], ("canvas", "edited", "truth")),
+            ("single_edits", batch["single"], ("drawing", "edited", "truth")),
+            ("drawings", seen["drawing"], ("drawn", "drawing")),
+            ("large", seen["large"], ("drawn", "drawing")),
+        ):
+            pictures = [self._sample(model, form), form["latents"]]
+            if "condition" in form:
+                pictures.insert(0, form["condition"])
+            images = [to_uint8(self._decode(x)) for x in pictures]
+            texts = [self.captions.texts[row] for row in form["caption"]]
+            shown[name] = sheet(list(zip(texts, zip(*images)))[:24], columns)
+        return shown
+
+    def _sample(self, model: Editor, form: dict[str, np.ndarray]) -> np.ndarray:
+        condition = form.get("condition")
+        noise = jax.random.normal(jax.random.key(0), form["latents"].shape)
+        return to_host(
+            _sample(
+                model,
+                noise,
+                None if condition is None else jnp.asarray(condition, jnp.float32),
+                self.clip_ids[form["caption"]],
+                self.t5_ids[form["caption"]],
+                self.config.show_steps,
+            )
+        )
+
+    def _decode(self, latents: np.ndarray) -> jax.Array:
+        return _decode(self.vae, jnp.asarray(latents, jnp.float32))
+
+    def finish(self, model, workdir: Path) -> None:
+        """Writes the parts of the pipeline folder that come from here, float16, and how far held-out edits are off."""
+        write_editor(workdir, self.editor_config, model)
+        self._tokenizers(workdir)
+        form = by_form(next(self.batches(64, seed=2, held_out=True)))["canvas"]
+        shown = [to_host(self._decode(x)) for x in (self._sample(model, form), form["latents"], form["condition"])]
+        write_json(
+            workdir / "quality.json",
+            {
+                "mse_of_edits": float(np.square(shown[0] - shown[1]).mean()),
+                "mse_of_doing_nothing": float(np.square(shown[2] - shown[1]).mean()),
+            },
+        )
+
+
+def write_editor(workdir: Path, config: EditorConfig, model: Editor) -> None:
+    """transformer, text_encoder and text_encoder_2 of a pipeline folder, float16."""
+    save_transformer(workdir / "transformer", config.flux.to_json(), flat_state(model.transformer), np.float16)
+    save_clip(model.text_encoder, workdir / "text_encoder", np.float16)
+    save_folder(
+        workdir / "text_encoder_2",
+        config.text_2.to_json(),
+        flat_state(model.text_encoder_2),
+        t5.TABLE,
+        np.float16,
+        stem="model",
+    )
+
+
+@nnx.jit(static_argnums=5)
+def _sample(model: Editor, noise, condition, clip_ids, t5_ids, steps):
+    return sample(model, noise, condition, clip_ids, t5_ids, steps)
+
+
+@nnx.jit
+def _decode(vae: AutoencoderKL, latents: jax.Array) -> jax.Array:
+    return vae.image(latents)
+
+
+def latents_of(vae: AutoencoderKL, weights, drawings: DrawingSets, data) -> tuple[np.ndarray, np.ndarray]:
+    """float16 latents of all drawings: [variants · drawings, 1 + operations, h, w, c], plain and after each operation,
+    and of the plain drawings at the canvas's size [drawings, 2h, 2w, c]. Computed once for a given autoencoder (an
+    hour on two cores) and kept in the cache folder, row by row, so that a run that is stopped goes on."""
+    key = hashlib.sha256(b"".join(np.ascontiguousarray(weights[name]).tobytes() for name in sorted(weights)))
+    key.update(np.ascontiguousarray(drawings.images).tobytes() + repr((data.variants, list(OPERATIONS))).encode())
+    names, total, side = ["", *OPERATIONS], len(drawings), data.size // 8
+    shapes = {
+        "quadrants": (data.variants * total, len(names), side, side, 16),
+        "large": (total, 2 * side, 2 * side, 16),
+    }
+    folder = Path(data.cache) / f"latents_{key.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.npy" for name in shapes}
+    if not (folder / "done").is_file():
+        tables = {
+            name: np.lib.format.open_memmap(paths[name], "r+" if paths[name].is_file() else "w+", np.float16, shape)
+            for name, shape in shapes.items()
+        }
+        counter = folder / "rows"
+        done = counter.read_bytes() if counter.is_file() else b""
+        first = int(done) if done.isdigit() and len(done) < 10 else 0
+        encode = nnx.jit(lambda vae, x: vae.latents(to_float(x)).astype(jnp.float16))
+        encode_large = nnx.jit(lambda vae, x: vae.latents(to_float(enlarged(x))).astype(jnp.float16))
+        for row in range(first, len(tables["quadrants"]), _ROWS):
+            chosen = np.arange(row, min(row + _ROWS, len(tables["quadrants"])))
+            images = np.stack([VARIANTS[i // total](drawings.images[i % total]) for i in chosen])
+            for start, stop, made in operated(images, names, processes=1):
+                latents = np.asarray(encode(vae, made.reshape(-1, *made.shape[2:])))
+                tables["quadrants"][chosen[start:stop]] = latents.reshape(stop - start, len(names), *latents.shape[1:])
+                plain = chosen[start:stop] < total
+                if plain.any():
+                    tables["large"][chosen[start:stop][plain]] = np.asarray(encode_large(vae, made[plain, 0]))
+            for table in tables.values():
+                table.flush()
+            counter.write_text(str(int(chosen[-1]) + 1))
+            print(f"\rlatents of {chosen[-1] + 1} of {len(tables['quadrants'])} drawings", end="", flush=True)
+        print()
+        (folder / "done").touch()
+    return tuple(np.load(path, mmap_mode="r") for path in paths.values())
+
+
+_ROWS = 64  # drawings that are encoded between two notes of how far it is

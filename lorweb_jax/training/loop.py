@@ -1,0 +1,139 @@
+"""Training, from a config to an exported result; read it from top to bottom.
+
+devices and mesh → the job's data and model, shapes first → split by the job's trainable Variable type →
+optimizer → latest checkpoint, if there is one → one jitted, donated step → the loop → export.
+
+What a step is made of stands in training/state.py (arrays) and training/step.py (the update); where arrays live, in
+sharding.py. Where there are several processes, all of them run this: each feeds its rows of the batch, all do the
+same steps, show and finish in the same order, and process 0 alone writes what is not a checkpoint.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lorweb_jax.nn import sharding
+from lorweb_jax.nn.quantization import bytes_by_dtype
+from lorweb_jax.processes.stop import StopRequest
+from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
+from lorweb_jax.runs.folder import open_run, owned
+from lorweb_jax.settings import config as configs
+from lorweb_jax.training.job import Job
+from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
+from lorweb_jax.training.report import Report, report_only
+from lorweb_jax.training.state import Layout, StateShapes, count, frozen_weights, initial_trainables
+from lorweb_jax.training.step import TrainStep, numeric
+
+
+def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
+    """Train the job that `make_job` makes of `config`, going on from the newest checkpoint in `workdir`; files of the run end up there.
+
+    Returns whether the run came to its end; False where SIGTERM stopped it. Raises UserError for a config, folder or
+    batch that cannot work, and when the loss is no longer finite.
+    """
+    configs.check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.train.batch, mesh)
+    with contextlib.ExitStack() as closing:
+        stop = StopRequest(config.train.steps, lambda: goes_on(workdir))
+        closing.callback(stop.close)
+        closing.enter_context(owned(workdir))
+        job = make_job(config)
+        open_run(workdir, config, job.sources() if hasattr(job, "sources") else {})
+        data = job.data(config)
+        closing.callback(getattr(data, "close", lambda: None))  # a grain iterator's worker processes
+
+        layout = Layout.of(job, config.seed)
+        optimizer = make_optimizer(config)
+        shapes = StateShapes.of(layout, optimizer, config, mesh)
+        frozen = frozen_weights(job, shapes.frozen, config)
+        hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        print(
+            f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen):,} frozen parameters, "
+            f"{mesh.size} device{'s' * (mesh.size > 1)}{hosts}, run folder {workdir}\n"
+            f"frozen weights: {bytes_by_dtype(frozen)}; optimizer: {bytes_by_dtype(shapes.opt_state)}",
+            flush=True,
+        )
+
+        checkpoints = Checkpoints(workdir)
+        closing.callback(checkpoints.close)
+        restored = checkpoints.restore_newest(shapes.trainable, shapes.opt_state)
+        if restored:
+            first_step, trainable, opt_state, data_state, log_state = restored
+            data.set_state(data_state)
+            print(f"going on from step {first_step}", flush=True)
+        else:
+            first_step, log_state = 0, []
+            trainable = initial_trainables(job, shapes.trainable, config)
+            opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
+        report = Report(workdir, config, first_step, log_state)
+        closing.callback(report.close)
+
+        closing.enter_context(jax.set_mesh(mesh))
+        train_step = TrainStep(job, layout, optimizer, config.seed, mesh, shapes)
+        schedule = make_schedule(config)
+        every, steps = config.train, config.train.steps
+
+        def shown_model() -> nnx.Module:
+            average = averaged(opt_state)
+            return layout.model(trainable if average is None else average, frozen)
+
+        for step in range(first_step, steps):
+            batch = next_batch(job, data, config.train.batch, mesh)
+            trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, np.uint32(step))
+            report.add(step, metrics)
+            done = step + 1
+            stopping = stop.after(done)
+            if done % every.log_every == 0 or done == steps:
+                report.write(done, float(schedule(step)))
+            if done % every.checkpoint_every == 0 or done == steps or stopping:
+                # report.state() comes first: it refuses a loss that is not finite.
+                log_state = report.state()
+                checkpoints.save(done, trainable, opt_state, data.get_state(), log_state)
+            if stopping and done < steps:
+                checkpoints.finish()
+                print(
+                    f"stopped by SIGTERM after step {done}, checkpoint written; the same command goes on from there",
+                    flush=True,
+                )
+                return False
+            if done % every.picture_every == 0 or done == steps:
+                with report_only(f"pictures of step {done}"):
+                    report.pictures(done, job.show(shown_model(), done))
+                report.restart_clock(done)
+        checkpoints.finish()
+        stop.saved()
+        with own_folder(workdir) as folder:
+            job.finish(shown_model(), folder)
+        print(f"finished at step {max(first_step, steps)}; results are in {workdir}", flush=True)
+    return True
+
+
+@contextlib.contextmanager
+def own_folder(workdir: Path) -> Iterator[Path]:
+    """Where this process may write files: the run folder for process 0, for others one that is soon removed."""
+    if jax.process_index() == 0:
+        yield workdir
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def next_batch(job: Job, data, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The next batch on the devices, after the job's `prepare` if it has one.
+
+    A job may give all `size` rows of the batch, or only those that this process's devices hold.
+    """
+    batch, rows = next(data), sharding.batch_rows(mesh, size)
+    if any(len(value) > len(rows) for value in batch.values()):
+        batch = {name: np.asarray(value)[rows] for name, value in batch.items()}
+    if hasattr(job, "prepare"):
+        batch = job.prepare(batch)
+    return sharding.put_batch(mesh, numeric(batch))

@@ -1,1 +1,0 @@
-"""Weights in files: conversion tables, safetensors, pretrained folders, the basis and LoRA formats."""

@@ -1,0 +1,86 @@
+"""The plan of the package: which of its folders may import which."""
+
+import ast
+from pathlib import Path
+
+import lorweb_jax
+
+PACKAGE = Path(lorweb_jax.__file__).parent
+# From the bottom up: a module imports its own folder and those before it. Commands and the public interface, which
+# stand loose at the top of the package, come last.
+ORDER = (
+    "common",
+    "settings",
+    "nn",
+    "flow",
+    "images",
+    "processes",
+    "files",
+    "models",
+    "adapters",
+    "runs",
+    "data",
+    "pipeline",
+    "precomputed",
+    "evaluation",
+    "training",
+    "small_base",
+    "jobs",
+    "planning",
+)
+COMMANDS = {"__init__", "main", "edit", "export", "evaluate", "plan", "precompute", "base_report"}
+
+
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it, also as text that names a function to import."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("lorweb_jax."):
+            if node.value.count(":") == 1 and " " not in node.value:
+                names.add(node.value)
+    return names
+
+
+def folder(module: str) -> str | None:
+    """The folder of the package that a module is in; None outside the package, "" for what stands loose in it."""
+    first, *rest = module.split(".")
+    if first != "lorweb_jax":
+        return None
+    return rest[0] if rest and (PACKAGE / rest[0]).is_dir() else ""
+
+
+def test_no_arrow_runs_back_up():
+    ranks = {name: rank for rank, name in enumerate((*ORDER, ""))}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ORDER)
+    wrong, arrows = [], set()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).parts
+        here = parts[0] if len(parts) > 1 else ""
+        for module in imported(file):
+            there = folder(module)
+            if there is None or (here == "" and there == ""):
+                continue
+            arrows.add((here, there))
+            if ranks[there] > ranks[here]:
+                wrong.append(f"{'/'.join(parts)} imports {module}")
+    assert not wrong, "\n".join(wrong)
+    assert len(arrows) > len(ORDER)
+
+
+def test_commands_stand_loose_and_nothing_else():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == COMMANDS
+
+
+def test_nothing_imports_torch():
+    found = {
+        f"{file.relative_to(PACKAGE)}: {module}"
+        for file in PACKAGE.rglob("*.py")
+        for module in imported(file)
+        if module.split(".")[0] in ("torch", "diffusers", "transformers", "peft")
+    }
+    assert not found

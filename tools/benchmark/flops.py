@@ -1,0 +1,24 @@
+"""Model FLOPs of one step of a row of the benchmark."""
+
+from benchmark.rows import Row
+from lorweb_jax.planning.flops import base_flops, basis_flops
+
+# (of the transformer, of the basis) by kind of row.
+_COUNTED = {
+    "base": ("velocity", None),
+    "inside": ("forward", None),
+    "low-rank": ("velocity", "velocity"),
+    "folded": ("velocity", None),
+    "weights": ("weights", None),
+    "inputs": ("inputs", None),
+    "basis": ("basis", "basis"),
+}
+_TORCH = {"sample": "inside", "train": "weights"}
+
+
+def step_flops(row: Row) -> int:
+    """FLOPs of one step of a row of the table."""
+    setting = row.setting
+    base, added = _COUNTED[_TORCH[setting.what] if row.torch else row.kind]
+    shape = (setting.batch, setting.tokens, setting.text_tokens)
+    return base_flops(base, setting.model, *shape) + (basis_flops(added, setting) if added else 0)
