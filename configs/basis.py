@@ -92,7 +92,7 @@ def kontext():
     config.basis.size, config.basis.key_dim = 32, 128
     config.data.root, config.data.quadrant_size, config.data.workers = "Relation252K", 256, 8
     config.precomputed = "local_data/precomputed"
-    config.compute_dtype = config.train.frozen_dtype = "bfloat16"
+    config.compute_dtype = config.train.param_dtype = "bfloat16"
     config.remat, config.unroll = "full", 1
     config.show.steps, config.show.batch = 28, 2
     config.train.steps, config.train.batch = 10_000, 6

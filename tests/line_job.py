@@ -90,7 +90,7 @@ class LineJob:
         error = model(batch["x"]) - (batch["x"][:, ::-1] + noise)
         return jnp.square(error).mean(), {"largest": jnp.abs(error).max()}
 
-    def show(self, model, step):
+    def log_images(self, model, step):
         return {"slope": np.zeros((8, 8, 3), np.uint8)}
 
     def finish(self, model, workdir: Path):

@@ -51,7 +51,7 @@ class MeshJob:
         return random_arrays(shapes)
 
     def loss(self, model, batch, key):
-        additions = model.basis.additions(model.basis.coefficients(batch["query"]))
+        adapters = model.basis.adapters(model.basis.coefficients(batch["query"]))
         ids = jnp.stack([jnp.arange(TOKENS)] * 3, axis=-1)
         velocity = model.transformer(
             batch["hidden"],
@@ -61,7 +61,7 @@ class MeshJob:
             jnp.ones(BATCH),
             ids,
             jnp.zeros((TEXT, 3)),
-            additions,
+            adapters,
         )
         noise = jax.random.normal(key, velocity.shape)
         return jnp.square(velocity - batch["target"] - noise).mean(), {}

@@ -82,15 +82,15 @@ def trace(kind: str, setting: Setting) -> int:
         return products(ours.step_without_modulations(fluxdef), state, given, modulations, None)
     if kind == "forward":
         return products(ours.step_with_modulations(fluxdef), state, given, levels, None)
-    additions = jax.eval_shape(lambda trainable, query: additions_of(setting, trainable, query), trainable, query)
+    adapters = jax.eval_shape(lambda trainable, query: adapters_of(setting, trainable, query), trainable, query)
     if kind == "velocity, low-rank":
-        return products(ours.step_without_modulations(fluxdef), state, given, modulations, additions)
-    return products(ours.step_with_modulations(fluxdef), state, given, levels, additions)
+        return products(ours.step_without_modulations(fluxdef), state, given, modulations, adapters)
+    return products(ours.step_with_modulations(fluxdef), state, given, levels, adapters)
 
 
-def additions_of(setting: Setting, trainable, query):
+def adapters_of(setting: Setting, trainable, query):
     basis = ours.unflat(setting.basis, trainable)
-    return basis.additions(basis.coefficients(query))
+    return basis.adapters(basis.coefficients(query))
 
 
 def products(function, *arguments) -> int:

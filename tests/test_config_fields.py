@@ -81,7 +81,7 @@ def test_values_of_no_sense_for_every_field(config):
         ("train.checkpoint_every", (0,)),
         ("train.picture_every", (0,)),
         ("train.ema", (1.0, 1)),
-        ("train.frozen_dtype", ("int8", "float", "")),
+        ("train.param_dtype", ("int8", "float", "")),
         ("optimizer.name", ("sgd", "AdamW")),
         ("optimizer.learning_rate", (0, 0.0, 11.0)),
         ("optimizer.schedule", ("linear",)),

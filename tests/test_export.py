@@ -159,7 +159,7 @@ def test_one_member_is_an_ordinary_lora(layers, transformer, tmp_path):
     config, flat = load_transformer(golden_dir() / "tiny_pipeline" / "transformer")
     flux = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), flat)
     basis = Basis.from_arrays(*lora_read.read_lora(tmp_path / "x.safetensors", layers))
-    found = nnx.jit(lambda flux, basis, arrays: flux(*arrays, basis.additions(basis.coefficients(batch=1))))(
+    found = nnx.jit(lambda flux, basis, arrays: flux(*arrays, basis.adapters(basis.coefficients(batch=1))))(
         flux, basis, tuple(tensor.numpy() for tensor in inputs(torch, case).values())
     )
     assert relative(np.asarray(found), expected) <= 1e-5

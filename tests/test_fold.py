@@ -34,8 +34,8 @@ def values():
 
 
 @jax.jit
-def velocity(model, values, additions=None):
-    return model(*values, additions=additions)
+def velocity(model, values, adapters=None):
+    return model(*values, adapters=adapters)
 
 
 def trained(model, config):
@@ -60,12 +60,12 @@ def test_a_fresh_basis_changes_nothing_bit_for_bit(model, values):
     for config in (CONFIG, internal):
         basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
         coeffs = None if config.query == "internal" else basis.coefficients(query)
-        assert velocity(model, values, basis.additions(coeffs)).tobytes() == plain.tobytes()
+        assert velocity(model, values, basis.adapters(coeffs)).tobytes() == plain.tobytes()
 
 
 def test_folded_equals_low_rank(model, values):
     basis = trained(model, CONFIG)
-    mix = basis.additions(basis.coefficients(jax.random.normal(jax.random.key(0), (1, 10))))
+    mix = basis.adapters(basis.coefficients(jax.random.normal(jax.random.key(0), (1, 10))))
     low_rank = velocity(model, first(values), mix)
     folded = fold(model, mix)
     assert relative(velocity(folded, first(values)), low_rank) <= TOLERANCE
@@ -77,12 +77,12 @@ def test_folded_equals_low_rank(model, values):
 def test_different_analogies_in_a_batch(model, values):
     basis = trained(model, CONFIG)
     query = jax.random.normal(jax.random.key(0), (2, 10))
-    together = velocity(model, values, basis.additions(basis.coefficients(query)))
+    together = velocity(model, values, basis.adapters(basis.coefficients(query)))
     for index in range(2):
         one = [value[index : index + 1] for value in values[:5]] + list(values[5:])
-        mix = basis.additions(basis.coefficients(query[index : index + 1]))
+        mix = basis.adapters(basis.coefficients(query[index : index + 1]))
         assert relative(together[index : index + 1], velocity(fold(model, mix), one)) <= TOLERANCE
-    swapped = velocity(model, values, basis.additions(basis.coefficients(query[::-1])))
+    swapped = velocity(model, values, basis.adapters(basis.coefficients(query[::-1])))
     assert relative(together, swapped) > 1e-3
 
 
@@ -105,8 +105,8 @@ def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
         layer.lora_A["default"].weight.data = torch.tensor(np.asarray(ours.a[...][block, 0].T))
         layer.lora_B["default"].weight.data = torch.tensor(np.asarray(ours.b[...][block, 0].T))
     expected = tiny.run(theirs, dict(zip(tiny.NAMES, values)))
-    low_rank = velocity(model, values, basis.additions(basis.coefficients(batch=2)))
+    low_rank = velocity(model, values, basis.adapters(basis.coefficients(batch=2)))
     assert relative(low_rank, expected) <= TOLERANCE
-    folded = fold(model, basis.additions(basis.coefficients(batch=1)))
+    folded = fold(model, basis.adapters(basis.coefficients(batch=1)))
     assert relative(velocity(folded, values), expected) <= TOLERANCE
     assert relative(velocity(model, values), expected) > 0.05

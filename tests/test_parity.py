@@ -28,7 +28,7 @@ def tool(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment)
 
 
-def copied(folder: Path, *names: str) -> Path:
+def replicated(folder: Path, *names: str) -> Path:
     for name in names:
         shutil.copy(golden_dir() / name, folder / name)
     return folder
@@ -108,7 +108,7 @@ def test_an_empty_folder_fails(tmp_path, checked):
 )
 def test_file_sets_alone(names, passed, not_checked, tmp_path, checked):
     """Without models or bases, what needs none is checked, and a line says what the rest needs."""
-    status, lines = checked(copied(tmp_path, *names))
+    status, lines = checked(replicated(tmp_path, *names))
     assert lines[-1] == f"{passed} passed, 0 failed" and status == int(passed == 0)
     for part in not_checked:
         assert any(part in line and "not checked: " in line for line in lines), part
@@ -119,7 +119,7 @@ def one_bit_off(grid):
 
 
 def test_wrong_numbers_fail(tmp_path, checked):
-    copied(tmp_path, "grid.npz", "scheduler.npz")
+    replicated(tmp_path, "grid.npz", "scheduler.npz")
     changed(tmp_path / "grid.npz", "square/grid_max64", one_bit_off)
     changed(tmp_path / "scheduler.npz", "n4_L64/sigmas", lambda sigmas: sigmas * np.float32(1 + 1e-5))
     changed(tmp_path / "scheduler.npz", "n28_L64/sigmas", lambda sigmas: sigmas[:-1])
@@ -133,7 +133,7 @@ def test_wrong_numbers_fail(tmp_path, checked):
 
 
 def test_bad_files_are_one_line_each(tmp_path, checked):
-    copied(tmp_path, "grid.npz", "case_c.npz", "configs.json", "basis_c.safetensors")
+    replicated(tmp_path, "grid.npz", "case_c.npz", "configs.json", "basis_c.safetensors")
     for name in ("case_c.npz", "basis_c.safetensors"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:30_000])
     (tmp_path / "train_step.npz").write_bytes(b"not a zip file")

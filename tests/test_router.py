@@ -175,6 +175,6 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
                 hook(name, *(torch.tensor(np.asarray(parts[part][block])) for part in ("a", "b", "keys", "projection")))
             )
     expected = tiny.run(theirs, values)
-    run = jax.jit(lambda model, values, additions: model(*values, additions=additions))
-    found = run(model, [values[name] for name in tiny.NAMES], basis.additions())
+    run = jax.jit(lambda model, values, adapters: model(*values, adapters=adapters))
+    found = run(model, [values[name] for name in tiny.NAMES], basis.adapters())
     assert relative(found, expected) <= 1e-5

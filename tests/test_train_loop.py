@@ -223,10 +223,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_pictures_that_fail_do_not_end_the_run(tmp_path, monkeypatch, capsys):
-    def show(self, model, step):
+    def log_images(self, model, step):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(line_job.LineJob, "show", show)
+    monkeypatch.setattr(line_job.LineJob, "log_images", log_images)
     config = line_job.get_config()
     config.train.steps = config.train.picture_every = 2
     assert train(config, tmp_path, make_job) and (tmp_path / "slope.npy").exists()

@@ -105,7 +105,7 @@ def finish(out: Path) -> None:
     job = BaseVAE(made["base_vae"])
     vae = build(lambda: AutoencoderKL(job.vae_config, rngs=nnx.Rngs(0)), load_file(out / "vae.safetensors"))
     write_autoencoder(Path("runs/base_vae"), job, vae, record["scaling_factor"], record["shift_factor"])
-    for name, picture in job.show(vae, 0).items():
+    for name, picture in job.log_images(vae, 0).items():
         write_image(Path(f"runs/base_vae/pictures/{name}.png"), picture)
     sizes = editor_config(made["base_transformer"], *map(int, np.load(PREPARED / "captions.npz")["words"]))
     editor = build(

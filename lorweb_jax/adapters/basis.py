@@ -104,7 +104,7 @@ class Basis(nnx.Module):
     """A basis for several stacks of linear layers.
 
     `layers` names each stack by the path of its layer and gives (depth, inputs, outputs). The basis knows nothing
-    else of the model: `additions` returns, by the same paths, what each layer is to add.
+    else of the model: `adapters` returns, by the same paths, what each layer is to add.
     """
 
     def __init__(self, config: BasisConfig, layers: Mapping[str, tuple[int, int, int]], *, rngs: nnx.Rngs):
@@ -151,7 +151,7 @@ class Basis(nnx.Module):
             for path, layer in self.layers.items()
         }
 
-    def additions(self, coeffs: dict[str, jax.Array] | None = None) -> dict[str, LowRankMix | RoutedMix]:
+    def adapters(self, coeffs: dict[str, jax.Array] | None = None) -> dict[str, LowRankMix | RoutedMix]:
         """What each stack of layers adds, for the coefficients [l, b, n] of `coefficients` (None: internal query)."""
         config = self.config
         if coeffs is None:

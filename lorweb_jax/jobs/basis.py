@@ -197,11 +197,11 @@ class BasisJob:
             noised.time_b,
             guidance,
             (height, width),
-            model.additions(batch.get("query"), x0.shape[0]),
+            model.adapters(batch.get("query"), x0.shape[0]),
         )
         return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0], {}
 
-    def show(self, model, step: int) -> dict[str, np.ndarray]:
+    def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
         pipeline, shown = Pipeline(self.folder, model, self.precomputed), {}
         for split in self.tasks:

@@ -14,10 +14,10 @@ from flax import nnx
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.quantization import product, quantize
 
-# What a linear layer may be given on top of its product: `addition(x, text_tokens)` returns an update of
+# What a linear layer may be given on top of its product: `adapter(x, text_tokens)` returns an update of
 # the same shape as the layer's output. `text_tokens` says how many of x's leading tokens are text tokens
 # that precede image tokens (0 where the stream holds one kind).
-Addition = Callable[[jax.Array, int], jax.Array]
+Adapter = Callable[[jax.Array, int], jax.Array]
 
 
 class Weight(nnx.Variable):
@@ -32,7 +32,7 @@ _lecun = jax.nn.initializers.lecun_normal()
 
 
 class Linear(nnx.Module):
-    """y = x W (+ bias) (+ addition(x)); kernel [i, o], bias [o].
+    """y = x W (+ bias) (+ adapter(x)); kernel [i, o], bias [o].
 
     `quantization`, one of quantization.KINDS: the kernel holds 8-bit codes, and scale [1, o] what multiplies them.
     """
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
         self.scale = None if scale is None else Scale(scale)
         self.bias = Weight(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
-    def __call__(self, x: jax.Array, addition: Addition | None = None, text_tokens: int = 0) -> jax.Array:
+    def __call__(self, x: jax.Array, adapter: Adapter | None = None, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] or [b, i] -> [b, s, o] or [b, o]."""
         if self.scale is None:
             y = x @ self.kernel[...].astype(x.dtype)
@@ -62,8 +62,8 @@ class Linear(nnx.Module):
             y = product(x, self.kernel[...], self.scale[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if addition is not None:
-            y = y + addition(x, text_tokens)
+        if adapter is not None:
+            y = y + adapter(x, text_tokens)
         return y
 
 

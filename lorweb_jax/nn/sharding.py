@@ -175,7 +175,7 @@ def put(array: Any, where: jax.ShapeDtypeStruct) -> jax.Array:
     )
 
 
-def copied(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())
 

@@ -1,6 +1,6 @@
 """All that an analogy runs through: image encoder, text encoders, autoencoder, transformer and basis, in one module.
 
-images → latents → tokens → transformer + low-rank additions → velocity. Training and sampling call the same methods.
+images → latents → tokens → transformer + low-rank adapters → velocity. Training and sampling call the same methods.
 """
 
 import jax
@@ -13,7 +13,7 @@ from lorweb_jax.images.levels import to_float
 from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.processor import ImageProcessor
-from lorweb_jax.nn.layers import Addition
+from lorweb_jax.nn.layers import Adapter
 
 
 class AnalogyModel(nnx.Module):
@@ -61,13 +61,13 @@ class AnalogyModel(nnx.Module):
         """What the image encoder says of an analogy: views uint8 [b, v, h, w, 3] (queries.views) -> [b, q]."""
         return queries.query(self.basis.config.query_mode, self.image_encoder, self.processor.normalised(views))
 
-    def additions(self, query_bq: jax.Array | None, batch: int) -> dict[str, Addition] | None:
+    def adapters(self, query_bq: jax.Array | None, batch: int) -> dict[str, Adapter] | None:
         """What the basis adds to each linear layer, its coefficients computed once; None without a basis."""
         if self.basis is None:
             return None
         if self.basis.config.query == "internal":
-            return self.basis.additions()
-        return self.basis.additions(self.basis.coefficients(query_bq, batch))
+            return self.basis.adapters()
+        return self.basis.adapters(self.basis.coefficients(query_bq, batch))
 
     def velocity(
         self,
@@ -78,17 +78,17 @@ class AnalogyModel(nnx.Module):
         time_b: jax.Array,
         guidance_b: jax.Array,
         size: tuple[int, int],
-        additions: dict[str, Addition] | None = None,
+        adapters: dict[str, Adapter] | None = None,
     ) -> jax.Array:
         """Velocity of the noisy tokens, float32 [b, s, c]; `size` = (height, width) of the grid in pixels."""
-        modulations = self.transformer.modulations(pooled, time_b, guidance_b, additions)
-        return self._velocity(noisy_bsc, condition_bsc, text, modulations, size, additions)
+        modulations = self.transformer.modulations(pooled, time_b, guidance_b, adapters)
+        return self._velocity(noisy_bsc, condition_bsc, text, modulations, size, adapters)
 
-    def _velocity(self, noisy_bsc, condition_bsc, text, modulations, size, additions) -> jax.Array:
+    def _velocity(self, noisy_bsc, condition_bsc, text, modulations, size, adapters) -> jax.Array:
         height, width = (side // self.vae.config.downscale for side in size)
         ids = jnp.concatenate([position_ids(height, width, 0), position_ids(height, width, 1)])
         hidden = jnp.concatenate([noisy_bsc, condition_bsc], axis=1).astype(self.dtype)
-        velocity = self.transformer.velocity(hidden, text, modulations, ids, text_ids(text.shape[1]), additions)
+        velocity = self.transformer.velocity(hidden, text, modulations, ids, text_ids(text.shape[1]), adapters)
         return velocity[:, : noisy_bsc.shape[1]].astype(jnp.float32)
 
     def sample(
@@ -100,7 +100,7 @@ class AnalogyModel(nnx.Module):
         guidance: jax.Array,
         sigmas: jax.Array,
         size: tuple[int, int],
-        additions: dict[str, Addition] | None = None,
+        adapters: dict[str, Adapter] | None = None,
         *,
         round_to_bfloat16: bool = False,
     ) -> jax.Array:
@@ -112,10 +112,10 @@ class AnalogyModel(nnx.Module):
 
         def modulations(sigma):
             return self.transformer.modulations(
-                pooled, jnp.broadcast_to(sigma, guidance_b.shape), guidance_b, additions, round_to_bfloat16
+                pooled, jnp.broadcast_to(sigma, guidance_b.shape), guidance_b, adapters, round_to_bfloat16
             )
 
         def velocity(z, modulations):
-            return self._velocity(z, condition_bsc, text, modulations, size, additions)
+            return self._velocity(z, condition_bsc, text, modulations, size, adapters)
 
         return euler(velocity, noise_bsc, sigmas, jax.vmap(modulations)(jnp.asarray(sigmas)[:-1]))

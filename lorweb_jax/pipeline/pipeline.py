@@ -32,7 +32,7 @@ from lorweb_jax.models.flux1.model import block_linears
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.attention import IMPLEMENTATIONS, resolve
-from lorweb_jax.nn.layers import Addition
+from lorweb_jax.nn.layers import Adapter
 from lorweb_jax.nn.quantization import KINDS
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.adapters import load_basis
@@ -243,8 +243,8 @@ class Pipeline:
         batch, model = len(grids), self.model
         if noise is not None:
             noise = self._noise(noise, batch, size)
-        additions = self._additions(conditions, coefficients) if use_basis and model.basis is not None else None
-        if additions:
+        adapters = self._adapters(conditions, coefficients) if use_basis and model.basis is not None else None
+        if adapters:
             foldable = batch == 1 and (coefficients is not None or model.basis.config.query != "internal")
             if folded and not foldable:
                 raise UserError(
@@ -252,7 +252,7 @@ class Pipeline:
                     "on the layers' inputs; leave folding out"
                 )
             if folded or (folded is None and foldable and can_fold(model.transformer)):
-                model, additions = _with(model, transformer=_fold(model.transformer, additions)), None
+                model, adapters = _with(model, transformer=_fold(model.transformer, adapters)), None
         text, pooled = self.prompt(prompts)
         condition = _encode(model, jnp.asarray(np.stack([grid for grid, _ in grids])))
         if noise is None:
@@ -269,7 +269,7 @@ class Pipeline:
             pooled,
             jnp.float32(guidance),
             jnp.asarray(sigmas),
-            additions,
+            adapters,
         )
         decoded = _decode(model, size, tokens)
         _require_finite(
@@ -341,11 +341,11 @@ class Pipeline:
                 )
         return found
 
-    def _additions(self, conditions: list[Images], coefficients: Coefficients | None) -> dict[str, Addition]:
+    def _adapters(self, conditions: list[Images], coefficients: Coefficients | None) -> dict[str, Adapter]:
         basis = self._basis()
         if coefficients is not None:
             coefficients = self._fitting(coefficients)
-            return basis.additions(
+            return basis.adapters(
                 {
                     path: jnp.broadcast_to(
                         jnp.asarray(coeff)[:, None], (coeff.shape[0], len(conditions), coeff.shape[1])
@@ -353,7 +353,7 @@ class Pipeline:
                     for path, coeff in coefficients.items()
                 }
             )
-        return basis.additions(None if basis.config.query == "internal" else self._coefficients(conditions))
+        return basis.adapters(None if basis.config.query == "internal" else self._coefficients(conditions))
 
     def _target(self, path: Any) -> Path:
         """A .safetensors file to write, which may replace another one but not what the basis was read from."""
@@ -463,10 +463,10 @@ def _encode(model: AnalogyModel, images: jax.Array) -> jax.Array:
 
 @functools.partial(nnx.jit, static_argnums=(1, 2))
 def _sample(
-    model: AnalogyModel, size, round_to_bfloat16, noise, condition, text, pooled, guidance, sigmas, additions
+    model: AnalogyModel, size, round_to_bfloat16, noise, condition, text, pooled, guidance, sigmas, adapters
 ) -> jax.Array:
     return model.sample(
-        noise, condition, text, pooled, guidance, sigmas, size, additions, round_to_bfloat16=round_to_bfloat16
+        noise, condition, text, pooled, guidance, sigmas, size, adapters, round_to_bfloat16=round_to_bfloat16
     )
 
 

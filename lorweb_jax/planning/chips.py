@@ -1,4 +1,4 @@
-"""What accelerators can do, as their makers publish it: the ceilings that a plan's floor times are made of."""
+"""What accelerators can do, as their makers publish it: the peak rates that a plan's roofline is made of."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One chip. `memory` in bytes that programs can have, `flops` dense bfloat16 a second, `bandwidth` of its memory
-    and `link` of all its connections to other chips together, one way, in bytes a second. `variant` is the name of
+    and `interconnect` of all its connections to other chips together, one way, in bytes a second. `variant` is the name of
     libtpu's config for it."""
 
     name: str
     memory: float
     flops: float
     bandwidth: float
-    link: float
+    interconnect: float
     variant: str = "default"
 
     def share(self, devices: int) -> "Chip":
@@ -25,7 +25,7 @@ class Chip:
             memory=self.memory / devices,
             flops=self.flops / devices,
             bandwidth=self.bandwidth / devices,
-            link=self.link / devices,
+            interconnect=self.interconnect / devices,
         )
 
 

@@ -1,4 +1,4 @@
-"""All the figures of one plan: bytes on a device, work, traffic, floor times."""
+"""All the figures of one plan: bytes on a device, work, traffic, roofline."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
 from lorweb_jax.planning.expected_traffic import expected_traffic
-from lorweb_jax.planning.floors import Floors, floors
 from lorweb_jax.planning.program import PROGRAMS, Part, Program
+from lorweb_jax.planning.roofline import Roofline, roofline
 from lorweb_jax.planning.shapes import device_bytes, planned_job
 from lorweb_jax.planning.topology import Target
 from lorweb_jax.planning.work import Work, work
@@ -29,7 +29,7 @@ class Plan:
     capacity: float
     traffic: dict[str, Traffic]
     work: Work
-    floors: Floors
+    roofline: Roofline
     compiled: Compiled | None
 
     @property
@@ -76,7 +76,7 @@ def make_plan(config, there: Target, what: str) -> Plan:
         capacity,
         traffic,
         done,
-        floors(program, done, sent, there.chip),
+        roofline(program, done, sent, there.chip),
         compiled,
     )
 

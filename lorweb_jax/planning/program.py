@@ -87,15 +87,15 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     sharding.check_heads(flux.num_attention_heads, mesh)
     b, steps, size = config.show.batch, config.show.steps, planned.grid_size(config)
     layout = Layout.of(job, config.seed)
-    frozen = layout.shapes("frozen", mesh, config.train.frozen_dtype)
+    frozen = layout.shapes("frozen", mesh, config.train.param_dtype)
     trainable = layout.shapes("trainable", mesh, jnp.float32)
     folded = b == 1 and job.basis_config.query != "internal" and config.quantization == "none"
 
     def sample(trainable, frozen, inputs, query, sigmas):
         model = layout.model(trainable, frozen)
-        additions = None if folded else model.additions(query, b)
+        adapters = None if folded else model.adapters(query, b)
         return model.sample(
-            **inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size, additions=additions
+            **inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size, adapters=adapters
         )
 
     split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())

@@ -5,7 +5,7 @@ from typing import Any
 
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan
-from lorweb_jax.planning.floors import parts
+from lorweb_jax.planning.roofline import parts
 from lorweb_jax.planning.shapes import tokens
 from lorweb_jax.training.state import count
 
@@ -77,19 +77,19 @@ def _traffic(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    floors, program = plan.floors, plan.program
+    roofline, program = plan.roofline, plan.program
     chip = plan.target.chip
     rows = [
         ("compute", f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16"),
         ("memory", f"{chip.bandwidth / 1e9:.0f} GB/s"),
-        ("links", f"{chip.link / 1e9:.0f} GB/s one way"),
+        ("interconnect", f"{chip.interconnect / 1e9:.0f} GB/s one way"),
     ]
     whole = f", all {program.steps} steps" if program.steps > 1 else ""
     lines = [_line(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
     lines += [
         _line(
-            f"  {name}" + (", the bottleneck" if name == floors.bottleneck else ""),
-            f"{1e3 * getattr(floors, name):.1f}",
+            f"  {name}" + (", the bottleneck" if name == roofline.bottleneck else ""),
+            f"{1e3 * getattr(roofline, name):.1f}",
             peak,
         )
         for name, peak in rows
@@ -127,7 +127,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "capacity": plan.capacity,
         "fits": plan.fits,
         "flops": dataclasses.asdict(plan.work),
-        "floors": dataclasses.asdict(plan.floors),
+        "roofline": dataclasses.asdict(plan.roofline),
         "traffic": {kind: dataclasses.asdict(found) for kind, found in plan.traffic.items()},
         "compile_seconds": compiled and compiled.seconds,
         "compile_core_seconds": compiled and compiled.core_seconds,

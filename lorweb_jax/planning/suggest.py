@@ -85,8 +85,8 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
         for remat in ("dots", "attention", "full"):
             if remat != config.remat:
                 yield {"remat": remat}
-    if config.train.frozen_dtype == "float32":
-        yield {"train.frozen_dtype": "bfloat16"}
+    if config.train.param_dtype == "float32":
+        yield {"train.param_dtype": "bfloat16"}
     if not config.precomputed and training:
         yield {"precomputed": "local_data/precomputed"}
     if config.quantization == "none":

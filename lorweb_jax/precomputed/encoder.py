@@ -30,7 +30,7 @@ class SharedEncoder:
             return scope.folder.make(nnx.Rngs(0), dtype=scope.compute_dtype, parts=parts)
 
         wanted = {
-            path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scope.frozen_dtype), sharding=copied)
+            path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scope.param_dtype), sharding=copied)
             for path, shape in shapes(make).items()
         }
         graphdef, self._state = nnx.split(build(make, scope.folder.read(wanted), str(scope.folder.folder)))

@@ -37,7 +37,7 @@ class Scope:
     basis: BasisConfig
     quadrant: tuple[int, int] | None
     compute_dtype: str
-    frozen_dtype: str
+    param_dtype: str
     tasks: Mapping[str, Sequence[Task]]
     queries_kept: str | None
 
@@ -54,7 +54,7 @@ class Scope:
             basis,
             quadrant,
             config.compute_dtype,
-            config.train.frozen_dtype,
+            config.train.param_dtype,
             tasks,
             _queries_kept(basis, quadrant),
         )
@@ -76,7 +76,7 @@ class Scope:
                 **made_by,
                 "text_tokens": self.folder.text_tokens,
                 "compute_dtype": self.compute_dtype,
-                "frozen_dtype": self.frozen_dtype,
+                "param_dtype": self.param_dtype,
             },
             create=create,
         )
@@ -90,7 +90,7 @@ class Scope:
                 "image_encoder": fingerprint.of_folder(self.folder.encoder_folder),
                 "embedding": queries.embedding_kind(self.basis.query_mode),
                 "quadrant_size": list(self.quadrant),
-                "frozen_dtype": self.frozen_dtype,
+                "param_dtype": self.param_dtype,
             },
             create=create,
         )

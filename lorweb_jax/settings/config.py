@@ -49,7 +49,7 @@ def base_config(job: str) -> ConfigDict:
     config.train.checkpoint_every = 200
     config.train.picture_every = 500
     config.train.ema = 0.0  # decay of the averaged weights that are shown and exported; 0 keeps none
-    config.train.frozen_dtype = "float32"  # storage of frozen weights: float32, bfloat16 or float16
+    config.train.param_dtype = "float32"  # storage of frozen weights: float32, bfloat16 or float16
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or muon, for kernels, with adam for the rest

@@ -165,7 +165,7 @@ COMMON: dict[str, Rule] = {
     "train.checkpoint_every": _COUNT,
     "train.picture_every": _COUNT,
     "train.ema": Real(0, 1, below=True),
-    "train.frozen_dtype": _DTYPE,
+    "train.param_dtype": _DTYPE,
     "optimizer.name": Choice(("adamw", "muon")),
     "optimizer.learning_rate": Real(0, 10, above=True),
     "optimizer.schedule": Choice(("constant", "cosine")),

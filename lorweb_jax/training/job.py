@@ -53,7 +53,7 @@ class Job(Protocol):
         """Optional: the frozen weights by dotted path, read from files; exactly the paths and shapes of `shapes`.
 
         Without this method frozen weights are what `build` makes of them. train.py casts the floating ones to
-        config.train.frozen_dtype and places them on the devices; they are arguments of the jitted step.
+        config.train.param_dtype and places them on the devices; they are arguments of the jitted step.
         """
 
     def sources(self) -> dict[str, str]:
@@ -83,7 +83,7 @@ class Job(Protocol):
     def loss(self, model: nnx.Module, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(scalar loss, scalar metrics) of one batch; traced, differentiated; all randomness comes from `key`."""
 
-    def show(self, model: nnx.Module, step: int) -> dict[str, np.ndarray]:
+    def log_images(self, model: nnx.Module, step: int) -> dict[str, np.ndarray]:
         """Pictures uint8 [height, width, 3] by name; `model` holds the averaged weights where an EMA is kept."""
 
     def finish(self, model: nnx.Module, workdir: Path) -> None:

@@ -106,7 +106,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                 return False
             if done % every.picture_every == 0 or done == steps:
                 with report_only(f"pictures of step {done}"):
-                    report.pictures(done, job.show(shown_model(), done))
+                    report.pictures(done, job.log_images(shown_model(), done))
                 report.restart_clock(done)
         checkpoints.finish()
         stop.saved()

@@ -99,7 +99,7 @@ class StateShapes:
     def of(cls, layout: Layout, optimizer: optax.GradientTransformation, config, mesh: Mesh) -> "StateShapes":
         trainable = layout.shapes("trainable", mesh, jnp.float32)
         opt_state = sharding.place(mesh, jax.eval_shape(optimizer.init, trainable))
-        return cls(trainable, opt_state, layout.shapes("frozen", mesh, config.train.frozen_dtype))
+        return cls(trainable, opt_state, layout.shapes("frozen", mesh, config.train.param_dtype))
 
 
 def initial_trainables(job: Job, shapes: Shapes, config) -> Arrays:

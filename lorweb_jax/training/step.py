@@ -70,7 +70,7 @@ class TrainStep:
         self.update = jax.jit(
             make_update(job, layout, optimizer, seed),
             donate_argnums=(0, 1),
-            out_shardings=(*kept, sharding.copied(mesh)),
+            out_shardings=(*kept, sharding.replicated(mesh)),
         )
         self._compiled = False
 

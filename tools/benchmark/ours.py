@@ -70,54 +70,54 @@ def sample_step(kind: str, setting: Setting) -> Step:
     given = inputs(setting)
     query = given.pop("query")
     given.pop("target")
-    flux, additions, notes = random_flux(setting), None, []
+    flux, adapters, notes = random_flux(setting), None, []
     if kind in ("low-rank", "folded"):
         basis = random_basis(setting, setting.dtype)
-        additions = basis.additions(nnx.jit(lambda basis, query: basis.coefficients(query))(basis, query))
+        adapters = basis.adapters(nnx.jit(lambda basis, query: basis.coefficients(query))(basis, query))
         del basis
     graphdef, state = nnx.split(flux)
     del flux
     if kind == "folded":
-        additions = {
-            path: type(mix)(mix.a_nir, mix.b_nro, mix.coeff_bn[:, :1], mix.scale) for path, mix in additions.items()
+        adapters = {
+            path: type(mix)(mix.a_nir, mix.b_nro, mix.coeff_bn[:, :1], mix.scale) for path, mix in adapters.items()
         }
         # The old weights are given away, so that the two never stand side by side at full size.
         folding, _ = compiled(
-            lambda state, mixes: nnx.state(fold(nnx.merge(graphdef, state), mixes)), state, additions, donate=(0,)
+            lambda state, mixes: nnx.state(fold(nnx.merge(graphdef, state), mixes)), state, adapters, donate=(0,)
         )
-        state, seconds = timed(folding, state, additions)
+        state, seconds = timed(folding, state, adapters)
         notes.append(f"folding took {seconds:.2f} s, once an analogy")
-        additions = None
+        adapters = None
 
     levels = {name: given.pop(name) for name in ("pooled_bp", "timestep_b", "guidance_b")}
     if kind == "inside":
-        function, seconds = compiled(step_with_modulations(graphdef), state, given, levels, additions)
-        run = repeated(function, state, given, levels, additions)
+        function, seconds = compiled(step_with_modulations(graphdef), state, given, levels, adapters)
+        run = repeated(function, state, given, levels, adapters)
     else:
-        all_steps, _ = compiled(modulations_ahead(graphdef), state, levels, additions)
-        all_steps(state, levels, additions)
-        made, took = timed(all_steps, state, levels, additions)
+        all_steps, _ = compiled(modulations_ahead(graphdef), state, levels, adapters)
+        all_steps(state, levels, adapters)
+        made, took = timed(all_steps, state, levels, adapters)
         notes.append(
             f"modulations of {SAMPLING_STEPS} steps made beforehand in {1e3 * took:.3g} ms, "
             f"{1e3 * took / SAMPLING_STEPS:.3g} ms a step"
         )
         modulations = jax.tree.map(lambda x: x[0], made)
-        function, seconds = compiled(step_without_modulations(graphdef), state, given, modulations, additions)
-        run = repeated(function, state, given, modulations, additions)
+        function, seconds = compiled(step_without_modulations(graphdef), state, given, modulations, adapters)
+        run = repeated(function, state, given, modulations, adapters)
     if setting.quantization != "none":
         notes.append(f"holds {bytes_by_dtype(state)}")
     return Step(run, seconds, **describe(state, function), note="; ".join(notes))
 
 
 def modulations_ahead(graphdef: nnx.GraphDef) -> Callable:
-    """(state, levels, additions) -> flux.Modulations of all steps, with a leading axis."""
+    """(state, levels, adapters) -> flux.Modulations of all steps, with a leading axis."""
 
-    def ahead(state, levels, additions):
+    def ahead(state, levels, adapters):
         flux = nnx.merge(graphdef, state)
 
         def of(sigma):
             time_b = jnp.broadcast_to(sigma, levels["timestep_b"].shape)
-            return flux.modulations(levels["pooled_bp"], time_b, levels["guidance_b"], additions)
+            return flux.modulations(levels["pooled_bp"], time_b, levels["guidance_b"], adapters)
 
         return jax.vmap(of)(jnp.linspace(1.0, 1 / SAMPLING_STEPS, SAMPLING_STEPS))
 
@@ -125,20 +125,20 @@ def modulations_ahead(graphdef: nnx.GraphDef) -> Callable:
 
 
 def step_without_modulations(graphdef: nnx.GraphDef) -> Callable:
-    def step(state, given, modulations, additions):
-        return nnx.merge(graphdef, state).velocity(**given, modulations=modulations, additions=additions)
+    def step(state, given, modulations, adapters):
+        return nnx.merge(graphdef, state).velocity(**given, modulations=modulations, adapters=adapters)
 
     return step
 
 
 def step_with_modulations(graphdef: nnx.GraphDef) -> Callable:
-    return lambda state, given, levels, additions: nnx.merge(graphdef, state)(**given, **levels, additions=additions)
+    return lambda state, given, levels, adapters: nnx.merge(graphdef, state)(**given, **levels, adapters=adapters)
 
 
-def loss(flux: nnx.Module, given: Arrays, additions: Any = None) -> jax.Array:
+def loss(flux: nnx.Module, given: Arrays, adapters: Any = None) -> jax.Array:
     """Mean squared error of the noisy tokens' velocity."""
     arguments = {name: value for name, value in given.items() if name not in ("target", "query")}
-    velocity = flux(**arguments, additions=additions)
+    velocity = flux(**arguments, adapters=adapters)
     target = given["target"]
     return weighted_mse(velocity[:, : target.shape[1]], target, jnp.ones(target.shape[0]))[0]
 
@@ -172,7 +172,7 @@ def train_step(graphdef: nnx.GraphDef, config: BasisConfig, optimizer: optax.Gra
     def step(trainable, opt_state, state, given):
         def loss_of(trainable):
             basis = unflat(config, trainable)
-            return loss(nnx.merge(graphdef, state), given, basis.additions(basis.coefficients(given["query"])))
+            return loss(nnx.merge(graphdef, state), given, basis.adapters(basis.coefficients(given["query"])))
 
         value, gradient = jax.value_and_grad(loss_of)(trainable)
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)

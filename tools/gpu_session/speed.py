@@ -492,7 +492,7 @@ def measure_group(group, members, results, deadline, sample, args):
                 mixes = None
                 if program.kind == "low-rank":
                     basis = random_basis(setting, setting.dtype)
-                    mixes = basis.additions(nnx.jit(lambda b, q: b.coefficients(q))(basis, query))
+                    mixes = basis.adapters(nnx.jit(lambda b, q: b.coefficients(q))(basis, query))
                 run = runner(program, (state, given, mods, mixes))
             elif program.kind == "basis":
                 trainable = {

@@ -17,7 +17,7 @@ from parity.folder import Bases, Pipeline, Recording
 from parity.images import deviation
 from parity.report import COEFFICIENT, EXACT, LEVEL, OUTPUT, Absent, Report
 from parity.training import latents, tokens
-from parity.transformer import Inputs, additions_of, velocity
+from parity.transformer import Inputs, adapters_of, velocity
 
 
 def check_edit(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
@@ -143,7 +143,7 @@ def _check_sampling(data, bases, pipeline, compare):
                 data["txt_ids"],
             )
             return velocity(
-                pipeline.transformer, inputs, additions_of(bases.default().basis, data.get("external_query"))
+                pipeline.transformer, inputs, adapters_of(bases.default().basis, data.get("external_query"))
             )
 
         def after(step=step, before=before):

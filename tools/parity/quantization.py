@@ -81,7 +81,7 @@ def random_layers(tokens: int = 64) -> dict[str, np.ndarray]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """Given to a linear layer as its addition: adds nothing, and tells how far each way is off for the layer's input."""
+    """Given to a linear layer as its adapter: adds nothing, and tells how far each way is off for the layer's input."""
 
     kernel: jax.Array
     tell: Callable = dataclasses.field(metadata={"static": True})
@@ -119,20 +119,20 @@ def real_layers(folder: Path, example: Path) -> tuple[dict[str, np.ndarray], dic
     return {path: np.sqrt(squares[1:] / squares[0]) for path, squares in sums.items()}, off
 
 
-def _velocity(pipeline: Pipeline, images: list[np.ndarray], additions=None) -> np.ndarray:
+def _velocity(pipeline: Pipeline, images: list[np.ndarray], adapters=None) -> np.ndarray:
     """[4, s, c] of the analogy's grid between noise and its condition."""
     grid = condition_grid(*images)
     text, pooled = pipeline.prompt(["put a frame around it"] * 4)
 
     @jax.jit
-    def velocity(model, additions):
+    def velocity(model, adapters):
         condition = jnp.repeat(model.tokens(jnp.asarray(grid)[None]), 4, axis=0)
         level = jnp.array([0.1, 0.4, 0.7, 0.95])
         noise = jax.random.normal(jax.random.key(0), condition.shape)
         noisy = condition + level[:, None, None] * (noise - condition)
-        return model.velocity(noisy, condition, text, pooled, level, jnp.full(4, 2.5), grid.shape[:2], additions)
+        return model.velocity(noisy, condition, text, pooled, level, jnp.full(4, 2.5), grid.shape[:2], adapters)
 
-    return np.asarray(velocity(pipeline.model, additions))
+    return np.asarray(velocity(pipeline.model, adapters))
 
 
 def table(rows: dict[str, np.ndarray]) -> str:

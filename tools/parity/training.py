@@ -10,7 +10,7 @@ from lorweb_jax.flow.schedule import TRAIN_STEPS, bell_weights
 from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
 from parity.folder import Bases, Pipeline, Recording, groups
 from parity.report import GRADIENT, OUTPUT, Report
-from parity.transformer import Inputs, additions_of, gradient_of, loss_and_gradients, velocity
+from parity.transformer import Inputs, adapters_of, gradient_of, loss_and_gradients, velocity
 
 _GUIDANCE = 1.0
 
@@ -89,7 +89,7 @@ def _check_model(report: Report, name: str, data: Recording, bases: Bases, pipel
         compare(
             "noise_pred",
             lambda: latents(
-                velocity(pipeline.transformer, inputs, additions_of(bases.default().basis, query))[:, :noisy_tokens],
+                velocity(pipeline.transformer, inputs, adapters_of(bases.default().basis, query))[:, :noisy_tokens],
                 height,
                 width,
             ),

@@ -33,17 +33,17 @@ class Inputs(NamedTuple):
 
 
 @jax.jit
-def velocity(model: Flux, inputs: Inputs, additions: dict | None) -> jax.Array:
-    return model(*inputs, additions=additions)
+def velocity(model: Flux, inputs: Inputs, adapters: dict | None) -> jax.Array:
+    return model(*inputs, adapters=adapters)
 
 
-def additions_of(basis: Basis, query: np.ndarray | None) -> dict[str, LowRankMix | RoutedMix]:
+def adapters_of(basis: Basis, query: np.ndarray | None) -> dict[str, LowRankMix | RoutedMix]:
     """What a basis adds for a recorded external query [b, tokens, width]."""
     if basis.config.query == "internal":
-        return basis.additions()
+        return basis.adapters()
     if query is None:
         raise Absent("the recording has no external_query")
-    return basis.additions(basis.coefficients(jnp.asarray(query)))
+    return basis.adapters(basis.coefficients(jnp.asarray(query)))
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -52,15 +52,15 @@ def loss_and_gradients(model: Flux, basis: Basis, query, inputs: Inputs, loss: C
     graphdef, state = nnx.split(basis)
 
     def of_basis(state):
-        additions = additions_of(nnx.merge(graphdef, state), query)
-        return loss(model(*inputs, additions=additions), *given)
+        adapters = adapters_of(nnx.merge(graphdef, state), query)
+        return loss(model(*inputs, adapters=adapters), *given)
 
     value, gradient = jax.value_and_grad(of_basis)(state)
     return value, nnx.merge(graphdef, gradient).to_arrays()
 
 
 @jax.jit
-def trace(model: Flux, inputs: Inputs, additions: dict) -> dict[str, jax.Array]:
+def trace(model: Flux, inputs: Inputs, adapters: dict) -> dict[str, jax.Array]:
     """What each module returns, by diffusers' name (a double block's text is .0, its image .1), and "mix/<layer>"
     for layers that find their own coefficients. Blocks run one by one; the equations are the model's."""
     found = {}
@@ -69,11 +69,11 @@ def trace(model: Flux, inputs: Inputs, additions: dict) -> dict[str, jax.Array]:
     text = found["context_embedder"] = model.context_embedder(inputs.text_btj)
     rope = rotary(jnp.concatenate([inputs.text_ids_t3, inputs.image_ids_s3]), model.config.axes_dims_rope)
     found |= {f"pos_embed.{index}": jnp.repeat(part, 2, axis=-1) for index, part in enumerate(rope)}
-    for index, (block, add) in enumerate(_blocks(model, "transformer_blocks", additions, found)):
+    for index, (block, add) in enumerate(_blocks(model, "transformer_blocks", adapters, found)):
         image, text = block(image, text, _modulations(block, vector, add), rope, add)
         found[f"transformer_blocks.{index}.0"], found[f"transformer_blocks.{index}.1"] = text, image
     x = jnp.concatenate([text, image], axis=1)
-    for index, (block, add) in enumerate(_blocks(model, "single_transformer_blocks", additions, found)):
+    for index, (block, add) in enumerate(_blocks(model, "single_transformer_blocks", adapters, found)):
         x = found[f"single_transformer_blocks.{index}"] = block(
             x, _modulations(block, vector, add), rope, add, text.shape[1]
         )
@@ -85,7 +85,7 @@ def _modulations(block, vector_bd: jax.Array, add: dict) -> dict[str, jax.Array]
     return {name: getattr(block, name)(vector_bd, add.get(f"{name}.linear")) for name in block.MODULATIONS}
 
 
-def _blocks(model: Flux, stack: str, additions: dict, found: dict):
+def _blocks(model: Flux, stack: str, adapters: dict, found: dict):
     """Each block of a stack with what its layers add; coefficients that are found on the way go into `found`."""
     graphdef, state = nnx.split(getattr(model, stack))
 
@@ -106,7 +106,7 @@ def _blocks(model: Flux, stack: str, additions: dict, found: dict):
             nnx.merge(graphdef, here(state)),
             {
                 path.removeprefix(f"{stack}."): recorded(here(mix), layer_name(path, index))
-                for path, mix in additions.items()
+                for path, mix in adapters.items()
                 if path.startswith(f"{stack}.")
             },
         )
@@ -126,24 +126,24 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
     def output(which: str):
         model = pipeline.transformer
         basis = None if which == "base" else getattr(adapted(), which)
-        return velocity(model, inputs, basis and additions_of(basis, query))
+        return velocity(model, inputs, basis and adapters_of(basis, query))
 
     @functools.cache
     def coefficients():
         if adapted().config.query == "internal":
             return {
                 key.removeprefix("mix/"): value
-                for key, value in trace(pipeline.transformer, inputs, additions_of(adapted().basis, None)).items()
+                for key, value in trace(pipeline.transformer, inputs, adapters_of(adapted().basis, None)).items()
                 if key.startswith("mix/")
             }
-        stacked = {path: mix.coeff_bn for path, mix in additions_of(adapted().basis, query).items()}
+        stacked = {path: mix.coeff_bn for path, mix in adapters_of(adapted().basis, query).items()}
         return {
             layer_name(path, index): block for path, blocks in stacked.items() for index, block in enumerate(blocks)
         }
 
     @functools.cache
     def intermediates():
-        return trace(pipeline.transformer, inputs, additions_of(adapted().basis, query))
+        return trace(pipeline.transformer, inputs, adapters_of(adapted().basis, query))
 
     def intermediate(key):
         if key not in intermediates():

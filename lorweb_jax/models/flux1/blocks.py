@@ -11,9 +11,9 @@ from flax import nnx
 from lorweb_jax.models.flux1.embeddings import rotate
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import attend
-from lorweb_jax.nn.layers import Addition, Linear, RMSNorm, layer_norm
+from lorweb_jax.nn.layers import Adapter, Linear, RMSNorm, layer_norm
 
-Additions = dict[str, Addition]
+Additions = dict[str, Adapter]
 Modulations = dict[str, jax.Array]
 
 
@@ -35,8 +35,8 @@ class Modulation(nnx.Module):
             features, count * features, init=jax.nn.initializers.zeros, quantization=quantization, rngs=rngs
         )
 
-    def __call__(self, vector_bd: jax.Array, addition: Addition | None = None) -> jax.Array:
-        return self.linear(jax.nn.silu(vector_bd), addition)
+    def __call__(self, vector_bd: jax.Array, adapter: Adapter | None = None) -> jax.Array:
+        return self.linear(jax.nn.silu(vector_bd), adapter)
 
 
 class FeedForward(nnx.Module):

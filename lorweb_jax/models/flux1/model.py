@@ -14,7 +14,7 @@ from lorweb_jax.common.schema import Between, Blocks, Heads, Width, checked, giv
 from lorweb_jax.models.flux1.blocks import DoubleBlock, OutputNorm, SingleBlock
 from lorweb_jax.models.flux1.embeddings import TimeTextEmbedding, rotary
 from lorweb_jax.nn import sharding
-from lorweb_jax.nn.layers import Addition, Linear, map_stack, scan_stack, stacked
+from lorweb_jax.nn.layers import Adapter, Linear, map_stack, scan_stack, stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Flux(nnx.Module):
         guidance_b: jax.Array | None,
         image_ids_s3: jax.Array,
         text_ids_t3: jax.Array,
-        additions: dict[str, Addition] | None = None,
+        adapters: dict[str, Adapter] | None = None,
         *,
         round_to_bfloat16: bool = False,
     ) -> jax.Array:
@@ -167,18 +167,18 @@ class Flux(nnx.Module):
           pooled_bp: CLIP's pooled text, p = pooled_projection_dim.
           timestep_b: in 0..1. guidance_b: as given by the user (2.5, not 2500).
           image_ids_s3, text_ids_t3: position ids (t, y, x).
-          additions: by path in `block_linears`, each with a leading axis l; None for the plain model.
+          adapters: by path in `block_linears`, each with a leading axis l; None for the plain model.
           round_to_bfloat16: see TimeTextEmbedding.
         """
-        modulations = self.modulations(pooled_bp, timestep_b, guidance_b, additions, round_to_bfloat16)
-        return self.velocity(hidden_bsc, text_btj, modulations, image_ids_s3, text_ids_t3, additions)
+        modulations = self.modulations(pooled_bp, timestep_b, guidance_b, adapters, round_to_bfloat16)
+        return self.velocity(hidden_bsc, text_btj, modulations, image_ids_s3, text_ids_t3, adapters)
 
     def modulations(
         self,
         pooled_bp: jax.Array,
         timestep_b: jax.Array,
         guidance_b: jax.Array | None,
-        additions: dict[str, Addition] | None = None,
+        adapters: dict[str, Adapter] | None = None,
         round_to_bfloat16: bool = False,
     ) -> Modulations:
         """All that the timestep changes: {stack: {layer: [l, b, count·d]}} and the last layer's [b, 2d]."""
@@ -188,7 +188,7 @@ class Flux(nnx.Module):
         vector = sharding.constrain(vector, "data", None)
 
         def of_stack(stack: str) -> dict[str, jax.Array]:
-            blocks, add = getattr(self, stack), _within(stack, additions or {})
+            blocks, add = getattr(self, stack), _within(stack, adapters or {})
             made = {}
             for name in blocks.MODULATIONS:
                 layers = getattr(blocks, name)
@@ -213,7 +213,7 @@ class Flux(nnx.Module):
         modulations: Modulations,
         image_ids_s3: jax.Array,
         text_ids_t3: jax.Array,
-        additions: dict[str, Addition] | None = None,
+        adapters: dict[str, Adapter] | None = None,
     ) -> jax.Array:
         """`__call__` for modulations that are known."""
 
@@ -234,8 +234,8 @@ class Flux(nnx.Module):
         def scan(stack, body, carry, mods):
             blocks = getattr(self, stack)
             add = {
-                name: addition
-                for name, addition in _within(stack, additions or {}).items()
+                name: adapter
+                for name, adapter in _within(stack, adapters or {}).items()
                 if name.removesuffix(".linear") not in blocks.MODULATIONS
             }
             return scan_stack(
@@ -254,7 +254,7 @@ class Flux(nnx.Module):
         return self.proj_out(self.norm_out(x[:, length:], modulations.output))
 
 
-def _within(stack: str, additions: dict[str, Addition]) -> dict[str, Addition]:
+def _within(stack: str, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
     return {
-        path.removeprefix(f"{stack}."): addition for path, addition in additions.items() if path.startswith(f"{stack}.")
+        path.removeprefix(f"{stack}."): adapter for path, adapter in adapters.items() if path.startswith(f"{stack}.")
     }

@@ -303,7 +303,7 @@ class BaseClip:
     def loss(self, model, batch, key):
         return pair_loss(model, batch, self.sentences, self.drawings.set_of, self.processor, self.config.loss, key)
 
-    def show(self, model, step: int) -> dict[str, np.ndarray]:
+    def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """How often each operation (row) on held-out drawings is taken for which (column): white is always."""
         from lorweb_jax.small_base.jobs.clip_quality import told_operations
 

@@ -117,7 +117,7 @@ class BaseTransformer:
     def loss(self, model, batch, key):
         return flow_loss(model, by_form(batch), self.clip_ids, self.t5_ids, key, self.config)
 
-    def show(self, model, step: int) -> dict[str, np.ndarray]:
+    def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """Held-out drawings edited as told (the canvas, the result, the truth), and drawings from text (a training
         drawing's caption, what is drawn of it, the drawing)."""
         batch = by_form(next(self.batches(8, seed=1, held_out=True)))

@@ -114,7 +114,7 @@ class BaseVAE:
     def loss(self, model, batch, key):
         return autoencoder_loss(model, batch["canvas"], key, self.config.loss)
 
-    def show(self, model, step: int) -> dict[str, np.ndarray]:
+    def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """Held-out drawings, plain and after operations: an image and its reconstruction one above the other."""
         examples = self._held_out(batch=6, plain=0.5)
         result = np.asarray(to_uint8(_reconstruct(model, to_float(examples))))

@@ -10,21 +10,23 @@ from lorweb_jax.planning.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
-class Floors:
+class Roofline:
     """Seconds a step (all steps, when sampling)."""
 
     compute: float
     memory: float
-    links: float
+    interconnect: float
 
     @property
     def bottleneck(self) -> str:
-        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
 
 
-def floors(program: Program, work: Work, sent: float, chip: Chip) -> Floors:
+def roofline(program: Program, work: Work, sent: float, chip: Chip) -> Roofline:
     """`sent`: bytes that a device sends."""
-    return Floors(work.total / parts(program) / chip.flops, memory_bytes(program) / chip.bandwidth, sent / chip.link)
+    return Roofline(
+        work.total / parts(program) / chip.flops, memory_bytes(program) / chip.bandwidth, sent / chip.interconnect
+    )
 
 
 def parts(program: Program) -> int:
