@@ -18,9 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lorweb_jax.settings import config as configs
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.runs import checksums
+from lorweb_jax.settings import config as configs
 
 # orbax reports each stage of a save, and prints tracebacks of errors that it raises as well; asyncio those of the other
 # reads of a restore that failed.
@@ -54,14 +54,19 @@ class Checkpoints:
         self.folder = workdir / FOLDER
         self._saving = 0
         self.manager = ocp.CheckpointManager(
-            self.folder.absolute(), options=ocp.CheckpointManagerOptions(
-                max_to_keep=KEEP, create=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEEP,
+                create=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
+        )
 
     def _write_checksums(self) -> None:
         """All is written, under a temporary name; by process 0, in the thread that saves."""
-        [*_, newest] = sorted(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"),
-                              key=lambda path: path.stat().st_mtime_ns)
+        [*_, newest] = sorted(
+            self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), key=lambda path: path.stat().st_mtime_ns
+        )
         checksums.write(newest)
 
     def latest(self) -> int | None:
@@ -87,8 +92,10 @@ class Checkpoints:
             self._set_aside(wrong, step)
             return restored
         if wrong:
-            raise UserError(f"none of the checkpoints in {self.folder} can be restored: in that of step {max(wrong)}, "
-                            f"{wrong[max(wrong)]}; bring back an intact copy, or choose another --workdir to begin again")
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be restored: in that of step {max(wrong)}, "
+                f"{wrong[max(wrong)]}; bring back an intact copy, or choose another --workdir to begin again"
+            )
         return None
 
     def _newest_intact(self, wrong: dict[int, str]) -> int | None:
@@ -110,14 +117,16 @@ class Checkpoints:
             kept = self.folder / f"{step}.damaged"
             shutil.rmtree(kept, ignore_errors=True)
             (self.folder / str(step)).rename(kept)
-            print(f"the checkpoint of step {step} is damaged ({wrong[step]}): it is kept as {kept}, and the run goes on "
-                  f"from step {instead}", flush=True)
+            print(
+                f"the checkpoint of step {step} is damaged ({wrong[step]}): it is kept as {kept}, and the run goes on "
+                f"from step {instead}",
+                flush=True,
+            )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints")
         self.manager.reload()
 
-    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, data_state: Any,
-             log_state: Any) -> None:
+    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, data_state: Any, log_state: Any) -> None:
         """Begin to write the state after `step` steps; returns once the arrays may be donated.
 
         UserError where there is no room for it, or where it or the one before it could not be written.
@@ -130,10 +139,14 @@ class Checkpoints:
         self.finish()
         self._saving = step
         try:
-            self.manager.save(step, args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(trainable),
-                optimizer=ocp.args.StandardSave(opt_state),
-                progress=ocp.args.JsonSave({"data": _to_json(data_state), "log": log_state})))
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(trainable),
+                    optimizer=ocp.args.StandardSave(opt_state),
+                    progress=ocp.args.JsonSave({"data": _to_json(data_state), "log": log_state}),
+                ),
+            )
         except Exception as error:
             raise self._not_written(error) from error
 
@@ -149,15 +162,22 @@ class Checkpoints:
         can't be read or is of another size.
         """
         try:
-            held = self.manager.restore(step, args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(trainable),
-                optimizer=ocp.args.StandardRestore(opt_state),
-                progress=ocp.args.JsonRestore()))
-            return Restored(step, held.trainable, held.optimizer, _from_json(held.progress["data"]),
-                            held.progress["log"])
+            held = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardRestore(trainable),
+                    optimizer=ocp.args.StandardRestore(opt_state),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+            return Restored(
+                step, held.trainable, held.optimizer, _from_json(held.progress["data"]), held.progress["log"]
+            )
         except Exception as error:
-            raise UserError(f"the checkpoint {self.folder / str(step)} does not fit this model or is damaged "
-                            f"({_in_a_line(error)}); delete that folder to go on from the one before it") from error
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} does not fit this model or is damaged "
+                f"({_in_a_line(error)}); delete that folder to go on from the one before it"
+            ) from error
 
     def close(self) -> None:
         try:
@@ -168,8 +188,10 @@ class Checkpoints:
     def _not_written(self, error: Exception | str) -> UserError:
         steps = complete_steps(self.folder.parent)
         kept = f"the run goes on from step {max(steps)}" if steps else "no checkpoint was complete yet"
-        return UserError(f"a checkpoint could not be written to {self.folder} ({_in_a_line(error)}); "
-                         f"make room and run the same command again: {kept}")
+        return UserError(
+            f"a checkpoint could not be written to {self.folder} ({_in_a_line(error)}); "
+            f"make room and run the same command again: {kept}"
+        )
 
 
 def restore_trainables(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], Any]:
@@ -203,8 +225,10 @@ def _read_trainables(folder: Path, averaged: bool) -> dict[str, np.ndarray]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata((folder / item).absolute()).item_metadata.tree
-            held = checkpointer.restore((folder / item).absolute(), restore_args=jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
+            held = checkpointer.restore(
+                (folder / item).absolute(),
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
+            )
         if averaged:
             held = next(part["average"] for part in held if isinstance(part, dict) and "average" in part)
     except Exception as error:

@@ -38,8 +38,14 @@ def damage(folder: Path, items: tuple[str, ...] = ITEMS) -> str | None:
         return f"{FILE} lists other files"
     with ThreadPoolExecutor(4) as threads:
         found = threads.map(lambda name: _found(folder / name), [name for name, _ in listed])
-        return next((f"{name} {what if len(what) < 64 else 'differs from its checksum'}"
-                     for (name, expected), what in zip(listed, found, strict=True) if what != expected), None)
+        return next(
+            (
+                f"{name} {what if len(what) < 64 else 'differs from its checksum'}"
+                for (name, expected), what in zip(listed, found, strict=True)
+                if what != expected
+            ),
+            None,
+        )
 
 
 def _sum(path: Path) -> str:

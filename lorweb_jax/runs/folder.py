@@ -13,19 +13,34 @@ from typing import TextIO
 import jax
 from jax.experimental import multihost_utils
 
-from lorweb_jax.settings import config as configs
-from lorweb_jax.settings import fields as config_fields
-from lorweb_jax.files.store import NO_LOCKS
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.schema import read_json
+from lorweb_jax.files.store import NO_LOCKS
 from lorweb_jax.runs.checkpoints import complete_steps
+from lorweb_jax.settings import config as configs
+from lorweb_jax.settings import fields as config_fields
 
 CONFIG, LOCK, SOURCES = "config.json", ".lock", "sources.json"
 SHARED_WITHIN = 20.0  # s until a file that process 0 has written is seen by all hosts
 # What runs write beside config.json. Where such a thing lies and no config.json of a run, it is somebody else's.
-_WRITTEN = {"checkpoints", "log.txt", "pictures", "export", "evaluation", "problems.json", "encoder.json", "quality.json", "vae",
-            "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "clip_vision"}
+_WRITTEN = {
+    "checkpoints",
+    "log.txt",
+    "pictures",
+    "export",
+    "evaluation",
+    "problems.json",
+    "encoder.json",
+    "quality.json",
+    "vae",
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "clip_vision",
+}
 
 
 @contextlib.contextmanager
@@ -45,8 +60,10 @@ def owned(workdir: Path) -> Iterator[None]:
         probe.unlink()
         lock = open(workdir / LOCK, "a+")
     except OSError as error:
-        raise UserError(f"the run folder {workdir} cannot be written ({error.strerror}); "
-                        "choose another with --workdir, or make room and set its permissions") from None
+        raise UserError(
+            f"the run folder {workdir} cannot be written ({error.strerror}); "
+            "choose another with --workdir, or make room and set its permissions"
+        ) from None
     with lock:
         _take(lock, workdir)
         _inherited.add(lock)
@@ -68,18 +85,25 @@ def _take(lock: TextIO, workdir: Path) -> None:
         held = True
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise UserError(f"the run folder {workdir} can't be locked ({error.strerror}); choose another with "
-                            "--workdir") from None
+            raise UserError(
+                f"the run folder {workdir} can't be locked ({error.strerror}); choose another with --workdir"
+            ) from None
         held = _runs(_owner(lock))  # a file system without locks: whoever stands in the file and isn't known to be dead
     if held:
         owner = _owner(lock)
-        who = (f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else
-               "another process, which has just begun")
-        raise UserError(f"the run folder {workdir} belongs to a run that is still at it ({who}); wait for it, stop it, "
-                        f"or choose another with --workdir (if it is gone, delete {workdir / LOCK})")
+        who = (
+            f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+            if owner
+            else "another process, which has just begun"
+        )
+        raise UserError(
+            f"the run folder {workdir} belongs to a run that is still at it ({who}); wait for it, stop it, "
+            f"or choose another with --workdir (if it is gone, delete {workdir / LOCK})"
+        )
     lock.truncate(0)
-    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
-                           "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+    lock.write(
+        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    )
     lock.flush()
 
 
@@ -117,11 +141,14 @@ def _require_runs_own(workdir: Path) -> None:
     if (workdir / CONFIG).exists():
         configs.load(workdir / CONFIG)
         return
-    foreign = sorted(path.name for path in workdir.iterdir()
-                     if path.name in _WRITTEN or path.name.startswith("events.out."))
+    foreign = sorted(
+        path.name for path in workdir.iterdir() if path.name in _WRITTEN or path.name.startswith("events.out.")
+    )
     if foreign:
-        raise UserError(f"{workdir} holds {', '.join(foreign)}, but no {CONFIG} of a training run, which would replace "
-                        "them; name a new folder with --workdir")
+        raise UserError(
+            f"{workdir} holds {', '.join(foreign)}, but no {CONFIG} of a training run, which would replace "
+            "them; name a new folder with --workdir"
+        )
 
 
 def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
@@ -143,25 +170,37 @@ def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
 
 def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
     if not (workdir / CONFIG).exists():
-        raise UserError(f"{workdir} holds checkpoints, but no {CONFIG}, which says how they were made; name a new folder "
-                        "with --workdir")
+        raise UserError(
+            f"{workdir} holds checkpoints, but no {CONFIG}, which says how they were made; name a new folder "
+            "with --workdir"
+        )
     known: dict[str, str] = {}
     with contextlib.suppress(UserError):  # there is none in older runs' folders
         known = read_json(workdir / SOURCES, dict[str, str])
     differing = configs.differences(configs.load(workdir / CONFIG), config)
     # Where the embedded data are built and what is precomputed: made anew, the same comes of it. Of data that no
     # fingerprint was kept of, the saved position tells whether they are the same.
-    free = {field for field in config_fields.paths(config.job)
-            if field in known or field in ("precomputed", "data.root", "data.held_out") or field.endswith("cache")}
-    changed = [f"{name} was {config_fields.shown(old)} and is {config_fields.shown(new)}"
-               for name, (old, new) in differing.items() if name not in configs.MAY_CHANGE | free]
+    free = {
+        field
+        for field in config_fields.paths(config.job)
+        if field in known or field in ("precomputed", "data.root", "data.held_out") or field.endswith("cache")
+    }
+    changed = [
+        f"{name} was {config_fields.shown(old)} and is {config_fields.shown(new)}"
+        for name, (old, new) in differing.items()
+        if name not in configs.MAY_CHANGE | free
+    ]
     if changed:
-        raise UserError(f"{workdir} holds a run with another config: {', '.join(changed)}; "
-                        "use the same values to go on with it, or another --workdir")
+        raise UserError(
+            f"{workdir} holds a run with another config: {', '.join(changed)}; "
+            "use the same values to go on with it, or another --workdir"
+        )
     if other := [field for field in known if known[field] != sources.get(field)]:
         held = ", ".join(f"{field} ({configs.get(config, field) or 'the default'})" for field in other)
-        raise UserError(f"{workdir} holds a run that began with other files than those of {held}; give the same ones to "
-                        f"go on with it, or another --workdir (or delete {workdir / SOURCES} to go on with these)")
+        raise UserError(
+            f"{workdir} holds a run that began with other files than those of {held}; give the same ones to "
+            f"go on with it, or another --workdir (or delete {workdir / SOURCES} to go on with these)"
+        )
 
 
 def _check_shared(workdir: Path, config) -> None:
@@ -169,7 +208,9 @@ def _check_shared(workdir: Path, config) -> None:
     path, end = workdir / CONFIG, time.monotonic() + SHARED_WITHIN
     while not path.exists() or configs.differences(configs.load(path), config):
         if time.monotonic() > end:
-            raise UserError(f"the run folder {workdir.absolute()} of process 0 is not the one that process "
-                            f"{jax.process_index()} sees on {socket.gethostname()}; give with --workdir a folder on a "
-                            "file system that all hosts share")
+            raise UserError(
+                f"the run folder {workdir.absolute()} of process 0 is not the one that process "
+                f"{jax.process_index()} sees on {socket.gethostname()}; give with --workdir a folder on a "
+                "file system that all hosts share"
+            )
         time.sleep(0.5)
