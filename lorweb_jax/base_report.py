@@ -2,10 +2,10 @@
 
     python -m lorweb_jax.base_report assets/small_kontext
 
-For each family of instructions and each set of drawings: the share of pictures on which the base's edit is nearer to the
-truth than the picture unchanged, by LPIPS and by MSE. Text to image: samples, and how often our own CLIP vision takes
-them for the kind that was asked for, among 20. Reconstruction by the autoencoder. Written are report.md, figures.json
-and the pictures.
+For each family of instructions and each set of drawings: the share of pictures on which the base's edit is nearer to
+the truth than the picture unchanged, by LPIPS and by MSE. Text to image: samples, and how often our own CLIP vision
+takes them for the kind that was asked for, among 20. Reconstruction by the autoencoder. Written are report.md,
+figures.json and the pictures.
 """
 
 import argparse

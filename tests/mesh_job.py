@@ -90,7 +90,7 @@ def batches():
     # draw none does; in others one of thousands, which alone is then 1e-5 of its array apart.
     random = np.random.default_rng(4)
     shapes = dict(hidden=(TOKENS, 16), text=(TEXT, 24), pooled=(12,), query=(QUERY,), target=(TOKENS, 16))
-    for step in range(3):
+    for _ in range(3):
         yield {name: random.normal(size=(BATCH, *shape)).astype(np.float32) for name, shape in shapes.items()} | {
             "time": random.uniform(size=BATCH).astype(np.float32)
         }

@@ -1,4 +1,4 @@
-"""Attention's implementations and rope's two forms against each other; what needs a GPU or a TPU is emulated or left out."""
+"""Attention's implementations and rope's two forms against each other; GPU and TPU kernels emulated or skipped."""
 
 import jax
 import jax.numpy as jnp

@@ -77,7 +77,9 @@ def test_sketch(tmp_path):
     own = identity(PIPELINE / "clip_vision").sketch
     assert is_sketch(own) and len(own) < 300
     for dtype in (np.float16, ml_dtypes.bfloat16):
-        half = identity(encoder(tmp_path / np.dtype(dtype).name, lambda name, array: array.astype(dtype))).sketch
+        half = identity(
+            encoder(tmp_path / np.dtype(dtype).name, lambda name, array, dtype=dtype: array.astype(dtype))
+        ).sketch
         assert same(own, half) and half != own
     whole = encoder(tmp_path / "whole")
     weights = safetensors.numpy.load_file(whole / "model.safetensors")

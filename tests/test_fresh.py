@@ -1,4 +1,4 @@
-"""A fresh model's arrays: those of one jitted program, to the bit, from as many programs as there are kinds of arrays."""
+"""A fresh model's arrays: bit for bit those of one jitted program, from one program a kind of array."""
 
 from unittest.mock import Mock
 

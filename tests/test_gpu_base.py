@@ -49,7 +49,7 @@ def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
     for i in range(3):
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * (0.5 + 0.1 * i)))
         gradient = jax.grad(lambda weights: loss(made.layout.model(weights, {}), jax.random.key(0), x)[0])(weights)
-        updates, moments = make_optimizer(config, lambda _: rate).update(gradient, moments, weights)
+        updates, moments = make_optimizer(config, lambda _, rate=rate: rate).update(gradient, moments, weights)
         weights = jax.tree.map(lambda w, u: w + u, weights, updates)
     for name in weights:
         np.testing.assert_allclose(found[name], weights[name], rtol=1e-4, atol=1e-6)

@@ -1,7 +1,7 @@
-"""Every reader of files that users bring, given damaged ones: one sentence, or a right result; soon, and in little memory.
+"""Every reader of files that users bring, given damaged ones: one sentence or a right result, soon, in little memory.
 
-A result is right if the damage changed nothing of it, or if it is what an independent reader (the reference package, json,
-transformers) makes of the same damaged file. READERS lists them: a new one takes one entry.
+A result is right if the damage changed nothing of it, or if it is what an independent reader (the reference package,
+json, transformers) makes of the same damaged file. READERS lists them: a new one takes one entry.
 
   python -m pytest tests/test_mutations.py --mutations 5000 --mutation-seed 7 -k safetensors
 
@@ -65,8 +65,9 @@ LAYERS = {"transformer_blocks.attn.to_q": (2, 6, 6), "single_transformer_blocks.
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """make(folder) writes good files below a folder and returns the one that is damaged, by `edit`. read(folder) is what
-    ours makes of them, anything that == compares; right(folder, result): whether that is right for what now lies there."""
+    """make(folder) writes good files below a folder and returns the one that is damaged, by `edit`. read(folder) is
+    what ours makes of them, anything that == compares; right(folder, result): whether that is right for what now lies
+    there."""
 
     make: Callable[[Path], Path]
     edit: Callable[[random.Random, bytes], bytes]

@@ -72,12 +72,14 @@ HLO = """
 }
 
 %fused.1 (p.5: bf16[2,64]) -> bf16[8,64] {
-  %started = bf16[8,64]{1,0} all-gather(%p.5), channel_id=5, replica_groups=[2,4]<=[8], backend_config={"async_collective_fusion_config":{}}
+  %started = bf16[8,64]{1,0} all-gather(%p.5), channel_id=5, \
+replica_groups=[2,4]<=[8], backend_config={"async_collective_fusion_config":{}}
   ROOT %state.1 = bf16[8,64]{1,0} custom-call(%started), custom_call_target="AsyncCollectiveStart"
 }
 
 %fused.2 (p.6: bf16[2,64]) -> bf16[8,64] {
-  %goes.on = bf16[8,64]{1,0} all-gather(%p.6), channel_id=5, replica_groups=[2,4]<=[8], backend_config={"async_collective_fusion_config":{}}
+  %goes.on = bf16[8,64]{1,0} all-gather(%p.6), channel_id=5, \
+replica_groups=[2,4]<=[8], backend_config={"async_collective_fusion_config":{}}
   ROOT %state.2 = bf16[8,64]{1,0} custom-call(%goes.on), custom_call_target="AsyncCollectiveDone"
 }
 
@@ -104,8 +106,8 @@ def test_collectives_of_hlo_text():
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0"])
 def test_collectives_as_versions_of_jax_write_them(version):
-    """The program of test_collectives_of_a_tpu_program, recorded: what ROOT, while and collectives lead to of the text of
-    the TPU compiler. Newer text names parts of tuples in place, and groups by the mesh's axes."""
+    """The program of test_collectives_of_a_tpu_program, recorded: what ROOT, while and collectives lead to of the text
+    of the TPU compiler. Newer text names parts of tuples in place, and groups by the mesh's axes."""
     text = (Path(__file__).parent / "hlo" / f"scan_jax_{version}.txt").read_text()
     assert ("#0" in text) == (version == "0.12.0")
     weight, part = 512 * 512 * 2, 256 * 512 * 4
@@ -179,7 +181,8 @@ def test_products():
 
 
 def test_products_and_bytes_of_what_a_scan_stacks():
-    """A carry [3, 4], and 7 times a stacked [3, 4], [5] and a number; what only an unwanted output needs isn't counted."""
+    """A carry [3, 4], and 7 times a stacked [3, 4], [5] and a number; what only an unwanted output needs isn't
+    counted."""
 
     def f(x, w, v):
         def step(x, _):

@@ -192,7 +192,7 @@ def test_new_and_changed_files(made, tmp_path):
     Image.new("RGB", (64, 32)).save(labels.parent / "new.png")
     labels.write_text(json.dumps([*entries, {"img_name": "new.png", "edit_instruction": "put a frame 00"}]))
     with pytest.raises(UserError, match="lacks 1 of the data's image files, train/t1/Group1/new.png"):
-        job_of(config).precomputed
+        _ = job_of(config).precomputed
     before = set((tmp_path / "cache" / "images").glob("*.safetensors"))
     precompute(config)
     assert before < set((tmp_path / "cache" / "images").glob("*.safetensors"))

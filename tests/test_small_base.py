@@ -96,7 +96,8 @@ def test_diffusers_draws_the_same_from_text(pipeline, theirs):
 
 
 def test_base_follows_instructions_on_unseen_drawings(pipeline, drawings):
-    """Told what to do with the last drawing, it comes nearer to the truth than doing nothing, summed over operations."""
+    """Told what to do with the last drawing, it comes nearer to the truth than doing nothing, summed over
+    operations."""
     names = ["frame_red", "background_yellow", "filter_invert", "silhouette_black", "hide_left", "tint_blue"]
     done, nothing = 0.0, 0.0
     conditions = [

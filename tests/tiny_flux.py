@@ -43,8 +43,8 @@ def ours(model: FluxTransformer2DModel, folder, **options) -> Flux:
 
 
 def inputs(batch: int = 2, seed: int = 0, text_tokens: int = 5) -> dict[str, np.ndarray]:
-    """6 noisy and 6 conditioning tokens beside those of the text. Timesteps and guidance are small: diffusers' sinusoids
-    depend on torch's exp on this machine, by an angle of up to 6e-8 · 1000 · timestep."""
+    """6 noisy and 6 conditioning tokens beside those of the text. Timesteps and guidance are small: diffusers'
+    sinusoids depend on torch's exp on this machine, by an angle of up to 6e-8 · 1000 · timestep."""
     random = np.random.default_rng(seed)
     y, x = np.divmod(np.arange(6), 3)
     ids = [np.stack([np.full(6, image), y, x], -1) for image in (0, 1)]

@@ -10,11 +10,11 @@ DIR may hold any of these, in the formats of tests/golden/README.md: configs.jso
 case_*.npz; train_step.npz; scheduler.npz; grid.npz; external_query.npz; e2e_*.npz (each stage is computed from that
 stage's recorded input). train_step and e2e recordings are read with basis a, or with the only basis there is.
 
-Each line gives a quantity's name, its largest absolute error, its relative error, the tolerance, and ok or FAIL.
-The relative error is ||ours - theirs|| / ||theirs|| (Euclidean norm over the whole array). Tolerances: 1e-5 for
-outputs and the coefficients of an internal query, which follow them; 1e-4 for gradients; 1e-6 for coefficients of an
-external query and noise levels; grids, ids and crops are exact; a decoded 8-bit image may be one level off. "deviates on purpose" and "not checked" lines are not counted.
-The exit status is 0 if something was compared and nothing failed.
+Each line gives a quantity's name, its largest absolute error, its relative error, the tolerance, and ok or FAIL. The
+relative error is ||ours - theirs|| / ||theirs|| (Euclidean norm over the whole array). Tolerances: 1e-5 for outputs and
+the coefficients of an internal query, which follow them; 1e-4 for gradients; 1e-6 for coefficients of an external query
+and noise levels; grids, ids and crops are exact; a decoded 8-bit image may be one level off. "deviates on purpose" and
+"not checked" lines are not counted. The exit status is 0 if something was compared and nothing failed.
 """
 
 import argparse

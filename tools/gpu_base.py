@@ -12,12 +12,12 @@ tables of all drawings after all operations, steps run by the dozen in one dispa
 when the time is over. OUT gets vae.safetensors, transformer.safetensors (by our paths) and base.json (curves, rates);
 tools/build_base.py makes the pipeline folder of them.
 
-The autoencoder begins with the weights of the folder that --prepare was given (--vae), where their shapes are the config's;
-and these take the place of what came of its training where that is too slow or ends below 20 dB. On an H200, 16 processes:
-with XLA's autotuning off a step of 64 canvases took 2.8 s, since cuDNN's default algorithms for narrow convolutions are
-absurd; so programs with convolutions are autotuned, before anything else runs on the card. The transformer's have none:
-compiled in 44 s without. All drawings of a variant after all operations took 40 s, beside the compilers. CLIP's vision
-tower (tools/gpu_clip.py) took 31.6 ms a step of 128 drawings.
+The autoencoder begins with the weights of the folder that --prepare was given (--vae), where their shapes are the
+config's; and these take the place of what came of its training where that is too slow or ends below 20 dB. On an H200,
+16 processes: with XLA's autotuning off a step of 64 canvases took 2.8 s, since cuDNN's default algorithms for narrow
+convolutions are absurd; so programs with convolutions are autotuned, before anything else runs on the card. The
+transformer's have none: compiled in 44 s without. All drawings of a variant after all operations took 40 s, beside the
+compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128 drawings.
 """
 
 import argparse
@@ -206,9 +206,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
     if args.prepare:
-        return prepare(args.drawings, args.vae)
-    if args.finish:
-        return finish(args.finish)
+        prepare(args.drawings, args.vae)
+    elif args.finish:
+        finish(args.finish)
+    else:
+        train_logged(args)
+
+
+def train_logged(args) -> None:
+    """Train, with the time of each line and an error's traceback in the log of the folder for results."""
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, args.seconds)
     try:
@@ -265,8 +271,8 @@ def train(args, log: Log) -> None:
     autoencoder, editor = stage.autoencoder(vae, corpus), stage.editor(flow, drawings, corpus, words, held["words"])
     encoders = stage.encoders(vae, autoencoder)
     training = args.autoencoder == "train"
-    # One after the other: programs that compile at once get in each other's way. What is autotuned comes first, on a card
-    # that does nothing else.
+    # One after the other: programs that compile at once get in each other's way. What is autotuned comes first, on a
+    # card that does nothing else.
     programs = Background(lambda: [made.compile() for made in (*[autoencoder] * training, encoders, editor)])
     weights, scale = (
         stage.train_autoencoder(autoencoder, encoders, pixels, programs)
@@ -381,6 +387,7 @@ class Stages:
             if waiting and waiting[-1].done and waiting[-1].made is not None:
                 table, waiting[-1].made = waiting[-1].made, None
                 return (table,)
+            return None
 
         deadline = max(self.vae_end, self.log.now() + 0.12 * self.log.seconds)
         begun = made.begun.result()
@@ -419,8 +426,8 @@ class Stages:
         return weights, (scale, shift)
 
     def encoders(self, config, autoencoder):
-        """Programs (weights, scale, shift, images uint8 [n, h, w, 3]) -> latents float16, of images as they are and twice
-        as large."""
+        """Programs (weights, scale, shift, images uint8 [n, h, w, 3]) -> latents float16, of images as they are and
+        twice as large."""
         import jax
         import jax.numpy as jnp
 

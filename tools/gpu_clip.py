@@ -52,8 +52,8 @@ def read_prepared():
 
 
 def make_trainer(size, drawings, sentences, config, dtype):
-    """(gpu_loop.trainer of the job, shapes of its tables): rows int32 [table], which drawings are in the table; the table
-    uint8 [table, operations, h, w, 3]; and all drawings plain, uint8 [D, h, w, 3]."""
+    """(gpu_loop.trainer of the job, shapes of its tables): rows int32 [table], which drawings are in the table; the
+    table uint8 [table, operations, h, w, 3]; and all drawings plain, uint8 [D, h, w, 3]."""
     import jax
     import jax.numpy as jnp
 
@@ -182,6 +182,7 @@ def train(args) -> None:
         new = sum(len(index) for index, _ in list(pieces) if not np.isin(index, shown[-1]).all())
         if not waiting and new >= size.table // 2:
             waiting.append(Background(lambda: tuple(map(jax.device_put, table(size.table)))))
+        return None
 
     state = run_until(
         args.seconds - SECONDS_TO_END, log, "clip", size.steps, state, (*map(jax.device_put, first), plain), step, every

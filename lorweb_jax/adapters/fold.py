@@ -1,4 +1,4 @@
-"""One analogy's mix folded into the weights: W + scale · Σ_n c_n A_n B_n, after which a step costs what the base costs."""
+"""One analogy's mix folded into the weights: W + scale · Σ_n c_n A_n B_n; a step then costs what the base's does."""
 
 import jax
 import jax.numpy as jnp

@@ -218,9 +218,10 @@ def _claimed(path: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             open(free, "xb").close()
             return free
+    raise AssertionError("itertools.count() ended")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """The same of a text, as UTF-8. What UTF-8 doesn't have (names of files in other encodings) is written \\udc.., which
-    JSON reads back as it was."""
+    """The same of a text, as UTF-8. What UTF-8 doesn't have (names of files in other encodings) is written \\udc..,
+    which JSON reads back as it was."""
     write_file(path, text.encode(errors="backslashreplace"))

@@ -74,16 +74,20 @@ def breakdown(root: str | Path, quadrant_size: int, grids: int = 48) -> dict[str
     analogies, side = Analogies(read_tasks(root, Problems())), (quadrant_size, quadrant_size)
     times: dict[str, list[float]] = {}
 
-    def timed(name: str, function: Callable):
+    def timed(name: str, function: Callable, *arguments):
         start = time.thread_time()
-        found = function()
+        result = function(*arguments)
         times.setdefault(name, []).append(1000 * (time.thread_time() - start))
-        return found
+        return result
 
     for index in np.linspace(0, len(analogies) - 1, grids).astype(int):
         images = timed("two files read and decoded", analogies[int(index)].read)
-        small = timed("four images resized", lambda: [resize(image, side) for image in images])
-        timed("two grids put together", lambda: (grid.condition_grid(*small[:3]), grid.target_grid(*small)))
+        small = timed("four images resized", lambda images: [resize(image, side) for image in images], images)
+        timed(
+            "two grids put together",
+            lambda images: (grid.condition_grid(*images[:3]), grid.target_grid(*images)),
+            small,
+        )
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -117,9 +117,9 @@ class _Writing:
         helpers: Executor,
     ) -> None:
         pieces = ((name, piece) for name in todo for piece in _pieces(runs(name), self.files[file][name]))
-        loaded = ahead(readers, lambda item: (*item, item[1].load()), pieces, _AHEAD)
+        loaded = ahead(readers, lambda item: (item[0], item[1].load()), pieces, _AHEAD)
         digest, written, sync, unsynced = hashlib.new(ALGORITHM), 0, _Sync(helpers, descriptor), 0
-        for name, piece, data in loaded:
+        for name, data in loaded:
             hashing = helpers.submit(digest.update, data)
             write_all(descriptor, data)
             hashing.result()

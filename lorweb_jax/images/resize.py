@@ -7,7 +7,7 @@ _PREMULTIPLIED = {"RGBA": "RGBa", "LA": "La"}  # so that colours of transparent 
 
 
 def resize(image: np.ndarray, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
-    """To `size` = (width, height), by PIL's filter `resample`: uint8 [H, W], [H, W, 3] or RGBA [H, W, 4], float32 [H, W].
+    """To `size` = (width, height) by PIL's filter `resample`: uint8 [H, W], [H, W, 3] or [H, W, 4], float32 [H, W].
 
     The width first, then the height. Before Pillow 13 one call did so; it now takes the height first where only that
     shrinks, which rounds to other bytes, and recorded ones are reproduced on every Pillow.

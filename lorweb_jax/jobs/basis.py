@@ -172,8 +172,8 @@ class BasisJob:
         return prepared
 
     def encode(self, model, batch):
-        """Latents of target and condition [b, 2, h, w, c]; of what is not precomputed, text [b, t, j] and pooled [b, p],
-        and the query [b, q] of a router that asks from outside."""
+        """Latents of target and condition [b, 2, h, w, c]; of what is not precomputed, text [b, t, j] and pooled [b,
+        p], and the query [b, q] of a router that asks from outside."""
         # All targets, then all conditions: half the memory of both at once, and a quarter fewer bytes moved as the TPU
         # compiler counts them.
         latents = jax.lax.map(model.latents, jnp.moveaxis(batch["grids"], 1, 0))

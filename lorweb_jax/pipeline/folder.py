@@ -128,12 +128,13 @@ class PipelineFolder:
                     first.setdefault(encoder, f"after {encoder}'s {tokens} tokens {_shortened(rest)}")
         if longer:
             where = " and ".join(first.values())
-            say(
-                f"the {name} is longer than the text encoders take: {where} is left out"
-                if len(texts) == 1
-                else f"{len(longer):,} of {len(texts):,} {name}s are longer than the text encoders take: {where} is left out "
-                "of the first of them"
-            )
+            if len(texts) == 1:
+                say(f"the {name} is longer than the text encoders take: {where} is left out")
+            else:
+                say(
+                    f"{len(longer):,} of {len(texts):,} {name}s are longer than the text encoders take: "
+                    f"{where} is left out of the first of them"
+                )
 
     def _text_encoders(self) -> Iterator[tuple[str, TextTokenizer, int]]:
         """(name, tokenizer, tokens that it takes) of each."""

@@ -8,8 +8,8 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One chip. `memory` in bytes that programs can have, `flops` dense bfloat16 a second, `bandwidth` of its memory
-    and `interconnect` of all its connections to other chips together, one way, in bytes a second. `variant` is the name of
-    libtpu's config for it."""
+    and `interconnect` of all its connections to other chips together, one way, in bytes a second. `variant` is the name
+    of libtpu's config for it."""
 
     name: str
     memory: float

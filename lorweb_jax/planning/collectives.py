@@ -40,8 +40,8 @@ class _Instruction:
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one kind of collective in a step: how often it runs, and the bytes that a device sends. `at_least`: some are in
-    a loop of which the program doesn't say how often it runs; they are counted once."""
+    """Of one kind of collective in a step: how often it runs, and the bytes that a device sends. `at_least`: some are
+    in a loop of which the program doesn't say how often it runs; they are counted once."""
 
     count: float = 0
     sent: float = 0

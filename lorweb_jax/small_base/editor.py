@@ -56,7 +56,7 @@ class Editor(nnx.Module):
     def velocity(
         self, tokens: jax.Array, condition: jax.Array | None, text: jax.Array, modulations: Modulations, side: int
     ) -> jax.Array:
-        """Velocity [b, s, c] of noisy tokens [b, s, c] of latents side x side, beside the condition's if there is one."""
+        """Velocity [b, s, c] of noisy tokens [b, s, c] of latents side × side, given the condition's if any."""
         ids = position_ids(side, side, 0)
         if condition is not None:
             ids = jnp.concatenate([ids, position_ids(side, side, 1)])

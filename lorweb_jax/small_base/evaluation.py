@@ -96,7 +96,7 @@ def _cell(drawings, indices, of, family, count, random) -> list[Edit]:
     if not goals or (family == STYLE and of == PHOTOGRAPH):
         return []
     found = []
-    for attempt in range(10 * count):
+    for _ in range(10 * count):
         if len(found) == count:
             break
         name, sentences = goals[len(found) % len(goals)]
@@ -170,8 +170,9 @@ def draw(
     batch: int = 50,
     noise: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty caption
-    gives. The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives it."""
+    """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty
+    caption gives. The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives
+    it."""
     made, batch = [], min(batch, len(captions))
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])
@@ -234,8 +235,8 @@ def kind_captions(per_kind_and_style: int) -> tuple[list[str], np.ndarray]:
 
 
 def kind_prototypes(pipeline: Pipeline, drawings: DrawingSets, most: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors [kinds, p], from the mean of all kinds to that of each, and that mean [p]: of the embeddings' directions
-    of up to `most` training drawings a kind."""
+    """Unit vectors [kinds, p], from the mean of all kinds to that of each, and that mean [p]: of the embeddings'
+    directions of up to `most` training drawings a kind."""
     random, found = np.random.default_rng(0), []
     for kind in KINDS:
         indices = [i for i in _drawn(drawings, held_out=False) if drawings.kind(i) == kind]

@@ -160,9 +160,9 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         "",
         "## Edits by instruction",
         "",
-        f"A canvas of four drawings, of which the last is to change as told in words that name the parameter; no example "
-        f"pair. The share of {edits['pictures']} pictures (up to {per_cell} of each family and set, {steps} steps) on which "
-        "the result is nearer to the truth than the drawing unchanged, by LPIPS (and MSE).",
+        "A canvas of four drawings, of which the last is to change as told in words that name the parameter; no "
+        f"example pair. The share of {edits['pictures']} pictures (up to {per_cell} of each family and set, {steps} "
+        "steps) on which the result is nearer to the truth than the drawing unchanged, by LPIPS (and MSE).",
         "",
         f"{edits['families_at_least_60_percent']} of {edits['families']} families are nearer on at least 60 % of the "
         f"drawings, {edits['families_at_least_85_percent']} on at least 85 %, by LPIPS.",
@@ -173,9 +173,10 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         "",
         "## Text to image",
         "",
-        f"{text['samples']} pictures of {text['kinds']} kinds in five styles, guidance {cfg:g} against an empty caption. Our "
-        f"CLIP vision, which compares them with training drawings of each kind, takes {text['right']:.1%} of them for what "
-        f"they were to be; of real held-out drawings {text['right_of_real_held_out_drawings']:.1%}.",
+        f"{text['samples']} pictures of {text['kinds']} kinds in five styles, guidance {cfg:g} against an empty "
+        "caption. Our CLIP vision, which compares them with training drawings of each kind, takes "
+        f"{text['right']:.1%} of them for what they were to be; of real held-out drawings "
+        f"{text['right_of_real_held_out_drawings']:.1%}.",
         "",
         "By kind: " + ", ".join(f"{kind} {share:.0%}" for kind, share in text["right_by_kind"].items()) + ".",
         "",

@@ -33,7 +33,7 @@ from lorweb_jax.training.step import TrainStep, numeric
 
 
 def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
-    """Train the job that `make_job` makes of `config`, going on from the newest checkpoint in `workdir`; files of the run end up there.
+    """Train the job that `make_job` makes of `config`, from the newest checkpoint in `workdir`, where all files go.
 
     Returns whether the run came to its end; False where SIGTERM stopped it. Raises UserError for a config, folder or
     batch that cannot work, and when the loss is no longer finite.

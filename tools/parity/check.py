@@ -53,8 +53,8 @@ def _check_file(report: Report, path: Path, check, needed) -> None:
     try:
         check(report, path.stem, read_recording(path), *needed)
     except UserError as error:
-        return report.fail(path.name, str(error))
+        report.fail(path.name, str(error))
     except Exception as error:  # as in Report.compare: what a recording holds is not ours to foresee
-        return report.fail(path.name, f"has an unexpected content ({type(error).__name__}: {error})")
+        report.fail(path.name, f"has an unexpected content ({type(error).__name__}: {error})")
     if report.passed + report.failed + report.skipped + report.deviations == before:
         report.fail(path.name, "holds nothing that is known here; see the names in the golden data's README")

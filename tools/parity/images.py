@@ -59,7 +59,8 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
     try:
         pipeline.part("clip_vision")
     except Absent as absent:
-        return report.skip(name, str(absent))
+        report.skip(name, str(absent))
+        return
     for group, arrays in groups(data).items():
         if "image" not in arrays:
             continue
@@ -98,10 +99,11 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
 
 def _check_query(report: Report, line: str, mode: str, theirs: np.ndarray, square: bool, ours) -> None:
     if mode not in queries.QUERY_MODES:
-        return report.skip(line, "a query mode that isn't known here")
-    if why := deviation(mode, square):
-        return report.deviates(line, why)
-    if queries.QUERY_MODES[mode].depths is None:
-        return report.compare(line, lambda: ours().reshape(theirs.shape), theirs, OUTPUT)
-    report.compare(f"{line} patch tokens", lambda: ours().reshape(theirs.shape), theirs, OUTPUT)
-    report.deviates(line, "our query is the mean over each view's and depth's tokens")
+        report.skip(line, "a query mode that isn't known here")
+    elif why := deviation(mode, square):
+        report.deviates(line, why)
+    elif queries.QUERY_MODES[mode].depths is None:
+        report.compare(line, lambda: ours().reshape(theirs.shape), theirs, OUTPUT)
+    else:
+        report.compare(f"{line} patch tokens", lambda: ours().reshape(theirs.shape), theirs, OUTPUT)
+        report.deviates(line, "our query is the mean over each view's and depth's tokens")

@@ -50,21 +50,22 @@ class Report:
         where `ours` raises Absent, the quantity is not checked."""
         theirs = np.asarray(theirs)
         try:
-            found = np.asarray(ours())
-            if found.shape != theirs.shape:
-                return self.fail(name, f"ours has the shape {list(found.shape)}, theirs {list(theirs.shape)}")
-            largest, relative = errors(found, theirs)
+            array = np.asarray(ours())
+            if array.shape != theirs.shape:
+                raise UserError(f"ours has the shape {list(array.shape)}, theirs {list(theirs.shape)}")
+            largest, relative = errors(array, theirs)
         except Absent as absent:
-            return self.skip(name, str(absent))
+            self.skip(name, str(absent))
         except UserError as error:
-            return self.fail(name, str(error))
+            self.fail(name, str(error))
         except Exception as error:  # recorded data may hold anything; the other lines matter to the user
-            return self.fail(name, f"could not be computed from this data ({_first_line(error)})")
-        good = (relative if tolerance.relative else largest) <= tolerance.limit
-        self._count(good)
-        self.write(
-            f"{name:<68} abs {largest:8.2e}  rel {relative:8.2e}  tol {tolerance!s:<7}  {'ok' if good else 'FAIL'}"
-        )
+            self.fail(name, f"could not be computed from this data ({_first_line(error)})")
+        else:
+            good = (relative if tolerance.relative else largest) <= tolerance.limit
+            self._count(good)
+            self.write(
+                f"{name:<68} abs {largest:8.2e}  rel {relative:8.2e}  tol {tolerance!s:<7}  {'ok' if good else 'FAIL'}"
+            )
 
     def fail(self, name: str, why: str) -> None:
         self._count(False)

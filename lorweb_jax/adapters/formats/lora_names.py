@@ -151,10 +151,9 @@ class Place(NamedTuple):
 
 def parse(key: str) -> Key | None:
     """The key's parts; None if it doesn't end as any key of an adapter does."""
-    for pattern, role in _PARTS:
-        if match := pattern.fullmatch(key):
-            break
-    else:
+    matches = ((match, role) for pattern, role in _PARTS if (match := pattern.fullmatch(key)))
+    match, role = next(matches, (None, None))
+    if match is None:
         return None
     module = match["module"]
     prefix = max((prefix for prefix in PREFIXES if module.startswith(prefix)), key=len, default="")

@@ -90,7 +90,7 @@ class LinearShape(NamedTuple):
 def block_linears(config: FluxConfig) -> dict[str, LinearShape]:
     """Every linear layer inside the blocks, 14 kinds in double and 6 in single blocks (method.md §3)."""
     d, double, single = config.features, config.num_layers, config.num_single_layers
-    shapes = {name: (d, 6 * d) for name in ("norm1.linear", "norm1_context.linear")}
+    shapes = dict.fromkeys(("norm1.linear", "norm1_context.linear"), (d, 6 * d))
     shapes |= {
         f"attn.{name}": (d, d)
         for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out_0", "to_add_out")

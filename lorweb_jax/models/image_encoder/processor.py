@@ -86,7 +86,7 @@ class ImageProcessor:
         sense."""
         # Older files of CLIP give sizes as one number.
         sizes = {
-            name: {field: data[name] for field in fields}
+            name: dict.fromkeys(fields, data[name])
             for name, fields in (("size", ["shortest_edge"]), ("crop_size", ["height", "width"]))
             if type(data.get(name)) is int
         }
