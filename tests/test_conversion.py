@@ -86,7 +86,7 @@ def test_goes_on_after_kills(layout, whole, tmp_path):
 
 def test_goes_on_after_sigkill(whole, tmp_path):
     script = (
-        "import os; from lorweb_jax.weights import pretrained; pretrained.convert(pretrained.recognise("
+        "import os; from lorweb_jax.pipeline import pretrained; pretrained.convert(pretrained.recognise("
         f"{str(SOURCE)!r}), 'diffusers', {str(tmp_path)!r}, max_shard_bytes={SHARD}, progress=lambda done, *_:"
         " done > 3_000_000 and os.kill(os.getpid(), 9))"
     )

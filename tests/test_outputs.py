@@ -183,7 +183,7 @@ def test_a_command_whose_reader_leaves(tmp_path, status):
     assert found.stdout == b"0 \\u0444\n" and found.stderr == b""
 
 
-ROOT = Path(errors.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 KONTEXT = ["--config=configs/basis.py:kontext", "--topology=gpu:h100x1"]
 
 
