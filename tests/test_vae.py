@@ -23,7 +23,7 @@ def relative(ours, theirs) -> float:
 
 
 def load(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a diffusers folder, by a loader independent of lorweb_jax.weights."""
+    """The autoencoder of a diffusers folder, by a loader independent of lorweb_jax.files."""
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     model = AutoencoderKL(VAEConfig.from_json(json.loads((folder / "config.json").read_text())), rngs=nnx.Rngs(0))
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -6,7 +6,7 @@
   python tools/gpu_base.py --seconds 300 --out OUT --tiny   # a rehearsal on a CPU
   python tools/gpu_base.py --finish OUT                     # here again: runs/base_vae, runs/base_transformer
 
-Model, losses and batches are those of lorweb_jax.training.small_base, which the documented jobs (configs/base_vae.py,
+Model, losses and batches are those of lorweb_jax.small_base, which the documented jobs (configs/base_vae.py,
 configs/base_transformer.py) use as well; sizes are read from their configs. Here batches are drawn on the device from
 tables of all drawings after all operations, steps run by the dozen in one dispatch, and the learning rate falls to zero
 when the time is over. OUT gets vae.safetensors, transformer.safetensors (by our paths) and base.json (curves, rates);
