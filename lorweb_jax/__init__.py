@@ -9,6 +9,7 @@ _PUBLIC = {
     "Pipeline": "lorweb_jax.pipeline.pipeline",
     "Basis": "lorweb_jax.adapters.basis",
     "BasisConfig": "lorweb_jax.adapters.basis",
+    "Mix": "lorweb_jax.adapters.mix",
     "UserError": "lorweb_jax.common.errors",
     "read_image": "lorweb_jax.images.io",
     "write_image": "lorweb_jax.images.io",

@@ -12,6 +12,7 @@ LoRA's file in place of a basis, it writes that LoRA in another program's names.
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorweb_jax.common.command_line import Parser
@@ -152,7 +153,7 @@ def export_lora(args: argparse.Namespace) -> None:
     )
 
 
-def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
+def _coefficients(args: argparse.Namespace, config, arrays) -> Mapping:
     """{path: c [l, n]} of the analogy; a basis with fixed coefficients needs no images."""
     import numpy as np
 
@@ -170,7 +171,7 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> dict:
 
     images = [read_image(path) for path in (args.a, args.a2, args.b)]
     pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(Basis.from_arrays(config, arrays))
-    return pipeline.coefficients(*images)
+    return pipeline.coefficients(*images).coefficients
 
 
 def _model_layers(pipeline: Path) -> dict:

@@ -5,7 +5,7 @@ import pytest
 from golden import golden_dir
 from safetensors import safe_open
 
-from lorweb_jax import Pipeline, UserError
+from lorweb_jax import Mix, Pipeline, UserError
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +56,16 @@ def test_bad_requests(pipeline, recorded):
         Pipeline.load(golden_dir() / "tiny_pipeline").coefficients(*images(recorded))
 
 
-def test_coefficients_may_be_given(pipeline, recorded):
-    """The router's own coefficients, handed back, make the same image; others make another; wrong ones are told."""
+def test_a_mix_in_the_routers_place(pipeline, recorded):
+    """The router's own mix makes the same image, also by way of others; one member makes another image."""
     router = pipeline.coefficients(*images(recorded))
-    same = edit(pipeline, recorded, coefficients=router, folded=False)
+    same = edit(pipeline, recorded, mix=router, folded=False)
     assert np.array_equal(same, edit(pipeline, recorded, folded=False))
-    first_only = {
-        path: np.eye(1, coeff.shape[1], dtype=np.float32).repeat(len(coeff), 0) for path, coeff in router.items()
-    }
-    assert not np.array_equal(same, edit(pipeline, recorded, coefficients=first_only))
-    with pytest.raises(UserError, match="don't fit"):
-        edit(pipeline, recorded, coefficients={"nowhere": np.ones((1, 8))})
+    first = pipeline.mix(0)
+    assert np.array_equal(same, edit(pipeline, recorded, mix=Mix.lerp(first, router, 1), folded=False))
+    assert not np.array_equal(same, edit(pipeline, recorded, mix=first))
+    nothing = edit(pipeline, recorded, mix=router - router, folded=False)
+    assert np.array_equal(nothing, edit(pipeline, recorded, use_basis=False))
 
 
 def test_files_that_a_pipeline_saves(pipeline, recorded, tmp_path):

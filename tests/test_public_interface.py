@@ -13,7 +13,7 @@ from flax import nnx
 from golden import golden_dir
 
 import lorweb_jax
-from lorweb_jax import Basis, BasisConfig, Pipeline, UserError, read_image, write_image
+from lorweb_jax import Basis, BasisConfig, Mix, Pipeline, UserError, read_image, write_image
 from lorweb_jax.common.finite import is_finite, require_finite
 from lorweb_jax.files.safetensors_io import write
 from lorweb_jax.images.grid import other_shape, stretched
@@ -37,8 +37,13 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def coefficients(pipeline, images):
+def mix(pipeline, images):
     return pipeline.coefficients(*images)
+
+
+@pytest.fixture(scope="module")
+def coefficients(mix):
+    return dict(mix.coefficients)
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def refused(capsys):
         ("max_size", ("a", 0, -5, 15, 64.0, math.inf, True, 10**12)),
         ("folded", (0, 1, "yes", [])),
         ("prompt", (None, 1, b"bytes", ["list"], math.nan)),
-        ("coefficients", (1, "x", [], {}, {"x": 1}, {1: 2})),
+        ("mix", (1, "x", [], {}, {"x": 1}, {1: 2})),
     ],
 )
 def test_edit_refuses(pipeline, images, refused, name, values):
@@ -108,24 +113,34 @@ def test_batches_refuse(pipeline, images, refused):
         refused("the noise is", pipeline.edit_batch, [images], [""], noise=noise)
 
 
-def test_coefficients_must_fit(pipeline, images, coefficients, refused):
+def test_coefficients_must_fit(pipeline, coefficients, refused):
     path = next(iter(coefficients))
-    for value in (None, "x", 1.0, coefficients[path][:, :1], coefficients[path].astype(str), coefficients[path] * 1j):
-        for call in (
-            functools.partial(pipeline.edit, *images),
-            functools.partial(pipeline.save_lora, "never.safetensors"),
-        ):
-            refused(
-                "don't fit the basis: of " + path.replace(".", r"\."), call, coefficients=coefficients | {path: value}
-            )
-    refused("which has no more", pipeline.edit, *images, coefficients=coefficients | {"more": coefficients[path]})
+    for value in (None, "x", 1.0, coefficients[path].astype(str), coefficients[path] * 1j, [[1.0], [1.0, 2.0]]):
+        refused("the coefficients of '" + path.replace(".", r"\."), pipeline.mix, coefficients | {path: value})
+    refused(
+        "don't fit the basis: of " + path.replace(".", r"\."),
+        pipeline.mix,
+        coefficients | {path: coefficients[path][:, :1]},
+    )
+    refused("which has no more", pipeline.mix, coefficients | {"more": coefficients[path]})
     for bad in (np.nan, np.inf):
-        refused(
-            "coefficients of " + path,
-            pipeline.edit,
-            *images,
-            coefficients=coefficients | {path: coefficients[path] * bad},
-        )
+        refused("coefficients of " + path, pipeline.mix, coefficients | {path: coefficients[path] * bad})
+    for member in (8, -1, "content", None, 1.0, True, {}):
+        refused("member|coefficients", pipeline.mix, member)
+
+
+def test_mixes_of_another_basis(pipeline, images, mix, refused, tmp_path):
+    """Another basis of the same shapes: combined with none of this one's mixes, and not taken by its pipeline."""
+    other = Pipeline.load(FOLDER).attach(golden_dir() / "basis_c.safetensors").mix(0)
+    other = Mix({path: c[:, :1] + np.zeros(8) for path, c in other.coefficients.items()}, other.basis)
+    for combine in (Mix.__add__, Mix.__sub__, functools.partial(Mix.lerp, t=0.5)):
+        refused("two bases", combine, mix, other)
+    refused("another basis", pipeline.edit, *images, mix=other)
+    refused("another basis", pipeline.save_lora, tmp_path / "never.safetensors", other)
+    for combine in (Mix.__add__, Mix.__radd__, Mix.__sub__, Mix.__mul__, Mix.__truediv__):
+        refused("Mix|mix", combine, mix, "x")
+    refused("by 0", Mix.__truediv__, mix, 0)
+    refused("infinity", Mix.__mul__, mix / 1e-30, 1e30)
 
 
 def test_a_result_that_is_no_number_is_none(pipeline, images, coefficients, refused):
@@ -136,7 +151,7 @@ def test_a_result_that_is_no_number_is_none(pipeline, images, coefficients, refu
         *images,
         steps=1,
         folded=False,
-        coefficients={path: coeff + np.float32(1e30) for path, coeff in coefficients.items()},
+        mix=pipeline.mix({path: coeff + np.float32(1e30) for path, coeff in coefficients.items()}),
     )
     noise = np.load(golden_dir() / "e2e_square.npz")["latents_packed"].copy()
     refused("the noise is .*32", pipeline.edit_batch, [images], [""], noise=noise[:, :-1])
@@ -144,18 +159,11 @@ def test_a_result_that_is_no_number_is_none(pipeline, images, coefficients, refu
     refused("the noise holds not-a-number in 1", pipeline.edit_batch, [images], [""], noise=noise)
 
 
-def test_files_that_are_never_written(pipeline, coefficients, refused, tmp_path):
+def test_files_that_are_never_written(pipeline, mix, refused, tmp_path):
     save = functools.partial(pipeline.save_lora, tmp_path / "a.safetensors")
-    for value in (
-        1,
-        "x",
-        None,
-        {"x": 1},
-        {path: coeff * np.nan for path, coeff in coefficients.items()},
-        {path: coeff * np.inf for path, coeff in coefficients.items()},
-    ):
-        refused("coefficients", save, value)
-    refused("float32", save, {path: coeff * 1e9 for path, coeff in coefficients.items()}, dtype="float16")
+    for value in (1, "x", None, {"x": 1}, mix.coefficients):
+        refused("the mix is", save, value)
+    refused("float32", save, mix * 1e9, dtype="float16")
     for name, values in (
         ("rank", ("a", 0, -1, 1.5, 10**9, True)),
         ("dtype", (None, "int8", "x", 5, [1])),
@@ -163,16 +171,16 @@ def test_files_that_are_never_written(pipeline, coefficients, refused, tmp_path)
         ("names", ("x", None, [1])),
     ):
         for value in [value for value in values if (name, value) != ("rank", None)]:
-            refused(name, save, coefficients, **{name: value})
+            refused(name, save, mix, **{name: value})
     for path in (None, 5, tmp_path / "a.bin", tmp_path, tmp_path / "there.safetensors"):
         (tmp_path / "there.safetensors").mkdir(exist_ok=True)
-        refused("file|could not be written", pipeline.save_lora, path, coefficients)
+        refused("file|could not be written", pipeline.save_lora, path, mix)
         refused("file|could not be written", pipeline.save_basis, path)
     refused("dtype", pipeline.save_basis, tmp_path / "b.safetensors", dtype="int8")
     refused("not-a-number in 1 of 3 places", write, tmp_path / "c.safetensors", {"x": np.array([0, np.nan, 1])})
     assert [file.name for file in tmp_path.iterdir()] == ["there.safetensors"]
     refused("one of the inputs", pipeline.save_basis, golden_dir() / "basis_a.safetensors")
-    refused("one of the inputs", pipeline.save_lora, golden_dir() / "basis_a.safetensors", coefficients)
+    refused("one of the inputs", pipeline.save_lora, golden_dir() / "basis_a.safetensors", mix)
 
 
 def test_loading_refuses(pipeline, refused):

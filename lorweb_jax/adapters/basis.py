@@ -1,18 +1,21 @@
 """A learned basis of low-rank updates for stacks of linear layers, and the router's parameters (method.md §3)."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
 from lorweb_jax.adapters.router import coefficients
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
-from lorweb_jax.settings.fields import BASIS, INTERNAL_MODES, Real, Whole, shown
+from lorweb_jax.settings.fields import BASIS, INTERNAL_MODES, Real, Whole, as_value, shown
 
 # A file's basis may be larger than one that a config asks for; the words are the same.
 _RULES = {
@@ -175,6 +178,56 @@ class Basis(nnx.Module):
             for path, layer in self.layers.items()
         }
 
+    def mix(self, which: int | Mapping[str, Any]) -> Mix:
+        """A mix of this basis: of one member (its index, counted from 0), or of given coefficients {path: c [l, n]}.
+
+        Raises UserError for an index beyond the members, and for coefficients of other paths or shapes.
+        """
+        if not isinstance(which, Mapping):
+            row = np.eye(self.config.size)[as_value(which, "the member", Whole(0, self.config.size - 1))]
+            which = {path: np.tile(row, (layer.a.shape[0], 1)) for path, layer in self.layers.items()}
+        return self._fitting(Mix(which, self.fingerprint()))
+
+    def own(self, mix: Mix) -> Mix:
+        """The mix itself; UserError unless it is one of this basis."""
+        if not isinstance(mix, Mix):
+            raise UserError(f"the mix is {shown(mix)}; make one by a pipeline's `coefficients` or `mix`")
+        if mix.basis != (own := self.fingerprint()):
+            raise UserError(
+                f"the mix belongs to another basis ({mix.basis}, this one is {own}); make it by the `coefficients` or "
+                "`mix` of the pipeline that it is for"
+            )
+        return self._fitting(mix)
+
+    def _fitting(self, mix: Mix) -> Mix:
+        shapes = {path: (layer.a.shape[0], self.config.size) for path, layer in self.layers.items()}
+        for path, shape in shapes.items():
+            found = mix.coefficients[path].shape if path in mix.coefficients else None
+            if found != shape:
+                raise UserError(
+                    f"the coefficients don't fit the basis: of {path} there are {list(found) if found else 'none'}, "
+                    f"{list(shape)} were expected; give all {len(shapes)} paths, as in `Mix.coefficients`"
+                )
+        if more := mix.coefficients.keys() - shapes.keys():
+            raise UserError(
+                f"the coefficients don't fit the basis, which has no {min(map(str, more))}; give its {len(shapes)} "
+                "paths, as in `Mix.coefficients`"
+            )
+        return mix
+
+    def fingerprint(self) -> str:
+        """A short hash of some numbers of every member in every layer, which no other training leaves as they are.
+
+        A basis keeps it through files in float32; rounded to another dtype it counts as another basis.
+        """
+        digest = hashlib.sha256()
+        arrays = {path: {"a": layer.a[...], "b": layer.b[...]} for path, layer in self.layers.items()}
+        for path, samples in sorted(_samples(arrays).items()):
+            digest.update(f"{path} {[array.shape for array in arrays[path].values()]}".encode())
+            for values in samples:
+                digest.update(sharding.to_host(values).tobytes())
+        return digest.hexdigest()[:16]
+
     def to_arrays(self) -> dict[str, dict[str, jax.Array]]:
         """{path: {"a", "b", "keys", "projection"}}, what files hold; absent parts are left out."""
         return {
@@ -217,6 +270,16 @@ class Basis(nnx.Module):
                         )
                     param.set_value(jnp.asarray(parts[name]))
         return basis
+
+
+@jax.jit
+def _samples(arrays: dict[str, dict[str, jax.Array]]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Of every A_n the middle row and of every B_n the middle column, both [l, n, r] in float32."""
+
+    def middle(a, b):
+        return a[:, :, a.shape[2] // 2].astype(jnp.float32), b[..., b.shape[3] // 2].astype(jnp.float32)
+
+    return {path: middle(**parts) for path, parts in arrays.items()}
 
 
 def _value(param: BasisParam | None) -> jax.Array | None:

@@ -236,8 +236,8 @@ class BasisJob:
             if config.encoder_sketch:
                 write_json(workdir / ENCODER, {"name": config.encoder, "sketch": config.encoder_sketch})
         else:
-            ones = {path: np.ones(layer.a.shape[:2], np.float32) for path, layer in model.basis.layers.items()}
-            pipeline.save_lora(workdir / "export" / "lora.safetensors", ones, dtype="float16")
+            ones = {path: np.ones(layer.a.shape[:2]) for path, layer in model.basis.layers.items()}
+            pipeline.save_lora(workdir / "export" / "lora.safetensors", pipeline.mix(ones), dtype="float16")
         if len(self.problems):
             with report_only("problems.json"):
                 self.problems.write(workdir / "problems.json")

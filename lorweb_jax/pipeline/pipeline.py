@@ -22,6 +22,7 @@ from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.fold import can_fold, fold
 from lorweb_jax.adapters.formats.basis_file import require_fits, write_basis
 from lorweb_jax.adapters.formats.lora_file import NAMES, TruncationError, mixed_factors, truncate, write_lora
+from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.finite import require_finite
 from lorweb_jax.common.outputs import require_free, told_if_unwritable
@@ -44,7 +45,6 @@ from lorweb_jax.settings.seeds import random_key
 
 _DTYPES = Choice(("float32", "bfloat16", "float16"))
 _ALPHA = Real(0, 1e6, above=True)
-Coefficients = dict[str, np.ndarray]  # {layer's path: [l, n]}
 
 
 class Embeddings(Protocol):
@@ -159,11 +159,19 @@ class Pipeline:
             return self.precomputed.image_encoder if self.precomputed else None
         return ImageEncoder(self.model.image_encoder, self.model.processor)
 
-    def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-        """The router's coefficients of one analogy, {path: [l, n]}. UserError without a basis, or with an internal
-        query, whose coefficients depend on each layer's input."""
+    def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> Mix:
+        """The mix that the router chooses for one analogy. UserError without a basis, or with an internal query, whose
+        coefficients depend on each layer's input."""
         [images] = _told_if_stretched(as_analogies([(a, a2, b)]))
-        return {path: to_host(coeff[:, 0]) for path, coeff in self._coefficients([images]).items()}
+        coefficients = {path: to_host(c[:, 0]) for path, c in self._coefficients([images]).items()}
+        return Mix(coefficients, self.model.basis.fingerprint())
+
+    def mix(self, which: int | Mapping[str, Any]) -> Mix:
+        """A mix of the attached basis: of one member, by its index, or of given coefficients {path: [l, n]}.
+
+        Raises UserError without a basis, and for what doesn't fit it.
+        """
+        return self._basis().mix(which)
 
     def edit(
         self,
@@ -177,15 +185,15 @@ class Pipeline:
         seed: int = 0,
         max_size: int | None = None,
         folded: bool | None = None,
-        coefficients: Coefficients | None = None,
+        mix: Mix | None = None,
         round_to_bfloat16: bool = False,
     ) -> np.ndarray:
         """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
 
         prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
         folded: fold the mix into the weights (every step then costs what the base costs) or apply it beside them;
-        None folds wherever coefficients are known beforehand and the base isn't quantised. coefficients:
-        {path: [l, n]} in the router's place, such as a mean of two analogies' `coefficients`. round_to_bfloat16: see
+        None folds wherever coefficients are known beforehand and the base isn't quantised. mix: in the place of what
+        the router chooses, such as `0.5 * (mix_1 + mix_2)` of two analogies' `coefficients`. round_to_bfloat16: see
         transformer.embeddings.
         """
         return self.edit_batch(
@@ -196,7 +204,7 @@ class Pipeline:
             seed=seed,
             max_size=max_size,
             folded=folded,
-            coefficients=coefficients,
+            mix=mix,
             round_to_bfloat16=round_to_bfloat16,
         )[0]
 
@@ -211,14 +219,14 @@ class Pipeline:
         max_size: int | None = None,
         folded: bool | None = None,
         use_basis: bool = True,
-        coefficients: Coefficients | None = None,
+        mix: Mix | None = None,
         round_to_bfloat16: bool = False,
         noise: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
         The noise of the i-th analogy depends on the seed and i alone, unless `noise` [b, s, c] gives it, in packed
-        latents (diffusers' `latents`). use_basis False leaves the basis out. `coefficients` serve all of them.
+        latents (diffusers' `latents`). use_basis False leaves the basis out. `mix` serves all of them.
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
         steps, guidance = as_value(steps, "steps", SAMPLING_STEPS), as_value(guidance, "guidance", GUIDANCE)
@@ -243,9 +251,9 @@ class Pipeline:
         batch, model = len(grids), self.model
         if noise is not None:
             noise = self._noise(noise, batch, size)
-        adapters = self._adapters(conditions, coefficients) if use_basis and model.basis is not None else None
+        adapters = self._adapters(conditions, mix) if use_basis and model.basis is not None else None
         if adapters:
-            foldable = batch == 1 and (coefficients is not None or model.basis.config.query != "internal")
+            foldable = batch == 1 and (mix is not None or model.basis.config.query != "internal")
             if folded and not foldable:
                 raise UserError(
                     "a mix can be folded into the weights for one analogy whose coefficients don't depend "
@@ -298,7 +306,7 @@ class Pipeline:
     def save_lora(
         self,
         path: str | Path,
-        coefficients: Coefficients,
+        mix: Mix,
         *,
         rank: int | None = None,
         dtype: str = "float32",
@@ -308,11 +316,11 @@ class Pipeline:
         """One mix as an ordinary LoRA that diffusers reads, of rank n·r, or of a lower `rank` by SVD.
 
         Returns the error of the lower rank, relative to the update's norm (None at full rank). alpha, names: see
-        lora_file.write_lora. Raises UserError for coefficients of another basis, another suffix, rank, dtype, alpha or
+        lora_file.write_lora. Raises UserError for a mix of another basis, another suffix, rank, dtype, alpha or
         names, numbers that are not finite in the dtype, and where the file can't be written.
         """
         basis, error, path, dtype = self._basis(), None, self._target(path), _dtype(dtype)
-        coefficients = self._fitting(coefficients)
+        coefficients = basis.own(mix).coefficients
         if rank is not None:
             rank = as_value(rank, "the rank", RANK)
         names = as_value(names, "names", Choice(NAMES))
@@ -341,17 +349,11 @@ class Pipeline:
                 )
         return found
 
-    def _adapters(self, conditions: list[Images], coefficients: Coefficients | None) -> dict[str, Adapter]:
+    def _adapters(self, conditions: list[Images], mix: Mix | None) -> dict[str, Adapter]:
         basis = self._basis()
-        if coefficients is not None:
-            coefficients = self._fitting(coefficients)
+        if mix is not None:
             return basis.adapters(
-                {
-                    path: jnp.broadcast_to(
-                        jnp.asarray(coeff)[:, None], (coeff.shape[0], len(conditions), coeff.shape[1])
-                    )
-                    for path, coeff in coefficients.items()
-                }
+                {path: jnp.repeat(c[:, None], len(conditions), 1) for path, c in basis.own(mix).coefficients.items()}
             )
         return basis.adapters(None if basis.config.query == "internal" else self._coefficients(conditions))
 
@@ -377,29 +379,6 @@ class Pipeline:
             )
         require_finite(noise, "the noise", "give finite numbers")
         return noise.astype(np.float32)
-
-    def _fitting(self, coefficients: Any) -> Coefficients:
-        """The coefficients as float32 [l, n], if they are finite and belong to the basis; UserError if not."""
-        basis = self._basis()
-        shapes = {path: (layer.a.shape[0], basis.config.size) for path, layer in basis.layers.items()}
-        given = dict(coefficients) if isinstance(coefficients, Mapping) else {}
-        for path, shape in shapes.items():
-            array = np.asarray(given.get(path))
-            if array.dtype.kind not in "fiu" and array.dtype != jnp.bfloat16 or array.shape != shape:
-                found = f"{list(array.shape)} of {array.dtype}" if path in given else "none"
-                raise UserError(
-                    f"the coefficients given don't fit the basis: of {path} there are {found}, numbers "
-                    f"{list(shape)} were expected; give all {len(shapes)} paths as `coefficients` returns "
-                    "them"
-                )
-            given[path] = array.astype(np.float32)
-            require_finite(given[path], f"the coefficients of {path}", "give finite ones")
-        if more := given.keys() - shapes.keys():
-            raise UserError(
-                f"the coefficients given don't fit the basis, which has no {min(map(str, more))}; give its "
-                f"{len(shapes)} paths as `coefficients` returns them"
-            )
-        return given
 
 
 def _dtype(given: Any) -> jnp.dtype:
