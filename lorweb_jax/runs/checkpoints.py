@@ -99,7 +99,7 @@ class Checkpoints:
         return None
 
     def _newest_intact(self, wrong: dict[int, str]) -> int | None:
-        """The step whose files process 0 finds as they were written; what is wrong with later ones goes into `wrong`."""
+        """The newest step whose files process 0 finds intact; what is wrong with later ones goes into `wrong`."""
         found = -1
         if jax.process_index() == 0:
             for step in sorted(set(complete_steps(self.folder.parent)) - wrong.keys(), reverse=True):

@@ -1,4 +1,4 @@
-"""A run's folder: it belongs to one run at a time, to one config, and to the data and models that the run began with."""
+"""A run's folder: one run at a time, one config, and the data and models that the run began with."""
 
 import contextlib
 import fcntl

@@ -1,7 +1,7 @@
 """T5 encoder (Raffel et al., arXiv 1910.10683; v1.1's gated GELU too), the sequence text encoder of FLUX.
 
 Letters: b batch, t text tokens, d model width, h heads, l blocks. Parameter paths are transformers' T5EncoderModel
-names with the block index as a leading axis; TABLE is the conversion, used in both directions by lorweb_jax.files.table.
+names with the block index as a leading axis; TABLE converts in both directions (lorweb_jax.files.table).
 """
 
 from dataclasses import dataclass, fields
