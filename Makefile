@@ -1,5 +1,6 @@
 # make train   trains a LoRA basis over the small base on real drawings, pictures in runs/basis
 # make test    runs every test
+# make lint    format, lint and types, in some seconds; make format mends what ruff can
 # make test-newest  runs a few of them on the newest Python and packages that this machine has
 # make base    trains the small base itself, from nothing (hours), and puts it into assets/small_kontext; needs npm
 # All make a virtual environment in .venv first, if there is none, and install what the lists of requirements name.
@@ -11,13 +12,22 @@ WORKERS := 2
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test test-newest base
+.PHONY: train test lint format test-newest base
 
 train: $(VENV)/installed
 	$(PYTHON) -m lorweb_jax.main --config=configs/basis.py $(ARGS)
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyrefly check
+
+format: $(VENV)/installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 base: $(VENV)/installed local_data/drawings64.npz
 	$(PYTHON) -m lorweb_jax.main --config=configs/base_vae.py

@@ -205,17 +205,17 @@ def restore_trainables(workdir: Path, step: int | None = None) -> tuple[dict[str
         raise UserError(f"{workdir} holds no complete checkpoint; train for longer, or name another run folder")
     if step is not None and step not in steps:
         raise UserError(f"{workdir} holds no checkpoint of step {step}; it has {sorted(steps)}")
-    first = None
+    errors: list[UserError] = []
     for number in steps if step is None else [step]:
         try:
             held = _read_trainables(workdir / FOLDER / str(number), config.train.ema > 0)
         except UserError as error:
-            first = first or error
+            errors.append(error)
             continue
-        if first:
-            print(f"note: {first}; that of step {number} is taken", file=sys.stderr, flush=True)
+        if errors:
+            print(f"note: {errors[0]}; that of step {number} is taken", file=sys.stderr, flush=True)
         return held, config
-    raise first
+    raise errors[0]
 
 
 def _read_trainables(folder: Path, averaged: bool) -> dict[str, np.ndarray]:

@@ -45,6 +45,11 @@ def _effect(name: str):
     return OPERATIONS[name].apply if name else on_white
 
 
+# Of a worker process: the drawings, and the operations of the table that it helps to make.
+_images: np.ndarray
+_names: tuple[str, ...]
+
+
 def _open(path: str, names: tuple[str, ...]) -> None:
     global _images, _names
     _images, _names = np.load(path, mmap_mode="r"), names

@@ -5,6 +5,7 @@ vision is pooled at its class token. Letters: b batch, s tokens, d width, p proj
 names without the layer index, which is a leading axis; TEXT_TABLE and VISION_TABLE are the conversion.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,7 +20,8 @@ from lorweb_jax.files.table import CONV, LINEAR, Row
 from lorweb_jax.models.encoder_block import Block, block_rows, rows
 from lorweb_jax.nn.layers import Embedding, LayerNorm, Linear, Weight, scan_stack, stack_outputs, stacked
 
-ACTIVATIONS = {
+Activation = Literal["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -57,7 +59,7 @@ class CLIPTextConfig(_Config):
     num_hidden_layers: Blocks = 12
     num_attention_heads: Heads = 8
     max_position_embeddings: Width = 77
-    hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"
+    hidden_act: Activation = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
     pad_token_id: _Id | None = 1
     bos_token_id: _Id | None = 49406
@@ -81,7 +83,7 @@ class CLIPVisionConfig(_Config):
     num_channels: Annotated[int, Between(3, 3)] = 3
     image_size: Pixels = 224
     patch_size: Pixels = 32
-    hidden_act: Literal[tuple(ACTIVATIONS)] = "quick_gelu"
+    hidden_act: Activation = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
 
     architecture: ClassVar[str] = "CLIPVisionModelWithProjection"

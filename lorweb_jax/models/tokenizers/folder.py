@@ -162,7 +162,7 @@ def _add(backend: Any, tokens: dict[int, _Added], folder: Path) -> None:
 
     for wanted, token in sorted(tokens.items()):
         options = dataclasses.asdict(token)
-        backend.add_tokens([AddedToken(options.pop("content"), **options)])
+        backend.add_tokens([AddedToken(**options)])
         if (found := backend.token_to_id(token.content)) != wanted:
             raise UserError(
                 f"{folder / 'tokenizer_config.json'} gives {shown(token.content)} the number {wanted}, but by its "
