@@ -5,6 +5,8 @@
 
 import importlib
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "Pipeline": "lorweb_jax.pipeline.pipeline",
     "Basis": "lorweb_jax.adapters.basis",

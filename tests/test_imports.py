@@ -28,7 +28,7 @@ ORDER = (
     "jobs",
     "planning",
 )
-COMMANDS = {"__init__", "main", "edit", "export", "evaluate", "plan", "precompute", "base_report"}
+COMMANDS = {"__init__", "__main__", "main", "edit", "export", "evaluate", "plan", "precompute", "base_report"}
 
 
 def imported(file: Path) -> set[str]:

@@ -24,8 +24,8 @@ class Mix:
     """The coefficients c [l, n] of every adapted stack of l layers, for the n members of one basis (method.md §3).
 
     `Pipeline.coefficients` makes the mix that the router chooses for an analogy, `Pipeline.mix` one of a single member,
-    of a named row or of arrays. Mixes are added, subtracted, scaled and interpolated; the update of a layer's weights is
-    linear in its mix. Combining mixes of different bases raises UserError.
+    of a named row or of arrays. Mixes are added, subtracted, scaled and interpolated; the update of a layer's weights
+    is linear in its mix. Combining mixes of different bases raises UserError.
 
     coefficients: {path of a stack: c [l, n]}, finite numbers; stored as read-only float32 arrays.
     basis: the fingerprint of the basis that they belong to (`Basis.fingerprint`).
