@@ -15,6 +15,7 @@ import safetensors.numpy
 from golden import golden_dir
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.locks import locked
 from lorweb_jax.files import conversion
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.safetensors_io import write
@@ -47,8 +48,8 @@ class Killed(BaseException):
 def kill_at(bytes_done: int):
     """A progress that ends the conversion there, and remembers with how many bytes it began."""
 
-    def progress(done: int, total: int, size: int) -> None:
-        progress.first = done - size if progress.first is None else progress.first
+    def progress(done: int, total: int) -> None:
+        progress.first = done if progress.first is None else progress.first
         if done >= bytes_done:
             raise Killed
 
@@ -70,55 +71,66 @@ def loads(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("layout", pretrained.LAYOUTS)
 def test_goes_on_after_kills(layout, whole, tmp_path):
-    """Killed again and again, it begins each time with all tensors that were whole, and ends with the same bytes."""
-    kept = 0
+    """Killed again and again, it begins each time with the files that were whole, and ends with the same bytes."""
     for point in (100_000, 1_100_000, 2_500_000, 4_700_000):
         progress = kill_at(point)
+        files = sorted(tmp_path.glob("*/*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
         with pytest.raises(Killed):
             convert(tmp_path, layout, progress=progress)
-        lines = [json.loads(line) for line in next(tmp_path.rglob("journal.jsonl")).read_text().splitlines()]
-        assert kept <= progress.first and not loads(tmp_path)
-        assert sum("tensor" in line for line in lines) > 0
-        kept = point - 300_000  # the largest tensor has 229,376 bytes
+        assert 0 <= size - progress.first <= 8_000 * len(files)  # their headers
+        assert not loads(tmp_path)
+    assert len(files) == (2 if layout == "diffusers" else 0)
     assert content(convert(tmp_path, layout)) == whole[layout]
-    assert not list(tmp_path.rglob("*partial*")) and not list(tmp_path.rglob("journal*"))
+    assert not list(tmp_path.rglob("*partial*")) and not list(tmp_path.rglob(".lock"))
+    assert not list(tmp_path.rglob(conversion.FINISHED))
 
 
 def test_goes_on_after_sigkill(whole, tmp_path):
     script = (
         "import os; from lorweb_jax.pipeline import pretrained; pretrained.convert(pretrained.recognise("
-        f"{str(SOURCE)!r}), 'diffusers', {str(tmp_path)!r}, max_shard_bytes={SHARD}, progress=lambda done, *_:"
+        f"{str(SOURCE)!r}), 'diffusers', {str(tmp_path)!r}, max_shard_bytes={SHARD}, progress=lambda done, _:"
         " done > 3_000_000 and os.kill(os.getpid(), 9))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
-    files = {file.name: file.stat() for file in (tmp_path / "transformer.partial").glob("*.safetensors")}
-    assert len(files) == 3
+    partial = tmp_path / "transformer.partial"
+    files = {file.name: file.stat() for file in partial.glob("*.safetensors")}
+    assert len(files) == 3 and len(list(partial.glob("*.safetensors.*.partial"))) == 1
     assert content(convert(tmp_path)) == whole["diffusers"]
     # Finished shards are the files that the killed process wrote, untouched.
     assert all(
-        (tmp_path / "transformer" / name).stat()[:2] == found[:2]
-        and (tmp_path / "transformer" / name).stat().st_mtime_ns == found.st_mtime_ns
-        for name, found in files.items()
+        (tmp_path / "transformer" / name).stat()[:2] == stat[:2]
+        and (tmp_path / "transformer" / name).stat().st_mtime_ns == stat.st_mtime_ns
+        for name, stat in files.items()
     )
 
 
-def test_what_had_not_reached_the_disk_is_written_again(whole, tmp_path):
-    """As after a power failure: the journal is ahead of the data, or ends in half a line."""
+def test_only_files_that_are_recorded_and_whole_are_kept(whole, tmp_path):
+    """Of three finished files one is cut short, another isn't in finished.json: as if killed between its rename and the
+    record. Both are written again."""
     with pytest.raises(Killed):
-        convert(tmp_path, "black_forest", progress=kill_at(3_000_000))
-    partial = tmp_path / "flux1-kontext.safetensors.partial"
-    file = partial / "flux1-kontext.safetensors.partial"
-    with open(file, "r+b") as stream:
-        stream.seek(-600_000, 2)
-        stream.write(bytes(1000))
-    with open(partial / "journal.jsonl", "ab") as stream:
-        stream.write(b'{"file": "flux1-kon')
-    progress = kill_at(1 << 40)
-    assert content(convert(tmp_path, "black_forest", progress=progress)) == whole["black_forest"]
-    assert 1_000_000 < progress.first < 2_700_000
+        convert(tmp_path, progress=kill_at(3_500_000))
+    partial = tmp_path / "transformer.partial"
+    first, second, third = sorted(partial.glob("*.safetensors"))
+    with open(first, "r+b") as stream:
+        stream.truncate(600_000)
+    finished = json.loads((partial / conversion.FINISHED).read_text())
+    del finished["files"][second.name]
+    (partial / conversion.FINISHED).write_text(json.dumps(finished))
+    size, progress = third.stat().st_size, kill_at(1 << 40)
+    assert content(convert(tmp_path, progress=progress)) == whole["diffusers"]
+    assert size - 8_000 < progress.first < size
 
 
-def test_only_the_same_command_goes_on(whole, tmp_path):
+def test_a_file_of_another_task_that_was_never_recorded_is_no_part_of_the_result(whole, tmp_path):
+    with pytest.raises(Killed):
+        convert(tmp_path, dtype=np.float16, progress=kill_at(100_000))
+    foreign = tmp_path / "transformer.partial" / "diffusion_pytorch_model-00001-of-00009.safetensors"
+    foreign.write_bytes(b"of a conversion to float16")
+    assert content(convert(tmp_path)) == whole["diffusers"]
+
+
+def test_only_the_same_command_goes_on(tmp_path):
     source = tmp_path / "source"
     write(source / "model.safetensors", safetensors.numpy.load_file(SOURCE / "diffusion_pytorch_model.safetensors"))
     (source / "config.json").write_text((SOURCE / "config.json").read_text())
@@ -126,10 +138,9 @@ def test_only_the_same_command_goes_on(whole, tmp_path):
         convert(tmp_path, source=source, progress=kill_at(1_500_000))
     with pytest.raises(UserError, match="another dtype"):
         convert(tmp_path, source=source, dtype=np.float16)
-    journal = conversion.Journal(tmp_path / "transformer.partial" / "journal.jsonl", {})
-    with pytest.raises(UserError, match="another process is writing"):
-        convert(tmp_path, source=source)
-    journal.close()
+    with locked(tmp_path / "transformer.partial" / ".lock", wait=False):
+        with pytest.raises(UserError, match="another process is writing"):
+            convert(tmp_path, source=source)
     (source / "model.safetensors").touch()
     with pytest.raises(UserError, match="another source"):
         convert(tmp_path, source=source)
@@ -148,7 +159,7 @@ def file_limit(nbytes: int):
 
 @pytest.mark.parametrize("layout", pretrained.LAYOUTS)
 def test_full_disk_leaves_nothing_that_loads_and_goes_on(layout, whole, tmp_path):
-    """From within the journal to within the last file."""
+    """From within finished.json to within the last file."""
     for limit in (10, 200, 5_000, 300_001, 900_000, 4_000_000):
         with file_limit(limit):
             try:
@@ -189,11 +200,11 @@ def test_written_files_are_verified(tmp_path):
 
 
 def test_beyond_float16_is_refused(tmp_path):
-    held = safetensors.numpy.load_file(SOURCE / "diffusion_pytorch_model.safetensors")
+    tensors = safetensors.numpy.load_file(SOURCE / "diffusion_pytorch_model.safetensors")
     name = "single_transformer_blocks.0.proj_mlp.weight"
-    held[name] = held[name].astype(ml_dtypes.bfloat16)
-    held[name][3, 4] = 1e5
-    write(tmp_path / "model.safetensors", held)
+    tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+    tensors[name][3, 4] = 1e5
+    write(tmp_path / "model.safetensors", tensors)
     (tmp_path / "config.json").write_text((SOURCE / "config.json").read_text())
     with pytest.raises(UserError, match="99840.0 is beyond the range of float16"):
         convert(tmp_path / "out", source=tmp_path, dtype=np.float16)
@@ -202,10 +213,10 @@ def test_beyond_float16_is_refused(tmp_path):
 
 def test_names_with_comfyui_prefix(whole, tmp_path):
     single = convert(tmp_path, "black_forest")
-    held = safetensors.numpy.load_file(single)
+    tensors = safetensors.numpy.load_file(single)
     (tmp_path / "prefixed").mkdir()
     prefixed = tmp_path / "prefixed" / "flux.safetensors"
-    write(prefixed, {f"model.diffusion_model.{name}": array for name, array in held.items()})
+    write(prefixed, {f"model.diffusion_model.{name}": array for name, array in tensors.items()})
     source = pretrained.recognise(prefixed, SOURCE / "config.json")
     assert (source.kind, source.layout) == ("transformer", "black_forest")
     target, _ = pretrained.convert(source, "diffusers", tmp_path, max_shard_bytes=SHARD)

@@ -2,7 +2,7 @@
 
 The diffusers layout is what this project's commands load (`--pipeline=FOLDER`), training included. Tensors pass
 through in pieces of 16 MiB; every one must be in the conversion table with the right shape, or nothing is written.
-What is unfinished lies in OUT/NAME.partial, where the same command goes on after a kill or a full disk.
+Until all is written it lies in OUT/NAME.partial, whose finished files the same command keeps after a kill or a full disk.
 
   one pipeline folder            tools/convert_flux_weights.py FLUX.1-Kontext-dev --to black-forest --out single
   the two single files           tools/convert_flux_weights.py flux1-kontext-dev.safetensors ae.safetensors \\
@@ -140,9 +140,9 @@ class Progress:
         """Bytes a second of this run."""
         return (self.done - (self.first or 0)) / max(self.seconds, 1e-9)
 
-    def __call__(self, done: int, total: int, size: int) -> None:
-        """`done` bytes of `total` are finished, the last `size` of them just now."""
-        self.first = done - size if self.first is None else self.first
+    def __call__(self, done: int, total: int) -> None:
+        """`done` bytes of `total` are finished."""
+        self.first = done if self.first is None else self.first
         self.done = done
         now = time.monotonic()
         last = done == total and self.shown > self.started

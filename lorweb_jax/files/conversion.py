@@ -1,7 +1,7 @@
-"""Tensors copied from files into files as a stream of small pieces, with checksums, and gone on with after a kill.
+"""Tensors copied from files into files as a stream of small pieces, with checksums.
 
-A file has the name NAME.partial until its last byte is on the disk, and is shorter than its header says until then:
-nothing loads it by mistake. What is finished stands in a journal (journal.py). Reading, checksums and writing overlap.
+A file takes its name when its last byte is on the disk; finished.json then lists it with its tensors' checksums, and the
+same conversion, given again after a kill, keeps it. Reading, checksums and writing overlap.
 """
 
 import dataclasses
@@ -9,27 +9,27 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import checked
+from lorweb_jax.common.locks import locked
+from lorweb_jax.common.outputs import replacing
+from lorweb_jax.common.schema import checked, read_json
 from lorweb_jax.files.checkpoint import Checkpoint, Decoder, Extent, ahead
-from lorweb_jax.files.journal import Finished, Journal, write_all
-from lorweb_jax.files.safetensors_io import FORMAT, NAMES, Spec, header, require_space
+from lorweb_jax.files.safetensors_io import FORMAT, NAMES, Spec, header, require_space, write_json
 
 ALGORITHM = "sha256"
-JOURNAL = "journal.jsonl"
+FINISHED = "finished.json"
 _CHUNK = 1 << 24  # bytes read, hashed and written at a time
 _AHEAD = 3  # chunks read while others are written
-_SYNC_BYTES = 1 << 29  # so much is written between two waits for the disk, which take place in the background
 
 Files = Mapping[str, Mapping[str, Spec]]  # file name -> tensor -> what it is
-Progress = Callable[[int, int, int], None]  # bytes that are finished, of how many, and how many of them just now
+Progress = Callable[[int, int], None]  # bytes that are done, of how many; first with those that an earlier call did
 
 
 class Run(NamedTuple):
@@ -42,6 +42,14 @@ class Run(NamedTuple):
     first: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """finished.json: what is converted and how, and the files that are written, {file: {tensor: checksum}}."""
+
+    task: dict[str, Any]
+    files: dict[str, dict[str, str]]
+
+
 def write_files(
     folder: Path,
     files: Files,
@@ -51,118 +59,87 @@ def write_files(
 ) -> dict[str, str]:
     """Write `files` into `folder`, each tensor from `runs(name)`; returns {tensor: checksum}.
 
-    What an earlier call with the same `task` (source and settings) has finished there is kept. Raises UserError if
-    the folder holds another task, another process works there, the disk is full (what is written is kept), or a
+    Files that an earlier call with the same `task` (source and settings, what JSON can hold) has finished are kept.
+    Raises UserError if the folder holds files of another task, another process works there, the disk is full, or a
     value doesn't fit the dtype to be written.
     """
-    with one_sentence_if_full(folder), closing(Journal(folder / JOURNAL, task)) as journal:
-        writing = _Writing(folder, files, journal, progress)
-        with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as helpers:
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_sentence_if_full(folder), locked(folder / ".lock", wait=False) as ours:
+        if not ours:
+            raise UserError(f"another process is writing {folder}; wait for it, or end it")
+        finished = _finished(folder, files, task)
+        for path in {*folder.glob("*.safetensors*"), *folder.glob("*.partial")}:  # of a process that was killed
+            if path.name not in finished:
+                path.unlink()
+        total = sum(spec.nbytes for specs in files.values() for spec in specs.values())
+        done = sum(spec.nbytes for file in finished for spec in files[file].values())
+        require_space(folder, total - done)
+        write_json(folder / FINISHED, {"task": task, "files": finished})
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress:
+                progress(done, total)
+
+        advance(0)
+        with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(1) as hasher:
             for file in files:
-                writing.write(file, runs, readers, helpers)
-    return {finished.tensor: finished.digest for finished in journal.finished}
+                if file not in finished:
+                    finished[file] = _write(folder / file, files[file], runs, advance, readers, hasher)
+                    write_json(folder / FINISHED, {"task": task, "files": finished})
+    return {name: digest for digests in finished.values() for name, digest in digests.items()}
 
 
-class _Writing:
-    def __init__(self, folder: Path, files: Files, journal: Journal, progress: Progress | None):
-        self.folder, self.files, self.journal, self.progress = folder, files, journal, progress
-        self.starts = {file: header(specs, FORMAT) for file, specs in files.items()}
-        self.total = sum(spec.nbytes for specs in files.values() for spec in specs.values())
-        order = [(file, name) for file, (_, extents) in self.starts.items() for name in extents]
-        journal.keep(self._intact(order))
-        self.done = sum(files[file][name].nbytes for file, name in order[: len(journal.finished)])
-        require_space(folder, self.total - self.done)
+def _finished(folder: Path, files: Files, task: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """{file: {tensor: checksum}} of the files that an earlier call has finished. UserError if they are another task's."""
+    if not (folder / FINISHED).exists():
+        return {}
+    earlier = read_json(folder / FINISHED, _Finished, remedy=f"remove {folder} to begin anew")
+    different = [name for name in task if earlier.task.get(name) != task[name]]
+    if different and earlier.files:
+        raise UserError(
+            f"{folder} holds an unfinished conversion with another {different[0]}; give the earlier "
+            "command again to go on with it, or remove that folder to begin anew"
+        )
+    return {
+        file: digests
+        for file, digests in earlier.files.items()
+        if file in files and digests.keys() == files[file].keys() and _size(folder / file) == _size_of(files[file])
+    }
 
-    def _intact(self, order: list[tuple[str, str]]) -> int:
-        """How many of the journal's tensors are on the disk; those not known to be synced are read again."""
-        for count, (finished, expected) in enumerate(zip(self.journal.finished, order)):
-            file, name = expected
-            path = next((path for path in (self.folder / file, self._partial(file)) if path.exists()), None)
-            start, stop = self.starts[file][1][name]
-            if finished[:2] != expected or path is None or path.stat().st_size < stop:
-                return count
-            if count >= self.journal.synced and checksum(Extent(path, start, stop - start)) != finished.digest:
-                return count
-        return len(self.journal.finished)
 
-    def _partial(self, file: str) -> Path:
-        return self.folder / f"{file}.partial"
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
-    def write(self, file: str, runs: Callable[[str], Iterable[Run]], readers: Executor, helpers: Executor) -> None:
-        """One file, from its first tensor that isn't finished; it then takes its name."""
-        start, extents = self.starts[file]
-        finished = [entry.tensor for entry in self.journal.finished if entry.file == file]
-        if (self.folder / file).exists():
-            if len(finished) == len(extents):
-                return
-            os.replace(self.folder / file, self._partial(file))
-        with open(self._partial(file), "ab" if finished else "wb", buffering=0) as stream:
-            if finished:
-                stream.truncate(extents[finished[-1]][1])
-            else:
-                write_all(stream.fileno(), start)
-            self._write_tensors(stream.fileno(), file, list(extents)[len(finished) :], runs, readers, helpers)
-            os.fsync(stream.fileno())
-        self.journal.mark_synced(len(self.journal.finished))
-        self.journal.sync()
-        os.replace(self._partial(file), self.folder / file)
 
-    def _write_tensors(
-        self,
-        descriptor: int,
-        file: str,
-        todo: list[str],
-        runs: Callable[[str], Iterable[Run]],
-        readers: Executor,
-        helpers: Executor,
-    ) -> None:
-        pieces = ((name, piece) for name in todo for piece in _pieces(runs(name), self.files[file][name]))
-        loaded = ahead(readers, lambda item: (item[0], item[1].load()), pieces, _AHEAD)
-        digest, written, sync, unsynced = hashlib.new(ALGORITHM), 0, _Sync(helpers, descriptor), 0
-        for name, data in loaded:
-            hashing = helpers.submit(digest.update, data)
-            write_all(descriptor, data)
+def _size_of(specs: Mapping[str, Spec]) -> int:
+    """Bytes of the file that holds these tensors."""
+    return len(header(specs, FORMAT)[0]) + sum(spec.nbytes for spec in specs.values())
+
+
+def _write(
+    file: Path,
+    specs: Mapping[str, Spec],
+    runs: Callable[[str], Iterable[Run]],
+    advance: Callable[[int], None],
+    readers: Executor,
+    hasher: Executor,
+) -> dict[str, str]:
+    """One file, which takes its name at the end; {tensor: checksum}."""
+    start, extents = header(specs, FORMAT)
+    digests = {name: hashlib.new(ALGORITHM) for name in extents}
+    pieces = ((name, piece) for name in extents for piece in _pieces(runs(name), specs[name]))
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
+        stream.write(start)
+        for name, data in ahead(readers, lambda item: (item[0], item[1].load()), pieces, _AHEAD):
+            hashing = hasher.submit(digests[name].update, data)
+            stream.write(data)
             hashing.result()
-            written += data.nbytes
-            self.done += data.nbytes
-            if written == self.files[file][name].nbytes:
-                self.journal.add(Finished(file, name, digest.hexdigest()))
-                digest, written, unsynced = hashlib.new(ALGORITHM), 0, unsynced + written
-                if (count := sync.finished()) is not None:
-                    self.journal.mark_synced(count)
-                if unsynced >= _SYNC_BYTES and sync.start(len(self.journal.finished)):
-                    unsynced = 0
-            if self.progress:
-                self.progress(self.done, self.total, data.nbytes)
-        sync.wait()
-
-
-class _Sync:
-    """Waits in the background for what is written to reach the disk."""
-
-    def __init__(self, executor: Executor, descriptor: int):
-        self._executor, self._descriptor = executor, descriptor
-        self._running: Future | None = None
-        self._count = 0
-
-    def start(self, count: int) -> bool:
-        """Unless one is running."""
-        if self._running is None:
-            self._running, self._count = self._executor.submit(os.fdatasync, self._descriptor), count
-            return True
-        return False
-
-    def finished(self) -> int | None:
-        """The count that was given at the start, once, when all written by then is on the disk."""
-        if self._running is None or not self._running.done():
-            return None
-        self.wait()
-        return self._count
-
-    def wait(self) -> None:
-        if self._running is not None:
-            self._running.result()
-            self._running = None
+            advance(data.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 class _Piece(NamedTuple):
@@ -243,10 +220,9 @@ def check(checkpoint: Checkpoint, recorded: Mapping[str, Any], progress: Progres
     with ThreadPoolExecutor(2) as readers:
         for name, facts in ahead(readers, read, checkpoint, _AHEAD):
             found[name] = facts
-            size = checkpoint.extent(name).nbytes
-            done += size
+            done += checkpoint.extent(name).nbytes
             if progress:
-                progress(done, checkpoint.nbytes, size)
+                progress(done, checkpoint.nbytes)
     if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
         raise UserError(
             f"{len(wrong)} of {len(expected)} tensors in {checkpoint.path} are not those that were written "
@@ -256,13 +232,13 @@ def check(checkpoint: Checkpoint, recorded: Mapping[str, Any], progress: Progres
 
 @contextmanager
 def one_sentence_if_full(folder: Path):
-    """A full disk becomes a UserError that says what is kept."""
+    """A full disk becomes a UserError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"the disk is full ({error.strerror}); what is written so far is kept in {folder}: make room "
+            f"the disk is full ({error.strerror}); finished files are kept in {folder}: make room "
             "and give the same command again, or remove that folder"
         ) from None

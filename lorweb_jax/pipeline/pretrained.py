@@ -11,7 +11,7 @@ import numpy as np
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.schema import read_json
 from lorweb_jax.files.checkpoint import Checkpoint
-from lorweb_jax.files.conversion import JOURNAL, Progress, Run, check, one_sentence_if_full, record, write_files
+from lorweb_jax.files.conversion import FINISHED, Progress, Run, check, one_sentence_if_full, record, write_files
 from lorweb_jax.files.safetensors_io import Spec, index_of, shards_of, write_json, write_sharded
 from lorweb_jax.files.state import require_equal
 from lorweb_jax.files.table import Layout, Rows, Stored, tensors_of
@@ -117,8 +117,8 @@ def convert(
 
     diffusers: out/transformer or out/vae, with config.json and checksums.json. black_forest: out/flux1-kontext or
     out/ae.safetensors, and .checksums.json. The name appears when everything is written and its header read again;
-    until then all is in a folder NAME.partial, where the same call goes on after a kill or a full disk. Raises
-    UserError if the name exists already, or if the source's tensors are not exactly those of its config.
+    until then all is in a folder NAME.partial, whose finished files the same call keeps after a kill or a full
+    disk. Raises UserError if the name exists already, or if the source's tensors are not exactly those of its config.
     """
     model, checkpoint = KINDS[source.kind], source.checkpoint
     single = layout == "black_forest"
@@ -149,7 +149,7 @@ def convert(
         if not single:
             write_json(partial / "config.json", _without_paths(source.config))
     os.replace(partial / target.name if single else partial, target)
-    (partial if single else target).joinpath(JOURNAL).unlink()
+    (partial if single else target).joinpath(FINISHED).unlink()
     if single:
         partial.rmdir()
     return target, specs
