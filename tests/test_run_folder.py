@@ -1,5 +1,6 @@
 """A run's folder: one run at a time, nothing of others replaced, the same config and the same files."""
 
+import fcntl
 import json
 import os
 import signal
@@ -89,7 +90,7 @@ def test_where_the_file_system_knows_no_locks_the_owner_in_the_file_counts(tmp_p
     def flock(file, kind):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)  # which filelock calls
     (tmp_path / ".lock").write_text(content if isinstance(content, str) else json.dumps(content | {"since": "then"}))
     if free:
         with owned(tmp_path):

@@ -1,7 +1,7 @@
 """Tensors copied from files into files as a stream of small pieces, with checksums.
 
-A file takes its name when its last byte is on the disk; finished.json then lists it with its tensors' checksums, and the
-same conversion, given again after a kill, keeps it. Reading, checksums and writing overlap.
+A file takes its name when its last byte is on the disk; finished.json then lists it with its tensors' checksums, and
+the same conversion, given again after a kill, keeps it. Reading, checksums and writing overlap.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def write_files(
 
 
 def _finished(folder: Path, files: Files, task: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """{file: {tensor: checksum}} of the files that an earlier call has finished. UserError if they are another task's."""
+    """{file: {tensor: checksum}} of the files that an earlier call has finished; UserError if of another task."""
     if not (folder / FINISHED).exists():
         return {}
     earlier = read_json(folder / FINISHED, _Finished, remedy=f"remove {folder} to begin anew")
@@ -216,14 +216,16 @@ def check(checkpoint: Checkpoint, recorded: Mapping[str, Any], progress: Progres
             ALGORITHM: checksum(checkpoint.extent(name)),
         }
 
-    found, done = {}, 0
+    actual, done = {}, 0
+    if progress:
+        progress(0, checkpoint.nbytes)
     with ThreadPoolExecutor(2) as readers:
         for name, facts in ahead(readers, read, checkpoint, _AHEAD):
-            found[name] = facts
+            actual[name] = facts
             done += checkpoint.extent(name).nbytes
             if progress:
                 progress(done, checkpoint.nbytes)
-    if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
+    if wrong := sorted(name for name in actual.keys() | expected if actual.get(name) != expected.get(name)):
         raise UserError(
             f"{len(wrong)} of {len(expected)} tensors in {checkpoint.path} are not those that were written "
             f"({wrong[0]} first); convert or copy them again"

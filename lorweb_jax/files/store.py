@@ -2,33 +2,30 @@
 
 A folder holds identity.json, which says what the arrays were made by, and shards: safetensors files of some records
 each, whose header lists their keys and the items (captions, image files) that they settle. A shard appears complete,
-by a rename, or not at all. Any number of processes may fill one folder: whoever holds the lock on a shard's name makes
-it, and the system takes the lock from a process that dies.
+by a rename, or not at all. Any number of processes may fill one folder: whoever has the lock of a shard's name makes it.
+Where the file system has no locks, some shards are made twice.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.locks import locked
 from lorweb_jax.common.schema import read_json
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.safetensors_io import write, write_json
 from lorweb_jax.settings.fields import shown
 
 IDENTITY = "identity.json"
-# File systems that know no locks: the work is then done in another order by each process, some of it twice.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class Store:
@@ -117,11 +114,9 @@ class Store:
         """Whether a shard of this name is there by now, whoever made it."""
         return (self.folder / f"{shard}.safetensors").is_file()
 
-    @contextlib.contextmanager
-    def claimed(self, shard: str) -> Iterator[bool]:
-        """Whether this process may make the shard; False while another is at it."""
-        with _lock(self.folder / f".{shard}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
-            yield locked
+    def claimed(self, shard: str) -> contextlib.AbstractContextManager[bool]:
+        """Whether this process may make the shard; False while another makes it."""
+        return locked(self.folder / f".{shard}.lock", wait=False)
 
     def add(self, shard: str, items: Sequence[str], keys: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
         """Publish a shard: records `keys`, one row of every array each. UserError if it can't be written."""
@@ -148,28 +143,11 @@ def _create(folder: Path, identity: Mapping[str, Any]) -> None:
     """identity.json, by whichever process comes first."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / ".identity.lock", fcntl.LOCK_EX):
+        with locked(folder / ".identity.lock", wait=True):
             if not (folder / IDENTITY).exists():
                 write_json(folder / IDENTITY, dict(identity))
     except OSError as error:
         raise _not_written(folder, error) from None
-
-
-@contextlib.contextmanager
-def _lock(path: Path, kind: int) -> Iterator[bool]:
-    """Whether this process has the lock; False where another has it and `kind` says not to wait."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, kind)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield True
-        # Whoever opened the file before this and locks it afterwards finds what it was locked for done.
-        path.unlink(missing_ok=True)
 
 
 def _texts(metadata: str) -> list[str]:

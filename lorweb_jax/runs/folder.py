@@ -1,22 +1,21 @@
 """A run's folder: one run at a time, one config, and the data and models that the run began with."""
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
 
 import jax
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.locks import NO_LOCKS
 from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.schema import read_json
-from lorweb_jax.files.store import NO_LOCKS
 from lorweb_jax.runs.checkpoints import complete_steps
 from lorweb_jax.settings import config as configs
 from lorweb_jax.settings import fields as config_fields
@@ -58,39 +57,40 @@ def owned(workdir: Path) -> Iterator[None]:
         probe = workdir / ".writable"
         probe.write_bytes(b"x" * 4096)
         probe.unlink()
-        lock = open(workdir / LOCK, "a+")
     except OSError as error:
         raise UserError(
             f"the run folder {workdir} cannot be written ({error.strerror}); "
             "choose another with --workdir, or make room and set its permissions"
         ) from None
-    with lock:
-        _take(lock, workdir)
-        _inherited.add(lock)
-        try:
-            _require_runs_own(workdir)
-            yield
-        finally:
-            _inherited.discard(lock)
-            with contextlib.suppress(OSError):
-                lock.truncate(0)
-                fcntl.flock(lock, fcntl.LOCK_UN)
-
-
-def _take(lock: TextIO, workdir: Path) -> None:
+    lock = _lock(workdir)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = False
-    except BlockingIOError:
-        held = True
+        _require_runs_own(workdir)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.truncate(workdir / LOCK, 0)
+        lock.release()
+
+
+def _lock(workdir: Path) -> FileLock:
+    """The folder's lock, acquired; the file then names this process."""
+    path = workdir / LOCK
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+        taken = False
+    except Timeout:
+        taken = True
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise UserError(
                 f"the run folder {workdir} can't be locked ({error.strerror}); choose another with --workdir"
             ) from None
-        held = _runs(_owner(lock))  # a file system without locks: whoever stands in the file and isn't known to be dead
-    if held:
-        owner = _owner(lock)
+        taken = _runs(
+            _owner(path)
+        )  # a file system without locks: whoever stands in the file and isn't known to be dead
+    if taken:
+        owner = _owner(path)
         who = (
             f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
             if owner
@@ -98,22 +98,20 @@ def _take(lock: TextIO, workdir: Path) -> None:
         )
         raise UserError(
             f"the run folder {workdir} belongs to a run that is still at it ({who}); wait for it, stop it, "
-            f"or choose another with --workdir (if it is gone, delete {workdir / LOCK})"
+            f"or choose another with --workdir (if it is gone, delete {path})"
         )
-    lock.truncate(0)
-    lock.write(
-        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-    )
-    lock.flush()
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    path.write_text(json.dumps(owner))
+    return lock
 
 
-def _owner(lock: TextIO) -> dict | None:
-    """{host, pid, since} of whoever took the lock; None if it isn't said."""
-    lock.seek(0)
+def _owner(path: Path) -> dict | None:
+    """{host, pid, since} of whoever has the lock; None if the file doesn't say."""
     try:
-        owner = json.loads(lock.read(1000))
+        with open(path, "rb") as file:
+            owner = json.loads(file.read(1000))
         return owner if type(owner["pid"]) is int and owner.keys() >= {"host", "since"} else None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -129,11 +127,6 @@ def _runs(owner: dict | None) -> bool:
     except PermissionError:
         pass
     return owner["pid"] != os.getpid()
-
-
-# A forked process (a reader of images) would keep its parent's lock beyond the parent's death.
-_inherited: set[TextIO] = set()
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _inherited])
 
 
 def _require_runs_own(workdir: Path) -> None:

@@ -1,6 +1,5 @@
 """The embedded data set: analogies built at first run from real drawings, in Relation252K's layout (method.md §8)."""
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.locks import locked
 from lorweb_jax.data.embedded.drawings import Drawings, load_drawings
 from lorweb_jax.data.embedded.operations import HELD_OUT_TASKS, TRAINING_TASKS, Operation, on_white, operation
 from lorweb_jax.images.io import write_image
@@ -51,9 +51,8 @@ def build_embedded_dataset(
     if _is_built(folder, key):
         return roots
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same folder
-        if not _is_built(folder, key):  # by the process that held the lock
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=True):  # another process may be building it
+        if not _is_built(folder, key):
             partial = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(partial, ignore_errors=True)  # what a killed build left
             _build(partial, load_drawings(cache_folder, size), pairs_per_task, seed)
