@@ -2,8 +2,8 @@
 
 A folder holds identity.json, which says what the arrays were made by, and shards: safetensors files of some records
 each, whose header lists their keys and the items (captions, image files) that they settle. A shard appears complete,
-by a rename, or not at all. Any number of processes may fill one folder: whoever has the lock of a shard's name makes it.
-Where the file system has no locks, some shards are made twice.
+by a rename, or not at all. Any number of processes may fill one folder: whoever has the lock of a shard's name makes
+it. Where the file system has no locks, some shards are made twice.
 """
 
 import contextlib
