@@ -45,6 +45,7 @@ def test_without_locks_on_the_file_system_everyone_has_it(tmp_path, monkeypatch)
     assert not path.exists()
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OSError), locked(tmp_path / "nowhere" / ".lock", wait=True):
+def test_where_no_file_can_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError), locked(tmp_path / "file" / ".lock", wait=True):
         pass
