@@ -14,6 +14,7 @@ from golden import golden_dir
 
 from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.adapters.formats.basis_file import layer_name, read_basis
+from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
 from lorweb_jax.adapters.router import coefficients, internal_query
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.models.flux1.model import block_linears
@@ -178,3 +179,43 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
     run = jax.jit(lambda model, values, adapters: model(*values, adapters=adapters))
     found = run(model, [values[name] for name in tiny.NAMES], basis.adapters())
     assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("mode,pooling", list(itertools.product(TAKEN[8], ["avg", "max"])))
+def test_internal_coefficients(mode, pooling):
+    """Of a layer with m = 30 condition tokens against the formula in float64, to the 1e-5 of method.md §4."""
+    random = np.random.default_rng(3)
+    i, k, n = 6, 8, 5
+    x, keys, projection = (random.normal(size=size).astype(np.float32) for size in ((2, 5 + 60, i), (n, k), (k, i)))
+    mix = RoutedMix(
+        jnp.zeros((n, i, 2)), jnp.zeros((n, 2, 3)), keys, projection, 1.0, mode, pooling, 2, "softmax", "mean"
+    )
+    picked = x[:, 35 : 35 + TAKEN[30][mode]].astype(np.float64)
+    queries = picked.mean(1) if pooling == "avg" else picked.max(1)
+    expected = [formula(query, keys, projection, 2, "softmax", "mean") for query in queries]
+    assert relative(mix.coefficients(jnp.asarray(x), 5), expected) <= 1e-5
+
+
+def test_the_einsum_and_its_gradients():
+    """Eq. 4 with different coefficients in each row, and its gradients, against one einsum in float64."""
+    random = np.random.default_rng(4)
+    for s in ((7,), ()):
+        shapes = {"x": (3, *s, 5), "a": (4, 5, 2), "b": (4, 2, 6), "c": (3, 4), "g": (3, *s, 6)}
+        values = {name: random.normal(size=shape) for name, shape in shapes.items()}
+        t = "s" * len(s)
+
+        def update(x, a, b, c):
+            return LowRankMix(a, b, c, 0.5)(x)
+
+        arguments = [jnp.asarray(values[name], jnp.float32) for name in "xabc"]
+        found, pullback = jax.vjp(update, *arguments)
+        found = [found, *pullback(jnp.asarray(values["g"], jnp.float32))]
+        x, a, b, c, g = values.values()
+        for ours, equation, *factors in (
+            (found[0], f"b{t}i,nir,bn,nro->b{t}o", x, a, c, b),
+            (found[1], f"b{t}o,nir,bn,nro->b{t}i", g, a, c, b),
+            (found[2], f"b{t}i,b{t}o,bn,nro->nir", x, g, c, b),
+            (found[3], f"b{t}i,nir,bn,b{t}o->nro", x, a, c, g),
+            (found[4], f"b{t}i,nir,b{t}o,nro->bn", x, a, g, b),
+        ):
+            assert relative(ours, 0.5 * np.einsum(equation, *factors)) <= 1e-5

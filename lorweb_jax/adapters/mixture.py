@@ -15,7 +15,8 @@ from lorweb_jax.nn import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRankMix:
-    """scale · Σ_n c_n · (x A_n) B_n (method.md §3), the same n coefficients for every token of an example."""
+    """Eq. 4 (method.md §3), scale · Σ_n c_n · (x A_n) B_n: each example of a batch with its own coefficients c, the same
+    for all its tokens."""
 
     a_nir: jax.Array
     b_nro: jax.Array
@@ -23,34 +24,15 @@ class LowRankMix:
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
-        """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]. Two products of inner width n·r, as wide as the hardware
-        likes, instead of n narrow ones."""
-        n, i, r = self.a_nir.shape
+        """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
         # Members split over devices are gathered here, one layer at a time and in the dtype of the product.
         a = sharding.constrain(self.a_nir.astype(x.dtype), None, sharding.ANY, None)
         b = sharding.constrain(self.b_nro.astype(x.dtype), None, None, sharding.ANY)
-        a, b = a.transpose(1, 0, 2).reshape(i, n * r), b.reshape(n * r, -1)
-        coeff = jnp.repeat(self.scale * self.coeff_bn, r, axis=-1).astype(x.dtype)
-        return _expand((x @ a) * (coeff if x.ndim == 2 else coeff[:, None]), b)
-
-
-@jax.custom_vjp
-def _expand(h: jax.Array, b_mo: jax.Array) -> jax.Array:
-    """h [..., m] @ b [m, o]. The gradient of b is made as hᵀ g; jax's own rule would make its transpose gᵀ h, for which
-    CPUs transpose g [..., o] in place of h, which is many times narrower."""
-    return h @ b_mo
-
-
-def _expand_forward(h, b_mo):
-    return h @ b_mo, (h, b_mo)
-
-
-def _expand_backward(kept, g):
-    h, b_mo = kept
-    return jnp.einsum("...o,mo->...m", g, b_mo), jnp.einsum("...m,...o->mo", h, g)
-
-
-_expand.defvjp(_expand_forward, _expand_backward)
+        c = jnp.expand_dims(self.scale * self.coeff_bn, tuple(range(1, x.ndim - 1))).astype(x.dtype)
+        # Eq. 4 as "bsi,nir,bn,nro->bso", or "bi,nir,bn,nro->bo", from the left to the right: two products of inner width
+        # n·r, as wide as the hardware likes. The updates A_n B_n [i, o] of the weights are never formed.
+        h = jnp.einsum("b...i,nir->b...nr", x, a) * c[..., None]
+        return jnp.einsum("b...nr,nro->b...o", h, b)
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ def coefficients(
     activation: str,
     reduction: str,
 ) -> jax.Array:
-    """c [b, n] = mean or sum over heads of act((P q)_h · keys_h / √(k/h)); in float32.
+    """Eq. 5 (method.md §4): c [b, n] = mean or sum over heads of act((P q)_h · keys_h / √(k/h)), in float32.
 
     `activation` "softmax" (over n) or "tanh"; `reduction` "mean", or "sum" clipped to the activation's range.
     """
