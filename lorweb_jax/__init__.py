@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Pipeline": "lorweb_jax.pipeline.pipeline",
     "Basis": "lorweb_jax.adapters.basis",
-    "BasisConfig": "lorweb_jax.adapters.basis",
+    "BasisConfig": "lorweb_jax.adapters.config",
     "Mix": "lorweb_jax.adapters.mix",
     "UserError": "lorweb_jax.common.errors",
     "read_image": "lorweb_jax.images.io",

@@ -155,17 +155,16 @@ def export_lora(args: argparse.Namespace) -> None:
 
 def _coefficients(args: argparse.Namespace, config, arrays) -> Mapping:
     """{path: c [l, n]} of the analogy; a basis with fixed coefficients needs no images."""
-    import numpy as np
+    from lorweb_jax.adapters.basis import Basis
 
-    if config.query == "fixed":
-        return {path: np.ones(parts["a"].shape[:2], np.float32) for path, parts in arrays.items()}
+    if not config.coefficients.has_router:
+        return Basis.from_arrays(config, arrays).mix(config.coefficients.default).coefficients
     if absent := [f"--{name}" for name in ("a", "a2", "b") if getattr(args, name) is None]:
         raise UserError(
             f"{', '.join(absent)} not given; the mix of this basis is chosen by three images: "
             "--a before.png --a2 after.png --b new.png",
             2,
         )
-    from lorweb_jax.adapters.basis import Basis
     from lorweb_jax.images.io import read_image
     from lorweb_jax.pipeline.pipeline import Pipeline
 

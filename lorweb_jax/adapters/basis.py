@@ -1,8 +1,7 @@
 """A learned basis of low-rank updates for stacks of linear layers, and the router's parameters (method.md §3)."""
 
-import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,73 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorweb_jax.adapters.coefficients import Fixed, Internal, Routed, RouterParameters
+from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
-from lorweb_jax.adapters.router import coefficients
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
-from lorweb_jax.settings.fields import BASIS, INTERNAL_MODES, Real, Whole, as_value, shown
-
-# A file's basis may be larger than one that a config asks for; the words are the same.
-_RULES = {
-    **{name: BASIS[f"basis.{name}"] for name in ("activation", "reduction", "pooling", "query", "projection")},
-    **{name: Whole(1, 65_536) for name in ("size", "rank", "key_dim", "heads")},
-    "query_dim": Whole(1, 2**31, also=(None,)),
-    "scale": Real(-1e6, 1e6),
-}
+from lorweb_jax.settings.fields import Whole, as_value, shown
 
 
 class BasisParam(nnx.Param):
-    """A trainable of the basis or its router: the one type that gradient, optimizer, checkpoint and export name."""
+    """A trained parameter of a basis or its router: the one type that gradient, optimizer, checkpoint and export name."""
 
 
-@dataclasses.dataclass(frozen=True)
-class BasisConfig:
-    """What a basis is made of.
+class FrozenBasisParam(nnx.Variable):
+    """A parameter of a basis that isn't trained. It is no weight of the base model: it is kept in float32 whatever dtype
+    those are stored in, and checkpoints and exports hold it, since no other file does."""
 
-    size: n, members of the basis. rank: r of each. key_dim: k. heads: h, a divisor of k.
-    query: "external" (an image encoder's embeddings, width query_dim), "internal" (the layer's own input), or
-      "fixed" (every coefficient 1: an ordinary LoRA of rank n·r).
-    query_mode: which images or tokens the query is made of. pooling: of an internal query.
-    projection: "linear" [k, q], or "none", where the query's width must equal k.
-    scale: alpha / r. encoder: which image encoder makes the external query, a name or a folder; "" if that isn't
-      said. encoder_sketch: of its weights (models/image_encoder/identity.py), or "".
-    """
 
-    size: int = 32
-    rank: int = 4
-    key_dim: int = 128
-    heads: int = 1
-    activation: str = "softmax"
-    reduction: str = "mean"
-    query: str = "external"
-    query_mode: str = "cat-aa'b"
-    pooling: str = "avg"
-    projection: str = "linear"
-    query_dim: int | None = 2304
-    scale: float = 1.0
-    encoder: str = ""
-    encoder_sketch: str = ""
-
-    def __post_init__(self):
-        for name, rule in _RULES.items():
-            if not rule.takes(getattr(self, name)):
-                raise UserError(f"basis.{name} is {shown(getattr(self, name))}; give {rule}", 2)
-        if self.key_dim % self.heads:
-            raise UserError(
-                f"basis.key_dim {self.key_dim} can't be shared by {self.heads} heads; choose a number of "
-                "heads that divides it",
-                2,
-            )
-        if self.query == "internal" and self.query_mode not in INTERNAL_MODES:
-            raise UserError(
-                f"basis.query_mode is {self.query_mode!r}; an internal query takes one of {', '.join(INTERNAL_MODES)}",
-                2,
-            )
-
-    @property
-    def routed(self) -> bool:
-        return self.query != "fixed"
+_PARAMS = (BasisParam, FrozenBasisParam)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
@@ -84,23 +35,33 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
 
 
 class LayerBasis(nnx.Module):
-    """The basis of one stack of linear layers: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q]."""
+    """The basis of one stack of linear layers: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q].
+
+    keys and projection are None without a router. A member of lower rank than r has zero columns of A and rows of B, one
+    that adapts only some blocks has zeros for the others.
+    """
 
     def __init__(self, config: BasisConfig, depth: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         n, r, k = config.size, config.rank, config.key_dim
+        kinds = {part: FrozenBasisParam if part in config.frozen else BasisParam for part in ("a", "b")}
         # PyTorch's Kaiming rule reads [n, i, r] as a convolution kernel: fan-in i·r.
-        self.a = BasisParam(_uniform(rngs.params(), (depth, n, inputs, r), (inputs * r) ** -0.5))
-        self.b = BasisParam(jnp.zeros((depth, n, r, outputs), jnp.float32))
-        width = inputs if config.query == "internal" else config.query_dim
-        linear = config.projection == "linear"
-        if config.routed and not linear and width != k:
+        self.a = kinds["a"](_uniform(rngs.params(), (depth, n, inputs, r), (inputs * r) ** -0.5))
+        self.b = kinds["b"](jnp.zeros((depth, n, r, outputs), jnp.float32))
+        routed, linear = config.coefficients.has_router, config.projection == "linear"
+        width = config.coefficients.query_width(inputs) if routed else None
+        if routed and not linear and width != k:
             raise UserError(
                 f"basis.projection is none, but a query is {width} wide and key_dim is {k}; use projection linear", 2
             )
-        self.keys = BasisParam(jax.random.normal(rngs.params(), (depth, n, k), jnp.float32)) if config.routed else None
+        self.keys = BasisParam(jax.random.normal(rngs.params(), (depth, n, k), jnp.float32)) if routed else None
         self.projection = (
-            BasisParam(_uniform(rngs.params(), (depth, k, width), width**-0.5)) if config.routed and linear else None
+            BasisParam(_uniform(rngs.params(), (depth, k, width), width**-0.5)) if routed and linear else None
         )
+
+    @property
+    def router(self) -> RouterParameters:
+        """keys [l, n, k], and projection [l, k, q] or None."""
+        return self.keys[...], None if self.projection is None else self.projection[...]
 
 
 class Basis(nnx.Module):
@@ -114,77 +75,65 @@ class Basis(nnx.Module):
         self.config = config
         self.layers = nnx.Dict({path: LayerBasis(config, *shape, rngs=rngs) for path, shape in layers.items()})
 
-    def coefficients(self, query_bq: jax.Array | None = None, batch: int = 1) -> dict[str, jax.Array]:
-        """Every layer's coefficients [l, b, n], computed once for an analogy.
+    def coefficients(self, query_bq: jax.Array | None = None, batch: int = 1) -> dict[str, jax.Array] | None:
+        """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers make them of their own
+        input (query "internal").
 
-        query_bq: the external query; several tokens [b, tokens, width] are flattened. Without a router (query
-        "fixed") all coefficients are 1, for `batch` examples. Raises UserError for an internal query, whose
-        coefficients aren't known before the layer runs, and for a query of the wrong width.
+        query_bq: the external query [b, q] or [b, tokens, width], of use to a routed basis. batch: b, where there is no
+        query. Raises UserError for a query of the wrong width.
         """
-        config = self.config
-        if config.query == "internal":
-            raise UserError(
-                "this basis routes by an internal query: its coefficients depend on each layer's input "
-                "and can't be computed beforehand; edit without folding"
-            )
-        if config.query == "fixed":
+        match self.config.coefficients:
+            case Routed() as routed:
+                return routed.of_stacks({path: layer.router for path, layer in self.layers.items()}, query_bq)
+            case Fixed() as fixed:
+                return self._same_for_all_blocks(fixed.rows([fixed.default] * batch))
+        return None
+
+    def named(self, names: Sequence[str]) -> dict[str, jax.Array]:
+        """Every stack's coefficients c [l, b, n], each example of a batch by a row of `BasisConfig.table`.
+
+        Raises UserError for a name that the table hasn't got, and where coefficients aren't fixed.
+        """
+        return self._same_for_all_blocks(self._table().rows(names))
+
+    def _table(self) -> Fixed:
+        if not isinstance(self.config.coefficients, Fixed):
+            raise UserError("this basis has a router and no named mixes; give a member's index, or coefficients")
+        return self.config.coefficients
+
+    def _same_for_all_blocks(self, c_bn: jax.Array) -> dict[str, jax.Array]:
+        return {path: jnp.repeat(c_bn[None], layer.a.shape[0], axis=0) for path, layer in self.layers.items()}
+
+    def adapters(self, coefficients: Mapping[str, jax.Array] | None) -> dict[str, LowRankMix | RoutedMix]:
+        """What each stack of layers adds to its output, for the c [l, b, n] of `coefficients` or `named`.
+
+        None, as `coefficients` returns it, lets layers make them of their own input.
+        """
+        scale = self.config.scale
+        if coefficients is None:
+            internal = self.config.coefficients
+            if not isinstance(internal, Internal):
+                raise UserError("the coefficients of this basis are known in advance; give those of `coefficients`")
             return {
-                path: jnp.ones((layer.b.shape[0], batch, config.size), jnp.float32)
-                for path, layer in self.layers.items()
-            }
-        query_bq = query_bq.reshape(query_bq.shape[0], -1)
-        if query_bq.shape[1] != config.query_dim:
-            raise UserError(
-                f"the query is {query_bq.shape[1]} wide and the basis expects {config.query_dim} "
-                f"({config.query_mode}); use the image encoder and query mode that it was trained with"
-            )
-
-        # Rows are few, projections many: rows travel, and every device works with its share of k.
-        query_bq = sharding.constrain(query_bq, "data", None)
-
-        def one_layer(keys, projection):
-            return coefficients(
-                query_bq, keys, projection, heads=config.heads, activation=config.activation, reduction=config.reduction
-            )
-
-        return {
-            path: sharding.constrain(
-                jax.vmap(one_layer)(layer.keys[...], _value(layer.projection)), None, "batch", None
-            )
-            for path, layer in self.layers.items()
-        }
-
-    def adapters(self, coeffs: dict[str, jax.Array] | None = None) -> dict[str, LowRankMix | RoutedMix]:
-        """What each stack of layers adds, for the coefficients [l, b, n] of `coefficients` (None: internal query)."""
-        config = self.config
-        if coeffs is None:
-            return {
-                path: RoutedMix(
-                    layer.a[...],
-                    layer.b[...],
-                    layer.keys[...],
-                    _value(layer.projection),
-                    config.scale,
-                    config.query_mode,
-                    config.pooling,
-                    config.heads,
-                    config.activation,
-                    config.reduction,
-                )
+                path: RoutedMix(layer.a[...], layer.b[...], *layer.router, scale, internal)
                 for path, layer in self.layers.items()
             }
         return {
-            path: LowRankMix(layer.a[...], layer.b[...], coeffs[path], config.scale)
+            path: LowRankMix(layer.a[...], layer.b[...], coefficients[path], scale)
             for path, layer in self.layers.items()
         }
 
-    def mix(self, which: int | Mapping[str, Any]) -> Mix:
-        """A mix of this basis: of one member (its index, counted from 0), or of given coefficients {path: c [l, n]}.
+    def mix(self, which: int | str | Mapping[str, Any]) -> Mix:
+        """A mix of this basis: a member by its index, counted from 0; a row of `BasisConfig.table` by its name; or given
+        coefficients {path: c [l, n]}.
 
-        Raises UserError for an index beyond the members, and for coefficients of other paths or shapes.
+        Raises UserError for an index or name that there isn't, and for coefficients of other paths or shapes.
         """
         if not isinstance(which, Mapping):
-            row = np.eye(self.config.size)[as_value(which, "the member", Whole(0, self.config.size - 1))]
+            if isinstance(which, str):
+                [row] = np.asarray(self._table().rows([which]))
+            else:
+                row = np.eye(self.config.size)[as_value(which, "the member", Whole(0, self.config.size - 1))]
             which = {path: np.tile(row, (layer.a.shape[0], 1)) for path, layer in self.layers.items()}
         return self._fitting(Mix(which, self.fingerprint()))
 
@@ -231,13 +180,13 @@ class Basis(nnx.Module):
     def to_arrays(self) -> dict[str, dict[str, jax.Array]]:
         """{path: {"a", "b", "keys", "projection"}}, what files hold; absent parts are left out."""
         return {
-            path: {name: param[...] for name, param in vars(layer).items() if isinstance(param, BasisParam)}
+            path: {name: param[...] for name, param in vars(layer).items() if isinstance(param, _PARAMS)}
             for path, layer in self.layers.items()
         }
 
     @classmethod
     def from_arrays(cls, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> "Basis":
-        """A basis with these values; shapes come from the arrays, dtypes are kept.
+        """A basis with these values; shapes come from the arrays, dtypes are kept, but float32 for what is frozen.
 
         Raises UserError for parts that are missing, of other axes or not as the config says.
         """
@@ -261,14 +210,15 @@ class Basis(nnx.Module):
         for path, parts in arrays.items():
             layer = basis.layers[path]
             for name, param in vars(layer).items():
-                if isinstance(param, BasisParam):
+                if isinstance(param, _PARAMS):
                     if name not in parts or tuple(parts[name].shape) != tuple(param.shape):
                         found = tuple(parts[name].shape) if name in parts else "nothing"
                         raise UserError(
                             f"the basis of {path} has {found} as {name}; its config asks for "
                             f"{tuple(param.shape)}; use the config that belongs to this file"
                         )
-                    param.set_value(jnp.asarray(parts[name]))
+                    dtype = jnp.float32 if isinstance(param, FrozenBasisParam) else None
+                    param.set_value(jnp.asarray(parts[name], dtype))
         return basis
 
 
@@ -280,7 +230,3 @@ def _samples(arrays: dict[str, dict[str, jax.Array]]) -> dict[str, tuple[jax.Arr
         return a[:, :, a.shape[2] // 2].astype(jnp.float32), b[..., b.shape[3] // 2].astype(jnp.float32)
 
     return {path: middle(**parts) for path, parts in arrays.items()}
-
-
-def _value(param: BasisParam | None) -> jax.Array | None:
-    return None if param is None else param[...]

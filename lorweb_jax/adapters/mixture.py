@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lorweb_jax.adapters.router import coefficients, internal_query
+from lorweb_jax.adapters.coefficients import Internal
 from lorweb_jax.nn import sharding
 
 
@@ -45,24 +45,12 @@ class RoutedMix:
     keys_nk: jax.Array
     projection_ki: jax.Array | None
     scale: float = dataclasses.field(metadata={"static": True})
-    mode: str = dataclasses.field(metadata={"static": True})
-    pooling: str = dataclasses.field(metadata={"static": True})
-    heads: int = dataclasses.field(metadata={"static": True})
-    activation: str = dataclasses.field(metadata={"static": True})
-    reduction: str = dataclasses.field(metadata={"static": True})
+    internal: Internal = dataclasses.field(metadata={"static": True})
 
-    def coefficients(self, x: jax.Array, text_tokens: int) -> jax.Array:
+    def coefficients(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
         """c [b, n] for the layer's input x."""
-        query = internal_query(x, text_tokens, self.mode, self.pooling)
-        return coefficients(
-            query,
-            self.keys_nk,
-            self.projection_ki,
-            heads=self.heads,
-            activation=self.activation,
-            reduction=self.reduction,
-        )
+        return self.internal.of_input((self.keys_nk, self.projection_ki), x, text_tokens)
 
     def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
-        mix = LowRankMix(self.a_nir, self.b_nro, self.coefficients(x, text_tokens), self.scale)
-        return mix(x, text_tokens)
+        """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
+        return LowRankMix(self.a_nir, self.b_nro, self.coefficients(x, text_tokens), self.scale)(x)

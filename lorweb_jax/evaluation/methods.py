@@ -41,7 +41,7 @@ def edit_samples(
 
 def methods(pipeline: Pipeline, **sampling) -> dict[str, Method]:
     """Copying b; the base without and with its basis, from the same noise. `sampling` as in `edit_samples`."""
-    name = "basis" if pipeline.model.basis.config.routed else "LoRA"
+    name = "basis" if pipeline.model.basis.config.coefficients.has_router else "LoRA"
     return {
         COPY: lambda samples: [sample.b for sample in samples],
         "base, text only": lambda samples: edit_samples(pipeline, samples, use_basis=False, **sampling),

@@ -231,13 +231,13 @@ class BasisJob:
         which files of the data could not be used. Only the first can end the run."""
         pipeline = Pipeline(self.folder, model, self.precomputed)
         config = model.basis.config
-        if config.routed:
+        if config.coefficients.has_router:
             pipeline.save_basis(workdir / "export" / "basis.safetensors")
             if config.encoder_sketch:
                 write_json(workdir / ENCODER, {"name": config.encoder, "sketch": config.encoder_sketch})
         else:
-            ones = {path: np.ones(layer.a.shape[:2]) for path, layer in model.basis.layers.items()}
-            pipeline.save_lora(workdir / "export" / "lora.safetensors", pipeline.mix(ones), dtype="float16")
+            mix = pipeline.mix(config.coefficients.default)
+            pipeline.save_lora(workdir / "export" / "lora.safetensors", mix, dtype="float16")
         if len(self.problems):
             with report_only("problems.json"):
                 self.problems.write(workdir / "problems.json")

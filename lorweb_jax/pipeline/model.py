@@ -65,8 +65,6 @@ class AnalogyModel(nnx.Module):
         """What the basis adds to each linear layer, its coefficients computed once; None without a basis."""
         if self.basis is None:
             return None
-        if self.basis.config.query == "internal":
-            return self.basis.adapters()
         return self.basis.adapters(self.basis.coefficients(query_bq, batch))
 
     def velocity(

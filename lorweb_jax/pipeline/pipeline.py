@@ -166,8 +166,9 @@ class Pipeline:
         coefficients = {path: to_host(c[:, 0]) for path, c in self._coefficients([images]).items()}
         return Mix(coefficients, self.model.basis.fingerprint())
 
-    def mix(self, which: int | Mapping[str, Any]) -> Mix:
-        """A mix of the attached basis: of one member, by its index, or of given coefficients {path: [l, n]}.
+    def mix(self, which: int | str | Mapping[str, Any]) -> Mix:
+        """A mix of the attached basis: a member by its index, a row of `BasisConfig.table` by its name, or given
+        coefficients {path: c [l, n]}.
 
         Raises UserError without a basis, and for what doesn't fit it.
         """
@@ -253,7 +254,7 @@ class Pipeline:
             noise = self._noise(noise, batch, size)
         adapters = self._adapters(conditions, mix) if use_basis and model.basis is not None else None
         if adapters:
-            foldable = batch == 1 and (mix is not None or model.basis.config.query != "internal")
+            foldable = batch == 1 and (mix is not None or model.basis.config.coefficients.in_advance)
             if folded and not foldable:
                 raise UserError(
                     "a mix can be folded into the weights for one analogy whose coefficients don't depend "
@@ -339,7 +340,12 @@ class Pipeline:
 
     def _coefficients(self, conditions: list[Images]) -> dict[str, jax.Array]:
         basis = self._basis()
-        query = self._query(conditions) if basis.config.query == "external" else None
+        if not basis.config.coefficients.in_advance:
+            raise UserError(
+                "this basis routes by an internal query: its coefficients depend on each layer's input "
+                "and can't be computed beforehand; edit without folding"
+            )
+        query = self._query(conditions) if basis.config.coefficients.from_images else None
         found = basis.coefficients(query, len(conditions))
         for path, bad in jax.device_get(_not_finite(found)).items():
             if bad:
@@ -355,7 +361,7 @@ class Pipeline:
             return basis.adapters(
                 {path: jnp.repeat(c[:, None], len(conditions), 1) for path, c in basis.own(mix).coefficients.items()}
             )
-        return basis.adapters(None if basis.config.query == "internal" else self._coefficients(conditions))
+        return basis.adapters(self._coefficients(conditions) if basis.config.coefficients.in_advance else None)
 
     def _target(self, path: Any) -> Path:
         """A .safetensors file to write, which may replace another one but not what the basis was read from."""

@@ -39,11 +39,9 @@ def velocity(model: Flux, inputs: Inputs, adapters: dict | None) -> jax.Array:
 
 def adapters_of(basis: Basis, query: np.ndarray | None) -> dict[str, LowRankMix | RoutedMix]:
     """What a basis adds for a recorded external query [b, tokens, width]."""
-    if basis.config.query == "internal":
-        return basis.adapters()
-    if query is None:
+    if basis.config.coefficients.from_images and query is None:
         raise Absent("the recording has no external_query")
-    return basis.adapters(basis.coefficients(jnp.asarray(query)))
+    return basis.adapters(basis.coefficients(None if query is None else jnp.asarray(query)))
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -130,7 +128,7 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
 
     @functools.cache
     def coefficients():
-        if adapted().config.query == "internal":
+        if not adapted().config.coefficients.in_advance:
             return {
                 key.removeprefix("mix/"): value
                 for key, value in trace(pipeline.transformer, inputs, adapters_of(adapted().basis, None)).items()

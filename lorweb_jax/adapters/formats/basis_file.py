@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import yaml
 
-from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.adapters.formats import identify
 from lorweb_jax.adapters.formats.layer_names import layer_name, split_layer_name, stack_blocks
 from lorweb_jax.common.errors import UserError, say
@@ -218,7 +218,7 @@ def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str =
 
 def network_from_config(config: BasisConfig) -> dict[str, Any]:
     """Inverse of `config_from_network`. UserError for a basis without a router, which the format cannot hold."""
-    if not config.routed:
+    if not config.coefficients.has_router:
         raise UserError(
             "this basis has fixed coefficients and no router, which the published format cannot hold; "
             "export it as an ordinary LoRA instead"

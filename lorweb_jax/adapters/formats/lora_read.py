@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.adapters.formats import lora_names
 from lorweb_jax.adapters.formats.layer_names import layer_name
 from lorweb_jax.adapters.formats.lora_scale import Scales
