@@ -10,6 +10,7 @@ from flax import nnx
 
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.settings.config import base_config, choose_variant
+from lorweb_jax.training.job import Batches, Job
 
 
 def get_config(variant: str = ""):
@@ -48,14 +49,11 @@ class Line(nnx.Module):
         return x @ self.slope[...] + self.frozen["a.b"][...]
 
 
-class Points:
+class Points(Batches):
     """Batches drawn from (seed, position)."""
 
     def __init__(self, config):
         self.config, self.position = config, 0
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         time.sleep(self.config.line.pause)
@@ -73,7 +71,7 @@ class Points:
         self.position = state["position"]
 
 
-class LineJob:
+class LineJob(Job):
     trainable = Slope
 
     def build(self, rngs):

@@ -15,8 +15,9 @@ from lorweb_jax.adapters.basis import Basis, BasisConfig, BasisParam
 from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
 from lorweb_jax.nn import sharding
 from lorweb_jax.settings.config import base_config
+from lorweb_jax.training.job import Job
 from lorweb_jax.training.optimizer import make_optimizer
-from lorweb_jax.training.state import Layout, StateShapes, frozen_weights
+from lorweb_jax.training.state import Partition, frozen_weights, new_state, state_shapes
 from lorweb_jax.training.step import TrainStep
 
 FLUX = FluxConfig(
@@ -38,7 +39,7 @@ class Model(nnx.Module):
         self.basis = Basis(BasisConfig(size=8, rank=2, key_dim=16, query_dim=QUERY), block_linears(FLUX), rngs=rngs)
 
 
-class MeshJob:
+class MeshJob(Job):
     trainable = BasisParam
 
     def __init__(self, quantization: str = "none"):
@@ -100,21 +101,23 @@ def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, 
     """Trained arrays after three steps, "loss" [3], and "share/<path>": a device's share of each parameter."""
     config = base_config("mesh")
     job, optimizer, mesh = MeshJob(quantization), make_optimizer(config), sharding.make_mesh(sizes)
-    layout = Layout.of(job, 0)
-    shapes = StateShapes.of(layout, optimizer, config, mesh)
-    frozen = frozen_weights(job, shapes.frozen, config)
+    partition = Partition.of(job, config.seed)
+    shapes = state_shapes(job, partition, optimizer, config, mesh)
+    frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
     trainable = {
         name: sharding.put(array, shapes.trainable[name]) for name, array in random_arrays(shapes.trainable).items()
     }
-    opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
+    state = jax.jit(
+        lambda trainable: new_state(job, partition, optimizer, config, trainable),
+        out_shardings=sharding.shardings_of(shapes),
+    )(trainable)
     losses = []
     with jax.set_mesh(mesh):
-        step = TrainStep(job, layout, optimizer, 0, mesh, shapes)
-        for index, batch in enumerate(batches()):
-            trainable, opt_state, metrics = step(
-                trainable, opt_state, frozen, sharding.put_batch(mesh, batch), np.uint32(index)
-            )
+        step = TrainStep(job, partition, optimizer, config, mesh, shapes)
+        for batch in batches():
+            state, metrics = step(state, frozen, sharding.put_batch(mesh, batch))
             losses.append(float(metrics["loss"]))
+    trainable = state.trainable
     share = {
         f"share/{name}": array.addressable_shards[0].data.size / array.size
         for name, array in {**trainable, **frozen}.items()

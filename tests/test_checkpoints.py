@@ -29,7 +29,7 @@ def state():
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     updates, opt_state = optimizer.update(trainable, optimizer.init(trainable), trainable)
-    return trainable, opt_state
+    return {"step": jnp.uint32(5), "trainable": trainable, "average": None, "optimizer": {"train": opt_state}}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(tmp_path, state):
     configs.save(line_job.get_config(), tmp_path / "config.json")
     checkpoints = Checkpoints(tmp_path)
     for step in range(1, 6):
-        checkpoints.save(step, *state, data_state=b'{"position": 7}', log_state=[{"loss": 0.1 + 0.2}])
+        checkpoints.save(step, state, data_state=b'{"position": 7}', log_state=[{"loss": 0.1 + 0.2}])
     checkpoints.finish()
     checkpoints.close()
     return tmp_path
@@ -47,10 +47,10 @@ def run(tmp_path, state):
 def test_what_was_saved_comes_back_to_the_bit(run, state):
     checkpoints = Checkpoints(run)
     assert checkpoints.latest() == 5
-    step, trainable, opt_state, data_state, log_state = checkpoints.restore_newest(*(shapes_of(part) for part in state))
+    step, restored, data_state, log_state = checkpoints.restore_newest(shapes_of(state))
     assert step == 5
-    assert jax.tree.structure((trainable, opt_state)) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, (trainable, opt_state), state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert data_state == b'{"position": 7}' and log_state == [{"loss": 0.1 + 0.2}]
 
 
@@ -63,7 +63,7 @@ def test_the_latest_three_are_kept(run):
 
 def test_a_half_written_checkpoint_is_never_picked_up(run):
     shutil.copytree(run / "checkpoints/5", run / "checkpoints/6.orbax-checkpoint-tmp")
-    (run / "checkpoints/6.orbax-checkpoint-tmp/trainable/manifest.ocdbt").unlink()
+    (run / "checkpoints/6.orbax-checkpoint-tmp/state/manifest.ocdbt").unlink()
     restore_trainables(run, step=5)
     with pytest.raises(UserError, match="no checkpoint of step 6"):
         restore_trainables(run, step=6)
@@ -87,15 +87,15 @@ def test_a_flipped_bit_anywhere_never_loads_as_other_weights(run, state, capsys)
     taken, in one line; or, where nothing is read from the place, the same state."""
     expected, damaged = [np.asarray(leaf) for leaf in jax.tree.leaves(state)], 0
     intact = shutil.copytree(run / "checkpoints/5", run / "intact")
-    shapes = [shapes_of(part) for part in state]
+    shapes = shapes_of(state)
     for number, file in enumerate(files_of(run, 5)):
         for place in {file.stat().st_size // 2, max(0, file.stat().st_size - 1)}:
             data = bytearray(file.read_bytes())
             data[place : place + 1] = [byte ^ (1 << number % 8) for byte in data[place : place + 1]]
             file.write_bytes(data)
-            restored = Checkpoints(run).restore_newest(*shapes)
+            restored = Checkpoints(run).restore_newest(shapes)
             said = capsys.readouterr().out
-            for leaf, value in zip(expected, jax.tree.leaves((restored.trainable, restored.opt_state)), strict=True):
+            for leaf, value in zip(expected, jax.tree.leaves(restored.state), strict=True):
                 np.testing.assert_array_equal(leaf, value)
             if restored.step == 4:
                 damaged += 1
@@ -111,11 +111,12 @@ def test_without_checksums_what_can_not_be_read_is_passed_over_too(run, state, c
     """As checkpoints of older revisions are, which the last complete one stands in for."""
     for step in (3, 4, 5):
         (run / "checkpoints" / str(step) / checksums.FILE).unlink()
-    shutil.rmtree(run / "checkpoints/5/trainable/d")
-    restored = Checkpoints(run).restore_newest(*(shapes_of(part) for part in state))
+    shutil.rmtree(run / "checkpoints/5/state/d")
+    restored = Checkpoints(run).restore_newest(shapes_of(state))
     assert restored.step == 4 and "goes on from step 4" in capsys.readouterr().out
     np.testing.assert_array_equal(
-        restored.trainable["layers.transformer_blocks.attn.to_q.a"], state[0]["layers.transformer_blocks.attn.to_q.a"]
+        restored.state["trainable"]["layers.transformer_blocks.attn.to_q.a"],
+        state["trainable"]["layers.transformer_blocks.attn.to_q.a"],
     )
 
 
@@ -128,7 +129,7 @@ def flip(file):
 def test_a_damaged_checkpoint_is_told_and_the_one_before_given(run, capsys):
     intact = restore_trainables(run)[0]
     capsys.readouterr()
-    flip(files_of(run, 5)[-1])  # the last one of trainable
+    flip(files_of(run, 5)[-1])  # the last one of the state
     held = restore_trainables(run)[0]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "checkpoints/5 is damaged" in said and "step 4 is taken" in said
@@ -141,7 +142,7 @@ def test_when_all_are_damaged_nothing_is_renamed(run, state):
     for step in (3, 4, 5):
         flip(files_of(run, step)[-1])
     with pytest.raises(UserError, match="none of the checkpoints in .* can be restored: in that of step 5, "):
-        Checkpoints(run).restore_newest(*(shapes_of(part) for part in state))
+        Checkpoints(run).restore_newest(shapes_of(state))
     with pytest.raises(UserError, match="checkpoints/5 is damaged"):
         restore_trainables(run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "4", "5"]
@@ -150,18 +151,17 @@ def test_when_all_are_damaged_nothing_is_renamed(run, state):
 def test_a_run_goes_on_after_a_damaged_checkpoint_and_saves_its_step_again(run, state):
     flip(files_of(run, 5)[-1])
     checkpoints = Checkpoints(run)
-    assert checkpoints.restore_newest(*(shapes_of(part) for part in state)).step == 4
-    checkpoints.save(5, *state, data_state={}, log_state=[])
+    assert checkpoints.restore_newest(shapes_of(state)).step == 4
+    checkpoints.save(5, state, data_state={}, log_state=[])
     checkpoints.close()
-    assert Checkpoints(run).restore_newest(*(shapes_of(part) for part in state)).data_state == {}
+    assert Checkpoints(run).restore_newest(shapes_of(state)).data_state == {}
 
 
 @pytest.mark.filterwarnings("ignore")  # tensorstore leaves the other reads of a failed restore unawaited
 def test_a_checkpoint_of_another_size_is_told(run, state):
-    trainable, opt_state = state
-    wider = trainable | {"layers.transformer_blocks.attn.to_q.a": jnp.zeros((2, 4))}
+    wider = state["trainable"] | {"layers.transformer_blocks.attn.to_q.a": jnp.zeros((2, 4))}
     with pytest.raises(UserError, match="does not fit this model"):
-        Checkpoints(run).restore_newest(shapes_of(wider), shapes_of(opt_state))
+        Checkpoints(run).restore_newest(shapes_of(state | {"trainable": wider}))
     gc.collect()
 
 

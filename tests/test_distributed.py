@@ -184,7 +184,7 @@ def test_a_checkpoint_is_restored_on_other_meshes(tmp_path):
     program = """
 import sys; from pathlib import Path
 import jax, numpy as np, optax
-from lorweb_jax import sharding
+from lorweb_jax.nn import sharding
 from lorweb_jax.runs.checkpoints import Checkpoints
 rng, optimizer = np.random.default_rng(0), optax.adamw(1e-3)
 names = {"basis.layers.transformer_blocks.attn.to_q.a": (2, 4, 8, 4), "basis.layers.transformer_blocks.attn.to_q.b":
@@ -192,18 +192,18 @@ names = {"basis.layers.transformer_blocks.attn.to_q.a": (2, 4, 8, 4), "basis.lay
 arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
 def shapes(devices, **sizes):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes, jax.devices()[:devices])
-    return [sharding.place(mesh, jax.eval_shape(lambda: tree)) for tree in (arrays, optimizer.init(arrays))]
-trainable = {name: sharding.put(arrays[name], where) for name, where in shapes(8, data=2, fsdp=4)[0].items()}
+    return sharding.place(mesh, jax.eval_shape(lambda: {"trainable": arrays, "optimizer": optimizer.init(arrays)}))
+trainable = {name: sharding.put(arrays[name], where) for name, where in shapes(8, data=2, fsdp=4)["trainable"].items()}
 checkpoints = Checkpoints(Path(sys.argv[1]))
-checkpoints.save(1, trainable, optimizer.init(trainable), {}, [])
+checkpoints.save(1, {"trainable": trainable, "optimizer": optimizer.init(trainable)}, {}, [])
 checkpoints.finish()
 for devices, sizes in ((4, {"fsdp": 2, "tensor": 2}), (1, {})):
     expected = shapes(devices, **sizes)
-    found = checkpoints.restore(1, *expected)
-    for name, array in found.trainable.items():
+    state = checkpoints.restore(1, expected).state
+    for name, array in state["trainable"].items():
         np.testing.assert_array_equal(array, arrays[name])
-        assert array.sharding == expected[0][name].sharding
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves((found.trainable, found.opt_state))} == {devices}
+        assert array.sharding == expected["trainable"][name].sharding
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {devices}
 checkpoints.close()
 print("restored")
 """

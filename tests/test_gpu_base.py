@@ -1,5 +1,6 @@
 """The GPU script's own parts: steps by the dozen, the clock, blocks of pixels."""
 
+import dataclasses
 import runpy
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from lorweb_jax.nn.layers import Linear, Weight
+from lorweb_jax.nn.layers import Linear
 from lorweb_jax.small_base.corpus import Corpus
 from lorweb_jax.training.optimizer import make_optimizer
+from lorweb_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +40,25 @@ def loss(model, key, x):
 def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
     """Three steps at once against three by hand, at the rates of a cosine that ends with the time."""
     config = script["Settings"].of(CONFIG)
-    made = script["trainer"](SimpleNamespace(trainable=Weight, build=Model), config, loss)
+    made = script["trainer"](Model, config, loss)
     x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
-    state = made.fresh()
-    weights, moments = state[0], state[1]
-    (found, moments_found, count), metrics = made.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).compile()(
-        state, np.int32(3), np.float32(0.5), np.float32(0.1), np.float32(1), x
+    begun = made.fresh()
+    weights = average = begun.trainable
+    moments = begun.optimizer["train"]
+    after, metrics = made.lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).compile()(
+        begun, np.int32(3), np.float32(0.5), np.float32(0.1), np.float32(1), x
     )
-    assert int(count) == 3 and metrics["size"] == pytest.approx(abs(x).mean(), rel=1e-6)
+    assert int(after.step) == 3 and metrics["size"] == pytest.approx(abs(x).mean(), rel=1e-6)
     for i in range(3):
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * (0.5 + 0.1 * i)))
-        gradient = jax.grad(lambda weights: loss(made.layout.model(weights, {}), jax.random.key(0), x)[0])(weights)
+        gradient = jax.grad(lambda weights: loss(made.partition.model(weights, {}), jax.random.key(0), x)[0])(weights)
         updates, moments = make_optimizer(config, lambda _, rate=rate: rate).update(gradient, moments, weights)
         weights = jax.tree.map(lambda w, u: w + u, weights, updates)
+        decay = min(0.9, (1 + i) / (10 + i))
+        average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, weights)
     for name in weights:
-        np.testing.assert_allclose(found[name], weights[name], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(
-            made.averaged(moments_found)[name], made.averaged(moments)[name], rtol=1e-4, atol=1e-6
-        )
+        np.testing.assert_allclose(after.trainable[name], weights[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(after.average[name], average[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture()
@@ -127,17 +130,19 @@ def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, mon
     monkeypatch.setitem(script["Stages"].train_autoencoder.__globals__, "ENCODED", 4)
 
     def program(state, steps, *rest):
-        used.append(state[0])
+        used.append(state.trainable)
         log.pass_(0.01 * steps)
-        return ({"w": state[0]["w"] + 1}, *state[1:]), {"loss": np.float32(1), "psnr": np.float32(12)}
+        return dataclasses.replace(state, trainable={"w": state.trainable["w"] + 1}), {
+            "loss": np.float32(1),
+            "psnr": np.float32(12),
+        }
 
     def encode(weights, scale, shift, images):
         used.append(weights)
         return np.random.default_rng(0).standard_normal((4, 1, 1, 16))
 
-    made = SimpleNamespace(
-        program=program, held=held, begun=SimpleNamespace(result=lambda: ({"w": np.float32(0)}, None))
-    )
+    begun = TrainState(np.uint32(0), {"w": np.float32(0)}, None, {})
+    made = SimpleNamespace(program=program, held=held, begun=SimpleNamespace(result=lambda: begun))
     pixels = SimpleNamespace(wait_for=lambda n: None, table=lambda size, seed: images, pieces=[(np.arange(4), images)])
     weights, _ = stage.train_autoencoder(made, SimpleNamespace(program=(encode, encode)), pixels, None)
     assert used[0] == (held or {"w": np.float32(0)}) and used[-1] is weights

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import line_job
 import numpy as np
-import optax
 import pytest
+from flax import nnx
 
 from lorweb_jax.common.errors import UserError, told
 from lorweb_jax.jobs import make_job
 from lorweb_jax.nn import sharding
 from lorweb_jax.runs import checkpoints, checksums
 from lorweb_jax.runs.checkpoints import restore_trainables
+from lorweb_jax.training.job import Phase
 from lorweb_jax.training.loop import train
-from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
-from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
+from lorweb_jax.training.optimizer import make_optimizer, make_schedule, moving_average
+from lorweb_jax.training.state import Partition, frozen_weights, initial_state, state_shapes
 from lorweb_jax.training.step import make_update
 
 LINE_JOB = str(Path(__file__).parent / "line_job.py")
@@ -44,6 +45,13 @@ def start(workdir: Path, *options: str, **environment: str) -> subprocess.Popen:
     )
 
 
+def parts_of(config, job=None):
+    """(job, partition, optimizer, shapes of the state) of a run on one device."""
+    job, optimizer, mesh = job or line_job.make(config), make_optimizer(config), sharding.make_mesh(config.mesh)
+    partition = Partition.of(job, config.seed)
+    return job, partition, optimizer, state_shapes(job, partition, optimizer, config, mesh)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("whole")
@@ -62,9 +70,8 @@ def test_training_lowers_the_loss_and_leaves_its_files(whole_run):
 def test_the_step_is_the_formula(whole_run):
     """Five updates by a float64 AdamW written out here; 1e-4 relative."""
     config = line_job.get_config()
-    job, optimizer, mesh = line_job.make(config), make_optimizer(config), sharding.make_mesh(config.mesh)
-    shapes = StateShapes.of(Layout.of(job, config.seed), optimizer, config, mesh)
-    slope = np.asarray(initial_trainables(job, shapes.trainable, config)["slope"], np.float64)
+    job, partition, optimizer, shapes = parts_of(config)
+    slope = np.asarray(initial_state(job, partition, optimizer, config, shapes).trainable["slope"], np.float64)
     mu, nu = np.zeros_like(slope), np.zeros_like(slope)
     for step, batch in zip(range(5), job.data(config)):
         x = batch["x"].astype(np.float64)
@@ -84,16 +91,13 @@ def test_only_trainables_reach_optimizer_and_checkpoint_and_frozen_are_arguments
     np.testing.assert_array_equal(held["slope"], np.load(whole_run / "slope.npy"))
 
     config = line_job.get_config()
-    job, optimizer, mesh = line_job.make(config), make_optimizer(config), sharding.make_mesh(config.mesh)
-    layout = Layout.of(job, config.seed)
-    shapes = StateShapes.of(layout, optimizer, config, mesh)
-    trainable, frozen = initial_trainables(job, shapes.trainable, config), frozen_weights(job, shapes.frozen, config)
+    job, partition, optimizer, shapes = parts_of(config)
+    state = initial_state(job, partition, optimizer, config, shapes)
+    frozen_shapes = partition.frozen_shapes(sharding.make_mesh(config.mesh), config.train.param_dtype)
+    frozen = frozen_weights(job, frozen_shapes, config)
     np.testing.assert_array_equal(frozen["frozen.a.b"], 0.5)
-    opt_state = optimizer.init(trainable)
-    assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (4, 4)}
-    step = jax.make_jaxpr(make_update(job, layout, optimizer, 0))(
-        trainable, opt_state, frozen, {"x": jnp.zeros((8, 4))}, np.uint32(0)
-    )
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(), (4, 4)}
+    step = jax.make_jaxpr(make_update(job, partition, optimizer, config))(state, frozen, {"x": jnp.zeros((8, 4))})
     assert all(np.size(constant) <= 1 for constant in step.consts)
 
 
@@ -190,16 +194,75 @@ def test_a_folder_that_vanishes_while_a_run_writes_it(tmp_path, monkeypatch, gon
 
 
 def test_averaged_weights_are_the_formula():
+    """By the update and by numpy: four steps, of which each averages the weights after it."""
     config = line_job.get_config("average")
-    optimizer = make_optimizer(config)
-    weights = average = {"w": jnp.array([1.0, -2.0])}
-    state = optimizer.init(weights)
-    for step in range(4):
-        updates, state = optimizer.update({"w": jnp.array([0.3, step - 1.0])}, state, weights)
-        weights = optax.apply_updates(weights, updates)
+    job, partition, optimizer, shapes = parts_of(config)
+    update = jax.jit(make_update(job, partition, optimizer, config))
+    state = initial_state(job, partition, optimizer, config, shapes)
+    average = np.asarray(state.trainable["slope"], np.float64)
+    for step, batch in zip(range(4), job.data(config)):
+        state, _ = update(state, {"frozen.a.b": jnp.zeros(4)}, {"x": batch["x"]})
         decay = min(0.9, (1 + step) / (10 + step))
-        average = {"w": decay * average["w"] + (1 - decay) * weights["w"]}
-    np.testing.assert_allclose(averaged(state)["w"], average["w"], rtol=1e-6)
+        average = decay * average + (1 - decay) * np.asarray(state.trainable["slope"])
+    np.testing.assert_allclose(state.average["slope"], average, rtol=1e-5)
+    late = moving_average({"w": jnp.array([1.0])}, {"w": jnp.array([2.0])}, jnp.uint32(500), 0.9)
+    np.testing.assert_allclose(late["w"], [1.1], rtol=1e-6)
+
+
+class Two(nnx.Module):
+    """A slope and a shift, each trained in a phase of its own."""
+
+    def __init__(self, rngs):
+        self.slope = line_job.Slope(jax.random.normal(rngs.params(), (4,)))
+        self.shift = line_job.Slope(jnp.zeros(4))
+
+
+class TwoPhases(line_job.LineJob):
+    def build(self, rngs):
+        return Two(rngs)
+
+    def frozen(self, shapes):
+        return None
+
+    def phases(self):
+        """The slope by the squares of the errors, then the shift by how it stands with the slope that came of it."""
+
+        def squares(model, batch, key):
+            return jnp.square(model.slope[...] * batch["x"] + model.shift[...] - 1).sum(), {}
+
+        def product(model, batch, key):
+            return (model.slope[...] * model.shift[...]).sum(), {"largest": model.shift[...].max()}
+
+        return [Phase("first", squares, nnx.PathContains("slope")), Phase("second", product, nnx.PathContains("shift"))]
+
+
+def test_phases_follow_one_another_each_with_an_optimizer_of_its_own(tmp_path):
+    """Two steps by a float64 AdamW written out here: the second phase's gradient is the slope after the first's update,
+    clipped by itself; 1e-5 relative. And a whole run, with its log and checkpoint."""
+    config = line_job.get_config()
+    config.train.steps = config.train.checkpoint_every = 2
+    job, partition, optimizer, shapes = parts_of(config, TwoPhases())
+    assert shapes.optimizer.keys() == {"first", "second"}
+    state = initial_state(job, partition, optimizer, config, shapes)
+    values = {name: np.asarray(array, np.float64) for name, array in state.trainable.items()}
+    moments = {name: [np.zeros(4), np.zeros(4)] for name in values}
+    for step, batch in zip(range(2), job.data(config)):
+        x = batch["x"].astype(np.float64)
+        for name in ("slope", "shift"):
+            error = values["slope"] * x + values["shift"] - 1
+            gradient = (2 * error * x).sum(0) if name == "slope" else values["slope"].copy()
+            gradient *= min(1.0, 1.0 / np.linalg.norm(gradient))
+            m, v = moments[name]
+            moments[name] = m, v = [0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2]
+            direction = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
+            values[name] -= 0.05 * (direction + 0.05 * values[name])
+    train(config, tmp_path, lambda config: job)
+    restored = restore_trainables(tmp_path)[0]
+    for name, value in values.items():
+        np.testing.assert_allclose(restored[name], value, rtol=1e-5, err_msg=name)
+    assert {"loss", "first/loss", "second/loss", "second/largest", "second/gradient_norm"} <= set(
+        (tmp_path / "log.txt").read_text().splitlines()[0].split()
+    )
 
 
 def test_schedules():

@@ -75,34 +75,34 @@ def trained(config, name: str) -> Row:
     from lorweb_jax.nn.quantization import bytes_by_dtype
     from lorweb_jax.training.loop import next_batch
     from lorweb_jax.training.optimizer import make_optimizer
-    from lorweb_jax.training.state import Layout, StateShapes, frozen_weights, initial_trainables
+    from lorweb_jax.training.state import Partition, frozen_weights, initial_state, state_shapes
     from lorweb_jax.training.step import TrainStep
 
     steps, batch_size = config.train.steps, config.train.batch
     mesh = sharding.make_mesh(config.mesh)
     job, optimizer = make_job(config), make_optimizer(config)
-    layout = Layout.of(job, config.seed)
-    shapes = StateShapes.of(layout, optimizer, config, mesh)
-    frozen, trainable = frozen_weights(job, shapes.frozen, config), initial_trainables(job, shapes.trainable, config)
-    opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
+    partition = Partition.of(job, config.seed)
+    shapes = state_shapes(job, partition, optimizer, config, mesh)
+    frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
+    state = initial_state(job, partition, optimizer, config, shapes)
     losses, held_out, start = [], {}, None
     with jax.set_mesh(mesh):
-        step = TrainStep(job, layout, optimizer, config.seed, mesh, shapes)
+        step = TrainStep(job, partition, optimizer, config, mesh, shapes)
 
         @jax.jit
         def loss(trainable, frozen, batch, number):
-            return job.loss(layout.model(trainable, frozen), batch, jax.random.key(number))[0]
+            return job.loss(partition.model(trainable, frozen), batch, jax.random.key(number))[0]
 
         data = job.data(config)
         for index in range(steps):
             batch = next_batch(job, data, batch_size, mesh)
-            trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch, np.uint32(index))
+            state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
             start = start or time.perf_counter()  # the first step holds the compiler's time
             if (index + 1) % 20 == 0:
                 print(f"{name}: step {index + 1} of {steps}, loss {np.mean(losses[-20:]):.4f}", file=sys.stderr)
         seconds = (time.perf_counter() - start) / max(1, steps - 1)
-        getattr(data, "close", lambda: None)()  # its worker processes
+        data.close()
         for split in list(job.tasks)[1:]:
             batches = AnalogyLoader(
                 Analogies(job.tasks[split]),
@@ -118,11 +118,13 @@ def trained(config, name: str) -> Row:
             drawn = [next_batch(job, batches, batch_size, mesh) for _ in range(HELD_OUT_BATCHES)]
             held_out[split] = np.mean(
                 [
-                    loss(trainable, frozen, batch | step.encode(frozen, batch), number)
+                    loss(state.trainable, frozen, batch | step.encode(frozen, batch), number)
                     for number, batch in enumerate(drawn)
                 ]
             )
-    return Row(np.mean(losses[-SHOWN:]), held_out, seconds, f"{bytes_by_dtype(frozen)}; {bytes_by_dtype(opt_state)}")
+    return Row(
+        np.mean(losses[-SHOWN:]), held_out, seconds, f"{bytes_by_dtype(frozen)}; {bytes_by_dtype(state.optimizer)}"
+    )
 
 
 def main() -> None:

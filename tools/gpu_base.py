@@ -21,6 +21,7 @@ compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128 dr
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -157,11 +158,11 @@ class Pixels:
             time.sleep(0.2)
 
 
-def prepared_weights(layout) -> dict[str, np.ndarray] | None:
+def prepared_weights(partition) -> dict[str, np.ndarray] | None:
     """The autoencoder's that --prepare was given, or None where they are not of the shapes of this one."""
     with np.load(PREPARED / "vae.npz") as file:
         held = dict(file)
-    shapes = {name: variable.shape for name, (_, variable) in layout.trainable.items()}
+    shapes = {name: variable.shape for name, (_, variable) in partition.trainable.items()}
     return held if {name: array.shape for name, array in held.items()} == shapes else None
 
 
@@ -309,7 +310,6 @@ class Stages:
         import jax
         import jax.numpy as jnp
 
-        from lorweb_jax.nn.layers import Weight
         from lorweb_jax.small_base.autoencoder import autoencoder_config, autoencoder_loss, enlarged, new_autoencoder
         from lorweb_jax.small_base.corpus import canvas_of, draw_canvases
 
@@ -324,10 +324,10 @@ class Stages:
             return autoencoder_loss(model, canvas, noise_key, config.loss, self.dtype)
 
         vae_config = autoencoder_config(config)
-        job = SimpleNamespace(trainable=Weight, build=lambda rngs: new_autoencoder(vae_config, rngs))
         table = jax.ShapeDtypeStruct((self.size.table, count, side, side, 3), np.uint8)
-        made = self.to_compile("autoencoder's steps", trainer(job, config, loss), SEARCHED, table)
-        made.held = prepared_weights(made.layout)
+        steps = trainer(lambda rngs: new_autoencoder(vae_config, rngs), config, loss)
+        made = self.to_compile("autoencoder's steps", steps, SEARCHED, table)
+        made.held = prepared_weights(made.partition)
         return made
 
     def prepared_autoencoder(self, made, factors):
@@ -343,7 +343,6 @@ class Stages:
         """The trainer of transformer and text encoders."""
         import jax
 
-        from lorweb_jax.nn.layers import Weight
         from lorweb_jax.small_base.corpus import draw_batch, look_up
         from lorweb_jax.small_base.editor import Editor, editor_config, flow_loss
 
@@ -366,8 +365,8 @@ class Stages:
             shape(words.t5),
         )
         # Blocks are scanned: side by side they take minutes to compile for a GPU.
-        job = SimpleNamespace(trainable=Weight, build=lambda rngs: Editor(sizes, 1, self.dtype, rngs=rngs))
-        return self.to_compile("transformer's steps", trainer(job, config, loss), UNSEARCHED, *tables)
+        steps = trainer(lambda rngs: Editor(sizes, 1, self.dtype, rngs=rngs), config, loss)
+        return self.to_compile("transformer's steps", steps, UNSEARCHED, *tables)
 
     def train_autoencoder(self, made, encoders, pixels, programs):
         """(weights on the host, (scale, shift)); writes vae.safetensors."""
@@ -397,13 +396,13 @@ class Stages:
                 self.log,
                 "vae",
                 self.size.vae_steps,
-                (made.held or begun[0], *begun[1:]),
+                dataclasses.replace(begun, trainable=made.held or begun.trainable),
                 (table,),
                 made.program,
                 every,
                 least=LEAST_STEPS if made.held else 0,
             )
-            weights = jax.device_get(state[0])
+            weights = jax.device_get(state.trainable)
             reached = float(np.mean([entry["psnr"] for entry in self.log.record["vae"][-5:]]))
             if reached < LEAST_PSNR and made.held:
                 raise TooSlow(f"the autoencoder reached {reached:.1f} dB")
@@ -435,7 +434,7 @@ class Stages:
         from lorweb_jax.small_base.autoencoder import enlarged
 
         def latents(weights, scale, shift, x):
-            model = autoencoder.layout.model(weights, {})
+            model = autoencoder.partition.model(weights, {})
             z = model.encode(to_float(x).astype(self.dtype))[0].astype(jnp.float32)
             return ((z - shift) * scale).astype(jnp.float16)
 
@@ -443,7 +442,7 @@ class Stages:
 
         def compile_both():
             begin = self.log.now()
-            weights = autoencoder.begun.result()[0]
+            weights = autoencoder.begun.result().trainable
             made.program = [
                 jax.jit(function)
                 .lower(weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8))
@@ -526,10 +525,7 @@ class Stages:
                 saved.append(progress)
                 writing.append(
                     Background(
-                        save,
-                        self.args.out / "transformer.safetensors",
-                        jax.device_get(made.averaged(state[1])),
-                        np.float16,
+                        save, self.args.out / "transformer.safetensors", jax.device_get(state.exported), np.float16
                     )
                 )
 
@@ -538,7 +534,7 @@ class Stages:
         )
         for each in writing:
             each.join()
-        save(self.args.out / "transformer.safetensors", jax.device_get(made.averaged(state[1])), np.float16)
+        save(self.args.out / "transformer.safetensors", jax.device_get(state.exported), np.float16)
         self.log.say("transformer and text encoders written")
 
 

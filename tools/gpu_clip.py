@@ -58,11 +58,9 @@ def make_trainer(size, drawings, sentences, config, dtype):
     import jax.numpy as jnp
 
     from lorweb_jax.data.embedded.operations import OPERATIONS
-    from lorweb_jax.nn.layers import Weight
     from lorweb_jax.small_base.jobs.clip import STYLE_SETS, ClipPair, choose, image_processor, pair_loss, tower_configs
 
     vision_config, text_config = tower_configs(config, sentences.words)
-    job = SimpleNamespace(trainable=Weight, build=lambda rngs: ClipPair(vision_config, text_config, rngs=rngs))
     processor, operations = image_processor(config.vision.image_size), len(OPERATIONS)
 
     def loss(model, key, rows, table, plain):
@@ -88,7 +86,7 @@ def make_trainer(size, drawings, sentences, config, dtype):
         )
 
     shape = drawings.images.shape[1:3] + (3,)
-    return trainer(job, config, loss), (
+    return trainer(lambda rngs: ClipPair(vision_config, text_config, rngs=rngs), config, loss), (
         jax.ShapeDtypeStruct((size.table,), np.int32),
         jax.ShapeDtypeStruct((size.table, operations, *shape), np.uint8),
         jax.ShapeDtypeStruct((len(drawings), *shape), np.uint8),
@@ -188,7 +186,7 @@ def train(args) -> None:
         args.seconds - SECONDS_TO_END, log, "clip", size.steps, state, (*map(jax.device_put, first), plain), step, every
     )
     log.record["tables"], log.record["trained_seconds"] = len(shown), round(log.now() - begun, 1)
-    average = jax.device_get(made.averaged(state[1]))
+    average = jax.device_get(state.exported)
     save(
         args.out / "clip_vision.safetensors",
         {name: array for name, array in average.items() if name.startswith("vision.")},

@@ -93,48 +93,51 @@ class Background(threading.Thread):
         return self.made
 
 
-def trainer(job, config, loss):
-    """(fresh, lower): `fresh()` makes weights and optimizer state; `lower(*tables)` lowers
-    (state, steps, first progress, progress a step, scale, *tables) -> (state, {metric: mean}): so many updates in one
-    dispatch.
+def trainer(build, config, loss):
+    """A trainer of all weights of the model that `build(rngs)` makes, many steps a dispatch.
+
+    It has `fresh()`, the state to start from, and `lower(*tables)`, which lowers (state, steps, first progress, progress
+    a step, scale, *tables) -> (state, {metric: mean}): so many updates in one dispatch.
 
     loss: (model, key, *tables) -> (loss, metrics). Progress, 0 to 1, is what the learning rate follows; `scale` is a
     factor on it.
     """
     import jax
     import jax.numpy as jnp
-    import optax
     from flax import nnx
 
     from lorweb_jax.files.state import flat_state
-    from lorweb_jax.training.optimizer import averaged, make_optimizer
-    from lorweb_jax.training.state import Layout
+    from lorweb_jax.nn.layers import Weight
+    from lorweb_jax.training.job import Job
+    from lorweb_jax.training.optimizer import make_optimizer
+    from lorweb_jax.training.state import Partition, new_state
+    from lorweb_jax.training.step import make_update
 
-    layout = Layout.of(job, config.seed)
+    class TableJob(Job):
+        """The tables, all examples there are, are the batch of every step: the loss draws from them."""
+
+        trainable = Weight
+
+        def build(self, rngs):
+            return build(rngs)
+
+        def loss(self, model, tables, key):
+            return loss(model, key, *tables)
+
+    job = TableJob()
+    partition = Partition.of(job, config.seed)
 
     def fresh():
-        weights = flat_state(job.build(nnx.Rngs(config.seed)))
-        return weights, make_optimizer(config, lambda count: 0.0).init(weights), jnp.zeros([], jnp.uint32)
+        weights = flat_state(build(nnx.Rngs(config.seed)))
+        return new_state(job, partition, make_optimizer(config, lambda count: 0.0), config, weights)
 
     def chunk(state, steps, first, a_step, scale, *tables):
         def step(i, state):
-            weights, opt_state, count = state
             progress = first + a_step * i
-            rate = (
-                scale
-                * config.optimizer.learning_rate
-                * jnp.minimum(progress / 0.02 + 1e-3, 1.0)
-                * 0.5
-                * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-            )
-            optimizer = make_optimizer(config, lambda _: rate)
-            key = jax.random.fold_in(jax.random.key(config.seed), count)
-            (value, metrics), gradient = jax.value_and_grad(
-                lambda weights: loss(layout.model(weights, {}), key, *tables), has_aux=True
-            )(weights)
-            updates, opt_state = optimizer.update(gradient, opt_state, weights)
-            metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
-            return (optax.apply_updates(weights, updates), opt_state, count + 1), metrics
+            warm_up = jnp.minimum(progress / 0.02 + 1e-3, 1.0)
+            cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+            rate = scale * config.optimizer.learning_rate * warm_up * cosine
+            return make_update(job, partition, make_optimizer(config, lambda _: rate), config)(state, {}, tables)
 
         def summed(i, carry):
             state, sums = carry
@@ -159,7 +162,7 @@ def trainer(job, config, loss):
     def lower(*tables):
         return jax.jit(chunk, donate_argnums=0).lower(jax.eval_shape(fresh), count, number, number, number, *tables)
 
-    return SimpleNamespace(fresh=begun, lower=lower, layout=layout, averaged=averaged)
+    return SimpleNamespace(fresh=begun, lower=lower, partition=partition)
 
 
 class TooSlow(Exception):

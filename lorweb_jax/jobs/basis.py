@@ -37,6 +37,7 @@ from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.precomputed.scope import Scope
+from lorweb_jax.training.job import Job
 from lorweb_jax.training.report import report_only
 
 
@@ -44,7 +45,7 @@ def make(config) -> "BasisJob":
     return BasisJob(config)
 
 
-class BasisJob:
+class BasisJob(Job):
     """See training/job.py for what each method is for."""
 
     trainable = BasisParam
@@ -99,6 +100,10 @@ class BasisJob:
         tokens = 8 * height * width // (2 * self.folder.vae_config.downscale) ** 2 + self.folder.text_tokens
         shape = (1, tokens, flux.num_attention_heads, flux.attention_head_dim)
         return choose(config.attention, shape, jnp.dtype(config.compute_dtype), backward=True)
+
+    @property
+    def attention_heads(self) -> list[int]:
+        return [self.folder.flux_config.num_attention_heads]
 
     @property
     def sampling(self) -> dict:

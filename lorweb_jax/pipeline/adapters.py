@@ -133,7 +133,7 @@ def write_run(workdir: Path, config: BasisConfig, arrays: Mapping[str, Mapping[s
         f"layers.{path}.{part}": np.asarray(array) for path, parts in arrays.items() for part, array in parts.items()
     }
     with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
-        manager.save(0, args=ocp.args.Composite(trainable=ocp.args.StandardSave(flat)))
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"trainable": flat})))
     checksums.write(workdir / "checkpoints" / "0")
     write_json(workdir / "config.json", {"job": "basis", "train": {"ema": 0.0}, "basis": asdict(config)})
 

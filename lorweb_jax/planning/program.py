@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,7 +14,7 @@ from lorweb_jax.models.flux1.model import block_linears
 from lorweb_jax.nn import sharding
 from lorweb_jax.planning import shapes as planned
 from lorweb_jax.training.optimizer import make_optimizer
-from lorweb_jax.training.state import Layout, StateShapes
+from lorweb_jax.training.state import Partition, state_shapes
 from lorweb_jax.training.step import TrainStep
 
 
@@ -53,23 +52,21 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     """One training step. UserError where batch or heads don't divide over the mesh."""
     config = job.config
     sharding.check_batch(config.train.batch, mesh)
-    sharding.check_heads(job.folder.flux_config.num_attention_heads, mesh)
-    layout, optimizer = Layout.of(job, config.seed), make_optimizer(config)
-    state = StateShapes.of(layout, optimizer, config, mesh)
+    for heads in job.attention_heads:
+        sharding.check_heads(heads, mesh)
+    partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
+    state = state_shapes(job, partition, optimizer, config, mesh)
+    frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
     batch = planned.batch_shapes(job, mesh)
-    step = TrainStep(job, layout, optimizer, config.seed, mesh, state)
+    step = TrainStep(job, partition, optimizer, config, mesh, state)
     with jax.set_mesh(mesh):
-        encoded = step.encoded(state.frozen, batch)
-    number = jax.ShapeDtypeStruct((), np.uint32)
+        encoded = step.encoded(frozen, batch)
     return Program(
         "train",
         job,
         mesh,
-        (
-            Part(step.encode, (state.frozen, batch)),
-            Part(step.update, (state.trainable, state.opt_state, state.frozen, encoded, number)),
-        ),
-        {"base": state.frozen, "basis": state.trainable, "optimizer": state.opt_state, "batch": encoded},
+        (Part(step.encode, (frozen, batch)), Part(step.update, (state, frozen, encoded))),
+        {"base": frozen, "basis": state.trainable, "optimizer": (state.optimizer, state.average), "batch": encoded},
         state.trainable,
         config.train.batch,
         1,
@@ -84,15 +81,16 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     quantised weights, it stays beside them.
     """
     config, flux = job.config, job.folder.flux_config
-    sharding.check_heads(flux.num_attention_heads, mesh)
+    for heads in job.attention_heads:
+        sharding.check_heads(heads, mesh)
     b, steps, size = config.show.batch, config.show.steps, planned.grid_size(config)
-    layout = Layout.of(job, config.seed)
-    frozen = layout.shapes("frozen", mesh, config.train.param_dtype)
-    trainable = layout.shapes("trainable", mesh, jnp.float32)
+    partition = Partition.of(job, config.seed)
+    frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
+    trainable = partition.trainable_shapes(mesh)
     folded = b == 1 and job.basis_config.query != "internal" and config.quantization == "none"
 
     def sample(trainable, frozen, inputs, query, sigmas):
-        model = layout.model(trainable, frozen)
+        model = partition.model(trainable, frozen)
         adapters = None if folded else model.adapters(query, b)
         return model.sample(
             **inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size, adapters=adapters

@@ -1,4 +1,4 @@
-"""A run's checkpoints (orbax): trainables, optimizer, step, data position and the metrics not yet logged.
+"""A run's checkpoints (orbax): the training state, one pytree; the data position and the metrics not yet logged, as json.
 
 Frozen weights are never in them. A checkpoint counts once it is complete: orbax writes to a temporary name first,
 so that a run killed at any moment goes on from the one before. They are written while training goes on. Checksums in
@@ -35,8 +35,7 @@ class Restored(NamedTuple):
     """What a checkpoint holds: the state after `step` steps."""
 
     step: int
-    trainable: dict[str, jax.Array]
-    opt_state: Any
+    state: Any
     data_state: Any
     log_state: Any
 
@@ -73,7 +72,7 @@ class Checkpoints:
         """Number of steps done in the newest complete checkpoint; None where there is none."""
         return self.manager.latest_step()
 
-    def restore_newest(self, trainable: Any, opt_state: Any) -> Restored | None:
+    def restore_newest(self, shapes: Any) -> Restored | None:
         """The newest checkpoint that is as it was written, restored as `restore` does; None where there is no
         checkpoint. Those that are damaged are kept under another name, and told.
 
@@ -82,7 +81,7 @@ class Checkpoints:
         wrong: dict[int, str] = {}
         while (step := self._newest_intact(wrong)) is not None:
             try:
-                restored = self.restore(step, trainable, opt_state)
+                restored = self.restore(step, shapes)
             except UserError as error:
                 # With checksums that hold, or where other processes have begun to restore it, there is nothing to try.
                 if (self.folder / str(step) / checksums.FILE).exists() or jax.process_count() > 1:
@@ -126,12 +125,12 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints")
         self.manager.reload()
 
-    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, data_state: Any, log_state: Any) -> None:
-        """Begin to write the state after `step` steps; returns once the arrays may be donated.
+    def save(self, step: int, state: Any, data_state: Any, log_state: Any) -> None:
+        """Begin to write the training state after `step` steps; returns once the arrays may be donated.
 
         UserError where there is no room for it, or where it or the one before it could not be written.
         """
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, opt_state))) + 2**20
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             self.finish()
@@ -142,8 +141,7 @@ class Checkpoints:
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    trainable=ocp.args.StandardSave(trainable),
-                    optimizer=ocp.args.StandardSave(opt_state),
+                    state=ocp.args.StandardSave(state),
                     progress=ocp.args.JsonSave({"data": _to_json(data_state), "log": log_state}),
                 ),
             )
@@ -157,22 +155,15 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def restore(self, step: int, trainable: Any, opt_state: Any) -> Restored:
-        """A checkpoint, its arrays onto the shardings of the trees of ShapeDtypeStruct given. UserError for one that
-        can't be read or is of another size.
+    def restore(self, step: int, shapes: Any) -> Restored:
+        """A checkpoint, its arrays onto the shardings of `shapes`, a training state of ShapeDtypeStruct. UserError for
+        one that can't be read or is of another size.
         """
         try:
-            held = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    trainable=ocp.args.StandardRestore(trainable),
-                    optimizer=ocp.args.StandardRestore(opt_state),
-                    progress=ocp.args.JsonRestore(),
-                ),
+            items = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
             )
-            return Restored(
-                step, held.trainable, held.optimizer, _from_json(held.progress["data"]), held.progress["log"]
-            )
+            return Restored(step, items.state, _from_json(items.progress["data"]), items.progress["log"])
         except Exception as error:
             raise UserError(
                 f"the checkpoint {self.folder / str(step)} does not fit this model or is damaged "
@@ -208,32 +199,29 @@ def restore_trainables(workdir: Path, step: int | None = None) -> tuple[dict[str
     errors: list[UserError] = []
     for number in steps if step is None else [step]:
         try:
-            held = _read_trainables(workdir / FOLDER / str(number), config.train.ema > 0)
+            weights = _read_trainables(workdir / FOLDER / str(number), config.train.ema > 0)
         except UserError as error:
             errors.append(error)
             continue
         if errors:
             print(f"note: {errors[0]}; that of step {number} is taken", file=sys.stderr, flush=True)
-        return held, config
+        return weights, config
     raise errors[0]
 
 
 def _read_trainables(folder: Path, averaged: bool) -> dict[str, np.ndarray]:
-    item = "optimizer" if averaged else "trainable"
-    if wrong := checksums.damage(folder, (item,)):
+    if wrong := checksums.damage(folder, ("state",)):
         raise UserError(f"the checkpoint {folder} is damaged ({wrong})")
+    path, part = (folder / "state").absolute(), "average" if averaged else "trainable"
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata((folder / item).absolute()).item_metadata.tree
-            held = checkpointer.restore(
-                (folder / item).absolute(),
-                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
-            )
-        if averaged:
-            held = next(part["average"] for part in held if isinstance(part, dict) and "average" in part)
+            # Of the state this part alone is read: the optimizer's is twice as large.
+            wanted = {part: checkpointer.metadata(path).item_metadata.tree[part]}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+            return checkpointer.restore(path, args=arguments)[part]
     except Exception as error:
         raise UserError(f"the checkpoint {folder} is damaged ({_in_a_line(error)})") from error
-    return held
 
 
 def complete_steps(workdir: Path) -> list[int]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FILE = "checksums.sha256"
-ITEMS = ("trainable", "optimizer", "progress")  # what a checkpoint holds, a folder each
+ITEMS = ("state", "progress")  # what a checkpoint holds, a folder each
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n\0]+)")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,9 +25,9 @@ from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
 from lorweb_jax.runs.folder import open_run, owned
 from lorweb_jax.settings import config as configs
 from lorweb_jax.training.job import Job
-from lorweb_jax.training.optimizer import averaged, make_optimizer, make_schedule
+from lorweb_jax.training.optimizer import make_optimizer, make_schedule
 from lorweb_jax.training.report import Report, report_only
-from lorweb_jax.training.state import Layout, StateShapes, count, frozen_weights, initial_trainables
+from lorweb_jax.training.state import Partition, count, frozen_weights, initial_state, state_shapes
 from lorweb_jax.training.step import TrainStep, numeric
 
 
@@ -46,48 +45,44 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
         closing.callback(stop.close)
         closing.enter_context(owned(workdir))
         job = make_job(config)
-        open_run(workdir, config, job.sources() if hasattr(job, "sources") else {})
+        for heads in job.attention_heads:
+            sharding.check_heads(heads, mesh)
+        open_run(workdir, config, job.sources())
         data = job.data(config)
-        closing.callback(getattr(data, "close", lambda: None))  # a grain iterator's worker processes
+        closing.callback(data.close)
 
-        layout = Layout.of(job, config.seed)
-        optimizer = make_optimizer(config)
-        shapes = StateShapes.of(layout, optimizer, config, mesh)
-        frozen = frozen_weights(job, shapes.frozen, config)
+        partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
+        shapes = state_shapes(job, partition, optimizer, config, mesh)
+        frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
         hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(
             f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen):,} frozen parameters, "
             f"{mesh.size} device{'s' * (mesh.size > 1)}{hosts}, run folder {workdir}\n"
-            f"frozen weights: {bytes_by_dtype(frozen)}; optimizer: {bytes_by_dtype(shapes.opt_state)}",
+            f"frozen weights: {bytes_by_dtype(frozen)}; optimizer: {bytes_by_dtype((shapes.optimizer, shapes.average))}",
             flush=True,
         )
 
         checkpoints = Checkpoints(workdir)
         closing.callback(checkpoints.close)
-        restored = checkpoints.restore_newest(shapes.trainable, shapes.opt_state)
+        restored = checkpoints.restore_newest(shapes)
         if restored:
-            first_step, trainable, opt_state, data_state, log_state = restored
+            first_step, state, data_state, log_state = restored
             data.set_state(data_state)
             print(f"going on from step {first_step}", flush=True)
         else:
             first_step, log_state = 0, []
-            trainable = initial_trainables(job, shapes.trainable, config)
-            opt_state = jax.jit(optimizer.init, out_shardings=sharding.shardings_of(shapes.opt_state))(trainable)
+            state = initial_state(job, partition, optimizer, config, shapes)
         report = Report(workdir, config, first_step, log_state)
         closing.callback(report.close)
 
         closing.enter_context(jax.set_mesh(mesh))
-        train_step = TrainStep(job, layout, optimizer, config.seed, mesh, shapes)
+        train_step = TrainStep(job, partition, optimizer, config, mesh, shapes)
         schedule = make_schedule(config)
         every, steps = config.train, config.train.steps
 
-        def shown_model() -> nnx.Module:
-            average = averaged(opt_state)
-            return layout.model(trainable if average is None else average, frozen)
-
         for step in range(first_step, steps):
             batch = next_batch(job, data, config.train.batch, mesh)
-            trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, np.uint32(step))
+            state, metrics = train_step(state, frozen, batch)
             report.add(step, metrics)
             done = step + 1
             stopping = stop.after(done)
@@ -96,7 +91,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
             if done % every.checkpoint_every == 0 or done == steps or stopping:
                 # report.state() comes first: it refuses a loss that is not finite.
                 log_state = report.state()
-                checkpoints.save(done, trainable, opt_state, data.get_state(), log_state)
+                checkpoints.save(done, state, data.get_state(), log_state)
             if stopping and done < steps:
                 checkpoints.finish()
                 print(
@@ -106,12 +101,12 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                 return False
             if done % every.picture_every == 0 or done == steps:
                 with report_only(f"pictures of step {done}"):
-                    report.pictures(done, job.log_images(shown_model(), done))
+                    report.pictures(done, job.log_images(partition.model(state.exported, frozen), done))
                 report.restart_clock(done)
         checkpoints.finish()
         stop.saved()
         with own_folder(workdir) as folder:
-            job.finish(shown_model(), folder)
+            job.finish(partition.model(state.exported, frozen), folder)
         print(f"finished at step {max(first_step, steps)}; results are in {workdir}", flush=True)
     return True
 
@@ -127,13 +122,11 @@ def own_folder(workdir: Path) -> Iterator[Path]:
 
 
 def next_batch(job: Job, data, size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """The next batch on the devices, after the job's `prepare` if it has one.
+    """The next batch on the devices, after the job's `prepare`.
 
     A job may give all `size` rows of the batch, or only those that this process's devices hold.
     """
     batch, rows = next(data), sharding.batch_rows(mesh, size)
     if any(len(value) > len(rows) for value in batch.values()):
         batch = {name: np.asarray(value)[rows] for name, value in batch.items()}
-    if hasattr(job, "prepare"):
-        batch = job.prepare(batch)
-    return sharding.put_batch(mesh, numeric(batch))
+    return sharding.put_batch(mesh, numeric(job.prepare(batch)))

@@ -1,6 +1,4 @@
-"""The optimizer that a config describes: AdamW (or Muon) with a clipped gradient, and the average of the weights."""
-
-from typing import Any, NamedTuple
+"""The optimizer that a config describes, AdamW (or Muon) with a clipped gradient, and the average of the weights."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +6,8 @@ import optax
 import optax.contrib
 
 from lorweb_jax.training.moments import scale_by_adam
+
+Arrays = dict[str, jax.Array]  # by dotted path
 
 
 def make_schedule(config) -> optax.Schedule:
@@ -23,16 +23,13 @@ def make_schedule(config) -> optax.Schedule:
 
 
 def make_optimizer(config, schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
-    """The update after clipping by the global norm; with config.train.ema its state also holds the averaged weights.
+    """Clipping by the global norm, then the update.
 
     `schedule` takes the place of the config's own, as where a run ends by the clock.
     """
     optimizer, schedule = config.optimizer, schedule or make_schedule(config)
     update = _muon(optimizer, schedule) if optimizer.name == "muon" else _adamw(optimizer, schedule, config.seed)
-    parts = [optax.clip_by_global_norm(optimizer.clip), update]
-    if config.train.ema:
-        parts.append(average_weights(config.train.ema))
-    return optax.chain(*parts)
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip), update)
 
 
 def _adamw(optimizer, schedule: optax.Schedule, seed: int) -> optax.GradientTransformation:
@@ -67,28 +64,8 @@ def _muon(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-class AverageState(NamedTuple):
-    count: jax.Array
-    average: Any
-
-
-def average_weights(decay: float) -> optax.GradientTransformation:
-    """Keeps average ← d·average + (1 − d)·weights in the optimizer's state; must come last in a chain.
-
-    d = min(decay, (1 + step) / (10 + step)), so that the first weights are soon forgotten.
-    """
-
-    def init(params):
-        return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
-
-    def update(updates, state, params):
-        d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
-        average = jax.tree.map(lambda a, p, u: d * a + (1 - d) * (p + u), state.average, params, updates)
-        return updates, AverageState(state.count + 1, average)
-
-    return optax.GradientTransformation(init, update)
-
-
-def averaged(opt_state: Any) -> Any | None:
-    """The averaged weights in an optimizer's state, or None where none are kept."""
-    return optax.tree.get(opt_state, "average")
+def moving_average(average: Arrays, weights: Arrays, step: jax.Array, decay: float) -> Arrays:
+    """d·average + (1 − d)·weights after the update with index `step`, d = min(decay, (1 + step) / (10 + step)): the
+    first weights are soon forgotten."""
+    d = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, w: d * a + (1 - d) * w, average, weights)

@@ -1,7 +1,8 @@
-"""A training run's arrays: shapes and shardings first, then the weights to start from, each made or read in its place.
+"""A training run's arrays: what changes with every step, as one pytree, and how a job's model is taken apart for it.
 
-What is trained is chosen once, by one NNX filter (`split`): gradient, optimizer, average, checkpoint and export see
-the trainables alone, as a dict {dotted path: array}; frozen weights are arguments of the step and nothing else.
+Shapes and shardings come first, then the weights to start from, each made or read in its place. What is trained is
+chosen once, by one NNX filter (`split`): gradient, optimizer, average, checkpoint and export see the trainables alone,
+as a dict {dotted path: array}; frozen weights are arguments of the step and nothing else.
 """
 
 import dataclasses
@@ -20,22 +21,42 @@ from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import Scale
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.fresh import arrays_of
-from lorweb_jax.training.job import Job
+from lorweb_jax.training.job import Job, Phase
 
 Arrays = dict[str, jax.Array]  # by dotted path
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A job's model without its arrays: its structure, and {dotted path: (path, Variable of a shape)} of a part."""
+class TrainState:
+    """All that a training step changes: what is donated to it, and what a checkpoint holds.
+
+    step: updates done, uint32 []. trainable: float32, by dotted path. average: their moving average, None where none is
+    kept. optimizer: optax's state of each phase, by the phase's name.
+    """
+
+    step: jax.Array
+    trainable: Arrays
+    average: Arrays | None
+    optimizer: dict[str, optax.OptState]
+
+    @property
+    def exported(self) -> Arrays:
+        """What is evaluated and exported: the averaged trainables where an average is kept, else the trainables."""
+        return self.trainable if self.average is None else self.average
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """A job's model without its arrays: its structure, and {dotted path: (path, Variable of a shape)} of each part."""
 
     graphdef: nnx.GraphDef
     trainable: dict[str, tuple[tuple, nnx.Variable]]
     frozen: dict[str, tuple[tuple, nnx.Variable]]
 
     @classmethod
-    def of(cls, job: Job, seed: int) -> "Layout":
+    def of(cls, job: Job, seed: int) -> "Partition":
         """From job.build, traced; UserError if nothing in the model is trainable."""
         graphdef, trainable, frozen = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(random_key(seed)))))
         if not trainable:
@@ -45,19 +66,26 @@ class Layout:
             )
         return cls(graphdef, _by_path(trainable), _by_path(frozen))
 
-    def shapes(self, part: str, mesh: Mesh, dtype: Any) -> Shapes:
-        """By dotted path, of the part "trainable" or "frozen": shapes, shardings and stored dtypes.
+    def trainable_shapes(self, mesh: Mesh) -> Shapes:
+        """Shapes and shardings of the trainables, all float32."""
+        return _shapes(self.trainable, mesh, jnp.float32)
 
-        Weights that the model makes in float32 are stored in `dtype`; quantised kernels and their scales as they are.
+    def frozen_shapes(self, mesh: Mesh, dtype: Any) -> Shapes:
+        """Shapes, shardings and stored dtypes of the frozen weights.
+
+        Those that the model makes in float32 are stored in `dtype`; quantised kernels and their scales as they are.
         """
-        variables = {name: variable for name, (_, variable) in getattr(self, part).items()}
-        return sharding.place(
-            mesh,
-            {
-                name: jax.ShapeDtypeStruct(variable.shape, _stored(variable, dtype))
-                for name, variable in variables.items()
-            },
-        )
+        return _shapes(self.frozen, mesh, dtype)
+
+    def paths(self, phase: Phase) -> list[str]:
+        """Dotted paths of the trainables that a phase updates; UserError where there are none."""
+        trains = nnx.filterlib.to_predicate(phase.trains)
+        paths = [name for name, (path, variable) in self.trainable.items() if trains(path, variable)]
+        if not paths:
+            raise UserError(
+                f"the phase {phase.name!r} of the job trains nothing; check the filter `trains` of the phase"
+            )
+        return paths
 
     def model(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
         """The model that holds these arrays."""
@@ -69,17 +97,24 @@ class Layout:
         return self._model(dict(self.trainable.values()), frozen)
 
     def _model(self, variables: dict[tuple, nnx.Variable], frozen: Arrays) -> nnx.Module:
-        held = {path: variable.replace(frozen[name]) for name, (path, variable) in self.frozen.items()}
-        return nnx.merge(self.graphdef, nnx.from_flat_state(variables | held))
+        rest = {path: variable.replace(frozen[name]) for name, (path, variable) in self.frozen.items()}
+        return nnx.merge(self.graphdef, nnx.from_flat_state(variables | rest))
 
 
 def split(job: Job, model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(structure, trainable, frozen) of a model: the one place where the job's filter is used."""
-    return nnx.split(model, getattr(job, "trainable_filter", job.trainable), ...)
+    return nnx.split(model, job.trainable_filter, ...)
 
 
 def _by_path(state: nnx.State) -> dict[str, tuple[tuple, nnx.Variable]]:
     return {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def _shapes(part: dict[str, tuple[tuple, nnx.Variable]], mesh: Mesh, dtype: Any) -> Shapes:
+    return sharding.place(
+        mesh,
+        {name: jax.ShapeDtypeStruct(variable.shape, _stored(variable, dtype)) for name, (_, variable) in part.items()},
+    )
 
 
 def _stored(variable: nnx.Variable, dtype: Any) -> np.dtype:
@@ -87,34 +122,51 @@ def _stored(variable: nnx.Variable, dtype: Any) -> np.dtype:
     return variable.dtype if as_made else jnp.dtype(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class StateShapes:
-    """Everything that a step takes beside the batch, as shapes with dtypes and shardings."""
+def new_state(
+    job: Job, partition: Partition, optimizer: optax.GradientTransformation, config, trainable: Arrays
+) -> TrainState:
+    """The state before the first step, of given trainables; a pure function of these."""
+    return TrainState(
+        step=jnp.zeros([], jnp.uint32),
+        trainable=trainable,
+        average=jax.tree.map(jnp.copy, trainable) if config.train.ema else None,
+        optimizer={
+            phase.name: optimizer.init({path: trainable[path] for path in partition.paths(phase)})
+            for phase in job.phases()
+        },
+    )
 
-    trainable: Shapes
-    opt_state: Any
-    frozen: Shapes
 
-    @classmethod
-    def of(cls, layout: Layout, optimizer: optax.GradientTransformation, config, mesh: Mesh) -> "StateShapes":
-        trainable = layout.shapes("trainable", mesh, jnp.float32)
-        opt_state = sharding.place(mesh, jax.eval_shape(optimizer.init, trainable))
-        return cls(trainable, opt_state, layout.shapes("frozen", mesh, config.train.param_dtype))
+def state_shapes(
+    job: Job, partition: Partition, optimizer: optax.GradientTransformation, config, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    shapes = jax.eval_shape(
+        lambda trainable: new_state(job, partition, optimizer, config, trainable), partition.trainable_shapes(mesh)
+    )
+    return sharding.place(mesh, shapes)
 
 
-def initial_trainables(job: Job, shapes: Shapes, config) -> Arrays:
-    """The weights to start from, float32: what the job reads (`initial`), and for the rest what it builds."""
-    built = _built(job, "trainable", shapes, config.seed)
-    if hasattr(job, "initial"):
-        built |= _placed(job.initial(shapes), shapes)
-    return built
+def initial_state(
+    job: Job, partition: Partition, optimizer: optax.GradientTransformation, config, shapes: TrainState
+) -> TrainState:
+    """The state before the first step, in its places: trainables that the job reads (`initial`), or else builds."""
+    trainable = _built(job, "trainable", shapes.trainable, config.seed)
+    trainable |= _placed(job.initial(shapes.trainable), shapes.trainable)
+    begin = jax.jit(
+        lambda trainable: new_state(job, partition, optimizer, config, trainable),
+        donate_argnums=0,
+        out_shardings=sharding.shardings_of(shapes),
+    )
+    return begin(trainable)
 
 
 def frozen_weights(job: Job, shapes: Shapes, config) -> Arrays:
     """The frozen weights: read by the job, or built if it reads none."""
-    if not hasattr(job, "frozen"):
+    weights = job.frozen(shapes)
+    if weights is None:
         return _built(job, "frozen", shapes, config.seed)
-    frozen = _placed(job.frozen(shapes), shapes)
+    frozen = _placed(weights, shapes)
     if missing := sorted(shapes.keys() - frozen.keys()):
         raise UserError(
             f"{len(missing)} frozen weights are missing, {missing[0]} first; "
@@ -128,28 +180,25 @@ def _built(job: Job, part: str, shapes: Shapes, seed: int) -> Arrays:
 
     def arrays() -> Arrays:
         _, trainable, frozen = split(job, job.build(nnx.Rngs(random_key(seed))))
-        held = _by_path(trainable if part == "trainable" else frozen)
-        return {name: variable.get_value().astype(shapes[name].dtype) for name, (_, variable) in held.items()}
+        variables = _by_path(trainable if part == "trainable" else frozen)
+        return {name: variable.get_value().astype(shapes[name].dtype) for name, (_, variable) in variables.items()}
 
     return arrays_of(arrays, shapes)
 
 
-def _placed(held: Mapping[str, Any], shapes: Shapes) -> Arrays:
-    """Arrays that a job read, in their places; those that already are there are taken as they are."""
-    placed = {}
-    for name, array in held.items():
+def _placed(weights: Mapping[str, Any], shapes: Shapes) -> Arrays:
+    """Arrays that a job read, in their dtypes and shardings; those that have these already are taken as they are."""
+    arrays = {}
+    for name, array in weights.items():
         if name not in shapes or shapes[name].shape != array.shape:
             raise UserError(
                 f"the weight {name} of shape {array.shape} has no place in this job's model; "
                 "check that the files and the config's sizes belong together"
             )
-        where = shapes[name]
-        placed[name] = (
-            array
-            if isinstance(array, jax.Array) and (array.dtype, array.sharding) == (where.dtype, where.sharding)
-            else sharding.put(array, where)
-        )
-    return placed
+        shape = shapes[name]
+        ready = isinstance(array, jax.Array) and (array.dtype, array.sharding) == (shape.dtype, shape.sharding)
+        arrays[name] = array if ready else sharding.put(array, shape)
+    return arrays
 
 
 def count(arrays: Mapping[str, Any]) -> int:

@@ -1,7 +1,8 @@
-"""One step of training, as pure functions that train.py runs and plan.py compiles without any array.
+"""One step of training, as pure functions that training/loop.py runs and planning compiles without any array.
 
-A step is two programs: `encode`, what frozen parts alone make of the batch, and `update`, the loss, its gradient and
-the trainables' update. Apart, they compile side by side, and the first leaves nothing in the second's memory.
+A step is two programs: `encode`, what frozen parts alone make of the batch, and `update`, of each phase the loss, its
+gradient and the update of its trainables. Apart, they compile side by side, and the first leaves nothing in the
+second's memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,64 +16,91 @@ from jax.sharding import Mesh
 
 from lorweb_jax.nn import sharding
 from lorweb_jax.settings.seeds import random_key
-from lorweb_jax.training.job import Batch, Job
-from lorweb_jax.training.state import Arrays, Layout, StateShapes
+from lorweb_jax.training.job import Batch, Job, Phase
+from lorweb_jax.training.optimizer import moving_average
+from lorweb_jax.training.state import Arrays, Partition, TrainState
+
+Metrics = dict[str, jax.Array]
 
 
-def make_update(job: Job, layout: Layout, optimizer: optax.GradientTransformation, seed: int) -> Callable:
-    """The pure function (trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics).
+def make_update(
+    job: Job, partition: Partition, optimizer: optax.GradientTransformation, config
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Metrics]]:
+    """The pure function (state, frozen, batch) -> (state, metrics): one update by each phase of the job.
 
-    `step` is the step's index, uint32; all randomness of a step comes from it and from `seed`.
+    All randomness of a step comes from config.seed and state.step. Metrics: "loss" and "gradient_norm", with what the
+    job's loss adds; of several phases these by "<phase>/<name>", and "loss", their sum.
     """
 
-    def update(trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: jax.Array):
-        key = jax.random.fold_in(random_key(seed), step)
+    def run(phase: Phase, state: TrainState, trainable: Arrays, frozen: Arrays, batch: Batch):
+        """(updated trainables of the phase, its optimizer state, metrics)."""
+        key = jax.random.fold_in(random_key(config.seed), state.step)
+        subset = {path: trainable[path] for path in partition.paths(phase)}
 
-        def loss_of(trainable: Arrays):
-            return job.loss(layout.model(trainable, frozen), batch, key)
+        def loss_of(subset: Arrays):
+            with jax.named_scope("loss"):
+                return phase.loss(partition.model(trainable | subset, frozen), batch, key)
 
-        (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
-        updates, opt_state = optimizer.update(gradient, opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-        return trainable, opt_state, {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradient)}
+        (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(subset)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradient, state.optimizer[phase.name], subset)
+            metrics = {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradient)}
+            return optax.apply_updates(subset, updates), opt_state, metrics
+
+    def update(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, opt_states, by_phase = state.trainable, {}, {}
+        for phase in job.phases():
+            with jax.named_scope(phase.name):
+                updated, opt_states[phase.name], by_phase[phase.name] = run(phase, state, trainable, frozen, batch)
+            trainable = trainable | updated
+        average = state.average
+        if average is not None:
+            with jax.named_scope("average"):
+                average = moving_average(average, trainable, state.step, config.train.ema)
+        return TrainState(state.step + 1, trainable, average, opt_states), _joined(by_phase)
 
     return update
 
 
+def _joined(by_phase: dict[str, Metrics]) -> Metrics:
+    if len(by_phase) == 1:
+        return next(iter(by_phase.values()))
+    named = {f"{phase}/{name}": value for phase, metrics in by_phase.items() for name, value in metrics.items()}
+    return {"loss": sum(metrics["loss"] for metrics in by_phase.values()), **named}
+
+
 class TrainStep:
-    """(trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics), jitted.
+    """(state, frozen, batch) -> (state, metrics), jitted.
 
-    Trainables and optimizer state are donated and keep their shardings. Call it within `jax.set_mesh(mesh)`: the
-    model's activations are placed by the mesh of the context.
+    The state is donated and keeps its shardings. Call it within `jax.set_mesh(mesh)`: the model's activations are
+    sharded over the mesh of the context.
 
-    `encode`: (frozen, batch) -> what is added to the batch, split over the mesh as it is; None if the job has none.
+    `encode`: (frozen, batch) -> what the job adds to the batch, split over the mesh as it is.
     `update`: see make_update.
     """
 
     def __init__(
         self,
         job: Job,
-        layout: Layout,
+        partition: Partition,
         optimizer: optax.GradientTransformation,
-        seed: int,
+        config,
         mesh: Mesh,
-        shapes: StateShapes,
+        shapes: TrainState,
     ):
         self._split = sharding.batch_split(mesh)
-        self.encode = None
-        if hasattr(job, "encode"):
 
-            def encode(frozen: Arrays, batch: Batch) -> Batch:
-                return job.encode(layout.frozen_model(frozen), batch)
+        def encode(frozen: Arrays, batch: Batch) -> Batch:
+            with jax.named_scope("encode"):
+                return job.encode(partition.frozen_model(frozen), batch)
 
-            self.encode = jax.jit(encode, out_shardings=self._split, compiler_options=_encode_options(mesh))
-        kept = sharding.shardings_of((shapes.trainable, shapes.opt_state))
+        self.encode = jax.jit(encode, out_shardings=self._split, compiler_options=_encode_options(mesh))
         self.update = jax.jit(
-            make_update(job, layout, optimizer, seed),
-            donate_argnums=(0, 1),
-            out_shardings=(*kept, sharding.replicated(mesh)),
+            make_update(job, partition, optimizer, config),
+            donate_argnums=0,
+            out_shardings=(sharding.shardings_of(shapes), sharding.replicated(mesh)),
         )
-        self._compiled = False
+        self._encodes: bool | None = None  # whether the job adds anything to a batch; None before the first step
 
     def encoded(self, frozen: Any, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch and what `encode` adds to it, as shapes; arguments may be shapes too."""
@@ -82,18 +110,16 @@ class TrainStep:
 
         return jax.tree.map(shape, batch | jax.eval_shape(self.encode, frozen, batch))
 
-    def __call__(self, trainable: Arrays, opt_state: Any, frozen: Arrays, batch: Batch, step: np.uint32):
-        if self.encode:
-            if not self._compiled:
-                side_by_side(
-                    [
-                        self.encode.lower(frozen, batch).compile,
-                        self.update.lower(trainable, opt_state, frozen, self.encoded(frozen, batch), step).compile,
-                    ]
-                )
-                self._compiled = True
+    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
+        if self._encodes is None:
+            encoded = self.encoded(frozen, batch)
+            self._encodes = len(encoded) > len(batch)
+            if self._encodes:
+                encode, update = self.encode.lower(frozen, batch), self.update.lower(state, frozen, encoded)
+                side_by_side([encode.compile, update.compile])
+        if self._encodes:
             batch = batch | self.encode(frozen, batch)
-        return self.update(trainable, opt_state, frozen, batch, step)
+        return self.update(state, frozen, batch)
 
 
 def _encode_options(mesh: Mesh) -> dict[str, int] | None:

@@ -25,6 +25,7 @@ from lorweb_jax.models.image_encoder.processor import FILE, ImageProcessor
 from lorweb_jax.models.tokenizers.folder import tokenize_clip
 from lorweb_jax.nn.layers import Linear, Weight
 from lorweb_jax.small_base.tokenizers import CLIP_TOKENS, train_small_tokenizers
+from lorweb_jax.training.job import Job, NumberedBatches
 
 # CLIP's own statistics: transformers' defaults.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -158,7 +159,7 @@ def choose(key: jax.Array, candidates: Any, set_of: Any, twins: Any, batch: int,
 
 
 @dataclass
-class Edited:
+class Edited(NumberedBatches):
     """Endless batches of drawings, each plain and after `edits` different edits.
 
     {"images": uint8 [b, 1+e, h, w, 3], "drawing": int32 [b], "edits": int32 [b, e]}; a batch depends on the seed and
@@ -177,24 +178,14 @@ class Edited:
             lambda key: choose(key, candidates, self.drawings.set_of, self.drawings.twins, self.batch, self.edits)[1]
         )
 
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        key = jax.random.fold_in(jax.random.key(self.seed), self.position)
-        self.position += 1
+    def at(self, number: int) -> dict[str, np.ndarray]:
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
         drawing, edits = (np.asarray(array) for array in self._choose(key))
         images = [
             [on_white(self.drawings.images[d]), *(edited(self.drawings, d, edit) for edit in row)]
             for d, row in zip(drawing, edits)
         ]
         return {"images": np.array(images), "drawing": drawing.astype(np.int32), "edits": edits.astype(np.int32)}
-
-    def get_state(self) -> dict[str, int]:
-        return {"batches": self.position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["batches"]
 
 
 def edited(drawings: DrawingSets, drawing: int, edit: int) -> np.ndarray:
@@ -282,7 +273,7 @@ def image_processor(size: int) -> ImageProcessor:
     return ImageProcessor(MEAN, STD, shortest_edge=size, crop=(size, size))
 
 
-class BaseClip:
+class BaseClip(Job):
     """See training/job.py for what each method is for."""
 
     trainable = Weight

@@ -31,13 +31,14 @@ from lorweb_jax.small_base.captions import Captions
 from lorweb_jax.small_base.corpus import VARIANTS, Corpus, draw_batch, look_up, make_corpus, some
 from lorweb_jax.small_base.editor import Editor, EditorConfig, editor_config, flow_loss, sample
 from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
+from lorweb_jax.training.job import Job, NumberedBatches
 
 
 def make(config) -> "BaseTransformer":
     return BaseTransformer(config)
 
 
-class Batches:
+class LatentBatches(NumberedBatches):
     """Endless batches of latents by form: see corpus.look_up; numbered entries "canvas.latents" and so on, each
     [groups, examples of the form in a group, …].
 
@@ -48,12 +49,8 @@ class Batches:
         self.tables, self.groups, self.seed, self.position = tables, groups, seed, 0
         self.draw = jax.jit(lambda key: draw_batch(key, corpus, groups, config.forms, config.data))
 
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        key = jax.random.fold_in(jax.random.key(self.seed), self.position)
-        self.position += 1
+    def at(self, number: int) -> dict[str, np.ndarray]:
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
         found = look_up(jax.device_get(self.draw(key)), *self.tables)
         return {
             f"{form}.{name}": array.reshape(self.groups, -1, *array.shape[1:])
@@ -61,15 +58,9 @@ class Batches:
             for name, array in arrays.items()
         }
 
-    def get_state(self) -> dict[str, int]:
-        return {"batches": self.position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["batches"]
-
 
 def by_form(batch: dict) -> dict[str, dict]:
-    """{form: {name: [n, …]}} of what `Batches` gives."""
+    """{form: {name: [n, …]}} of what `LatentBatches` gives."""
     forms: dict[str, dict] = {}
     for key, array in batch.items():
         form, name = key.split(".")
@@ -77,7 +68,7 @@ def by_form(batch: dict) -> dict[str, dict]:
     return forms
 
 
-class BaseTransformer:
+class BaseTransformer(Job):
     """See training/job.py for what each method is for."""
 
     trainable = Weight
@@ -104,14 +95,18 @@ class BaseTransformer:
     def _tokenizers(self, folder: Path) -> tuple[int, int]:
         return make_tokenizers(self.captions.texts, folder, self.config.data.text_tokens)
 
+    @property
+    def attention_heads(self) -> list[int]:
+        return [self.config.transformer.num_attention_heads]
+
     def build(self, rngs: nnx.Rngs) -> Editor:
         return Editor(self.editor_config, self.config.unroll, rngs=rngs)
 
-    def batches(self, groups: int, seed: int, held_out: bool = False) -> Batches:
+    def batches(self, groups: int, seed: int, held_out: bool = False) -> LatentBatches:
         corpus = make_corpus(self.drawings, self.captions, self.config.data.variants, held_out)
-        return Batches(self.tables, corpus, groups, self.config, seed)
+        return LatentBatches(self.tables, corpus, groups, self.config, seed)
 
-    def data(self, config) -> Batches:
+    def data(self, config) -> LatentBatches:
         return self.batches(config.train.batch, config.seed)
 
     def loss(self, model, batch, key):

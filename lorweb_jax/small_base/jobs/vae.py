@@ -21,13 +21,14 @@ from lorweb_jax.pipeline.pretrained import load_vae, save_vae
 from lorweb_jax.small_base.autoencoder import autoencoder_config, autoencoder_loss, enlarged, new_autoencoder, quadrants
 from lorweb_jax.small_base.captions import Captions
 from lorweb_jax.small_base.corpus import Corpus, canvas_of, draw_canvases, make_corpus, some
+from lorweb_jax.training.job import Job, NumberedBatches
 
 
 def make(config) -> "BaseVAE":
     return BaseVAE(config)
 
 
-class Canvases:
+class Canvases(NumberedBatches):
     """Endless batches {"canvas": uint8 [b, 2·size, 2·size, 3]}: four drawings, each plain or after an operation, or one
     enlarged.
 
@@ -39,12 +40,8 @@ class Canvases:
         self.effects = [on_white, *(operation.apply for operation in OPERATIONS.values())]
         self.draw = jax.jit(lambda key: draw_canvases(key, corpus, batch, plain, enlarged))
 
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        key = jax.random.fold_in(jax.random.key(self.seed), self.position)
-        self.position += 1
+    def at(self, number: int) -> dict[str, np.ndarray]:
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
         picture, alone = jax.device_get(self.draw(key))
         made = np.stack(
             [
@@ -57,14 +54,8 @@ class Canvases:
             canvas[alone] = np.asarray(enlarged(made[alone, 0]))
         return {"canvas": canvas}
 
-    def get_state(self) -> dict[str, int]:
-        return {"batches": self.position}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["batches"]
-
-
-class BaseVAE:
+class BaseVAE(Job):
     """See training/job.py for what each method is for."""
 
     trainable = Weight
