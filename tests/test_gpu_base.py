@@ -55,7 +55,7 @@ def test_a_dispatch_is_so_many_steps_of_the_optimizer(script):
         updates, moments = make_optimizer(config, lambda _, rate=rate: rate).update(gradient, moments, weights)
         weights = jax.tree.map(lambda w, u: w + u, weights, updates)
         decay = min(0.9, (1 + i) / (10 + i))
-        average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, weights)
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
     for name in weights:
         np.testing.assert_allclose(after.trainable[name], weights[name], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(after.average[name], average[name], rtol=1e-4, atol=1e-6)

@@ -96,8 +96,8 @@ class Background(threading.Thread):
 def trainer(build, config, loss):
     """A trainer of all weights of the model that `build(rngs)` makes, many steps a dispatch.
 
-    It has `fresh()`, the state to start from, and `lower(*tables)`, which lowers (state, steps, first progress, progress
-    a step, scale, *tables) -> (state, {metric: mean}): so many updates in one dispatch.
+    It has `fresh()`, the state to start from, and `lower(*tables)`, which lowers (state, steps, first progress,
+    progress a step, scale, *tables) -> (state, {metric: mean}): so many updates in one dispatch.
 
     loss: (model, key, *tables) -> (loss, metrics). Progress, 0 to 1, is what the learning rate follows; `scale` is a
     factor on it.
