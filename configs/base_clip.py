@@ -39,7 +39,7 @@ def default():
     config.train.batch = 24  # drawings
     config.train.log_every = 50
     config.train.checkpoint_every = 500
-    config.train.picture_every = 2000
+    config.train.log_images_every = 2000
     config.train.ema = 0.99
 
     config.optimizer.learning_rate = 1e-3
@@ -52,7 +52,7 @@ def smoke():
     """A few seconds, to see that everything works."""
     config = default()
     config.vision.num_hidden_layers = config.text.num_hidden_layers = 1
-    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.log_images_every = 4
     config.train.batch = 4
     config.optimizer.warmup = 0
     return config

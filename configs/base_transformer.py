@@ -54,13 +54,13 @@ def default():
 
     config.loss_weight = "uniform"
     config.guidance = (1.0, 4.0)  # guidance values that the model is shown
-    config.show_steps = 12  # Euler steps of the pictures
+    config.evaluation = dict(steps=12)  # sampling steps of the logged images and of quality.json
 
     config.train.steps = 40000
     config.train.batch = 3  # groups
     config.train.log_every = 50
     config.train.checkpoint_every = 500
-    config.train.picture_every = 2500
+    config.train.log_images_every = 2500
     config.train.ema = 0.999
 
     config.optimizer.learning_rate = 1e-3
@@ -76,7 +76,7 @@ def smoke():
     config.data.signs = 3
     config.transformer.num_layers = config.transformer.num_single_layers = 1
     config.data.variants = 1
-    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.log_images_every = 4
     config.train.batch = 1
     config.optimizer.warmup = 0
     return config

@@ -42,7 +42,7 @@ def default():
     config.train.batch = 8  # canvases of four drawings
     config.train.log_every = 50
     config.train.checkpoint_every = 500
-    config.train.picture_every = 500
+    config.train.log_images_every = 500
 
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1e-2
@@ -56,7 +56,7 @@ def smoke():
     """A few seconds, to see that everything works."""
     config = default()
     config.data.signs = 3
-    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.log_images_every = 4
     config.train.batch = 4
     config.optimizer.warmup = 0
     return config

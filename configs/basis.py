@@ -71,13 +71,20 @@ def default():
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
     config.unroll = 8  # blocks compiled side by side
 
-    config.show = dict(tasks=12, per_task=2, batch=12, steps=12, guidance=2.5)
+    # Images that are logged while training, and tables at its end: changes neither what is trained nor a checkpoint.
+    config.evaluation = dict(
+        tasks=12,  # of each split, in the logged images
+        per_task=2,  # analogies of every task in the tables
+        batch=12,  # analogies sampled at once
+        steps=12,  # sampling steps
+        guidance=2.5,
+    )
 
     config.train.steps = 1200
     config.train.batch = 24
     config.train.log_every = 20
     config.train.checkpoint_every = 100
-    config.train.picture_every = 400
+    config.train.log_images_every = 400
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
@@ -94,7 +101,7 @@ def kontext():
     config.precomputed = "local_data/precomputed"
     config.compute_dtype = config.train.param_dtype = "bfloat16"
     config.remat, config.unroll = "full", 1
-    config.show.steps, config.show.batch = 28, 2
+    config.evaluation.steps, config.evaluation.batch = 28, 2
     config.train.steps, config.train.batch = 10_000, 6
     config.train.checkpoint_every = 250
     config.optimizer.learning_rate, config.optimizer.schedule, config.optimizer.warmup = 1e-3, "constant", 0
@@ -124,7 +131,7 @@ def smoke():
     config = default()
     config.basis.size, config.basis.key_dim = 4, 16
     config.train.batch = 4
-    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.picture_every = 4
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.log_images_every = 4
     config.optimizer.warmup = 0
-    config.show.tasks, config.show.per_task, config.show.batch, config.show.steps = 2, 1, 2, 2
+    config.evaluation.tasks, config.evaluation.per_task, config.evaluation.batch, config.evaluation.steps = 2, 1, 2, 2
     return config

@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--pipeline", type=Path, required=True, help="folder or Hub name of the base model that it belongs to"
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks to be shown")
-    parser.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    parser.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     parser.add_argument(
         "--image-encoder",
         type=Path,
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     samples = read_samples(read_tasks(args.data, problems), args.per_task, problems, args.max_size)
     if len(problems):
         print(problems.summary())
-    pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(args.basis, args.config)
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(args.basis, args.basis_config)
     table = evaluate_pipeline(
         pipeline, samples, args.out, steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch
     )

@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     checkpoint = commands.add_parser("checkpoint", help="a published basis -> a run's folder, as training leaves one")
     checkpoint.add_argument("basis", type=Path, help="the .safetensors file, or the folder it lies in")
     checkpoint.add_argument("out", type=Path, help="the folder to make")
-    checkpoint.add_argument("--config", type=Path, help="its config.yaml (default: the one beside the file)")
+    checkpoint.add_argument("--basis-config", type=Path, help="its config.yaml (default: the one beside the file)")
     checkpoint.add_argument(
         "--pipeline", type=Path, help="folder of the base model; given, the basis is checked against its layers"
     )
@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="store an alpha with every layer, the rank unless a number is given; the update stays the "
         "same (default: none, but kohya's files always have one)",
     )
-    lora.add_argument("--config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    lora.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
     _add_dtype(lora)
     _add_overwrite(lora)
     return parser.parse_args(arguments)
@@ -120,7 +120,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     from lorweb_jax.pipeline.adapters import existing_basis, write_run
 
     layers = _model_layers(args.pipeline) if args.pipeline else None
-    config, arrays = read_basis(existing_basis(args.basis), args.config, layers)
+    config, arrays = read_basis(existing_basis(args.basis), args.basis_config, layers)
     with told_if_unwritable(args.out):
         write_run(args.out, config, arrays)
     print(
@@ -132,12 +132,14 @@ def export_lora(args: argparse.Namespace) -> None:
     out = as_path(args.out, "the output", ".safetensors")
     if args.rank is not None:
         as_value(args.rank, "--rank", RANK)
-    require_writable([out], filter(None, [args.basis, args.config, args.a, args.a2, args.b]), overwrite=args.overwrite)
+    require_writable(
+        [out], filter(None, [args.basis, args.basis_config, args.a, args.a2, args.b]), overwrite=args.overwrite
+    )
     from lorweb_jax.adapters.formats.lora_file import mixed_factors, truncate, write_lora
     from lorweb_jax.pipeline.adapters import load_basis
 
     layers = _model_layers(args.pipeline)
-    config, arrays = load_basis(args.basis, layers, args.config)
+    config, arrays = load_basis(args.basis, layers, args.basis_config)
     factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
     if args.rank is not None:
         factors, error = truncate(factors, args.rank)

@@ -7,7 +7,7 @@
 --config=FILE[:VARIANT]   config file of a basis; FLUX.1-Kontext-dev and clip-vit-large-patch14 need not be there
 --config.FIELD=VALUE      another value for a field of it, as often as wanted
 --topology=NAME           a TPU generation and its chips along each axis, or gpu: with a kind and a number
---what=train              one step of training (default), or sample: all steps of one batch of config.show
+--what=train              one step of training (default), or sample: all steps of one batch of config.evaluation
 --confirm                 if it doesn't fit, compile again with the first change that should make it fit
 --json=FILE               the same figures as json
 --hlo=FILE                the compiled program's text (TPUs)

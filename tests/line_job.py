@@ -24,7 +24,7 @@ def default():
     config.train.batch = 8
     config.train.log_every = 1
     config.train.checkpoint_every = 5
-    config.train.picture_every = 12
+    config.train.log_images_every = 12
     config.optimizer.learning_rate = 0.05
     config.line = {"bad_step": -1, "pause": 0.0}
     return config

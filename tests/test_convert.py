@@ -146,7 +146,7 @@ def test_configs_of_real_single_files_are_read_off_their_shapes(pipeline):
     assert VAEConfig.from_json(found) == config
     tiny = FluxConfig.from_json(read_json(pipeline / "transformer" / "config.json"))
     tensors = Layout(flux_table.BLACK_FOREST, shapes(lambda: Flux(tiny, rngs=nnx.Rngs(0)))).tensors
-    with pytest.raises(UserError, match="width 32, .* --config"):
+    with pytest.raises(UserError, match="width 32, .* --model-config"):
         flux_table.black_forest_config(tensors)
 
 
@@ -197,7 +197,7 @@ def test_command(pipeline, black_forest, tmp_path):
         "diffusers",
         "--out",
         tmp_path / "no",
-        "--config",
+        "--model-config",
         pipeline / "vae" / "config.json",
     )
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and not (tmp_path / "no").exists()

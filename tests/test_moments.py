@@ -156,7 +156,7 @@ def test_states_are_split_like_their_parameters_and_weigh_what_is_said():
 def test_a_run_that_goes_on_is_the_whole_run_to_the_bit(tmp_path):
     config = line_job.get_config()
     config.optimizer.moments, config.train.steps, config.train.checkpoint_every = "int8", 8, 4
-    config.train.picture_every = 100
+    config.train.log_images_every = 100
     train(config, tmp_path / "whole", make_job)
     config.train.steps = 4
     train(config, tmp_path / "parts", make_job)

@@ -300,7 +300,7 @@ def test_command(single, tmp_path):
         "diffusers",
         "--out",
         tmp_path / "out",
-        *(f"--config={config}" for config in CONFIGS),
+        *(f"--model-config={config}" for config in CONFIGS),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

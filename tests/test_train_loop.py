@@ -291,7 +291,7 @@ def test_pictures_that_fail_do_not_end_the_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(line_job.LineJob, "log_images", log_images)
     config = line_job.get_config()
-    config.train.steps = config.train.picture_every = 2
+    config.train.steps = config.train.log_images_every = 2
     assert train(config, tmp_path, make_job) and (tmp_path / "slope.npy").exists()
     assert capsys.readouterr().err == (
         "pictures of step 2 could not be made, the run goes on without: RuntimeError: "

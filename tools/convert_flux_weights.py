@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
         "for packed numbers, which loses nothing)",
     )
     parser.add_argument(
-        "--config",
+        "--model-config",
         type=Path,
         action="append",
         default=[],
@@ -165,10 +165,12 @@ def _recognised(args: argparse.Namespace) -> list:
     from lorweb_jax.pipeline.sources import recognise_all
 
     sources = [resolve(path, ("transformer/*", "vae/*"), "its folder or files") for path in args.source]
-    found = [recognise_all(part, args.config) for path in sources for part in _parts(path)]
+    found = [recognise_all(part, args.model_config) for path in sources for part in _parts(path)]
     sources = [source for each in found for source in each.sources]
-    if unused := [file for file in args.config if all(source.config != read_json(file) for source in sources)]:
-        raise UserError(f"--config={unused[0]} belongs to none of the models given; its _class_name tells which", 2)
+    if unused := [file for file in args.model_config if all(source.config != read_json(file) for source in sources)]:
+        raise UserError(
+            f"--model-config={unused[0]} belongs to none of the models given; its _class_name tells which", 2
+        )
     if len(kinds := [source.kind for source in sources]) > len(set(kinds)):
         raise UserError(
             "two of the sources are the same model, and one would overwrite the other; convert them one at "

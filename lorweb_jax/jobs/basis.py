@@ -107,8 +107,8 @@ class BasisJob(Job):
 
     @property
     def sampling(self) -> dict:
-        """How pictures and tables are made."""
-        return {name: self.config.show[name] for name in ("steps", "guidance", "batch")}
+        """How images and tables are sampled."""
+        return {name: self.config.evaluation[name] for name in ("steps", "guidance", "batch")}
 
     def build(self, rngs: nnx.Rngs) -> AnalogyModel:
         left_out = self.scope.left_out if self.scope else ()
@@ -210,7 +210,7 @@ class BasisJob(Job):
         """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
         pipeline, shown = Pipeline(self.folder, model, self.precomputed), {}
         for split in self.tasks:
-            samples = self._samples(split, 1, self.config.show.tasks)
+            samples = self._samples(split, 1, self.config.evaluation.tasks)
             shown[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
         if self.basis_config.query == "external":
             shown["router"] = self._router_map(pipeline)
@@ -251,7 +251,7 @@ class BasisJob(Job):
             with report_only(f"the table of {split}"):
                 table = evaluate_pipeline(
                     pipeline,
-                    self._samples(split, self.config.show.per_task),
+                    self._samples(split, self.config.evaluation.per_task),
                     workdir / "evaluation" / split,
                     **self.sampling,
                 )

@@ -185,7 +185,7 @@ def _config(
     if not beside.exists():
         raise UserError(
             f"{where} is in diffusers' layout, whose sizes stand in a config.json, and {beside} does not "
-            "exist; put it there, or name it with --config"
+            "exist; put it there, or name it with --model-config"
         )
     return _made_sense_of(kind, read_json(beside), beside)
 

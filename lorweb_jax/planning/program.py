@@ -74,7 +74,7 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
 
 
 def sample_program(job: BasisJob, mesh: Mesh) -> Program:
-    """All sampling steps of one batch of config.show, from the condition's latents to the result's, as a training run
+    """All sampling steps of one batch of config.evaluation, from the condition's latents to the result's, as a training run
     makes its pictures.
 
     As in pipeline.py: for one analogy the mix is folded into a copy of the weights beforehand, for several, or over
@@ -83,7 +83,7 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     config, flux = job.config, job.folder.flux_config
     for heads in job.attention_heads:
         sharding.check_heads(heads, mesh)
-    b, steps, size = config.show.batch, config.show.steps, planned.grid_size(config)
+    b, steps, size = config.evaluation.batch, config.evaluation.steps, planned.grid_size(config)
     partition = Partition.of(job, config.seed)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
     trainable = partition.trainable_shapes(mesh)
@@ -93,7 +93,7 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
         model = partition.model(trainable, frozen)
         adapters = None if folded else model.adapters(query, b)
         return model.sample(
-            **inputs, guidance=jnp.float32(config.show.guidance), sigmas=sigmas, size=size, adapters=adapters
+            **inputs, guidance=jnp.float32(config.evaluation.guidance), sigmas=sigmas, size=size, adapters=adapters
         )
 
     split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())

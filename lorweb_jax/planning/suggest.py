@@ -101,7 +101,7 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
         mesh = {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor}
         if dict(plan.program.mesh.shape) != {name.partition(".")[2]: size for name, size in mesh.items()}:
             yield mesh
-    field = "train.batch" if training else "show.batch"
+    field = "train.batch" if training else "evaluation.batch"
     shares = devices // plan.program.mesh.shape["tensor"] if training else 1
     batch = get(config, field) // 2 // shares * shares
     while batch:

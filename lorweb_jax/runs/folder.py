@@ -148,7 +148,7 @@ def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
     """Write the run's config into its folder; or check that the checkpoints that are there are of this config.
 
     sources: {field: fingerprint of what lies there} of the config's paths. Paths are compared by what they hold, all
-    other fields by their values; configs.MAY_CHANGE lists those that may differ. UserError where something differs (it
+    other fields by their values; configs.may_change tells those that may differ. UserError where something differs (it
     is shown), and where the folder is not the same one for all processes of the run.
     """
     if jax.process_index() == 0:
@@ -181,7 +181,7 @@ def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
     changed = [
         f"{name} was {config_fields.shown(old)} and is {config_fields.shown(new)}"
         for name, (old, new) in differing.items()
-        if name not in configs.MAY_CHANGE | free
+        if not (configs.may_change(name) or name in free)
     ]
     if changed:
         raise UserError(

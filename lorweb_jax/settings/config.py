@@ -17,13 +17,12 @@ from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.schema import checked, read_json
 from lorweb_jax.settings import fields as config_fields
 
-# Fields that a run may change when it goes on from its own checkpoint.
-MAY_CHANGE = frozenset(
+_MAY_CHANGE = frozenset(
     {
         "train.steps",
         "train.log_every",
         "train.checkpoint_every",
-        "train.picture_every",
+        "train.log_images_every",
         # where and how it is computed, as other hardware may need it
         "mesh.data",
         "mesh.fsdp",
@@ -34,6 +33,11 @@ MAY_CHANGE = frozenset(
         "data.workers",
     }
 )
+
+
+def may_change(field: str) -> bool:
+    """Whether a run may go on from its own checkpoint with another value of a dotted field."""
+    return field in _MAY_CHANGE or field.startswith("evaluation.")
 
 
 def base_config(job: str) -> ConfigDict:
@@ -47,7 +51,7 @@ def base_config(job: str) -> ConfigDict:
     config.train.batch = 6  # examples a step, over all devices
     config.train.log_every = 20  # steps between lines of metrics (each line is the mean since the last)
     config.train.checkpoint_every = 200
-    config.train.picture_every = 500
+    config.train.log_images_every = 500
     config.train.ema = 0.0  # decay of the averaged weights that are shown and exported; 0 keeps none
     config.train.param_dtype = "float32"  # storage of frozen weights: float32, bfloat16 or float16
 

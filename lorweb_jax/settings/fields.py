@@ -163,7 +163,7 @@ COMMON: dict[str, Rule] = {
     "train.batch": BATCH,
     "train.log_every": _COUNT,
     "train.checkpoint_every": _COUNT,
-    "train.picture_every": _COUNT,
+    "train.log_images_every": _COUNT,
     "train.ema": Real(0, 1, below=True),
     "train.param_dtype": _DTYPE,
     "optimizer.name": Choice(("adamw", "muon")),
@@ -210,11 +210,11 @@ BASIS: dict[str, Rule] = {
     "remat": Choice(("none", "dots", "attention", "full")),
     "attention": Choice(("auto", "xla", "cudnn", "pallas")),
     "unroll": _LAYERS,
-    "show.tasks": Whole(1, 10**6),
-    "show.per_task": SHOWN_PER_TASK,
-    "show.batch": SHOWN_AT_ONCE,
-    "show.steps": SAMPLING_STEPS,
-    "show.guidance": GUIDANCE,
+    "evaluation.tasks": Whole(1, 10**6),
+    "evaluation.per_task": SHOWN_PER_TASK,
+    "evaluation.batch": SHOWN_AT_ONCE,
+    "evaluation.steps": SAMPLING_STEPS,
+    "evaluation.guidance": GUIDANCE,
 }
 
 BASE_VAE: dict[str, Rule] = {
@@ -295,7 +295,7 @@ BASE_TRANSFORMER: dict[str, Rule] = {
     **{f"form_weights.{form}": _WEIGHT for form in FORMS},
     "loss_weight": Choice(("bell", "uniform")),
     "guidance": Several(GUIDANCE, 2, 2),
-    "show_steps": Whole(1, 1000),
+    "evaluation.steps": SAMPLING_STEPS,
 }
 
 JOBS: dict[str, dict[str, Rule]] = {

@@ -58,7 +58,8 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
         print(
             f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen):,} frozen parameters, "
             f"{mesh.size} device{'s' * (mesh.size > 1)}{hosts}, run folder {workdir}\n"
-            f"frozen weights: {bytes_by_dtype(frozen)}; optimizer: {bytes_by_dtype((shapes.optimizer, shapes.average))}",
+            f"frozen weights: {bytes_by_dtype(frozen)}; "
+            f"optimizer: {bytes_by_dtype((shapes.optimizer, shapes.average))}",
             flush=True,
         )
 
@@ -99,7 +100,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                     flush=True,
                 )
                 return False
-            if done % every.picture_every == 0 or done == steps:
+            if done % every.log_images_every == 0 or done == steps:
                 with report_only(f"pictures of step {done}"):
                     report.pictures(done, job.log_images(partition.model(state.exported, frozen), done))
                 report.restart_clock(done)

@@ -111,7 +111,7 @@ def read_basis(
         print(
             f"{file.parent} has no config.yaml: taking {config.heads} head, {config.activation}, "
             f"{config.reduction}, {config.query} query {config.query_mode}; "
-            "give the right file with --config if that's wrong",
+            "give the right file with --basis-config if that's wrong",
             file=sys.stderr,
         )
     if layers is not None:

@@ -89,12 +89,12 @@ def black_forest_config(shapes: Mapping[str, tuple[int, ...]], where: str = "the
     if widths and any(width % 32 for width in widths):
         raise UserError(
             f"{where} has the widths {widths}, not multiples of FLUX's 32 normalisation groups; give "
-            "diffusers' config.json with --config"
+            "diffusers' config.json with --model-config"
         )
     if latents != 16:
         raise UserError(
             f"{where} has {latents} latent channels and FLUX's 16: it is another model's; give "
-            "ae.safetensors, or diffusers' config.json with --config"
+            "ae.safetensors, or diffusers' config.json with --model-config"
         )
     return {
         "_class_name": "AutoencoderKL",

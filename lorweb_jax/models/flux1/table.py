@@ -118,7 +118,7 @@ def black_forest_config(shapes: Mapping[str, tuple[int, ...]], where: str = "the
     if head != 128:
         raise UserError(
             f"{where} has attention heads of width {head}, and rope axes are known only for 128; give "
-            "diffusers' config.json with --config"
+            "diffusers' config.json with --model-config"
         )
     return {
         "_class_name": "FluxTransformer2DModel",

@@ -142,7 +142,7 @@ class BaseTransformer(Job):
                 None if condition is None else jnp.asarray(condition, jnp.float32),
                 self.clip_ids[form["caption"]],
                 self.t5_ids[form["caption"]],
-                self.config.show_steps,
+                self.config.evaluation.steps,
             )
         )
 
