@@ -74,8 +74,8 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
 
 
 def sample_program(job: BasisJob, mesh: Mesh) -> Program:
-    """All sampling steps of one batch of config.evaluation, from the condition's latents to the result's, as a training run
-    makes its pictures.
+    """All sampling steps of one batch of config.evaluation, from the condition's latents to the result's, as a training
+    run samples the images that it logs.
 
     As in pipeline.py: for one analogy the mix is folded into a copy of the weights beforehand, for several, or over
     quantised weights, it stays beside them.

@@ -1,4 +1,4 @@
-"""A run's checkpoints (orbax): the training state, one pytree; the data position and the metrics not yet logged, as json.
+"""A run's checkpoints (orbax): the training state, one pytree, with the data position and the metrics not yet logged.
 
 Frozen weights are never in them. A checkpoint counts once it is complete: orbax writes to a temporary name first,
 so that a run killed at any moment goes on from the one before. They are written while training goes on. Checksums in
