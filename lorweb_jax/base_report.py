@@ -11,24 +11,22 @@ figures.json and the pictures.
 import argparse
 from pathlib import Path
 
-from lorweb_jax.common.command_line import Parser, positive
+from lorweb_jax.common.command_line import Parser, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m lorweb_jax.base_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("pipeline", type=Path, help="the base's folder")
+    parser = Parser(prog="python -m lorweb_jax.base_report", description=__doc__)
+    parser.add_argument("pipeline", type=nonempty_path, help="the base's folder")
     parser.add_argument(
         "--drawings",
-        type=Path,
+        type=nonempty_path,
         default=Path("local_data/drawings64.npz"),
         help="made by tools/pack_drawings.py (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("docs/base"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=nonempty_path, default=Path("docs/base"), help="folder to write (default: %(default)s)"
+    )
     parser.add_argument(
         "--per-cell", type=positive, default=24, help="pictures of each family and set (default: %(default)s)"
     )

@@ -12,9 +12,9 @@ import argparse
 import os
 from pathlib import Path
 
-from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
-from lorweb_jax.common.outputs import require_writable
+from lorweb_jax.common.outputs import require_free, require_writable
 from lorweb_jax.images.grid import condition_grid, fit_to_model
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.pipeline.arguments import MAX_SIZE
@@ -25,31 +25,33 @@ SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m lorweb_jax.edit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__)
     parser.add_argument(
         "--pipeline",
-        type=Path,
+        type=nonempty_path,
         default=SMALL_BASE,
         help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
         "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)",
     )
     parser.add_argument(
         "--basis",
-        type=Path,
+        type=nonempty_path,
         help="a run's folder, a LoRWeB basis or a LoRA (file, folder or Hub name); "
         "without it the base model follows the prompt alone",
     )
-    parser.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    parser.add_argument(
+        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
+    )
     parser.add_argument(
         "--image-encoder",
-        type=Path,
+        type=nonempty_path,
         help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's folder)",
     )
-    parser.add_argument("--a", type=Path, required=True, help="an image before the edit; its size is the result's")
-    parser.add_argument("--a2", type=Path, required=True, help="the same image after the edit")
-    parser.add_argument("--b", type=Path, required=True, nargs="+", help="one or more images to edit likewise")
+    parser.add_argument(
+        "--a", type=nonempty_path, required=True, help="an image before the edit; its size is the result's"
+    )
+    parser.add_argument("--a2", type=nonempty_path, required=True, help="the same image after the edit")
+    parser.add_argument("--b", type=nonempty_path, required=True, nargs="+", help="one or more images to edit likewise")
     parser.add_argument(
         "--out",
         required=True,
@@ -97,7 +99,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def targets(out: str, bs: list[Path]) -> list[Path]:
     """Where each result goes: into the file `out`, or under the name of its b into the folder."""
+    if not out.strip():
+        raise UserError(f"--out is {out!r}; give an image file or a folder (./ for the current one)", 2)
     path, suffix = Path(out), Path(out).suffix
+    if path.exists() and not path.is_dir():
+        require_free(path, overwrite=True)  # a device
     # A version such as results/v1.5 is a folder's name; other suffixes are of files, wanted or misspelt.
     folder = (
         out.endswith(("/", os.sep))

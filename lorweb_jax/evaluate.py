@@ -11,7 +11,7 @@ names are replaced with --overwrite only.
 import argparse
 from pathlib import Path
 
-from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
 from lorweb_jax.files.hub_cache import is_name
@@ -22,23 +22,23 @@ FILES = ("table.md", "table.json", "sheet.png")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m lorweb_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m lorweb_jax.evaluate", description=__doc__)
     parser.add_argument(
         "basis",
-        type=Path,
+        type=nonempty_path,
         metavar="RUN_OR_BASIS",
         help="folder of a training run, or a published basis (file, folder or Hub name)",
     )
     parser.add_argument(
-        "--pipeline", type=Path, required=True, help="folder or Hub name of the base model that it belongs to"
+        "--pipeline", type=nonempty_path, required=True, help="folder or Hub name of the base model that it belongs to"
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks to be shown")
-    parser.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    parser.add_argument("--data", type=nonempty_path, required=True, help="folder of the tasks to be shown")
+    parser.add_argument(
+        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
+    )
     parser.add_argument(
         "--image-encoder",
-        type=Path,
+        type=nonempty_path,
         help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
     )
     parser.add_argument("--per-task", type=int, default=2, help="analogies of each task (default: %(default)s)")
@@ -52,7 +52,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="longest edge of the 2x2 grid; larger ones are made smaller (default: no limit)",
     )
     parser.add_argument("--batch", type=int, default=16, help="analogies sampled at once (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder to write (default: evaluation, in or beside RUN_OR_BASIS)")
+    parser.add_argument(
+        "--out", type=nonempty_path, help="folder to write (default: evaluation, in or beside RUN_OR_BASIS)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the table and sheet of an earlier evaluation")
     args = parser.parse_args(arguments)
     rules = {

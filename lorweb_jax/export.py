@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_new_folder, require_writable, told_if_unwritable
 from lorweb_jax.pipeline.arguments import RANK, as_path
@@ -23,36 +23,44 @@ from lorweb_jax.settings.fields import as_value
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m lorweb_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m lorweb_jax.export", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{published,checkpoint,lora}")
 
     published = commands.add_parser("published", help="a run -> the published LoRWeB format, with its config.yaml")
-    published.add_argument("run", type=Path, help="folder of a training run, such as runs/basis")
-    published.add_argument("out", type=Path, help="the .safetensors file to write; config.yaml is written beside it")
+    published.add_argument("run", type=nonempty_path, help="folder of a training run, such as runs/basis")
+    published.add_argument(
+        "out", type=nonempty_path, help="the .safetensors file to write; config.yaml is written beside it"
+    )
     published.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     _add_dtype(published)
     _add_overwrite(published)
 
     checkpoint = commands.add_parser("checkpoint", help="a published basis -> a run's folder, as training leaves one")
-    checkpoint.add_argument("basis", type=Path, help="the .safetensors file, or the folder it lies in")
-    checkpoint.add_argument("out", type=Path, help="the folder to make")
-    checkpoint.add_argument("--basis-config", type=Path, help="its config.yaml (default: the one beside the file)")
+    checkpoint.add_argument("basis", type=nonempty_path, help="the .safetensors file, or the folder it lies in")
+    checkpoint.add_argument("out", type=nonempty_path, help="the folder to make")
     checkpoint.add_argument(
-        "--pipeline", type=Path, help="folder of the base model; given, the basis is checked against its layers"
+        "--basis-config", type=nonempty_path, help="its config.yaml (default: the one beside the file)"
+    )
+    checkpoint.add_argument(
+        "--pipeline",
+        type=nonempty_path,
+        help="folder of the base model; given, the basis is checked against its layers",
     )
 
     lora = commands.add_parser("lora", help="one analogy's mix -> an ordinary LoRA for diffusers and others")
-    lora.add_argument("basis", type=Path, help="a run's folder, a published basis (file or folder), or a LoRA's file")
-    lora.add_argument("out", type=Path, help="the .safetensors file to write")
-    lora.add_argument("--pipeline", type=Path, required=True, help="folder of the base model that the basis belongs to")
-    lora.add_argument("--a", type=Path, help="an image before the edit")
-    lora.add_argument("--a2", type=Path, help="the same image after the edit")
-    lora.add_argument("--b", type=Path, help="the image to be edited likewise")
+    lora.add_argument(
+        "basis", type=nonempty_path, help="a run's folder, a published basis (file or folder), or a LoRA's file"
+    )
+    lora.add_argument("out", type=nonempty_path, help="the .safetensors file to write")
+    lora.add_argument(
+        "--pipeline", type=nonempty_path, required=True, help="folder of the base model that the basis belongs to"
+    )
+    lora.add_argument("--a", type=nonempty_path, help="an image before the edit")
+    lora.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
+    lora.add_argument("--b", type=nonempty_path, help="the image to be edited likewise")
     lora.add_argument(
         "--image-encoder",
-        type=Path,
+        type=nonempty_path,
         help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
     )
     lora.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank N·r, exact)")
@@ -71,7 +79,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="store an alpha with every layer, the rank unless a number is given; the update stays the "
         "same (default: none, but kohya's files always have one)",
     )
-    lora.add_argument("--basis-config", type=Path, help="the basis's config.yaml (default: the one beside the file)")
+    lora.add_argument(
+        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
+    )
     _add_dtype(lora)
     _add_overwrite(lora)
     return parser.parse_args(arguments)

@@ -42,8 +42,8 @@ def listed(folder):
         (["weights"], True, "is a folder"),
         (["pipe"], True, "device or a pipe"),
         (["/dev/null"], True, "device or a pipe"),
-        (["file/a.png"], False, "is a file and no folder"),
-        (["file/b/a.png"], False, "is a file and no folder"),
+        (["file/a.png"], False, "file is a file and no folder"),
+        (["file/b/a.png"], False, "file is a file and no folder"),
         (["n" * 256 + ".png"], False, "too long"),
         (["new/" + "n" * 256], False, "too long"),
         (["a\0b.png"], False, "could not be written"),
@@ -108,6 +108,15 @@ def test_a_link_is_kept_and_its_file_replaced(folder):
     (folder / "latest.png").symlink_to("there.png")
     outputs.write_file(folder / "latest.png", b"new")
     assert (folder / "latest.png").is_symlink() and (folder / "there.png").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_to_a_file_that_is_not_there_yet(folder, overwrite):
+    """The file that it names is made; the link stays one."""
+    (folder / "latest.png").symlink_to("runs/7.png")
+    outputs.require_writable([folder / "latest.png"], overwrite=overwrite)
+    assert outputs.write_file(folder / "latest.png", b"new", overwrite) == folder / "latest.png"
+    assert (folder / "latest.png").is_symlink() and (folder / "runs/7.png").read_bytes() == b"new"
 
 
 def test_nothing_half_written(folder, monkeypatch):

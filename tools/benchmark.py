@@ -47,7 +47,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.common.command_line import Parser, positive  # noqa: E402  (the path above comes first)
+from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402  (the path above comes first)
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
 from lorweb_jax.common.outputs import require_writable, write_text  # noqa: E402
 
@@ -65,7 +65,7 @@ def one_or_more(*choices: str):
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--size",
         choices=["tiny", "mid", "kontext"],
@@ -126,7 +126,7 @@ def parse() -> argparse.Namespace:
         "--threads", type=positive, metavar="N", help="CPU cores and threads of every row (default: all there are)"
     )
     parser.add_argument("--no-torch", action="store_true", help="leave the diffusers rows out")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured here as well")
+    parser.add_argument("--json", type=nonempty_path, metavar="PATH", help="write everything measured here as well")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of the same name")
     return parser.parse_args()
 

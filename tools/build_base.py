@@ -6,13 +6,13 @@ python -m lorweb_jax.main --config=configs/base_transformer.py
 python tools/build_base.py --runs runs --out assets/small_kontext --overwrite
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
 from lorweb_jax.common.outputs import replacing_folder, require_new_folder  # noqa: E402
 from lorweb_jax.files.safetensors_io import write_json  # noqa: E402
@@ -55,9 +55,11 @@ INDEX = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the three runs lie (default: runs)")
-    parser.add_argument("--out", type=Path, default=Path("assets/small_kontext"), help="the folder to make")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--runs", type=nonempty_path, default=Path("runs"), help="where the three runs lie (default: runs)"
+    )
+    parser.add_argument("--out", type=nonempty_path, default=Path("assets/small_kontext"), help="the folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a pipeline folder that is there")
     args = parser.parse_args()
     if not (args.overwrite and (args.out / "model_index.json").is_file()):

@@ -17,22 +17,22 @@ and noise levels; grids, ids and crops are exact; a decoded 8-bit image may be o
 "not checked" lines are not counted. The exit status is 0 if something was compared and nothing failed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import run_command  # noqa: E402  (the path above comes first)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the folder of recordings")
+    parser = Parser(description=__doc__)
+    parser.add_argument("folder", metavar="DIR", type=nonempty_path, help="the folder of recordings")
     parser.add_argument(
         "--pipeline",
         metavar="FOLDER",
-        type=Path,
+        type=nonempty_path,
         help="the models that the recordings were made with, in diffusers layout "
         "(default: DIR/tiny_pipeline if it is there)",
     )

@@ -26,7 +26,7 @@ SHOWN = 50  # last steps whose loss is averaged
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "options", nargs="+", metavar="FIELD=VALUE", help="of the config, as --config.FIELD=VALUE of main"
     )

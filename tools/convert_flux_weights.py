@@ -22,17 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lorweb_jax.common.command_line import Parser  # noqa: E402
+from lorweb_jax.common.command_line import Parser, nonempty_path  # noqa: E402
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402  (the path above comes first)
 from lorweb_jax.common.outputs import require_writable  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "source",
         nargs="*",
-        type=Path,
+        type=nonempty_path,
         help="a pipeline folder (its transformer and vae are converted), one of these two folders, "
         "or a .safetensors or .gguf file, told apart by the names of the tensors; or a Hub name",
     )
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
         help="diffusers: OUT/transformer and OUT/vae; "
         "black-forest: OUT/flux1-kontext.safetensors and OUT/ae.safetensors",
     )
-    parser.add_argument("--out", type=Path, help="folder to write into; made if it isn't there")
+    parser.add_argument("--out", type=nonempty_path, help="folder to write into; made if it isn't there")
     parser.add_argument(
         "--dtype",
         choices=["keep", "float32", "bfloat16", "float16"],
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--model-config",
-        type=Path,
+        type=nonempty_path,
         action="append",
         default=[],
         help="diffusers' config.json, for a single file of other sizes than FLUX.1's; one for each "
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--verify",
-        type=Path,
+        type=nonempty_path,
         metavar="WRITTEN",
         help="convert nothing; read a file or folder that this command wrote again, and compare every "
         "tensor's name, shape, dtype and SHA-256 with what was recorded beside it",

@@ -20,7 +20,6 @@ transformer's have none: compiled in 44 s without. All drawings of a variant aft
 compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128 drawings.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -33,6 +32,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import numpy as np  # noqa: E402
 from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
+
+from lorweb_jax.common.command_line import Parser, nonempty_path  # noqa: E402
+from lorweb_jax.common.errors import run_command  # noqa: E402
 
 VAE = Path("assets/small_kontext/vae")
 SECONDS_TO_END = 7  # for the last writing
@@ -182,13 +184,13 @@ def same_shapes(corpus, wanted):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--prepare", action="store_true", help="write what the other machine needs, into local_data/gpu"
     )
     parser.add_argument(
         "--vae",
-        type=Path,
+        type=nonempty_path,
         default=VAE,
         help="with --prepare: a vae folder of the shape in "
         f"configs/base_vae.py, whose weights the autoencoder begins with (default: {VAE})",
@@ -199,10 +201,14 @@ def main() -> None:
         default="train",
         help="whether it is trained, or taken as --prepare found it (default: train)",
     )
-    parser.add_argument("--finish", type=Path, metavar="OUT", help="write runs/base_vae and runs/base_transformer")
-    parser.add_argument("--drawings", type=Path, default=DRAWINGS, help=f"the pack of drawings (default: {DRAWINGS})")
+    parser.add_argument(
+        "--finish", type=nonempty_path, metavar="OUT", help="write runs/base_vae and runs/base_transformer"
+    )
+    parser.add_argument(
+        "--drawings", type=nonempty_path, default=DRAWINGS, help=f"the pack of drawings (default: {DRAWINGS})"
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="when all has to be done (default: 300)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_base"), help="where results go")
+    parser.add_argument("--out", type=nonempty_path, default=Path("runs/gpu_base"), help="where results go")
     parser.add_argument("--processes", type=int, default=13, help="that make pixels (default: 13)")
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
@@ -566,4 +572,4 @@ def blocks(kept, block, size, operations):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,7 +9,6 @@ Batches are drawn on the device from a table of some drawings after all operatio
 as worker processes make them.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -22,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, run_until, save, trainer  # noqa: E402
+
+from lorweb_jax.common.command_line import Parser, nonempty_path  # noqa: E402
+from lorweb_jax.common.errors import run_command  # noqa: E402
 
 SENTENCES = PREPARED / "sentences.npz"
 CONFIG = PREPARED / "base_clip.json"
@@ -222,11 +224,13 @@ def finish(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="write what the other machine needs")
-    parser.add_argument("--finish", type=Path, metavar="OUT", help="make runs/base_clip of a folder that came back")
+    parser.add_argument(
+        "--finish", type=nonempty_path, metavar="OUT", help="make runs/base_clip of a folder that came back"
+    )
     parser.add_argument("--seconds", type=float, default=110, help="when to be done, from the start (default: 110)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_base"), help="the folder to write into")
+    parser.add_argument("--out", type=nonempty_path, default=Path("runs/gpu_base"), help="the folder to write into")
     parser.add_argument("--processes", type=int, default=3, help="that make operated drawings (default: 3)")
     parser.add_argument("--tiny", action="store_true", help="small batches, for a rehearsal on a CPU")
     args = parser.parse_args()
@@ -239,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

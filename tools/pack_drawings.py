@@ -10,7 +10,6 @@ They come from published packages, fetched beforehand into one folder:
 Taken are the code points that all sets have, one skin tone of each figure and every third flag of a country.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
 from lorweb_jax.data.embedded.drawing_sets import FORMAT, SETS  # noqa: E402
 from lorweb_jax.data.embedded.drawings import is_held_out, render, sign_name  # noqa: E402
@@ -70,9 +70,13 @@ TONE = re.compile("1F3F[B-F]")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, default=Path("local_data/packages"), help="where the packages lie")
-    parser.add_argument("--out", type=Path, default=Path("local_data/drawings64.npz"), help="the file to write")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--packages", type=nonempty_path, default=Path("local_data/packages"), help="where the packages lie"
+    )
+    parser.add_argument(
+        "--out", type=nonempty_path, default=Path("local_data/drawings64.npz"), help="the file to write"
+    )
     parser.add_argument("--size", type=int, default=64, help="side of a drawing, pixels (default: 64)")
     args = parser.parse_args(arguments)
     names = {name: read_package(args.packages, *source[:3]) for name, source in SOURCES.items()}

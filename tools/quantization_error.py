@@ -10,22 +10,22 @@ bfloat16 with the full weights. "full" columns are not quantised. "inputs too" i
 fp8 (NVIDIA Ada and Hopper, TPU v7); elsewhere fp8 is how weights are stored.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import run_command  # noqa: E402  (the path above comes first)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--pipeline",
         metavar="FOLDER",
-        type=Path,
+        type=nonempty_path,
         default=ROOT / "assets" / "small_kontext",
         help="models in diffusers layout (default: the small ones here)",
     )

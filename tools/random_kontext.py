@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402  (the path above comes first)
 
 BASE = ROOT / "assets" / "small_kontext"
@@ -104,8 +105,10 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, help="the pipeline folder; parts that it has are left alone")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--out", required=True, type=nonempty_path, help="the pipeline folder; parts that it has are left alone"
+    )
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
     )

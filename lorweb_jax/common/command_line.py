@@ -1,6 +1,8 @@
-"""What argparse commands share: their complaints are one sentence, like every other error of a user's."""
+"""What argparse commands share: help that keeps its lines, and complaints of one sentence, like every other error."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from lorweb_jax.common.errors import UserError
 
@@ -8,8 +10,18 @@ from lorweb_jax.common.errors import UserError
 class Parser(argparse.ArgumentParser):
     """Raises UserError, with status 2, where argparse would print its usage and exit."""
 
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+
     def error(self, message):
         raise UserError(f"{message}; see --help", 2)
+
+
+def nonempty_path(text: str) -> Path:
+    """A path, as the type of an argument. An empty text is none: Path("") would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no path; give the name of a file or folder")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -131,11 +131,9 @@ def _tried(paths: list[Path]) -> int:
 
 def _not_writable(path: Path, error: OSError | ValueError) -> UserError:
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return UserError(
-            f"{path} could not be written, for {error.filename or path.parent} is a file and no folder; "
-            "give another folder",
-            2,
-        )
+        there = next((parent for parent in path.parents if os.path.lexists(parent)), path.parent)
+        kind = "a file and no folder" if there.is_file() else "no folder"
+        return UserError(f"{path} could not be written, for {there} is {kind}; give another folder", 2)
     return UserError(
         f"{path} could not be written ({getattr(error, 'strerror', None) or error}); check the folder, its "
         "permissions and the free space"
@@ -205,18 +203,23 @@ def write_file(path: str | Path, data: bytes, overwrite: bool = True) -> Path:
                 temporary.write_bytes(data)
         except BaseException:
             if not overwrite:
-                path.unlink(missing_ok=True)
+                Path(os.path.realpath(path)).unlink(missing_ok=True)
             raise
     return path
 
 
 def _claimed(path: Path) -> Path:
-    """An empty file of this name, or of the next one that is free, made now so that no other process takes it."""
+    """An empty file of this name, or of the next one that is free, made now so that no other process takes it.
+
+    Where the name is a link to a file that isn't there, this file is made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
         free = path.with_stem(f"{path.stem}-{number}") if number else path
+        target = Path(os.path.realpath(free))
+        target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            open(free, "xb").close()
+            open(target, "xb").close()
             return free
     raise AssertionError("itertools.count() ended")
 

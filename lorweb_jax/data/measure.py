@@ -25,13 +25,8 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from lorweb_jax.common.command_line import Parser
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import run_command
-from lorweb_jax.data.loader import AnalogyLoader
-from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, read_tasks
-from lorweb_jax.images import grid
-from lorweb_jax.images.resize import resize
 from lorweb_jax.settings.fields import SHOWN_AT_ONCE, SIDE, WORKERS, Real, Whole, as_value
 
 WARM_UP = 4  # batches that aren't counted: imports, worker processes, full buffers
@@ -46,6 +41,8 @@ class Rate(NamedTuple):
 
 def measure_input(root: str | Path, quadrant_size: int, workers: int, seconds: float, batch: int = 6) -> Rate:
     """Reads batches of a Relation252K folder for so many seconds, after a warm-up."""
+    from lorweb_jax.data.loader import AnalogyLoader  # grain imports jax
+
     with contextlib.closing(AnalogyLoader(root, batch, quadrant_size=quadrant_size, workers=workers)) as loader:
         for _ in range(WARM_UP):
             next(loader)
@@ -71,6 +68,11 @@ def _cpu_seconds() -> float | None:
 
 def breakdown(root: str | Path, quadrant_size: int, grids: int = 48) -> dict[str, float]:
     """Milliseconds of processor time a grid that each stage takes: medians."""
+    from lorweb_jax.data.problems import Problems
+    from lorweb_jax.data.relation252k import Analogies, read_tasks
+    from lorweb_jax.images import grid
+    from lorweb_jax.images.resize import resize
+
     analogies, side = Analogies(read_tasks(root, Problems())), (quadrant_size, quadrant_size)
     times: dict[str, list[float]] = {}
 
@@ -93,6 +95,8 @@ def breakdown(root: str | Path, quadrant_size: int, grids: int = 48) -> dict[str
 
 def write_pairs(root: Path, height: int = 512, tasks: int = 4, pairs: int = 12) -> None:
     """Tasks of JPEG files "before | after", 2·height wide, with detail at all scales as photographs have."""
+    from lorweb_jax.images.resize import resize
+
     random = np.random.default_rng(0)
     for task in range(tasks):
         folder = root / f"task{task}" / "Group1"
@@ -141,12 +145,10 @@ def _report(root: Path, args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m lorweb_jax.data.measure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog="python -m lorweb_jax.data.measure", description=__doc__)
+    parser.add_argument(
+        "--data", type=nonempty_path, help="a Relation252K folder (default: JPEG pairs made in a temporary one)"
     )
-    parser.add_argument("--data", type=Path, help="a Relation252K folder (default: JPEG pairs made in a temporary one)")
     parser.add_argument("--quadrant-size", type=int, default=256, help="pixels; the grid's side is twice that")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes (default: 0 1 2)")
     parser.add_argument("--seconds", type=float, default=10, help="of each run (default: 10)")

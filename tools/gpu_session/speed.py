@@ -4,7 +4,6 @@ All programs are compiled first, side by side, from shapes; then each is timed, 
 Random weights; one set of them serves all steps. `--tiny` rehearses on any machine.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -30,6 +29,7 @@ from benchmark import ceilings, ours  # noqa: E402
 from benchmark.random_weights import inputs, normal, random_basis, random_flux  # noqa: E402
 from benchmark.setting import DEFAULTS, Setting  # noqa: E402
 from lorweb_jax.adapters.mixture import LowRankMix  # noqa: E402
+from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.models.flux1.model import Flux, block_linears  # noqa: E402
 from lorweb_jax.nn import layers  # noqa: E402
 from lorweb_jax.planning.flops import base_flops, basis_flops  # noqa: E402
@@ -264,8 +264,8 @@ GROUPS = ("sample", "train", "ceilings", "unstacked", "fp8-tensor", "int8", "fp8
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=nonempty_path, required=True, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=230, help="end after this time (default: 230)")
     parser.add_argument("--groups", default=",".join(GROUPS), help="what is measured, in this order (default: all)")
     parser.add_argument("--tiny", action="store_true", help="the small base's sizes, to rehearse on any machine")

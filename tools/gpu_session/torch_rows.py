@@ -4,15 +4,18 @@ The same shapes as speed.py's: 8,192 + 512 tokens for a sampling step, 6 x (2,04
 of rank 128 on every linear layer of the blocks, with gradient checkpointing, AdamW in torch's fused form.
 """
 
-import argparse
 import json
 import sys
 import time
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from diffusers import FluxTransformer2DModel
+
+from lorweb_jax.common.command_line import Parser, nonempty_path
 
 START = time.monotonic()
 TINY = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, joint_attention_dim=64)
@@ -54,8 +57,8 @@ def seconds_of(step, sync, budget):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out", type=nonempty_path, required=True)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
