@@ -31,6 +31,8 @@ _MAY_CHANGE = frozenset(
         "attention",
         "unroll",
         "data.workers",
+        "profile",
+        "compile_cache",
     }
 )
 
@@ -70,6 +72,9 @@ def base_config(job: str) -> ConfigDict:
     config.mesh.data = 1  # devices that share the batch, each with a copy of the weights
     config.mesh.fsdp = -1  # devices that share the batch and split the weights; -1 takes what the others leave
     config.mesh.tensor = 1  # devices that split heads and features of every layer
+
+    config.profile = ""  # steps of which a profiler's trace is written into the run folder, such as 5 or 5-7
+    config.compile_cache = True  # compiled programs are kept in .compile_cache beside the run folder
     return config
 
 

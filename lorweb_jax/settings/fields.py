@@ -136,7 +136,26 @@ class Either:
         return f"{self.one}, or {self.other}"
 
 
-Rule = Whole | Real | Choice | Flag | Folder | Several | Either
+@dataclass(frozen=True)
+class Steps:
+    """Training steps as the log counts them, from 1: "" for none, "5", or "5-7" for 5, 6 and 7."""
+
+    def takes(self, value: Any) -> bool:
+        if type(value) is not str or not re.fullmatch(r"([1-9]\d{0,8}(-[1-9]\d{0,8})?)?", value, re.ASCII):
+            return False
+        return not value or len(steps_of(value)) > 0
+
+    def __str__(self) -> str:
+        return "empty, a step such as 5, or a range such as 5-7"
+
+
+def steps_of(value: str) -> range:
+    """The steps that `Steps` takes."""
+    first, _, last = value.partition("-")
+    return range(int(first), int(last or first) + 1) if value else range(0)
+
+
+Rule = Whole | Real | Choice | Flag | Folder | Several | Either | Steps
 
 _COUNT = Whole(1, 10**9)  # of steps
 _WIDTH = Whole(1, 65_536)  # of features
@@ -178,6 +197,8 @@ COMMON: dict[str, Rule] = {
     "mesh.data": Whole(1, 2**20, also=(-1,)),
     "mesh.fsdp": Whole(1, 2**20, also=(-1,)),
     "mesh.tensor": Whole(1, 2**20, also=(-1,)),
+    "profile": Steps(),
+    "compile_cache": Flag(),
 }
 
 BASIS: dict[str, Rule] = {

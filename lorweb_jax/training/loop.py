@@ -24,8 +24,10 @@ from lorweb_jax.processes.stop import StopRequest
 from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
 from lorweb_jax.runs.folder import open_run, owned
 from lorweb_jax.settings import config as configs
+from lorweb_jax.training.compile_cache import FOLDER, compile_cache
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.optimizer import make_optimizer, make_schedule
+from lorweb_jax.training.profile import Profiler
 from lorweb_jax.training.report import Report, report_only
 from lorweb_jax.training.state import Partition, count, frozen_weights, initial_state, state_shapes
 from lorweb_jax.training.step import TrainStep, numeric
@@ -41,6 +43,8 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, mesh)
     with contextlib.ExitStack() as closing:
+        if config.compile_cache:
+            closing.enter_context(compile_cache(workdir.parent / FOLDER))
         stop = StopRequest(config.train.steps, lambda: goes_on(workdir))
         closing.callback(stop.close)
         closing.enter_context(owned(workdir))
@@ -75,6 +79,8 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
             state = initial_state(job, partition, optimizer, config, shapes)
         report = Report(workdir, config, first_step, log_state)
         closing.callback(report.close)
+        profiler = Profiler(workdir, config.profile)
+        closing.callback(profiler.close)
 
         closing.enter_context(jax.set_mesh(mesh))
         train_step = TrainStep(job, partition, optimizer, config, mesh, shapes)
@@ -82,10 +88,12 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
         every, steps = config.train, config.train.steps
 
         for step in range(first_step, steps):
-            batch = next_batch(job, data, config.train.batch, mesh)
-            state, metrics = train_step(state, frozen, batch)
-            report.add(step, metrics)
             done = step + 1
+            with profiler.step(done):
+                batch = next_batch(job, data, config.train.batch, mesh)
+                state, metrics = train_step(state, frozen, batch)
+            profiler.after(done, metrics)
+            report.add(step, metrics)
             stopping = stop.after(done)
             if done % every.log_every == 0 or done == steps:
                 report.write(done, float(schedule(step)))
