@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 
+import jax
 import line_job
 import pytest
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.jobs import make_job
+from lorweb_jax.nn import sharding
 from lorweb_jax.runs import folder as run_folder
 from lorweb_jax.runs.folder import open_run, owned
 from lorweb_jax.settings import config as configs
@@ -57,6 +59,29 @@ def test_a_folder_belongs_to_one_run_and_is_free_once_that_is_dead(tmp_path):
             pass
     with owned(workdir):  # given back
         pass
+
+
+def test_a_start_that_is_refused_leaves_nothing(tmp_path, monkeypatch):
+    """Data that can't be used; a tensor axis that doesn't divide the heads, which is told before weights are read."""
+
+    def refused(config):
+        raise UserError("no data")
+
+    class TwoHeads(line_job.LineJob):
+        attention_heads = (4, 3)
+
+        def frozen(self, shapes):
+            raise AssertionError("weights were read")
+
+    with pytest.raises(UserError, match="no data"):
+        train(line_job.get_config(), tmp_path / "runs" / "a", refused)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    mesh = jax.sharding.AbstractMesh((1, 1, 2), sharding.AXES)
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh)
+    with pytest.raises(UserError, match="3 attention heads do not divide over a tensor axis of 2") as caught:
+        train(line_job.get_config(), tmp_path / "there", lambda config: TwoHeads())
+    assert caught.value.code == 2 and not list((tmp_path / "there").iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")

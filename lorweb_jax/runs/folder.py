@@ -44,7 +44,8 @@ _WRITTEN = {
 
 @contextlib.contextmanager
 def owned(workdir: Path) -> Iterator[None]:
-    """Within it, this run (its process 0) has the folder for itself; it is made where there is none.
+    """Within it, this run (its process 0) has the folder for itself; it is made where there is none, and removed again
+    where nothing was written into it (a start that was refused).
 
     Raises UserError if it can't be written, if another run is at it (host and process are named; the system takes the
     lock from one that died), or if it holds what no run wrote and this one would replace.
@@ -52,6 +53,7 @@ def owned(workdir: Path) -> Iterator[None]:
     if jax.process_index():
         yield
         return
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
@@ -69,7 +71,12 @@ def owned(workdir: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.truncate(workdir / LOCK, 0)
+            if [path.name for path in workdir.iterdir()] == [LOCK]:
+                (workdir / LOCK).unlink()
         lock.release()
+        with contextlib.suppress(OSError):  # the first that isn't empty stays, with those above it
+            for folder in missing:
+                folder.rmdir()
 
 
 def _lock(workdir: Path) -> FileLock:
