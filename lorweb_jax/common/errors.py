@@ -90,8 +90,10 @@ def run_command(command: Callable[[], int | None]) -> None:
     with patient_output():
         try:
             status = command() or 0
-        except (UserError, OSError, KeyboardInterrupt) as error:
-            message, status = told(error)
+        except BaseException as error:
+            if not (expected := told(error)):
+                raise
+            message, status = expected
             print(message, file=sys.stderr)
     sys.exit(status)
 

@@ -55,5 +55,5 @@ def of_text(text: str) -> str:
 def of_image(image: np.ndarray) -> str:
     """Of the pixels, uint8 [h, w, 3]; about a millisecond a megabyte."""
     digest = hashlib.sha256(str(image.shape).encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()[:32]

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Between(NamedTuple):
         def check(value: Any) -> Any:
             number = isinstance(value, (int, float))
             if not self.least <= (value if number else len(value)) <= self.most:
-                raise PydanticCustomError("between", f"{'' if number else 'a length '}{self}")
+                raise PydanticCustomError("between", "{range}", {"range": f"{'' if number else 'a length '}{self}"})
             return value
 
         return core_schema.no_info_after_validator_function(check, handler(source))
@@ -162,7 +162,7 @@ _EXPECTED = {
 }
 
 
-def _sentence(problem: dict[str, Any]) -> str:
+def _sentence(problem: Mapping[str, Any]) -> str:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
     if problem["type"] in ("missing", "missing_argument"):
         return f"{_cut(field)} is missing"
@@ -170,7 +170,7 @@ def _sentence(problem: dict[str, Any]) -> str:
     return f"{_cut(field) if field else 'the whole'} is {shown(problem['input'])}, expected {expected}"
 
 
-def _others(problems: list[dict[str, Any]]) -> str:
+def _others(problems: Sequence[Any]) -> str:
     return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
 
 

@@ -76,7 +76,7 @@ class _Reader:
             "notes": tuple(notes.items()),
         }
 
-    def _read(self, index: int, tell: Callable[[str, str], None]) -> tuple[Analogy, list, list[Problem]]:
+    def _read(self, index: int, tell: Callable[[str, str], object]) -> tuple[Analogy, list, list[Problem]]:
         """The analogy `index` with its images ((a, a′), (b, b′)), or the next one that can be read.
 
         Next is the following analogy of the same task, from the task's end on from its start; where no two pairs of
@@ -106,7 +106,7 @@ class _Reader:
             f"task {problems[0].task}, {problems[0].file}: {problems[0].reason}; check the data folder"
         )
 
-    def _images(self, pair: Pair, tell: Callable[[str, str], None]) -> tuple[np.ndarray, np.ndarray]:
+    def _images(self, pair: Pair, tell: Callable[[str, str], object]) -> tuple[np.ndarray, np.ndarray]:
         before, after = read_pair(pair, tell)
         sides = before.shape[:2]
         shrink = min(1, self._max_size / (2 * max(sides))) if self._max_size else 1
@@ -119,7 +119,7 @@ class _Reader:
         return before, after
 
 
-def _batch(samples: list[dict]) -> dict:
+def _batch(samples: Sequence[dict]) -> dict:
     """Stacks samples: arrays along a new first axis, the rest in object arrays (texts keep their length)."""
     sizes = {sample["condition"].shape[:2] for sample in samples}
     if len(sizes) > 1:
@@ -197,7 +197,7 @@ class AnalogyLoader(grain.DatasetIterator):
         """
         super().__init__()
         self._position = 0
-        self._iterator = None
+        self._iterator: grain.DatasetIterator | None = None
         self._notes = Notes(lambda sentence: _log.warning("%s", sentence))
         if isinstance(quadrant_size, int):
             quadrant_size = (quadrant_size, quadrant_size)
@@ -220,8 +220,7 @@ class AnalogyLoader(grain.DatasetIterator):
     def __next__(self) -> dict:
         if self._closed:
             raise ValueError("the loader is closed")
-        self.start_prefetch()
-        batch = next(self._iterator)
+        batch = next(self._started())
         self._position += 1
         for what, path in itertools.chain(*batch.pop("notes")):
             self._notes(path, what)
@@ -236,8 +235,11 @@ class AnalogyLoader(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         """Start reading ahead from the present position."""
+        self._started()
+
+    def _started(self) -> grain.DatasetIterator:
         if self._iterator is not None:
-            return
+            return self._iterator
         # Starting at a slice of the random-access batches makes the position a plain number; grain's own state of
         # an iterator with workers belongs to that number of workers.
         ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
@@ -251,6 +253,7 @@ class AnalogyLoader(grain.DatasetIterator):
             )
         self._iterator = iter(stream)
         self._iterator.start_prefetch()
+        return self._iterator
 
     def get_state(self) -> dict:
         """The position: the number of batches handed out, and what the stream is made of. JSON-compatible."""

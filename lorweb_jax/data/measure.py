@@ -134,7 +134,8 @@ def _report(root: Path, args: argparse.Namespace) -> None:
     for workers in args.workers:
         runs = [measure_input(root, size, workers, args.seconds, args.batch) for _ in range(args.repeats)]
         rates, used = [run.grids_per_second for run in runs], [run.cpu_ms for run in runs]
-        cpu = None if None in used else statistics.median(used)
+        known = [milliseconds for milliseconds in used if milliseconds is not None]
+        cpu = statistics.median(known) if len(known) == len(used) else None
         shown = "| |" if cpu is None else f"{cpu:.1f} ms | {1000 / cpu:.1f} |"
         print(
             f"| {workers} | {statistics.median(rates):.1f} | {min(rates):.1f} to {max(rates):.1f} | {shown}", flush=True

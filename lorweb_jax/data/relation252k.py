@@ -103,10 +103,9 @@ def _pair(entry, folder: Path) -> Pair:
         there = "\0" not in name and os.path.lexists(path)
         raise ValueError("the image is no regular file, or a link to none" if there else "the image file is missing")
     # Nothing is computed from the descriptions: copies without them lose nothing.
-    left, right = (entry.get(f"{side}_image_description") for side in ("left", "right"))
-    return Pair(
-        str(path), *(text if isinstance(text, str) and _is_unicode(text) else "" for text in (left, right)), instruction
-    )
+    texts = (entry.get(f"{side}_image_description") for side in ("left", "right"))
+    left, right = (text if isinstance(text, str) and _is_unicode(text) else "" for text in texts)
+    return Pair(str(path), left, right, instruction)
 
 
 def _is_unicode(text: str) -> bool:
@@ -188,7 +187,7 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
     return tasks
 
 
-def read_pair(pair: Pair, tell: Callable[[str, str], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(pair: Pair, tell: Callable[[str, str], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The pair's images (before, after), uint8 [h,w,3] each; the middle column of an odd width is left out.
 
     tell(path, what): is told what had to be left out of the file, such as further frames; by default it is printed.
@@ -224,8 +223,8 @@ class Analogy:
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The images a, a′, b, b′, uint8 [h,w,3], in the order after a reversal; raises as `read_pair` does."""
-        images = [read_pair(pair) for pair in (self.first, self.second)]
-        return tuple(image for pair in images for image in (pair[::-1] if self.reversed else pair))
+        (a, a2), (b, b2) = read_pair(self.first), read_pair(self.second)
+        return (a2, a, b2, b) if self.reversed else (a, a2, b, b2)
 
 
 class Analogies(Sequence[Analogy]):
@@ -270,7 +269,7 @@ class Analogies(Sequence[Analogy]):
         first, second = divmod(place, len(self.tasks[task].pairs) - 1)
         return first, second + (second >= first)
 
-    def __getitem__(self, index: int) -> Analogy:
+    def __getitem__(self, index: int) -> Analogy:  # pyrefly: ignore[bad-override]  (nobody needs slices)
         if not -len(self) <= index < len(self):
             raise IndexError(f"analogy {index} of {len(self)}")
         index %= len(self)

@@ -84,13 +84,14 @@ def _read(analogy: Analogy, task: Task, max_size: int | None, bad: set[str], pro
     """None if one of its files can't be used; that file is then in `bad`, and reported."""
     if bad & {analogy.first.file, analogy.second.file}:
         return None
-    images = []
+    pair = analogy.second
     try:
-        for pair in (analogy.second, analogy.first):
-            images = [*read_pair(pair, problems.tell), *images]
+        b, b2 = read_pair(pair, problems.tell)
+        pair = analogy.first
+        a, a2 = read_pair(pair, problems.tell)
         # A grid can only be too small, and a sets its size: `pair` is the file at fault here too.
-        grid, _ = fit_to_model(target_grid(*images, max_size))
-        if any(other_shape(image.shape[1::-1], images[0].shape[1::-1]) for image in images):
+        grid, _ = fit_to_model(target_grid(a, a2, b, b2, max_size))
+        if any(other_shape(image.shape[1::-1], a.shape[1::-1]) for image in (a2, b, b2)):
             problems.tell(analogy.second.file, STRETCHED)
     except Exception as error:  # whatever is wrong with one image, the others are read
         bad.add(pair.file)

@@ -98,7 +98,7 @@ def missing() -> str | None:
 
 def _installed() -> Path:
     try:
-        return Path(importlib.metadata.distribution(PACKAGE).locate_file(WEIGHTS))
+        return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(WEIGHTS)))
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             f"the package {PACKAGE}, which holds the weights of LPIPS, is not installed; run: {INSTALL}"

@@ -54,8 +54,13 @@ class Extent(NamedTuple):
 class Decoder(Protocol):
     """How numbers are stored other than one after another in their own dtype: packed, or with a scale."""
 
-    name: str  # of the way they are stored, for a person
-    block: int  # numbers that can only be decoded together
+    @property
+    def name(self) -> str:
+        """Of the way they are stored, for a person."""
+
+    @property
+    def block(self) -> int:
+        """How many numbers can only be decoded together."""
 
     def nbytes(self, count: int) -> int:
         """Of so many numbers, a multiple of `block`."""
@@ -237,6 +242,7 @@ def _prefer_standard(paths: list[Path]) -> list[Path]:
 def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries and metadata of one file. Nothing that the header says is used before it is checked."""
     size = regular_file(file, "download it, or give another file").stat().st_size
+    begins = b""
     try:
         with open(file, "rb") as stream:
             begins = stream.read(64)

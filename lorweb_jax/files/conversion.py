@@ -180,7 +180,7 @@ def _pieces(runs: Iterable[Run], spec: Spec) -> Iterator[_Piece]:
 def checksum(extent: Extent) -> str:
     digest = hashlib.new(ALGORITHM)
     for piece in _pieces([Run(extent, np.dtype(np.uint8))], Spec((extent.nbytes,), np.dtype(np.uint8))):
-        digest.update(piece.load())
+        digest.update(piece.load().data)
     return digest.hexdigest()
 
 

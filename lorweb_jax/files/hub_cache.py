@@ -141,5 +141,5 @@ def _by_name(name: str, files: Sequence[str], what: str, needed: Sequence[str]) 
         ) from None
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"

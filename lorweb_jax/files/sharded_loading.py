@@ -21,6 +21,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.checkpoint import ahead
 from lorweb_jax.files.table import Cut, Part, Stored
 from lorweb_jax.nn import quantization
+from lorweb_jax.nn.sharding import held_slices
 
 SMALL = 32_000_000  # bytes of a parameter for which an accelerator compiles nothing
 _AHEAD = 1  # tensors read while another is moved
@@ -94,7 +95,7 @@ class _Parameter:
         self.held = [
             {
                 device: tuple(s.indices(size)[:2] for s, size in zip(index, where.shape))
-                for device, index in where.sharding.addressable_devices_indices_map(where.shape).items()
+                for device, index in held_slices(where.sharding, where.shape).items()
             }
             for where in wanted
         ]
@@ -141,12 +142,13 @@ class _Parameter:
         ]
 
         def fill(part: Part) -> None:
+            _, layer = part
             made = {cut: self._made(array) for cut, array in self._read(part).items()}
             filled = set()
             for device, piece in zip(self.devices, self.pieces):
                 for k, (array, start) in enumerate(zip(made[piece.cut], piece.starts)):
                     cut = self.held[k][device]
-                    block = part[1] - cut[0][0] if self.stacked else ...
+                    block = ... if layer is None else layer - cut[0][0]
                     if (k, cut) not in filled and (block is ... or 0 <= block < cut[0][1] - cut[0][0]):
                         target = buffers[k][cut][block]
                         _copy(target, array[tuple(slice(first, first + n) for first, n in zip(start, target.shape))])

@@ -92,7 +92,7 @@ class Layout:
         self.tensors: dict[str, tuple[int, ...]] = {}
         self.parts: dict[str, list[Part]] = {}
         self._places: dict[Part, _Place] = {}
-        for row in (Row(*row) for row in rows):
+        for row in (row if isinstance(row, Row) else Row(*row) for row in rows):
             if row.path in self.shapes:
                 depth = self.shapes[row.path][0] if "{l}" in row.key else None
                 for layer in range(depth) if depth is not None else [None]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from lorweb_jax.common.errors import UserError
 
@@ -25,7 +25,7 @@ _DEPTH = 258  # TIFF's BitsPerSample
 _PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation, 0: white is zero
 
 
-def to_rgb(image: Image.Image, notes: list[str], again: Callable[[], Image.Image] | None = None) -> np.ndarray:
+def to_rgb(image: Image.Image, notes: list[str], again: Callable[[], ImageFile.ImageFile] | None = None) -> np.ndarray:
     """uint8 [H,W,3] of an image, whose first frame counts. What has to be told of it is added to `notes`.
 
     again() opens the same file a second time, for the bytes that Pillow leaves out of 16-bit colours. Raises UserError
@@ -39,15 +39,16 @@ def to_rgb(image: Image.Image, notes: list[str], again: Callable[[], Image.Image
         with again() as second:
             _set_raw_mode(second, _OTHER_BYTES[raw])
             low = np.asarray(_upright(second, []))
-    upright, deep = _upright(image, notes), None
+    upright, deep, grey = _upright(image, notes), None, None
     if grey_alpha:
-        deep = np.asarray(upright).astype(np.uint16)
-        deep = deep[..., ::2] * 256 + deep[..., 1::2]
+        pairs = np.asarray(upright).astype(np.uint16)
+        deep = pairs[..., ::2] * 256 + pairs[..., 1::2]
+        grey = deep[..., 0]
     elif low is not None:
         deep = np.asarray(upright).astype(np.uint16) * 256 + low
     alpha = _alpha(upright, deep, raw)
-    if grey_alpha:
-        colours = Image.fromarray(deep[..., 0])
+    if grey is not None:
+        colours = Image.fromarray(grey)
     elif upright.mode.startswith("I"):
         colours = _sixteen_bit_grey(np.asarray(upright), image)
     else:
@@ -69,6 +70,8 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _set_raw_mode(image: Image.Image, raw: str) -> None:
+    """Have an image of a file that is not read yet be read as samples of another kind."""
+    assert isinstance(image, ImageFile.ImageFile)
     image.tile = [
         tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw) for tile in image.tile
     ]
@@ -103,7 +106,7 @@ def _alpha(image: Image.Image, deep: np.ndarray | None, raw: str) -> np.ndarray 
     if image.mode == "RGB" and isinstance(key, tuple):
         samples = np.asarray(image) if deep is None else deep
         return np.where((samples == np.asarray(key)).all(-1), 0, 255).astype(np.uint8)
-    if image.mode == "L" and raw in _KEY_SCALES:
+    if image.mode == "L" and raw in _KEY_SCALES and key is not None:
         return np.where(np.asarray(image) == key * _KEY_SCALES[raw], 0, 255).astype(np.uint8)
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
@@ -146,7 +149,7 @@ def _in_srgb(colours: Image.Image, info: dict, notes: list[str]) -> Image.Image:
         except (OSError, ValueError, ImageCms.PyCMSError):
             notes.append("its colour profile is damaged and left out; the colours are taken as sRGB")
         else:
-            if colours.mode in _SPACES.get(space, ()):
+            if transform is not None:
                 return transform(colours)
             if space == "RGB " and colours.mode in _SPACES["GRAY"]:
                 return _in_srgb(_plain(colours), info, notes)
@@ -161,7 +164,7 @@ def _plain(colours: Image.Image) -> Image.Image:
     if colours.mode == "I;16":
         colours = Image.fromarray(_eight(np.asarray(colours)))
     if colours.mode == "LAB":
-        colours = _built(ImageCms.createProfile("LAB"), "LAB")(colours)
+        colours = _built(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")(colours)
     return colours.convert("RGB")
 
 
@@ -191,4 +194,4 @@ def _built(profile: ImageCms.ImageCmsProfile, mode: str) -> Callable[[Image.Imag
     transform = ImageCms.buildTransform(
         profile, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags
     )
-    return lambda image: ImageCms.applyTransform(image, transform)
+    return transform.apply

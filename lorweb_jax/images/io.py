@@ -44,7 +44,7 @@ _KNOWN = {
 }
 
 
-def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None) -> np.ndarray:
+def read_image(path: str | Path, tell: Callable[[str, str], object] | None = None) -> np.ndarray:
     """The image of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file as uint8 [H,W,3], sRGB.
 
     Turned as its EXIF data asks, 16 bits scaled to 8, colours of an embedded profile converted to sRGB, transparent
@@ -57,8 +57,8 @@ def read_image(path: str | Path, tell: Callable[[str, str], None] | None = None)
             f"an image's path is a {type(path).__name__}, a str or Path was expected; images that are in "
             "memory need no reading"
         )
+    path = Path(path)
     try:
-        path = Path(path)
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise UserError(f"{path} is a device or a pipe, an image file was expected; copy it into a file first")
         notes: list[str] = []

@@ -9,7 +9,7 @@ from lorweb_jax.nn.sharding import to_host
 
 def to_float(image: jax.Array | np.ndarray) -> jax.Array:
     """uint8 -> float32 in −1..1; traceable."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(image).astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(image: jax.Array) -> np.ndarray:

@@ -150,16 +150,16 @@ def batch_split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def held_slices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[jax.Device, tuple[slice, ...]]:
+    """{device of this process: the slice of each axis of an array of `shape` that it holds}."""
+    indices = sharding.addressable_devices_indices_map(shape)
+    return {device: index for device, index in indices.items() if index is not None}
+
+
 def batch_rows(mesh: Mesh, batch: int) -> list[int]:
     """Which rows of a batch this process's devices hold, in the order in which `put_batch` takes them."""
-    split = batch_split(mesh)
-    return sorted(
-        {
-            row
-            for (part, *_) in split.addressable_devices_indices_map((batch,)).values()
-            for row in range(*part.indices(batch))
-        }
-    )
+    slices = held_slices(batch_split(mesh), (batch,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(batch))})
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:

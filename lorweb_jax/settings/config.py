@@ -91,7 +91,7 @@ def check(config: ConfigDict) -> None:
     config_fields.check(dict(fields(config)))
 
 
-def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every field of a config or of its json form; tuples come as lists."""
     for key, value in config.items():
         if isinstance(value, (Mapping, ConfigDict)):

@@ -114,9 +114,18 @@ class DrawingSets:
         """Only these drawings, in this order; no index twice."""
         number = np.full(len(self) + 1, -1)  # the last one stands for "none", −1
         number[indices] = np.arange(len(indices))
-        lists = ([column[i] for i in indices] for column in (self.names, self.codes, self.groups, self.subgroups))
+        names, codes, groups, subgroups = (
+            [column[i] for i in indices] for column in (self.names, self.codes, self.groups, self.subgroups)
+        )
         return DrawingSets(
-            self.images[indices], *lists, self.set_of[indices], self.held_out[indices], number[self.twins[indices]]
+            self.images[indices],
+            names,
+            codes,
+            groups,
+            subgroups,
+            self.set_of[indices],
+            self.held_out[indices],
+            number[self.twins[indices]],
         )
 
     def part(self, held_out: bool) -> "DrawingSets":
@@ -180,9 +189,13 @@ def load_sets(path: str | Path) -> DrawingSets:
             index, data, ends = json.loads(file["index"].tobytes()), file["data"].tobytes(), file["ends"]
         images = [_decoded(data[start:end]) for start, end in zip([0, *ends[:-1]], ends)]
         rows = index["drawings"]
+        names, codes, groups, subgroups = ([row[key] for row in rows] for key in ("name", "code", "group", "subgroup"))
         sets = DrawingSets(
             np.stack(images),
-            *([row[key] for row in rows] for key in ("name", "code", "group", "subgroup")),
+            names,
+            codes,
+            groups,
+            subgroups,
             np.array([SETS.index(row["set"]) for row in rows]),
             np.array([row["held_out"] for row in rows]),
             _twins(rows),
