@@ -67,7 +67,7 @@ def command() -> None:
         print(report.table(make_plan(config, there, FLAGS.what)))
     if FLAGS.json:
         write_text(FLAGS.json, json.dumps(report.to_json(plan), indent=1) + "\n")
-    if FLAGS.hlo:
+    if FLAGS.hlo and plan.compiled:
         write_text(FLAGS.hlo, plan.compiled.text)
 
 

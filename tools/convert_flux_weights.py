@@ -1,8 +1,8 @@
 """Convert the weights of FLUX.1 Kontext between diffusers' folders and Black Forest Labs' single files.
 
-The diffusers layout is what this project's commands load (`--pipeline=FOLDER`), training included. Tensors pass
-through in pieces of 16 MiB; every one must be in the conversion table with the right shape, or nothing is written.
-Until all is written it lies in OUT/NAME.partial, whose finished files the same command keeps after a kill or a full disk.
+The diffusers layout is what this project's commands load (`--pipeline=FOLDER`), training included. Tensors pass through
+in pieces of 16 MiB; every one must be in the conversion table with the right shape, or nothing is written. Until all is
+written it lies in OUT/NAME.partial, whose finished files the same command keeps after a kill or a full disk.
 
   one pipeline folder            tools/convert_flux_weights.py FLUX.1-Kontext-dev --to black-forest --out single
   the two single files           tools/convert_flux_weights.py flux1-kontext-dev.safetensors ae.safetensors \\

@@ -19,12 +19,12 @@ from lorweb_jax.settings.fields import Whole, as_value, shown
 
 
 class BasisParam(nnx.Param):
-    """A trained parameter of a basis or its router: the one type that gradient, optimizer, checkpoint and export name."""
+    """A trained parameter of a basis or its router: the one type for gradient, optimizer, checkpoint and export."""
 
 
 class FrozenBasisParam(nnx.Variable):
-    """A parameter of a basis that isn't trained. It is no weight of the base model: it is kept in float32 whatever dtype
-    those are stored in, and checkpoints and exports hold it, since no other file does."""
+    """A parameter of a basis that isn't trained. It is no weight of the base model: it is kept in float32 whatever
+    dtype those are stored in, and checkpoints and exports hold it, since no other file does."""
 
 
 _PARAMS = (BasisParam, FrozenBasisParam)
@@ -37,8 +37,8 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
 class LayerBasis(nnx.Module):
     """The basis of one stack of linear layers: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q].
 
-    keys and projection are None without a router. A member of lower rank than r has zero columns of A and rows of B, one
-    that adapts only some blocks has zeros for the others.
+    keys and projection are None without a router. A member of lower rank than r has zero columns of A and rows of B,
+    one that adapts only some blocks has zeros for the others.
     """
 
     def __init__(self, config: BasisConfig, depth: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
@@ -76,8 +76,8 @@ class Basis(nnx.Module):
         self.layers = nnx.Dict({path: LayerBasis(config, *shape, rngs=rngs) for path, shape in layers.items()})
 
     def coefficients(self, query_bq: jax.Array | None = None, batch: int = 1) -> dict[str, jax.Array] | None:
-        """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers make them of their own
-        input (query "internal").
+        """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers make them of their
+        own input (query "internal").
 
         query_bq: the external query [b, q] or [b, tokens, width], of use to a routed basis. batch: b, where there is no
         query. Raises UserError for a query of the wrong width.
@@ -124,8 +124,8 @@ class Basis(nnx.Module):
         }
 
     def mix(self, which: int | str | Mapping[str, Any]) -> Mix:
-        """A mix of this basis: a member by its index, counted from 0; a row of `BasisConfig.table` by its name; or given
-        coefficients {path: c [l, n]}.
+        """A mix of this basis: a member by its index, counted from 0; a row of `BasisConfig.table` by its name; or
+        given coefficients {path: c [l, n]}.
 
         Raises UserError for an index or name that there isn't, and for coefficients of other paths or shapes.
         """

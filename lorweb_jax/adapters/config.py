@@ -32,8 +32,8 @@ class BasisConfig:
     scale: alpha / r.
     encoder: which image encoder makes the external query, a name or a folder; "" if unknown. encoder_sketch: of its
       weights (models/image_encoder/identity.py), or "".
-    table: rows of fixed coefficients by name, {name: n numbers}, such as {"content": (1, 0), "style": (0, 1)}; the first
-      one is the default. Empty: one row "all" of ones, so that the basis is an ordinary LoRA of rank n·r.
+    table: rows of fixed coefficients by name, {name: n numbers}, such as {"content": (1, 0), "style": (0, 1)}; the
+      first one is the default. Empty: one row "all" of ones, so that the basis is an ordinary LoRA of rank n·r.
     frozen: which of "a" and "b" are not trained (FrozenBasisParam).
     """
 
@@ -89,7 +89,8 @@ class BasisConfig:
             )
         if table and self.query != "fixed":
             raise UserError(
-                f'basis.table is of use to fixed coefficients alone, but basis.query is "{self.query}"; set that to "fixed"',
+                f'basis.table is of use to fixed coefficients alone, but basis.query is "{self.query}"; '
+                'set that to "fixed"',
                 2,
             )
         return tuple(table.items())

@@ -15,8 +15,8 @@ from lorweb_jax.nn import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRankMix:
-    """Eq. 4 (method.md §3), scale · Σ_n c_n · (x A_n) B_n: each example of a batch with its own coefficients c, the same
-    for all its tokens."""
+    """Eq. 4 (method.md §3), scale · Σ_n c_n · (x A_n) B_n: each example of a batch with its own coefficients c, the
+    same for all its tokens."""
 
     a_nir: jax.Array
     b_nro: jax.Array
@@ -29,8 +29,8 @@ class LowRankMix:
         a = sharding.constrain(self.a_nir.astype(x.dtype), None, sharding.ANY, None)
         b = sharding.constrain(self.b_nro.astype(x.dtype), None, None, sharding.ANY)
         c = jnp.expand_dims(self.scale * self.coeff_bn, tuple(range(1, x.ndim - 1))).astype(x.dtype)
-        # Eq. 4 as "bsi,nir,bn,nro->bso", or "bi,nir,bn,nro->bo", from the left to the right: two products of inner width
-        # n·r, as wide as the hardware likes. The updates A_n B_n [i, o] of the weights are never formed.
+        # Eq. 4 as "bsi,nir,bn,nro->bso", or "bi,nir,bn,nro->bo", from the left to the right: two products of inner
+        # width n·r, as wide as the hardware likes. The updates A_n B_n [i, o] of the weights are never formed.
         h = jnp.einsum("b...i,nir->b...nr", x, a) * c[..., None]
         return jnp.einsum("b...nr,nro->b...o", h, b)
 

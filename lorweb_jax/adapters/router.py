@@ -12,8 +12,8 @@ from lorweb_jax.common.errors import UserError
 class Router:
     """Eq. 5 (method.md §4), c = mean or sum over heads of act((P q)_h · keys_h / √(k/h)).
 
-    heads: h, a divisor of k. activation: "softmax" over the n members, or "tanh". reduction: "mean" over heads, or "sum"
-    clipped to the activation's range.
+    heads: h, a divisor of k. activation: "softmax" over the n members, or "tanh". reduction: "mean" over heads, or
+    "sum" clipped to the activation's range.
     """
 
     heads: int

@@ -11,7 +11,8 @@ class Parser(argparse.ArgumentParser):
     """Raises UserError, with status 2, where argparse would print its usage and exit."""
 
     def __init__(self, **options: Any):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
 
     def error(self, message):
         raise UserError(f"{message}; see --help", 2)
