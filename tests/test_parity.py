@@ -17,7 +17,7 @@ from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.adapters.formats.basis_file import network_from_config, write_basis
 from lorweb_jax.common.errors import UserError
 from parity.check import check_folder
-from parity.report import COEFFICIENT, EXACT, LEVEL, Report, errors
+from parity.report import COEFFICIENT, EXACT, LEVEL, Comparison, errors
 
 TOOL = Path(__file__).parent.parent / "tools" / "check_parity.py"
 
@@ -189,7 +189,7 @@ def test_errors_are_those_that_the_help_states():
     assert errors([3.0, 4.5], [3.0, 4.0]) == (0.5, 0.1)
     assert errors([0.0], [0.0]) == (0.0, 0.0) and errors([1e-9], [0.0])[1] == np.inf
     lines = []
-    report = Report(lines.append)
+    report = Comparison(lines.append)
     report.compare("coefficients", lambda: np.array([1 + 9e-7]), np.array([1.0]), COEFFICIENT)
     report.compare("image", lambda: np.array([7, 9], np.uint8), np.array([8, 9], np.uint8), LEVEL)
     report.compare("ids", lambda: np.array([7]), np.array([8]), EXACT)

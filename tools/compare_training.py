@@ -56,14 +56,14 @@ def changed(config, option: str) -> None:
         raise UserError(f"{value!r} is no value for config.{name}, which is {known[name]!r}", 2) from None
 
 
-class Row(NamedTuple):
+class Outcome(NamedTuple):
     training: float
     held_out: dict[str, float]
     seconds: float
     kept: str
 
 
-def trained(config, name: str) -> Row:
+def trained(config, name: str) -> Outcome:
     """One run, from the first step."""
     import jax
     import numpy as np
@@ -122,7 +122,7 @@ def trained(config, name: str) -> Row:
                     for number, batch in enumerate(drawn)
                 ]
             )
-    return Row(
+    return Outcome(
         np.mean(losses[-SHOWN:]), held_out, seconds, f"{bytes_by_dtype(frozen)}; {bytes_by_dtype(state.optimizer)}"
     )
 

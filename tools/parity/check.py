@@ -8,9 +8,9 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.hub_cache import PIPELINE_FILES, resolve
 from parity.edit import check_edit
 from parity.flow import check_scheduler
-from parity.folder import Bases, Pipeline, read_recording
+from parity.folder import Bases, RecordedModels, read_recording
 from parity.images import check_external_query, check_grid
-from parity.report import Report
+from parity.report import Comparison
 from parity.training import check_train_step
 from parity.transformer import check_case
 
@@ -25,17 +25,17 @@ def check_folder(folder: Path, pipeline_folder: Path | None = None) -> int:
             raise UserError(f"{path} is not a folder; give an existing one")
     if pipeline_folder is None and (folder / "tiny_pipeline").is_dir():
         pipeline_folder = folder / "tiny_pipeline"
-    report, pipeline = Report(), Pipeline(pipeline_folder)
+    report, models = Comparison(), RecordedModels(pipeline_folder)
     # Hardware with narrower matrix units (TF32, bfloat16 passes) is asked for full float32 products.
     with jax.default_matmul_precision("highest"):
-        bases = Bases(folder, pipeline, report)
+        bases = Bases(folder, models, report)
         kinds = [
             ("grid.npz", check_grid, ()),
-            ("scheduler.npz", lambda *given: check_scheduler(*given, pipeline.schedule), ()),
-            ("external_query.npz", check_external_query, (pipeline,)),
-            ("case_*.npz", check_case, (bases, pipeline)),
-            ("train_step.npz", check_train_step, (bases, pipeline)),
-            ("e2e_*.npz", check_edit, (bases, pipeline)),
+            ("scheduler.npz", lambda *given: check_scheduler(*given, models.schedule), ()),
+            ("external_query.npz", check_external_query, (models,)),
+            ("case_*.npz", check_case, (bases, models)),
+            ("train_step.npz", check_train_step, (bases, models)),
+            ("e2e_*.npz", check_edit, (bases, models)),
         ]
         for pattern, check, needed in kinds:
             for path in sorted(folder.glob(pattern)):
@@ -48,13 +48,13 @@ def check_folder(folder: Path, pipeline_folder: Path | None = None) -> int:
     return report.summary()
 
 
-def _check_file(report: Report, path: Path, check, needed) -> None:
+def _check_file(report: Comparison, path: Path, check, needed) -> None:
     before = report.passed + report.failed + report.skipped + report.deviations
     try:
         check(report, path.stem, read_recording(path), *needed)
     except UserError as error:
         report.fail(path.name, str(error))
-    except Exception as error:  # as in Report.compare: what a recording holds is not ours to foresee
+    except Exception as error:  # as in Comparison.compare: what a recording holds is not ours to foresee
         report.fail(path.name, f"has an unexpected content ({type(error).__name__}: {error})")
     if report.passed + report.failed + report.skipped + report.deviations == before:
         report.fail(path.name, "holds nothing that is known here; see the names in the golden data's README")

@@ -13,26 +13,26 @@ from lorweb_jax.images.grid import bottom_right, condition_grid
 from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.models.autoencoder.packing import position_ids, text_ids
 from lorweb_jax.models.tokenizers.folder import tokenize_clip, tokenize_t5
-from parity.folder import Bases, Pipeline, Recording
+from parity.folder import Bases, RecordedModels, Recording
 from parity.images import deviation
-from parity.report import COEFFICIENT, EXACT, LEVEL, OUTPUT, Absent, Report
+from parity.report import COEFFICIENT, EXACT, LEVEL, OUTPUT, Absent, Comparison
 from parity.training import latents, tokens
 from parity.transformer import Inputs, adapters_of, velocity
 
 
-def check_edit(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
+def check_edit(report: Comparison, name: str, data: Recording, bases: Bases, models: RecordedModels) -> None:
     def compare(key, ours, tolerance, *needed):
         if key in data and all(part in data for part in needed):
             report.compare(f"{name} {key}", ours, data[key], tolerance)
 
-    _check_images(report, name, data, pipeline, compare)
-    _check_text(data, pipeline, compare)
-    _check_query(report, name, data, bases, pipeline, compare)
-    _check_sampling(data, bases, pipeline, compare)
-    _check_decoding(data, pipeline, compare)
+    _check_images(report, name, data, models, compare)
+    _check_text(data, models, compare)
+    _check_query(report, name, data, bases, models, compare)
+    _check_sampling(data, bases, models, compare)
+    _check_decoding(data, models, compare)
 
 
-def _check_images(report, name, data, pipeline, compare):
+def _check_images(report, name, data, models, compare):
     images = ("image_a", "image_atag", "image_b")
 
     def grid():
@@ -55,10 +55,10 @@ def _check_images(report, name, data, pipeline, compare):
             OUTPUT,
             "grid",
         )
-    compare("image_latents_packed", lambda: tokens(_encode(pipeline.vae, pixels)), OUTPUT)
+    compare("image_latents_packed", lambda: tokens(_encode(models.vae, pixels)), OUTPUT)
 
 
-def _check_query(report, name, data, bases, pipeline, compare):
+def _check_query(report, name, data, bases, models, compare):
     if "external_query" not in data or "grid" not in data:
         return
     try:
@@ -71,16 +71,16 @@ def _check_query(report, name, data, bases, pipeline, compare):
         return
     compare(
         "external_query",
-        lambda: pipeline.image_encoder.query(mode, [data["grid"]]).reshape(data["external_query"].shape),
+        lambda: models.image_encoder.query(mode, [data["grid"]]).reshape(data["external_query"].shape),
         OUTPUT,
     )
 
 
-def _check_text(data, pipeline, compare):
+def _check_text(data, models, compare):
     prompt = [str(data.get("prompt"))]
     compare(
         "clip_input_ids",
-        lambda: tokenize_clip(prompt, pipeline.part("tokenizer"), data["clip_input_ids"].shape[-1]).reshape(
+        lambda: tokenize_clip(prompt, models.part("tokenizer"), data["clip_input_ids"].shape[-1]).reshape(
             data["clip_input_ids"].shape
         ),
         EXACT,
@@ -88,7 +88,7 @@ def _check_text(data, pipeline, compare):
     )
     compare(
         "t5_input_ids",
-        lambda: tokenize_t5(prompt, pipeline.part("tokenizer_2"), data["t5_input_ids"].shape[-1]).reshape(
+        lambda: tokenize_t5(prompt, models.part("tokenizer_2"), data["t5_input_ids"].shape[-1]).reshape(
             data["t5_input_ids"].shape
         ),
         EXACT,
@@ -96,13 +96,13 @@ def _check_text(data, pipeline, compare):
     )
     compare(
         "pooled_prompt_embeds",
-        lambda: _apply(pipeline.text_encoder, np.atleast_2d(data["clip_input_ids"])),
+        lambda: _apply(models.text_encoder, np.atleast_2d(data["clip_input_ids"])),
         OUTPUT,
         "clip_input_ids",
     )
     compare(
         "prompt_embeds",
-        lambda: _apply(pipeline.text_encoder_2, np.atleast_2d(data["t5_input_ids"])),
+        lambda: _apply(models.text_encoder_2, np.atleast_2d(data["t5_input_ids"])),
         OUTPUT,
         "t5_input_ids",
     )
@@ -110,10 +110,10 @@ def _check_text(data, pipeline, compare):
         compare("txt_ids", lambda: text_ids(len(data["txt_ids"])), EXACT)
 
 
-def _check_sampling(data, bases, pipeline, compare):
+def _check_sampling(data, bases, models, compare):
     noise, condition, sigmas = (data.get(key) for key in ("latents_packed", "image_latents_packed", "sigmas"))
     if sigmas is not None and noise is not None:
-        ours = functools.partial(pipeline.schedule.sigmas, len(sigmas) - 1, noise.shape[1])
+        ours = functools.partial(models.schedule.sigmas, len(sigmas) - 1, noise.shape[1])
         compare("sigmas", ours, COEFFICIENT)
         compare("timesteps", lambda: ours()[:-1] * np.float32(TRAIN_STEPS), COEFFICIENT)
     for key, image, packed in (("latent_ids", 0, noise), ("image_ids", 1, condition)):
@@ -144,9 +144,7 @@ def _check_sampling(data, bases, pipeline, compare):
                 data["img_ids"],
                 data["txt_ids"],
             )
-            return velocity(
-                pipeline.transformer, inputs, adapters_of(bases.default().basis, data.get("external_query"))
-            )
+            return velocity(models.transformer, inputs, adapters_of(bases.default().basis, data.get("external_query")))
 
         def after(step=step, before=before):
             found = data[f"step{step}/transformer_out"][:, : before.shape[1]]
@@ -178,16 +176,16 @@ def _latent_size(data, image, packed):
     return pixels.shape[2] // scale, pixels.shape[3] // scale
 
 
-def _check_decoding(data, pipeline, compare):
+def _check_decoding(data, models, compare):
     if "vae_decode_in" in data:
         height, width = data["vae_decode_in"].shape[2:]
 
         def unscaled():
-            config = pipeline.vae.config
+            config = models.vae.config
             return latents(data["final_latents_packed"], height, width) / config.scaling_factor + config.shift_factor
 
         compare("vae_decode_in", unscaled, OUTPUT, "final_latents_packed")
-    compare("vae_decode_out", lambda: _decode(pipeline.vae, data["vae_decode_in"]), OUTPUT, "vae_decode_in")
+    compare("vae_decode_out", lambda: _decode(models.vae, data["vae_decode_in"]), OUTPUT, "vae_decode_in")
     compare(
         "image_out",
         lambda: to_uint8(jnp.asarray(data["vae_decode_out"][0]).transpose(1, 2, 0)),

@@ -9,7 +9,7 @@ from lorweb_jax.flow.loss import add_noise
 from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import TRAIN_STEPS, Schedule, bell_weights, train_timesteps
 from parity.folder import Recording
-from parity.report import COEFFICIENT, OUTPUT, Report
+from parity.report import COEFFICIENT, OUTPUT, Comparison
 
 _LEVELS = re.compile(r"n(\d+)_L(\d+)/(mu|timesteps|sigmas)")
 _TABLES = {
@@ -23,7 +23,7 @@ _TABLES = {
 }
 
 
-def check_scheduler(report: Report, name: str, data: Recording, schedule: Schedule) -> None:
+def check_scheduler(report: Comparison, name: str, data: Recording, schedule: Schedule) -> None:
     step_levels = None
     for key, theirs in data.items():
         line = f"{name} {key}"
@@ -46,7 +46,7 @@ def check_scheduler(report: Report, name: str, data: Recording, schedule: Schedu
             report.deviates(line, "a loss weighting that the recipe doesn't use and this project doesn't offer")
 
 
-def _check_add_noise(report: Report, line: str, index: int, data: Recording) -> None:
+def _check_add_noise(report: Comparison, line: str, index: int, data: Recording) -> None:
     given = [data.get(f"train/add_noise_{part}") for part in ("x0", "noise", "t")]
     if any(part is None for part in given):
         return
@@ -71,7 +71,7 @@ def _step_levels(data: Recording, schedule: Schedule) -> np.ndarray:
     return schedule.sigmas(steps, int(matches[-1][2]) if matches else 64)
 
 
-def _check_step(report: Report, line: str, index: int, data: Recording, sigmas: np.ndarray) -> None:
+def _check_step(report: Comparison, line: str, index: int, data: Recording, sigmas: np.ndarray) -> None:
     before, velocity = (data.get(f"step/{part}{index - 1}") for part in "xv")
     if before is not None and velocity is not None:
         report.compare(

@@ -16,7 +16,7 @@ from lorweb_jax.common.schema import read_json
 from lorweb_jax.common.user_files import regular_file
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.flow.schedule import Schedule
-from parity.report import EXACT, Absent, Report
+from parity.report import EXACT, Absent, Comparison
 
 Recording = dict[str, np.ndarray]
 
@@ -43,7 +43,7 @@ def groups(data: Recording) -> dict[str, Recording]:
     return grouped
 
 
-class Stored(NamedTuple):
+class RecordedBasis(NamedTuple):
     """A basis as its float32 file has it (None: only the half-precision file is there), and as stored in half
     precision, which is how the published code saves it."""
 
@@ -59,7 +59,7 @@ class Stored(NamedTuple):
         return self.full
 
 
-class Pipeline:
+class RecordedModels:
     """A pipeline folder's models in float32, each loaded when first asked for. Raises Absent without a folder."""
 
     def __init__(self, folder: Path | None):
@@ -132,9 +132,9 @@ class Pipeline:
 class Bases:
     """The bases of a folder: basis_X.safetensors (or only basis_X_fp16) with the entry X of configs.json."""
 
-    def __init__(self, folder: Path, pipeline: Pipeline, report: Report):
-        self._folder, self._pipeline = folder, pipeline
-        self._found: dict[str, Stored] = {}
+    def __init__(self, folder: Path, models: RecordedModels, report: Comparison):
+        self._folder, self._models = folder, models
+        self._found: dict[str, RecordedBasis] = {}
         self._missing: dict[str, str] = {}
         files = {path.stem.removeprefix("basis_"): path for path in sorted(folder.glob("basis_*.safetensors"))}
         configs = self._configs(report) if files else {}
@@ -149,7 +149,7 @@ class Bases:
                 self._missing[name] = f"basis_{name} could not be read"
                 report.fail(f"basis_{name}", str(error))
 
-    def get(self, name: str) -> Stored:
+    def get(self, name: str) -> RecordedBasis:
         """Basis `name`; raises Absent."""
         if name not in self._found:
             raise Absent(self._missing.get(name, f"{self._folder} has no basis_{name}.safetensors"))
@@ -159,13 +159,13 @@ class Bases:
         """How basis `name` is asked, "external" or "internal"; None without it."""
         return self._found[name].config.query if name in self._found else None
 
-    def default(self) -> Stored:
+    def default(self) -> RecordedBasis:
         """The basis that train_step and e2e recordings use, which don't name it: a, or the only one."""
         if "a" not in self._found and len(self._found) == 1:
             return next(iter(self._found.values()))
         return self.get("a")
 
-    def _configs(self, report: Report) -> dict:
+    def _configs(self, report: Comparison) -> dict:
         try:
             return read_json(self._folder / "configs.json", dict[str, dict[str, Any]])
         except UserError as error:
@@ -173,7 +173,7 @@ class Bases:
                 report.fail("configs.json", str(error))
             return {}
 
-    def _read(self, name: str, files: dict[str, Path], network: dict, report: Report) -> Stored:
+    def _read(self, name: str, files: dict[str, Path], network: dict, report: Comparison) -> RecordedBasis:
         read = {}
         with tempfile.TemporaryDirectory() as folder:
             # As published: a config.yaml that describes one basis.
@@ -181,7 +181,7 @@ class Bases:
             config_file.write_text(yaml.safe_dump({"config": {"process": [{"network": network}]}}))
             for stem in (name, f"{name}_fp16"):
                 if stem in files:
-                    config, arrays = read_basis(files[stem], config_file, self._pipeline.block_linears)
+                    config, arrays = read_basis(files[stem], config_file, self._models.block_linears)
                     read[stem] = arrays
                     written = Path(folder) / stem / "basis.safetensors"
                     report.compare(
@@ -192,7 +192,7 @@ class Bases:
                     )
         full = _as_type(read[name], np.float32) if name in read else None
         half = _as_type(read.get(f"{name}_fp16") or _as_type(read[name], np.float16), np.float32)
-        return Stored(full and Basis.from_arrays(config, full), Basis.from_arrays(config, half), config)
+        return RecordedBasis(full and Basis.from_arrays(config, full), Basis.from_arrays(config, half), config)
 
 
 def _as_type(arrays: dict, dtype) -> dict:

@@ -7,8 +7,8 @@ import numpy as np
 
 from lorweb_jax.images.grid import condition_grid, quadrants
 from lorweb_jax.models.image_encoder import queries
-from parity.folder import Pipeline, Recording, groups
-from parity.report import EXACT, OUTPUT, Absent, Report
+from parity.folder import RecordedModels, Recording, groups
+from parity.report import EXACT, OUTPUT, Absent, Comparison
 
 _QUADRANTS = ("a", "atag", "b")
 # Modes that show the encoder the whole grid: no cut, so nothing differs where the grid is not square.
@@ -21,7 +21,7 @@ def deviation(mode: str, square: bool) -> str | None:
     return None if square or mode in _UNCUT else _CUT
 
 
-def check_grid(report: Report, name: str, data: Recording) -> None:
+def check_grid(report: Comparison, name: str, data: Recording) -> None:
     """<set>/{a,atag,b} -> <set>/grid_max<long edge or None>, byte for byte."""
     for group, arrays in groups(data).items():
         for key, theirs in arrays.items():
@@ -54,10 +54,10 @@ def _hidden_states(model, pixels):
     return model.hidden_states(pixels)
 
 
-def check_external_query(report: Report, name: str, data: Recording, pipeline: Pipeline) -> None:
+def check_external_query(report: Comparison, name: str, data: Recording, models: RecordedModels) -> None:
     """<set>/image -> <set>/pil/<mode>, <set>/tensor/<mode> and the pixel values of its quadrants."""
     try:
-        pipeline.part("clip_vision")
+        models.part("clip_vision")
     except Absent as absent:
         report.skip(name, str(absent))
         return
@@ -70,7 +70,7 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
 
         @cache
         def of_mode(mode, image=image):
-            encoder = pipeline.image_encoder
+            encoder = models.image_encoder
             compute = queries.query if queries.query_mode(mode).depths is None else queries.patch_tokens
             pixels = encoder.processor.normalised(queries.views(mode, [image], encoder.processor))
             return np.asarray(compute(mode, _Compiled(encoder.model), pixels))
@@ -91,13 +91,13 @@ def check_external_query(report: Report, name: str, data: Recording, pipeline: P
                 part = parts[key.removeprefix("pixel_values_")]
                 report.compare(
                     line,
-                    partial(lambda part: pipeline.image_encoder.processor([part]).transpose(0, 3, 1, 2), part),
+                    partial(lambda part: models.image_encoder.processor([part]).transpose(0, 3, 1, 2), part),
                     theirs,
                     OUTPUT,
                 )
 
 
-def _check_query(report: Report, line: str, mode: str, theirs: np.ndarray, square: bool, ours) -> None:
+def _check_query(report: Comparison, line: str, mode: str, theirs: np.ndarray, square: bool, ours) -> None:
     if mode not in queries.QUERY_MODES:
         report.skip(line, "a query mode that isn't known here")
     elif why := deviation(mode, square):

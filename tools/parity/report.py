@@ -38,7 +38,7 @@ class Absent(Exception):
     """Something that a check needs is not there; the message says what to give."""
 
 
-class Report:
+class Comparison:
     """Prints a line for each quantity and counts."""
 
     def __init__(self, write: Callable[[str], Any] = print):

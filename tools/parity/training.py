@@ -8,8 +8,8 @@ import numpy as np
 from lorweb_jax.flow.loss import add_noise, weighted_mse
 from lorweb_jax.flow.schedule import TRAIN_STEPS, bell_weights
 from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
-from parity.folder import Bases, Pipeline, Recording, groups
-from parity.report import GRADIENT, OUTPUT, Report
+from parity.folder import Bases, RecordedModels, Recording, groups
+from parity.report import GRADIENT, OUTPUT, Comparison
 from parity.transformer import Inputs, adapters_of, gradient_of, loss_and_gradients, velocity
 
 _GUIDANCE = 1.0
@@ -24,12 +24,12 @@ def latents(tokens_bsc, height: int, width: int):
     return unpack(jnp.asarray(tokens_bsc), height, width).transpose(0, 3, 1, 2)
 
 
-def check_train_step(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
+def check_train_step(report: Comparison, name: str, data: Recording, bases: Bases, models: RecordedModels) -> None:
     for group, arrays in groups(data).items():
-        _check_group(report, f"{name} {group}", arrays, bases, pipeline)
+        _check_group(report, f"{name} {group}", arrays, bases, models)
 
 
-def _check_group(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
+def _check_group(report: Comparison, name: str, data: Recording, bases: Bases, models: RecordedModels) -> None:
     def has(*keys):
         return all(key in data for key in keys)
 
@@ -65,10 +65,10 @@ def _check_group(report: Report, name: str, data: Recording, bases: Bases, pipel
             if key in data:
                 compare(key, lambda index=index: losses()[index])
     if has("noisy", "control_latents", "text_embeds", "pooled_embeds", "timesteps"):
-        _check_model(report, name, data, bases, pipeline, compare)
+        _check_model(report, name, data, bases, models, compare)
 
 
-def _check_model(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline, compare) -> None:
+def _check_model(report: Comparison, name: str, data: Recording, bases: Bases, models: RecordedModels, compare) -> None:
     height, width = data["noisy"].shape[2:]
     query = data.get("external_query")
     time = (data["timesteps"] / TRAIN_STEPS).astype(np.float32)
@@ -89,7 +89,7 @@ def _check_model(report: Report, name: str, data: Recording, bases: Bases, pipel
         compare(
             "noise_pred",
             lambda: latents(
-                velocity(pipeline.transformer, inputs, adapters_of(bases.default().basis, query))[:, :noisy_tokens],
+                velocity(models.transformer, inputs, adapters_of(bases.default().basis, query))[:, :noisy_tokens],
                 height,
                 width,
             ),
@@ -101,7 +101,7 @@ def _check_model(report: Report, name: str, data: Recording, bases: Bases, pipel
     @functools.cache
     def gradient():
         return loss_and_gradients(
-            pipeline.transformer, bases.default().basis, query, inputs, _loss, tokens(data["target"]), data["weights"]
+            models.transformer, bases.default().basis, query, inputs, _loss, tokens(data["target"]), data["weights"]
         )[1]
 
     for key in gradients:

@@ -14,8 +14,8 @@ from lorweb_jax.adapters.formats.layer_names import layer_name, split_layer_name
 from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
 from lorweb_jax.models.flux1.embeddings import rotary
 from lorweb_jax.models.flux1.model import Flux
-from parity.folder import Bases, Pipeline, Recording, Stored
-from parity.report import COEFFICIENT, GRADIENT, INTERNAL_COEFFICIENT, OUTPUT, Absent, Report
+from parity.folder import Bases, RecordedBasis, RecordedModels, Recording
+from parity.report import COEFFICIENT, GRADIENT, INTERNAL_COEFFICIENT, OUTPUT, Absent, Comparison
 
 _PARTS = {"lora_A": "a", "lora_B": "b", "lora_keys": "keys", "att_lora_to_q.weight": "projection"}
 
@@ -110,19 +110,19 @@ def _blocks(model: Flux, stack: str, adapters: dict, found: dict):
         )
 
 
-def check_case(report: Report, name: str, data: Recording, bases: Bases, pipeline: Pipeline) -> None:
+def check_case(report: Comparison, name: str, data: Recording, bases: Bases, models: RecordedModels) -> None:
     """One forward pass: velocities, coefficients, intermediates of the plain model, gradients of Σ output²."""
     query = data.get("external_query")
     inputs = Inputs(*(data.get(key) for key in _INPUTS))
     runnable = all(part is not None for field, part in inputs._asdict().items() if field != "guidance_b")
 
     @functools.cache
-    def adapted() -> Stored:
+    def adapted() -> RecordedBasis:
         return bases.get(name.removeprefix("case_"))
 
     @functools.cache
     def output(which: str):
-        model = pipeline.transformer
+        model = models.transformer
         basis = None if which == "base" else getattr(adapted(), which)
         return velocity(model, inputs, basis and adapters_of(basis, query))
 
@@ -131,7 +131,7 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
         if not adapted().config.coefficients.in_advance:
             return {
                 key.removeprefix("mix/"): value
-                for key, value in trace(pipeline.transformer, inputs, adapters_of(adapted().basis, None)).items()
+                for key, value in trace(models.transformer, inputs, adapters_of(adapted().basis, None)).items()
                 if key.startswith("mix/")
             }
         stacked = {path: mix.coeff_bn for path, mix in adapters_of(adapted().basis, query).items()}
@@ -141,7 +141,7 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
 
     @functools.cache
     def intermediates():
-        return trace(pipeline.transformer, inputs, adapters_of(adapted().basis, query))
+        return trace(models.transformer, inputs, adapters_of(adapted().basis, query))
 
     def intermediate(key):
         if key not in intermediates():
@@ -150,7 +150,7 @@ def check_case(report: Report, name: str, data: Recording, bases: Bases, pipelin
 
     @functools.cache
     def gradients():
-        return loss_and_gradients(pipeline.transformer, adapted().basis, query, inputs, _sum_of_squares)
+        return loss_and_gradients(models.transformer, adapted().basis, query, inputs, _sum_of_squares)
 
     mix_tolerance = INTERNAL_COEFFICIENT if bases.query(name.removeprefix("case_")) == "internal" else COEFFICIENT
     for key, theirs in data.items():
