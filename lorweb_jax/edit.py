@@ -20,7 +20,7 @@ from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_
 from lorweb_jax.pipeline.arguments import MAX_SIZE
 from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
-# The small base that comes with the project, from whatever folder the command is given.
+# The small base of the repository, from whatever folder the command is given; an installed package has none.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
 
 
@@ -30,8 +30,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--pipeline",
         type=nonempty_path,
         default=SMALL_BASE,
+        required=not SMALL_BASE.is_dir(),
         help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
-        "black-forest-labs/FLUX.1-Kontext-dev (default: the small one here)",
+        "black-forest-labs/FLUX.1-Kontext-dev (default: the small one of the repository)",
     )
     parser.add_argument(
         "--basis",

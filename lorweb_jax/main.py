@@ -69,8 +69,9 @@ def read_config(file: str):
     name, *variant = file.split(":", 1)
     path = Path(name)
     if not path.is_file():
-        there = ", ".join(sorted(str(near) for near in path.parent.glob("*.py"))) or "none in that folder"
-        raise UserError(f"there is no config file {path}; there are: {there}", code=2)
+        there = ", ".join(sorted(str(near) for near in path.parent.glob("*.py")))
+        hint = f"there are: {there}" if there else "take one of those in configs/ of the repository"
+        raise UserError(f"there is no config file {path}; {hint}", code=2)
     try:
         get_config = runpy.run_path(name).get("get_config")
         config = get_config(*variant) if get_config else None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lorweb_jax import BasisConfig
 from lorweb_jax import evaluate as command
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
@@ -310,7 +311,7 @@ class FakePipeline:
 
     calls = []
     image_encoder = None
-    model = SimpleNamespace(basis=SimpleNamespace(config=SimpleNamespace(routed=True)))
+    model = SimpleNamespace(basis=SimpleNamespace(config=BasisConfig()))
 
     @classmethod
     def load(cls, folder, image_encoder=None):

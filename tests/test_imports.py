@@ -76,6 +76,12 @@ def test_commands_stand_loose_and_nothing_else():
     assert {path.stem for path in PACKAGE.glob("*.py")} == COMMANDS
 
 
+def test_every_folder_is_installed():
+    """setuptools leaves out a folder without __init__.py, and every file that isn't Python."""
+    for file in (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        assert file.suffix == ".py" and (file.parent / "__init__.py").exists(), file
+
+
 def test_nothing_imports_torch():
     found = {
         f"{file.relative_to(PACKAGE)}: {module}"
