@@ -12,8 +12,8 @@ from lorweb_jax.settings.config import choose_variant
 
 
 def get_config(variant: str = ""):
-    made = {"": basis.default, "kontext": basis.kontext, "kontext_16": basis.kontext_16, "smoke": basis.smoke}
-    return choose_variant({name: lambda make=make: single(make()) for name, make in made.items()}, variant)
+    variants = {"": basis.default, "kontext": basis.kontext, "kontext_16": basis.kontext_16, "smoke": basis.smoke}
+    return choose_variant({name: lambda make=make: single(make()) for name, make in variants.items()}, variant)
 
 
 def single(config):

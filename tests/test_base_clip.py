@@ -110,7 +110,7 @@ def test_quality_of_an_embedding_that_tells_all():
     x = np.concatenate([plain, plain + moves], 1)
     prototypes = clip_quality.unit(clip_quality.directions(x[:3]).mean(0))
     everything = np.ones(operations, bool)
-    assert (clip_quality.told(x[3:], prototypes, everything) == np.arange(operations)).all()
+    assert (clip_quality.nearest_operations(x[3:], prototypes, everything) == np.arange(operations)).all()
     assert clip_quality.probe(clip_quality.directions(x[:3]), clip_quality.directions(x[3:])).all()
     noise = random.normal(size=x.shape)
-    assert (clip_quality.told(noise, prototypes, everything) == np.arange(operations)).mean() < 0.1
+    assert (clip_quality.nearest_operations(noise, prototypes, everything) == np.arange(operations)).mean() < 0.1

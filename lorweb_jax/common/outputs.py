@@ -59,24 +59,24 @@ def require_free(path: str | Path, inputs: Iterable[str | Path] = (), *, overwri
     """The same of what is at one path now; nothing is tried."""
     path = Path(path)
     inputs = [
-        file for given in map(Path, inputs) for file in [given, *given.glob("*.safetensors"), *given.glob("*.yaml")]
+        file for source in map(Path, inputs) for file in [source, *source.glob("*.safetensors"), *source.glob("*.yaml")]
     ]
     try:
-        found = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return  # a file in a folder's place: _probe tells
     except (OSError, ValueError) as error:
         raise _not_writable(path, error) from None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{path} is a folder, a file is to be written; give a file's name", 2)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is a device or a pipe, and results go into files; give a file's name", 2)
-    for given in inputs:
+    for source in inputs:
         with contextlib.suppress(OSError, ValueError):
-            if os.path.samestat(found, os.stat(given)):
+            if os.path.samestat(status, os.stat(source)):
                 raise UserError(
-                    f"the result would replace {given}, which is one of the inputs"
-                    f"{'' if Path(given) == path else f' (as {path})'}; give another name or folder",
+                    f"the result would replace {source}, which is one of the inputs"
+                    f"{'' if Path(source) == path else f' (as {path})'}; give another name or folder",
                     2,
                 )
     if not overwrite:
@@ -100,7 +100,7 @@ def _probe(paths: list[Path], nbytes: int) -> None:
 
 def _tried(paths: list[Path]) -> int:
     """Bytes that are free where files of one folder will be written; FileNotFoundError if it vanishes meanwhile."""
-    made: list[Path] = []
+    new_folders: list[Path] = []
     path = paths[0]
     try:
         missing = []
@@ -110,7 +110,7 @@ def _tried(paths: list[Path]) -> int:
             folder = folder.parent
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
-            made.append(folder)
+            new_folders.append(folder)
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 path.lstat()  # a name that is too long, now that its folder is there
@@ -124,7 +124,7 @@ def _tried(paths: list[Path]) -> int:
     except (OSError, ValueError) as error:
         raise _not_writable(path, error) from None
     finally:
-        for folder in reversed(made):
+        for folder in reversed(new_folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

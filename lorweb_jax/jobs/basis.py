@@ -83,8 +83,8 @@ class BasisJob(Job):
         """basis_config with what others know the image encoder by, and what tells it from others."""
         if self.basis_config.query != "external" or not self.folder.encoder_folder:
             return self.basis_config
-        found = identity(self.folder.encoder_folder)
-        return dataclasses.replace(self.basis_config, encoder=found.name, encoder_sketch=found.sketch)
+        encoder = identity(self.folder.encoder_folder)
+        return dataclasses.replace(self.basis_config, encoder=encoder.name, encoder_sketch=encoder.sketch)
 
     @functools.cached_property
     def precomputed(self) -> Precomputed | None:
@@ -208,15 +208,15 @@ class BasisJob(Job):
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
-        pipeline, shown = Pipeline(self.folder, model, self.precomputed), {}
+        pipeline, images = Pipeline(self.folder, model, self.precomputed), {}
         for split in self.tasks:
             samples = self._samples(split, 1, self.config.evaluation.tasks)
-            shown[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
+            images[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
         if self.basis_config.query == "external":
-            shown["router"] = self._router_map(pipeline)
+            images["router"] = self._router_map(pipeline)
         if self.precomputed:
             self.precomputed.release()
-        return shown
+        return images
 
     def _router_map(self, pipeline: Pipeline) -> np.ndarray:
         """Coefficients [tasks, n] of the layer in the middle of the model, averaged over each task's examples."""

@@ -99,25 +99,25 @@ class Checkpoints:
 
     def _newest_intact(self, wrong: dict[int, str]) -> int | None:
         """The newest step whose files process 0 finds intact; what is wrong with later ones goes into `wrong`."""
-        found = -1
+        newest = -1
         if jax.process_index() == 0:
             for step in sorted(set(complete_steps(self.folder.parent)) - wrong.keys(), reverse=True):
                 damage = checksums.damage(self.folder / str(step))
                 if damage is None:
-                    found = step
+                    newest = step
                     break
                 wrong[step] = damage
         if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        return None if found < 0 else found
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        return None if newest < 0 else newest
 
     def _set_aside(self, wrong: Mapping[int, str], instead: int) -> None:
         for step in sorted(wrong):
-            kept = self.folder / f"{step}.damaged"
-            shutil.rmtree(kept, ignore_errors=True)
-            (self.folder / str(step)).rename(kept)
+            aside = self.folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
             print(
-                f"the checkpoint of step {step} is damaged ({wrong[step]}): it is kept as {kept}, and the run goes on "
+                f"the checkpoint of step {step} is damaged ({wrong[step]}): it is kept as {aside}, and the run goes on "
                 f"from step {instead}",
                 flush=True,
             )
@@ -178,10 +178,10 @@ class Checkpoints:
 
     def _not_written(self, error: Exception | str) -> UserError:
         steps = complete_steps(self.folder.parent)
-        kept = f"the run goes on from step {max(steps)}" if steps else "no checkpoint was complete yet"
+        advice = f"the run goes on from step {max(steps)}" if steps else "no checkpoint was complete yet"
         return UserError(
             f"a checkpoint could not be written to {self.folder} ({_in_a_line(error)}); "
-            f"make room and run the same command again: {kept}"
+            f"make room and run the same command again: {advice}"
         )
 
 
@@ -216,9 +216,9 @@ def _read_trainables(folder: Path, averaged: bool) -> dict[str, np.ndarray]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             # Of the state this part alone is read: the optimizer's is twice as large.
-            wanted = {part: checkpointer.metadata(path).item_metadata.tree[part]}
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+            tree = {part: checkpointer.metadata(path).item_metadata.tree[part]}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            arguments = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
             return checkpointer.restore(path, args=arguments)[part]
     except Exception as error:
         raise UserError(f"the checkpoint {folder} is damaged ({_in_a_line(error)})") from error

@@ -37,11 +37,11 @@ def damage(folder: Path, items: tuple[str, ...] = ITEMS) -> str | None:
     if {name.split("/")[0] for name, _ in listed} != {item for item in items if (folder / item).exists()}:
         return f"{FILE} lists other files"
     with ThreadPoolExecutor(4) as threads:
-        found = threads.map(lambda name: _found(folder / name), [name for name, _ in listed])
+        results = threads.map(lambda name: _sum_or_problem(folder / name), [name for name, _ in listed])
         return next(
             (
                 f"{name} {what if len(what) < 64 else 'differs from its checksum'}"
-                for (name, expected), what in zip(listed, found, strict=True)
+                for (name, expected), what in zip(listed, results, strict=True)
                 if what != expected
             ),
             None,
@@ -53,7 +53,7 @@ def _sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _found(path: Path) -> str:
+def _sum_or_problem(path: Path) -> str:
     """The file's checksum, or why there is none."""
     try:
         return _sum(path)

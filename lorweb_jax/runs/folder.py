@@ -196,9 +196,9 @@ def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
             "use the same values to go on with it, or another --workdir"
         )
     if other := [field for field in known if known[field] != sources.get(field)]:
-        held = ", ".join(f"{field} ({configs.get(config, field) or 'the default'})" for field in other)
+        fields = ", ".join(f"{field} ({configs.get(config, field) or 'the default'})" for field in other)
         raise UserError(
-            f"{workdir} holds a run that began with other files than those of {held}; give the same ones to "
+            f"{workdir} holds a run that began with other files than those of {fields}; give the same ones to "
             f"go on with it, or another --workdir (or delete {workdir / SOURCES} to go on with these)"
         )
 

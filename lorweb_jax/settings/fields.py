@@ -469,9 +469,9 @@ _TOGETHER: dict[str, Callable[[Values], None]] = {
 }
 
 
-def as_value(given: Any, name: str, rule: Rule) -> Any:
+def as_value(number: Any, name: str, rule: Rule) -> Any:
     """A number (of Python or numpy) that the rule takes; UserError, which calls it `name`, for everything else."""
-    value = given.item() if isinstance(given, np.generic) else given
+    value = number.item() if isinstance(number, np.generic) else number
     if not rule.takes(value):
-        raise UserError(f"{name} is {shown(given)}; give {rule}", 2)
+        raise UserError(f"{name} is {shown(number)}; give {rule}", 2)
     return value

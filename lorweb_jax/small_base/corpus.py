@@ -235,15 +235,15 @@ def look_up(batch: Batch, quadrants, large) -> dict[str, dict[str, Any]]:
     def image(picture):
         return canvas_of(quadrants[picture.drawing, picture.operation])
 
-    found = {
+    forms = {
         name: {"latents": image(edits.after), "condition": image(edits.before), "caption": edits.caption}
         for name, edits in (("canvas", batch.canvas), ("single", batch.single))
     }
-    found["drawing"] = {"latents": image(batch.drawing.after), "caption": batch.drawing.caption}
+    forms["drawing"] = {"latents": image(batch.drawing.after), "caption": batch.drawing.caption}
     drawing, edits, dropped, caption = batch.large
     where = np.where if isinstance(dropped, np.ndarray) else jnp.where
-    found["large"] = {
+    forms["large"] = {
         "latents": where(dropped[:, None, None, None], image(edits.after), large[drawing]),
         "caption": caption,
     }
-    return found
+    return forms

@@ -95,11 +95,11 @@ def _cell(drawings, indices, of, family, count, random) -> list[Edit]:
         ]
     if not goals or (family == STYLE and of == PHOTOGRAPH):
         return []
-    found = []
+    edits = []
     for _ in range(10 * count):
-        if len(found) == count:
+        if len(edits) == count:
             break
-        name, sentences = goals[len(found) % len(goals)]
+        name, sentences = goals[len(edits) % len(goals)]
         index, *others = random.choice(indices, 3, replace=len(indices) < 3)
         rgba = drawings.images[index]
         if family == STYLE:
@@ -110,22 +110,22 @@ def _cell(drawings, indices, of, family, count, random) -> list[Edit]:
         b = on_white(rgba)
         if np.abs(truth.astype(int) - b).mean() < LEAST_CHANGE:
             continue
-        sentence = sentences[len(found) // len(goals) % 2]
-        found.append(
+        sentence = sentences[len(edits) // len(goals) % 2]
+        edits.append(
             Edit(family, of, LAST_ONLY.format(sentence), tuple(on_white(drawings.images[i]) for i in others), b, truth)
         )
-    return found
+    return edits
 
 
 def measure_edits(
     pipeline: Pipeline, edits: Sequence[Edit], *, steps: int, guidance: float = 2.5, seed: int = 0, batch: int = 64
 ) -> list[Result]:
     """Each edit by `Pipeline.edit_batch`: a canvas of four drawings of which the last is to change, told in words."""
-    made, batch = [], min(batch, len(edits))
+    results, batch = [], min(batch, len(edits))
     for start in range(0, len(edits), batch):
         part = list(edits[start : start + batch])
         padded = part + part[:1] * (batch - len(part))  # one compilation
-        made += pipeline.edit_batch(
+        results += pipeline.edit_batch(
             [(*edit.others, edit.b) for edit in padded],
             [edit.prompt for edit in padded],
             steps=steps,
@@ -133,10 +133,10 @@ def measure_edits(
             seed=seed + start,
         )[: len(part)]
     truth, b = (np.stack([getattr(edit, name) for edit in edits]) for name in ("truth", "b"))
-    near, far = _distances(np.stack(made), truth), _distances(b, truth)
+    near, far = _distances(np.stack(results), truth), _distances(b, truth)
     return [
         Result(edit, image, float(near[0][i]), float(far[0][i]), float(near[1][i]), float(far[1][i]))
-        for i, (edit, image) in enumerate(zip(edits, made))
+        for i, (edit, image) in enumerate(zip(edits, results))
     ]
 
 
@@ -173,7 +173,7 @@ def draw(
     """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty
     caption gives. The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives
     it."""
-    made, batch = [], min(batch, len(captions))
+    drawings, batch = [], min(batch, len(captions))
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])
         prompts = pipeline.prompt(part + [""] * (batch - len(part)))
@@ -197,8 +197,8 @@ def draw(
             jnp.asarray(sigmas),
             side,
         )
-        made += list(to_uint8(images))[: len(part)]
-    return made
+        drawings += list(to_uint8(images))[: len(part)]
+    return drawings
 
 
 def _shape(pipeline: Pipeline, side: int) -> tuple[int, int]:
@@ -237,20 +237,20 @@ def kind_captions(per_kind_and_style: int) -> tuple[list[str], np.ndarray]:
 def kind_prototypes(pipeline: Pipeline, drawings: DrawingSets, most: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors [kinds, p], from the mean of all kinds to that of each, and that mean [p]: of the embeddings'
     directions of up to `most` training drawings a kind."""
-    random, found = np.random.default_rng(0), []
+    random, means = np.random.default_rng(0), []
     for kind in KINDS:
         indices = [i for i in _drawn(drawings, held_out=False) if drawings.kind(i) == kind]
         chosen = random.permutation(indices)[:most]
-        found.append(_unit(embed(pipeline, [on_white(drawings.images[i]) for i in chosen])).mean(0))
-    mean = np.mean(found, 0)
-    return _unit(np.stack(found) - mean), mean
+        means.append(_unit(embed(pipeline, [on_white(drawings.images[i]) for i in chosen])).mean(0))
+    mean = np.mean(means, 0)
+    return _unit(np.stack(means) - mean), mean
 
 
 def _drawn(drawings: DrawingSets, held_out: bool) -> np.ndarray:
     return np.flatnonzero((drawings.held_out == held_out) & (drawings.set_of != PHOTOGRAPH))
 
 
-def told_kinds(
+def nearest_kinds(
     pipeline: Pipeline, images: Sequence[np.ndarray], prototypes: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     """int [n]: which kind's prototype each image's embedding is nearest to."""
@@ -259,18 +259,18 @@ def told_kinds(
 
 
 def embed(pipeline: Pipeline, images: Sequence[np.ndarray], batch: int = 100) -> np.ndarray:
-    encoder, found, batch = pipeline.image_encoder, [], min(batch, len(images))
+    encoder, embeddings, batch = pipeline.image_encoder, [], min(batch, len(images))
     for start in range(0, len(images), batch):
         part = list(images[start : start + batch])
-        found.append(encoder.embed(part + part[:1] * (batch - len(part)))[: len(part)])
-    return np.concatenate(found)
+        embeddings.append(encoder.embed(part + part[:1] * (batch - len(part)))[: len(part)])
+    return np.concatenate(embeddings)
 
 
-def real_drawings_told(pipeline: Pipeline, drawings: DrawingSets, prototypes) -> float:
-    """The share of held-out drawings of KINDS whose kind is told right: what pictures made of text can reach."""
+def real_drawings_right(pipeline: Pipeline, drawings: DrawingSets, prototypes) -> float:
+    """The share of held-out drawings of KINDS whose nearest kind is their own: a bound for images drawn from text."""
     indices = [i for i in _drawn(drawings, held_out=True) if drawings.kind(i) in KINDS]
-    told = told_kinds(pipeline, [on_white(drawings.images[i]) for i in indices], prototypes)
-    return float(np.mean(told == [KINDS.index(drawings.kind(i)) for i in indices]))
+    kinds = nearest_kinds(pipeline, [on_white(drawings.images[i]) for i in indices], prototypes)
+    return float(np.mean(kinds == [KINDS.index(drawings.kind(i)) for i in indices]))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
     prototypes = base.kind_prototypes(pipeline, drawings)
     captions, kinds = base.kind_captions(samples)
     images = base.draw(pipeline, captions, side, steps=steps, cfg=cfg, seed=seed)
-    right = base.told_kinds(pipeline, images, prototypes) == kinds
+    right = base.nearest_kinds(pipeline, images, prototypes) == kinds
     by_style = np.resize(np.repeat(np.arange(len(STYLE_WORDS)), samples), len(kinds))
     per_kind = len(STYLE_WORDS) * samples
     write_image(
@@ -98,13 +98,13 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
     titles = [f"a drawing of {with_article(name)} in {word} style" for name in names for word in STYLE_WORDS.values()]
     columns, count = list(STYLE_WORDS.values()), len(STYLE_WORDS)
     for file, size in (("names.png", side), ("names_large.png", 2 * side)):
-        made = base.draw(pipeline, titles, size, steps=steps, cfg=cfg, seed=seed + 1)
+        images = base.draw(pipeline, titles, size, steps=steps, cfg=cfg, seed=seed + 1)
         held_out = {name for name, out_ in zip(drawings.names, drawings.held_out) if out_}
         write_image(
             out / file,
             sheet(
                 [
-                    (f"{name} (never shown)" if name in held_out else name, made[i * count : (i + 1) * count])
+                    (f"{name} (never shown)" if name in held_out else name, images[i * count : (i + 1) * count])
                     for i, name in enumerate(names)
                 ],
                 columns,
@@ -115,7 +115,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
         "cfg": cfg,
         "kinds": len(base.KINDS),
         "right": _share(right),
-        "right_of_real_held_out_drawings": round(base.real_drawings_told(pipeline, drawings, prototypes), 3),
+        "right_of_real_held_out_drawings": round(base.real_drawings_right(pipeline, drawings, prototypes), 3),
         "right_by_kind": {kind: _share(right[kinds == k]) for k, kind in enumerate(base.KINDS)},
         "right_by_style": {word: _share(right[by_style == s]) for s, word in enumerate(STYLE_WORDS.values())},
     }

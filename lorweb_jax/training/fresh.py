@@ -1,4 +1,4 @@
-"""A fresh model's arrays from the trace of its making: each by a small program, shared by all that are made alike.
+"""A fresh model's arrays, each by a small program traced from the initialisation, shared by all arrays alike.
 
 Arrays that differ in their random key alone have the same program. XLA takes a fraction of the time over these few that
 it takes over one program of all arrays, in which every draw stands anew.
@@ -32,10 +32,10 @@ def arrays_of(
             large.append(equation)
 
     programs: dict[Any, Callable] = {}
-    made = {}
+    arrays = {}
     for name, output in outputs.items():
         if _is_literal(output) or output in values:
-            made[name] = sharding.put(_value(output, values), shapes[name])
+            arrays[name] = sharding.put(_value(output, values), shapes[name])
             continue
         equations = _needed(large, [output])
         inputs = list(
@@ -43,28 +43,28 @@ def arrays_of(
                 var for equation in equations for var in equation.invars if not _is_literal(var) and var in values
             )
         )
-        program, given = _program(equations, inputs, output), [values[var] for var in inputs]
+        program, arguments = _program(equations, inputs, output), [values[var] for var in inputs]
         where = shapes[name].sharding
-        alike = str(jax.make_jaxpr(program)(*given)), where
+        alike = str(jax.make_jaxpr(program)(*arguments)), where
         if alike not in programs:
             programs[alike] = jax.jit(program, out_shardings=where)
-        made[name] = programs[alike](*given)
-    return made
+        arrays[name] = programs[alike](*arguments)
+    return arrays
 
 
 def _needed(equations: Sequence[Any], outputs: Iterable[Any]) -> list[Any]:
     """Of equations in order those that the outputs depend on."""
-    wanted, kept = {var for var in outputs if not _is_literal(var)}, []
+    needed, kept = {var for var in outputs if not _is_literal(var)}, []
     for equation in reversed(equations):
-        if wanted & set(equation.outvars):
+        if needed & set(equation.outvars):
             kept.append(equation)
-            wanted.update(var for var in equation.invars if not _is_literal(var))
+            needed.update(var for var in equation.invars if not _is_literal(var))
     return kept[::-1]
 
 
 def _program(equations: Sequence[Any], inputs: Sequence[Any], output: Any) -> Callable[..., jax.Array]:
-    def program(*given):
-        values = dict(zip(inputs, given, strict=True))
+    def program(*arguments):
+        values = dict(zip(inputs, arguments, strict=True))
         for equation in equations:
             _compute(equation, values)
         return values[output]
@@ -74,10 +74,10 @@ def _program(equations: Sequence[Any], inputs: Sequence[Any], output: Any) -> Ca
 
 def _compute(equation: Any, values: dict[Any, Any]) -> None:
     """Adds the equation's results to `values`."""
-    found = equation.primitive.bind(
+    results = equation.primitive.bind(
         *(_value(var, values) for var in equation.invars), **equation.primitive.get_bind_params(equation.params)
     )
-    values.update(zip(equation.outvars, found if equation.primitive.multiple_results else [found], strict=True))
+    values.update(zip(equation.outvars, results if equation.primitive.multiple_results else [results], strict=True))
 
 
 def _value(var: Any, values: dict[Any, Any]) -> Any:

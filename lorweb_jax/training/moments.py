@@ -80,8 +80,8 @@ def _pack_bfloat16(m: jax.Array, v: jax.Array, for_m: jax.Array, for_v: jax.Arra
     return {"m": _to_bfloat16(m, for_m), "v": _to_bfloat16(v, for_v)}
 
 
-def _unpack_bfloat16(held: dict[str, jax.Array]) -> Moments:
-    return held["m"].astype(jnp.float32), held["v"].astype(jnp.float32)
+def _unpack_bfloat16(packed: dict[str, jax.Array]) -> Moments:
+    return packed["m"].astype(jnp.float32), packed["v"].astype(jnp.float32)
 
 
 def _to_bfloat16(x: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -107,9 +107,9 @@ def _pack_int8(m: jax.Array, v: jax.Array, for_m: jax.Array, for_v: jax.Array) -
     return {"m": jnp.clip(m_codes, -127, 127).astype(jnp.int8), "m_scale": m_scale, "v": v_codes, "v_scale": v_scale}
 
 
-def _unpack_int8(held: dict[str, jax.Array]) -> Moments:
-    v = _unpack_v(held["v"], held["v_scale"])
-    return _spread(held["m_scale"], v) * jnp.sqrt(v) * (held["m"].astype(jnp.float32) / 127), v
+def _unpack_int8(packed: dict[str, jax.Array]) -> Moments:
+    v = _unpack_v(packed["v"], packed["v_scale"])
+    return _spread(packed["m_scale"], v) * jnp.sqrt(v) * (packed["m"].astype(jnp.float32) / 127), v
 
 
 def _unpack_v(codes: jax.Array, scale: jax.Array) -> jax.Array:

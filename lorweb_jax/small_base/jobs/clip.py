@@ -235,17 +235,17 @@ def pair_loss(
     per_drawing = embeddings.reshape(b, 1 + e, -1)
     differences = unit(per_drawing[:, 1:] - per_drawing[:, :1]).reshape(b * e, -1)
     edits = edits.reshape(-1)
-    told = edit_scale * differences @ specific.T
+    edit_logits = edit_scale * differences @ specific.T
     parts = {
         "caption": (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2,
-        "edit": cross_entropy(told, edits),
+        "edit": cross_entropy(edit_logits, edits),
         "family": cross_entropy(edit_scale * differences @ vague.T, jnp.asarray(FAMILY_OF)[edits]),
         "kind": cross_entropy(kind_scale * unit(per_drawing[:, 0]) @ kinds.T, jnp.asarray(sentences.kind_of)[drawing]),
     }
     loss = sum(weights[name] * value for name, value in parts.items())
     return loss, parts | {
         "captions_right": (logits.argmax(1) == own).mean(),
-        "edits_right": (told.argmax(1) == edits).mean(),
+        "edits_right": (edit_logits.argmax(1) == edits).mean(),
     }
 
 
@@ -296,12 +296,14 @@ class BaseClip(Job):
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """How often each operation (row) on held-out drawings is taken for which (column): white is always."""
-        from lorweb_jax.small_base.jobs.clip_quality import told_operations
+        from lorweb_jax.small_base.jobs.clip_quality import confused_operations
 
         return {
             "operations": np.repeat(
                 np.repeat(
-                    np.repeat((told_operations(self, model, drawings=40) * 255).astype(np.uint8)[..., None], 3, 2), 4, 0
+                    np.repeat((confused_operations(self, model, drawings=40) * 255).astype(np.uint8)[..., None], 3, 2),
+                    4,
+                    0,
                 ),
                 4,
                 1,

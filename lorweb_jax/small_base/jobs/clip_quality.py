@@ -28,14 +28,14 @@ NEEDS_SHAPE = np.array([operation.needs_shape for operation in OPERATIONS.values
 def embeddings(vision: nnx.Module, processor: ImageProcessor, drawings: DrawingSets) -> np.ndarray:
     """float32 [drawings, 1 + operations, p]: each drawing plain, then after every operation."""
     embed = jax.jit(lambda vision, x: vision(processor.normalised(x)))
-    found = []
+    chunks = []
     for start in range(0, len(drawings), 16):
         images = operated_chunk(drawings.images[start : start + 16], ["", *NAMES])
         flat = images.reshape(-1, *images.shape[2:])
         padded = np.concatenate([flat, flat[: -len(flat) % BATCH]])  # one compilation
         rows = np.concatenate([to_host(embed(vision, padded[i : i + BATCH])) for i in range(0, len(padded), BATCH)])
-        found.append(rows[: len(flat)].reshape(*images.shape[:2], -1))
-    return np.concatenate(found)
+        chunks.append(rows[: len(flat)].reshape(*images.shape[:2], -1))
+    return np.concatenate(chunks)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def directions(x: np.ndarray) -> np.ndarray:
     return unit(x[:, 1:] - x[:, :1])
 
 
-def told(x: np.ndarray, prototypes: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+def nearest_operations(x: np.ndarray, prototypes: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """int [drawings, operations]: which operation's prototype [operations, p] each edit's direction is nearest to."""
     return np.where(allowed, directions(x) @ prototypes.T, -np.inf).argmax(-1)
 
@@ -58,13 +58,13 @@ def sample(drawings: DrawingSets, of: int, held_out: bool, count: int) -> Drawin
     return drawings.chosen(np.random.default_rng(0).permutation(indices)[:count])
 
 
-def told_operations(job, model: nnx.Module, drawings: int) -> np.ndarray:
+def confused_operations(job, model: nnx.Module, drawings: int) -> np.ndarray:
     """[operations, operations]: the share of held-out drawings on which an operation is taken for another."""
     train, held_out = (
         embeddings(model.vision, job.processor, sample(job.drawings, 0, part, drawings)) for part in (False, True)
     )
-    found = told(held_out, unit(directions(train).mean(0)), np.ones(len(NAMES), bool))
-    return np.stack([np.bincount(column, minlength=len(NAMES)) for column in found.T]) / len(found)
+    nearest = nearest_operations(held_out, unit(directions(train).mean(0)), np.ones(len(NAMES), bool))
+    return np.stack([np.bincount(column, minlength=len(NAMES)) for column in nearest.T]) / len(nearest)
 
 
 def probe(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
@@ -99,12 +99,12 @@ def quality(
     right_by_family = []
     for of, name in enumerate(SETS):
         part = sample(drawings, of, True, held_out)
-        found = embeddings(vision, processor, part)
+        x = embeddings(vision, processor, part)
         allowed = ~NEEDS_SHAPE if of == PHOTOGRAPH else np.ones(len(NAMES), bool)
-        right = (told(found, prototypes, allowed) == np.arange(len(NAMES)))[:, allowed]
-        family = (directions(found) @ family_prototypes.T).argmax(-1) == FAMILY_OF
-        plain = unit(found[:, 0])
-        drawing = (unit(found[:, 1:]) @ plain.T).argmax(-1) == np.arange(len(plain))[:, None]
+        right = (nearest_operations(x, prototypes, allowed) == np.arange(len(NAMES)))[:, allowed]
+        family = (directions(x) @ family_prototypes.T).argmax(-1) == FAMILY_OF
+        plain = unit(x[:, 0])
+        drawing = (unit(x[:, 1:]) @ plain.T).argmax(-1) == np.arange(len(plain))[:, None]
         result[name] = {
             "held_out": len(part),
             "operation_from_difference": share(right),
@@ -112,7 +112,7 @@ def quality(
         }
         if of != PHOTOGRAPH:
             result[name] |= {
-                "operation_linear_probe_of_difference": share(probe(directions(trained), directions(found))),
+                "operation_linear_probe_of_difference": share(probe(directions(trained), directions(x))),
                 "drawing_of_an_edited_image": share(drawing),
             }
             right_by_family.append(right.mean(0))

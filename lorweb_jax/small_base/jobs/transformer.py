@@ -51,10 +51,10 @@ class LatentBatches(NumberedBatches):
 
     def at(self, number: int) -> dict[str, np.ndarray]:
         key = jax.random.fold_in(jax.random.key(self.seed), number)
-        found = look_up(jax.device_get(self.draw(key)), *self.tables)
+        forms = look_up(jax.device_get(self.draw(key)), *self.tables)
         return {
             f"{form}.{name}": array.reshape(self.groups, -1, *array.shape[1:])
-            for form, arrays in found.items()
+            for form, arrays in forms.items()
             for name, array in arrays.items()
         }
 
@@ -215,12 +215,12 @@ def latents_of(vae: AutoencoderKL, weights, drawings: DrawingSets, data) -> tupl
         for row in range(first, len(tables["quadrants"]), _ROWS):
             chosen = np.arange(row, min(row + _ROWS, len(tables["quadrants"])))
             images = np.stack([VARIANTS[i // total](drawings.images[i % total]) for i in chosen])
-            for start, stop, made in operated(images, names, processes=1):
-                latents = np.asarray(encode(vae, made.reshape(-1, *made.shape[2:])))
+            for start, stop, images_after in operated(images, names, processes=1):
+                latents = np.asarray(encode(vae, images_after.reshape(-1, *images_after.shape[2:])))
                 tables["quadrants"][chosen[start:stop]] = latents.reshape(stop - start, len(names), *latents.shape[1:])
                 plain = chosen[start:stop] < total
                 if plain.any():
-                    tables["large"][chosen[start:stop][plain]] = np.asarray(encode_large(vae, made[plain, 0]))
+                    tables["large"][chosen[start:stop][plain]] = np.asarray(encode_large(vae, images_after[plain, 0]))
             for table in tables.values():
                 table.flush()
             counter.write_text(str(int(chosen[-1]) + 1))

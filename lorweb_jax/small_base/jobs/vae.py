@@ -43,15 +43,15 @@ class Canvases(NumberedBatches):
     def at(self, number: int) -> dict[str, np.ndarray]:
         key = jax.random.fold_in(jax.random.key(self.seed), number)
         picture, alone = jax.device_get(self.draw(key))
-        made = np.stack(
+        drawings = np.stack(
             [
                 [self.effects[effect](self.images[drawing]) for drawing, effect in zip(*four)]
                 for four in zip(picture.drawing, picture.operation)
             ]
         )
-        canvas = canvas_of(made)
+        canvas = canvas_of(drawings)
         if alone.any():
-            canvas[alone] = np.asarray(enlarged(made[alone, 0]))
+            canvas[alone] = np.asarray(enlarged(drawings[alone, 0]))
         return {"canvas": canvas}
 
 
