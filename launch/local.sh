@@ -24,18 +24,8 @@ command -v "$python" >/dev/null || python=python3
 
 export JAX_PLATFORMS=cpu JAX_NUM_PROCESSES=$count PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
-# Two ports that follow each other and are free: jax's coordinator and the watch.
-port=$("$python" -c '
-import random, socket
-while True:
-    port = random.randrange(20000, 60000)
-    try:
-        with socket.create_server(("", port)), socket.create_server(("", port + 1)):
-            break
-    except OSError:
-        pass
-print(port)')
-export JAX_COORDINATOR_ADDRESS=localhost:$port
+port=${JAX_COORDINATOR_PORT:-$("$python" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')}
+export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_COORDINATOR_BIND_ADDRESS=localhost:$port
 
 mark() { trap '' INT TERM; exec sed -u "s/^/[$1] /"; }
 

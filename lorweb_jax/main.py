@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.processes import distributed
-from lorweb_jax.processes.watch import stop_status
+from lorweb_jax.processes.run import stop_status
 from lorweb_jax.settings import config as configs
 
 FLAGS = flags.FLAGS
@@ -109,7 +109,7 @@ def command() -> int:
         return 0
     config, workdir = read_command_line(sys.argv)
     configs.check(config)
-    with distributed.joined():
+    with distributed.joined({"workdir": workdir, **dict(configs.fields(config))}):
         from lorweb_jax.jobs import make_job
         from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
 

@@ -1,8 +1,10 @@
 """Several processes as one run: the same losses, one that is killed or falls silent, SIGTERM, other meshes."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +18,20 @@ from test_train_loop import LINE_JOB, losses, start
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.jobs import make_job
-from lorweb_jax.processes.distributed import Place, find_place
+from lorweb_jax.processes.distributed import EXPLICIT, Place, find_place, joined
 from lorweb_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+SLURM = {  # one process on each of four nodes
+    "SLURM_JOB_ID": "2005",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+}
+SILENCE = 6  # s after which a process counts as gone; 60 by default
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,7 @@ def whole_run(tmp_path_factory) -> Path:
 class Processes:
     """launch/local.sh with the line job; its lines, and the processes' ids."""
 
-    def __init__(self, count: int, workdir: Path, *options: str, devices: int = 1):
+    def __init__(self, count: int, workdir: Path, *options: str, devices: int = 1, **environment: str):
         self.workdir, self.lines = workdir, []
         self.run = subprocess.Popen(
             [
@@ -48,7 +59,10 @@ class Processes:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"PYTHON": sys.executable, "LORWEB_LOCAL_DEVICES": str(devices), "XLA_FLAGS": ""},
+            env=os.environ
+            | {"PYTHON": sys.executable, "LORWEB_LOCAL_DEVICES": str(devices), "XLA_FLAGS": ""}
+            | {"LORWEB_HEARTBEAT_TIMEOUT": str(SILENCE)}
+            | environment,
         )
 
     def until(self, pattern: str) -> None:
@@ -75,6 +89,11 @@ class Processes:
         return "".join(self.lines)
 
 
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
 def assert_same_losses(workdir: Path, whole_run: Path) -> None:
     """1e-5 relative, every step of the run."""
     found, expected = losses(workdir), losses(whole_run)
@@ -82,9 +101,18 @@ def assert_same_losses(workdir: Path, whole_run: Path) -> None:
     np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-5)
 
 
-def test_two_processes_train_as_one(whole_run, tmp_path):
-    run = Processes(2, tmp_path / "run", "--config.mesh.fsdp=2", "--config.mesh.data=2", devices=2)
-    assert run.end() == 0, run.text
+def test_two_processes_train_as_one_beside_strangers_at_their_port(whole_run, tmp_path):
+    port = free_port()
+    run = Processes(
+        2, tmp_path / "run", "--config.mesh.fsdp=2", "--config.mesh.data=2", devices=2, JAX_COORDINATOR_PORT=str(port)
+    )
+    run.until(r"step 2/24")
+    with contextlib.ExitStack() as strangers:
+        for text in (b"", os.urandom(4096), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0" * 100_000):
+            stranger = strangers.enter_context(socket.create_connection(("localhost", port)))
+            with contextlib.suppress(OSError):
+                stranger.sendall(text)
+        assert run.end() == 0, run.text
     assert "4 devices in 2 processes" in run.text and "[1] step" not in run.text
     assert_same_losses(tmp_path / "run", whole_run)
     assert len(list((tmp_path / "run").glob("events*"))) == 1 and (tmp_path / "run/slope.npy").exists()
@@ -99,74 +127,161 @@ def test_stopped_and_killed_runs_go_on_with_other_processes_and_meshes(whole_run
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+), checkpoint written", run.text)[1])
     assert stopped in [int(path.name) for path in (workdir / "checkpoints").iterdir()]
 
-    # kill -9 of process 0, where the coordinator is: the other one names it.
-    run = Processes(2, workdir, "--config.mesh.tensor=2", devices=1)
-    run.until(r"step 16/24")
-    assert run.signal(0, signal.SIGKILL) < 60 and run.run.returncode == 128 + signal.SIGKILL
-    assert f"going on from step {stopped}" in run.text
-    assert re.search(
-        r"^\[1\] error: process 0 \(host \S+\) is gone: its connection closed; "
-        r"the same command goes on from step \d+$",
-        run.text,
-        re.MULTILINE,
-    ), run.text
+    # kill -9 of one of four, and then of process 0 of two, where the coordination service is: the others name it.
+    for count, killed, step, why in (
+        (4, 2, stopped + 3, f"nothing was heard of it for {SILENCE} s"),
+        (2, 0, stopped + 7, "it does not answer"),
+    ):
+        run = Processes(count, workdir, "--config.mesh.tensor=2", devices=4 // count)
+        run.until(f"step {step}/24")
+        assert run.signal(killed, signal.SIGKILL) < 60 and run.run.returncode == 128 + signal.SIGKILL
+        assert "going on from step" in run.text
+        for other in {*range(count)} - {killed}:
+            [line] = re.findall(rf"^\[{other}\] (?:error|E\d|F\d|Traceback|\S*Error).*\n", run.text, re.MULTILINE)
+            assert re.fullmatch(
+                rf"\[{other}\] error: process {killed} \(host \S+\) is gone: {why}; "
+                r"the same command goes on from step \d+\n",
+                line,
+            ), run.text
 
     run = Processes(1, workdir, "--config.mesh.tensor=2", devices=4)
     assert run.end() == 0 and "going on from step" in run.text, run.text
     assert_same_losses(workdir, whole_run)
 
 
-def test_an_error_of_one_process_ends_all(tmp_path):
+class Alone:
+    """One process of a run, started by hand: of the line job, or of a program that joins the run and waits."""
+
+    JOINS = """
+import sys, time
+from lorweb_jax.common.errors import run_command
+from lorweb_jax.processes import distributed
+def command():
+    with distributed.joined({"arguments": sys.argv[1:]}):
+        print("joined", flush=True)
+        time.sleep(100)
+run_command(command)
+"""
+
+    def __init__(self, index: int, count: int, port: int, *arguments: str, program: str = JOINS, **environment: str):
+        explicit = zip(EXPLICIT, (f"localhost:{port}", str(count), str(index)))
+        self.run = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"LORWEB_HEARTBEAT_TIMEOUT": str(SILENCE)} | dict(explicit) | environment,
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and standard error."""
+        try:
+            errors = self.run.communicate(timeout=60)[1]
+        finally:
+            self.run.kill()
+        return self.run.returncode, errors
+
+
+@pytest.fixture
+def alone():
+    """Starts processes, and leaves none behind."""
+    runs = []
+    yield lambda *args, **named: runs.append(Alone(*args, **named)) or runs[-1]
+    for one in runs:
+        one.run.kill()
+
+
+def test_who_cannot_join_says_why(alone):
+    quick = {"LORWEB_START_TIMEOUT": "3"}
+    ports = [free_port() for _ in range(3)]
+    waits, seeks = alone(0, 2, ports[0], **quick), alone(1, 2, ports[1], **quick)
+    unequal = [alone(index, 2, ports[2], f"--steps={5 + index}") for index in range(2)]
+
+    error = f"error: not all of the 2 processes came to localhost:{ports[0]} within 3 s; start all processes again\n"
+    assert waits.end() == (1, error)
+    status, error = seeks.end()
+    assert status == 1 and re.fullmatch(
+        rf"error: process 1 of 2 could not reach process 0 at localhost:{ports[1]} within 3 s \(.+\); start .+\n", error
+    )
+    said = (
+        "process 1 was started with other options than process 0: arguments is ['--steps=6'] here, ['--steps=5'] there; "
+        "give all processes the same"
+    )
+    assert unequal[1].end() == (1, f"error: {said}\n")
+    status, error = unequal[0].end()
+    assert status == 1
+    assert re.fullmatch(rf"error: process 1 \(host \S+\) ended: {re.escape(said)}; start all .+\n", error), error
+
+
+def test_a_number_too_high_and_a_number_twice(alone):
+    port = free_port()
+    run = [alone(index, 2, port) for index in range(2)]
+    assert run[0].run.stdout.readline() == "joined\n"
+    status, error = alone(2, 3, port).end()
+    assert status == 1
+    assert re.fullmatch("error: process 2 was started, but process 0 expects fewer processes than 3; .+\n", error), (
+        error
+    )
+    assert [one.run.poll() for one in run] == [None, None]  # the run outlives it, but not this one:
+    second = alone(1, 2, port)
+    for one in (*run, second):
+        status, error = one.end()
+        assert status == 1
+        assert re.fullmatch("error: process 1 was started a second time while the run was at it; .+\n", error), error
+
+
+def test_a_process_0_that_falls_silent_is_named(alone):
+    """SIGSTOP stands in for a host without network."""
+    port = free_port()
+    run = [alone(index, 2, port) for index in range(2)]
+    assert run[0].run.stdout.readline() == "joined\n"
+    run[0].run.send_signal(signal.SIGSTOP)
+    status, error = run[1].end()
+    assert status == 1
+    assert re.fullmatch(r"error: process 0 \(host \S+\) is gone: it does not answer; .+\n", error), error
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.create_server(("", 0)) as server:
+        for name, value in zip(EXPLICIT, (f"localhost:{server.getsockname()[1]}", "2", "0")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"port {server.getsockname()[1]} of .* can't be used"), joined({}):
+            raise AssertionError("it started")
+
+
+def test_an_error_of_one_process_ends_all(alone, tmp_path):
     """Each process in a folder of its own, which is what a run folder looks like that is not shared."""
-    command = (
+    program = (
         "import os, sys; os.makedirs(folder := sys.argv.pop() + os.environ['JAX_PROCESS_ID']); os.chdir(folder);"
-        "import lorweb_jax.runs.checkpoints as c; c.SHARED_WITHIN = 1;"
+        "import lorweb_jax.runs.folder as f; f.SHARED_WITHIN = 1;"
         "import lorweb_jax.main as m; from lorweb_jax.common.errors import run_command; run_command(m.command)"
     )
-    port = 20000 + os.getpid() % 20000 * 2
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", command, f"--config={LINE_JOB}", "--workdir=run", str(tmp_path / "host")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)},
-        )
+    arguments = f"--config={LINE_JOB}", "--workdir=run", str(tmp_path / "host")
+    port = free_port()
+    ends = [run.end() for run in [alone(index, 2, port, *arguments, program=program) for index in range(2)]]
+    assert [status for status, _ in ends] == [1, 1], ends
+    said = "the run folder .*host1/run of process 0 is not the one that process 1 sees on .*"
+    assert re.fullmatch(f"error: {said}\n", ends[1][1]), ends
+    assert re.fullmatch(rf"error: process 1 \(host \S+\) ended: {said}\n", ends[0][1]), ends
+
+
+def test_slurm_starts_processes_and_sigterm_before_the_first_step_ends_them(alone, tmp_path):
+    """As srun sets the environment of two processes on one node; SIGTERM to one, when the first batch is not there."""
+    program = "import lorweb_jax.main as m; from lorweb_jax.common.errors import run_command; run_command(m.command)"
+    arguments = f"--config={LINE_JOB}", f"--workdir={tmp_path / 'run'}", "--config.line.pause=100"
+    none = dict.fromkeys(EXPLICIT, "")
+    slurm = SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "LORWEB_STOP_STATUS": "75"}
+    slurm |= {"SLURM_JOB_ID": str(free_port() - 61440)}  # jax takes the port 61440 + job's number mod 4096
+    run = [
+        alone(index, 2, 0, *arguments, program=program, **none | slurm | {"SLURM_PROCID": str(index)})
         for index in range(2)
     ]
-    errors = [run.communicate()[1] for run in runs]
-    assert [run.returncode for run in runs] == [1, 1], errors
-    assert re.search("error: the run folder .*host1/run of process 0 is not the one that process 1 sees", errors[1])
-    assert re.search("error: process 1 .* ended: the run folder", errors[0])
-
-
-def test_a_process_that_falls_silent_is_named(tmp_path):
-    """SIGSTOP stands in for a host without network; 1 s instead of 60."""
-    command = (
-        "import sys, time; from lorweb_jax.processes.watch import Peers; index, port = map(int, sys.argv[2:]);"
-        "sys.argv[2:] = []; Peers(('localhost', port), index, 3, silence=1.0); print('met', flush=True);"
-        "time.sleep(60)"
-    )
-    port = 20000 + os.getpid() % 20000 * 2
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", command, "watch", str(index), str(port)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for index in range(3)
-    ]
-    try:
-        assert [run.stdout.readline() for run in runs] == ["met\n"] * 3
-        runs[2].send_signal(signal.SIGSTOP)
-        for run in runs[:2]:
-            _, errors = run.communicate(timeout=20)
-            assert run.returncode == 1
-            assert re.fullmatch(r"error: process 2 \(host \S+\) is gone: nothing was heard of it for 1 s; .*\n", errors)
-    finally:
-        runs[2].kill()
+    assert "in 2 processes" in run[0].run.stdout.readline()
+    start = time.monotonic()
+    run[1].run.send_signal(signal.SIGTERM)
+    assert run[0].run.stdout.read().endswith("\nstopped by SIGTERM; the same command begins again\n")
+    assert time.monotonic() - start < 20
+    assert [one.end() for one in run] == [(75, ""), (75, "")]
 
 
 def test_sigterm_before_the_first_step_is_done(tmp_path):
@@ -216,29 +331,24 @@ print("restored")
     assert run.stdout == "restored\n", run.stderr
 
 
-SLURM = {
-    "SLURM_JOB_ID": "2005",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NUM_NODES": "4",
-}
-EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-
-
 @pytest.mark.parametrize(
     "environment, place",
     [
         ({}, None),
-        (EXPLICIT, Place("10.0.0.1", 8476, 2, 1)),
-        (SLURM | {"SLURM_STEP_NODELIST": "n[007-010]"}, Place("n007", 61450, 4, 1)),
-        (SLURM | {"SLURM_STEP_NODELIST": "gpu-a,n[1,3]"}, Place("gpu-a", 61450, 4, 1)),
-        (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_NODES": "1"}, Place("n7", 61450, 4, 1, [1])),
-        (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        (ADDRESS, Place("10.0.0.1:8476", 2, 1)),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[007-010]"}, Place("n007:63445", 4, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu-a,n[1,3]"}, Place("gpu-a:63445", 4, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_STEP_NUM_NODES": "1"}, Place("n7:63445", 4, 1, (1,))),
+        (SLURM | {"SLURM_STEP_NODELIST": "n7", "JAX_COORDINATOR_PORT": "1234"}, Place("n7:1234", 4, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n7", "JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
     ],
 )
-def test_a_process_finds_its_place(environment, place):
-    assert find_place(environment) == place
+def test_a_process_finds_its_place(monkeypatch, environment, place):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_place() == place
 
 
 @pytest.mark.parametrize(
@@ -250,9 +360,11 @@ def test_a_process_finds_its_place(environment, place):
         {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"},
     ],
 )
-def test_a_contradictory_environment(change):
+def test_a_contradictory_environment(monkeypatch, change):
+    for name, value in (ADDRESS | change).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="JAX_") as error:
-        find_place(EXPLICIT | change)
+        find_place()
     assert error.value.code == 2
 
 
@@ -262,11 +374,13 @@ def test_a_launch_script_without_options_says_what_it_needs(script):
     assert run.returncode == 2 and re.fullmatch(r"error: .+\n", run.stderr)
 
 
-def test_the_jobset_names_the_hosts_alike_everywhere():
+def test_the_jobset_names_the_hosts_alike_everywhere(monkeypatch):
     jobset = yaml.safe_load((ROOT / "launch/jobset.yaml").read_text())
     hosts = jobset["spec"]["replicatedJobs"][0]
     job, pod = hosts["template"]["spec"], hosts["template"]["spec"]["template"]["spec"]
     environment = {entry["name"]: entry.get("value", "0") for entry in pod["containers"][0]["env"]}
     name = jobset["metadata"]["name"]
-    assert find_place(environment) == Place(f"{name}-{hosts['name']}-0-0.{name}", 8476, job["completions"], 0)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert find_place() == Place(f"{name}-{hosts['name']}-0-0.{name}:8476", job["completions"], 0)
     assert job["parallelism"] == job["completions"]

@@ -1,174 +1,188 @@
-"""Several processes as one run: who and where they are, how they start together and how they end.
+"""Several processes as one run, on one or many hosts: how they find each other, start together and end together.
 
-`joined` finds out from the environment whether this process is one of many, in this order:
+jax.distributed connects them. Who they are is found out by jax's cluster detection (Slurm, Cloud TPU, Kubernetes,
+Open MPI), or said by environment variables, which come first:
 
-    JAX_COORDINATOR_ADDRESS=host:port of process 0, JAX_NUM_PROCESSES, JAX_PROCESS_ID   said explicitly
-    Slurm                          a step of several tasks (srun); one process a node takes all its devices
-    Cloud TPU and GKE              a slice of several hosts, one process each; several slices by MEGASCALE_…
+    JAX_COORDINATOR_ADDRESS      host:port of process 0, whose port all other processes must reach
+    JAX_NUM_PROCESSES            1 for a run of one process wherever it is started
+    JAX_PROCESS_ID               from 0
+    JAX_LOCAL_DEVICE_IDS         which of this host's devices are this process's, such as 0,1; default: all, but one
+                                 for each process where Slurm starts several a host
+    LORWEB_START_TIMEOUT         seconds in which all processes have to start, 300
+    LORWEB_HEARTBEAT_TIMEOUT     seconds without a sign of life after which a process counts as gone, 60
 
-Process 0's port must be reachable by all, and so must the one after it (watch.py). A process without any of these is
-a run of its own.
+A run of one process opens no port. The coordination service authenticates nobody: its port should be reachable only
+from the hosts of the run.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import glob
 import os
-import re
-import signal
+import socket
 import sys
 import traceback
-import urllib.error
-import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lorweb_jax.common.errors import UserError, told
-from lorweb_jax.processes.watch import Peers
+from lorweb_jax.processes.run import Run
 
-TPU_PORT = 8476
-_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+EXPLICIT = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
-peers: Peers | None = None  # the run's processes, while this is one of several
+run: Run | None = None  # while this process is one of several
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One process of a run: host and port of process 0, number of processes, this one's number and its devices."""
+    """Which process of a run this one is."""
 
-    host: str
-    port: int
+    address: str  # host:port of process 0
     count: int
     index: int
-    devices: list[int] | None = None  # of this host; None takes all
+    devices: tuple[int, ...] | None = None  # ids among those of this host; None: all, or JAX_LOCAL_DEVICE_IDS
 
 
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """This process's place, or None for a run of one process. UserError for a contradictory environment."""
-    return _explicit(environment) or _slurm(environment) or _tpu(environment)
+def find_place() -> Place | None:
+    """This process's place according to environment and cluster; None for a run of one process.
 
-
-def _explicit(environment: Mapping[str, str]) -> Place | None:
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    given = [environment.get(name) for name in names]
-    if not any(given):
+    UserError for a contradictory environment, or a cluster that cannot be asked.
+    """
+    address, *numbers = [os.environ.get(name) or None for name in EXPLICIT]
+    try:
+        count, index = (None if number is None else int(number) for number in numbers)
+    except ValueError:
+        raise _contradiction() from None
+    if count == 1:
         return None
-    if not all(given):
-        missing = [name for name, value in zip(names, given) if not value]
+    devices = None
+    if None in (address, count, index):
+        address, count, index, devices = _ask_cluster(address, count, index)
+    missing = [name for name, value in zip(EXPLICIT, (address, count, index)) if value is None]
+    if len(missing) == len(EXPLICIT) or (count == 1 and not any(numbers)):
+        return None
+    if missing:
         raise UserError(
-            f"{' and '.join(missing)} must be set too, since others of the three are: set all of "
-            f"{', '.join(names)}, or none",
+            f"{' and '.join(missing)} must be set too, since others of the three are: set all of {', '.join(EXPLICIT)}, "
+            "or none",
             2,
         )
-    host, _, port = given[0].rpartition(":")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or not 0 <= index < count:
+        raise _contradiction()
+    return Place(address, count, index, devices)
+
+
+def _contradiction() -> UserError:
+    shown = " ".join(f"{name}={os.environ[name]}" for name in EXPLICIT if name in os.environ)
+    return UserError(
+        f"{shown or 'what the cluster says'} makes no sense; give host:port, a number of processes, and one from 0 to "
+        "that number − 1",
+        2,
+    )
+
+
+def _ask_cluster(address: str | None, count: int | None, index: int | None) -> tuple:
+    """What is None of the three, and ids of devices, by jax's cluster detection."""
+    # initialize() detects as well, but only while it starts the service, which a single process has no use for.
+    from jax._src.clusters import ClusterEnv
+
     try:
-        place = Place(host.strip("[]"), int(port), int(given[1]), int(given[2]))
-    except ValueError:
-        place = None
-    if not place or not host or not 0 <= place.index < place.count or not 0 < place.port < 65535:
-        shown = " ".join(f"{name}={value}" for name, value in zip(names, given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the package kubernetes is missing: see launch/jobset.yaml
+            address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+                address, count, index, None, None, timeout("LORWEB_START_TIMEOUT")
+            )
+    except Exception as error:
         raise UserError(
-            f"{shown} make no sense; give host:port, a number of processes, and one from 0 to that number − 1", 2
-        )
-    return place
+            f"the cluster that this process runs in can't be asked about it ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}); set {', '.join(EXPLICIT)}, or JAX_NUM_PROCESSES=1 for one process"
+        ) from None
+    # jax gives every process of Slurm's one GPU; a process that is alone on its host takes all.
+    alone = os.environ.get("SLURM_NTASKS") == os.environ.get("SLURM_STEP_NUM_NODES", "1")
+    if devices is None or alone or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return address, count, index, None
+    return address, count, index, tuple(devices)
 
 
-def _slurm(environment: Mapping[str, str]) -> Place | None:
-    count = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
-    if count == 1 or not nodes or "SLURM_PROCID" not in environment:
-        return None
-    # node7 · node7,node9 · node[007-011,013],other: the first node.
-    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    devices = None
-    if count > int(environment.get("SLURM_STEP_NUM_NODES", 1)) and "," in environment.get("CUDA_VISIBLE_DEVICES", ","):
-        devices = [int(environment["SLURM_LOCALID"])]
-    return Place(
-        first[1] + (first[2] or ""),
-        61440 + 2 * (int(environment["SLURM_JOB_ID"]) % 2000),
-        count,
-        int(environment["SLURM_PROCID"]),
-        devices,
-    )
-
-
-def _tpu(environment: Mapping[str, str]) -> Place | None:
-    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or not (
-        glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    ):
-        return None
-    hosts, index = environment.get("TPU_WORKER_HOSTNAMES"), environment.get("TPU_WORKER_ID")
-    if hosts is None or index is None:
-        if environment.get("TPU_SKIP_MDS_QUERY"):
-            return None
-        hosts, index = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
-    if hosts is None or index is None:
-        return None
-    names = [entry.split(":")[-1] for entry in hosts.split(",")]  # host, or name:number:address
-    slices, number = (
-        int(environment.get(f"MEGASCALE_{name}") or default) for name, default in (("NUM_SLICES", 1), ("SLICE_ID", 0))
-    )
-    if slices * len(names) == 1:
-        return None
-    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", names[0]).split(":")[0]
-    return Place(first, TPU_PORT, slices * len(names), number * len(names) + int(index))
-
-
-def _metadata(name: str) -> str | None:
-    """What Google Cloud says about this machine; None elsewhere."""
-    request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.read().decode()
-    except (urllib.error.URLError, OSError):
-        return None
+def timeout(name: str) -> int:
+    """Seconds, from the environment. UserError for what is no whole number above 0."""
+    text = os.environ.get(name) or {"LORWEB_START_TIMEOUT": "300", "LORWEB_HEARTBEAT_TIMEOUT": "60"}[name]
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"{name} is {text!r}; give a whole number of seconds, 1 or more", 2)
+    return int(text)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(options: Mapping[str, Any]) -> Iterator[None]:
     """Within it, all processes of the run are one jax program; nothing happens where there is one process only.
 
+    options: by name, what must be the same in all processes (the config's fields, the run folder).
+
     Call it before jax looks for devices. Only process 0 prints; errors are shown by the process that has them, and
-    end all. Leaving it waits for the others.
+    end all. Leaving it waits for the others. UserError if they don't start in time or if options differ.
     """
-    global peers
-    place = find_place(os.environ)
-    if place is None or place.count == 1:
+    global run
+    place = find_place()
+    if place is None:
         yield
         return
-    peers = Peers((place.host, place.port + 1), place.index, place.count)
-    try:
-        _start_jax(place)
-        with contextlib.ExitStack() as quiet:
+    patience, silence = timeout("LORWEB_START_TIMEOUT"), timeout("LORWEB_HEARTBEAT_TIMEOUT")
+    if place.index == 0:
+        _require_free(int(place.address.rpartition(":")[2]))
+    with contextlib.ExitStack() as stack:
+        run = Run(place.address, place.count, place.index, patience, silence)
+        stack.enter_context(run.log.python_bypasses())
+        try:
+            _start_jax(place, patience, silence)
+            run.meet(options)
             if place.index:
-                quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
-        peers.finish()
-        import jax
+            run.finish()
+        except BaseException as error:
+            if not told(error) or _from_jax(error):
+                run.end_if_another_is_gone(_from_jax(error))
+            if not told(error):
+                traceback.print_exc()
+            message, status = told(error) or (f"error: {type(error).__name__}, shown by that process", 1)
+            print(message, file=sys.stderr, flush=True)
+            run.end(message.removeprefix("error: "), status)
+    run = None
 
-        jax.distributed.shutdown()
-    except BaseException as error:
-        if not told(error):
-            peers.end_for(3.0)  # a collective that failed since another process is gone
-            traceback.print_exc()
-        message, status = told(error) or (f"error: {type(error).__name__}, shown by that process", 1)
-        print(message, file=sys.stderr, flush=True)
-        peers.end(message.removeprefix("error: "), status)
 
-
-def _start_jax(place: Place) -> None:
+def _start_jax(place: Place, patience: int, silence: int) -> None:
     import jax
 
-    # jax aborts as soon as its coordinator, in process 0, is gone. Let the watch come first, with its sentence and
-    # status 1: a C function as the handler, sleep(SIGABRT = 6 s), holds only the thread that aborts.
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; see processes/stop.py
     jax.distributed.initialize(
-        f"{place.host}:{place.port}",
+        place.address,
         place.count,
         place.index,
         local_device_ids=place.devices,
         cluster_detection_method="deactivate",
+        initialization_timeout=patience,
+        heartbeat_timeout_seconds=silence,
     )
+
+
+def _require_free(port: int) -> None:
+    """UserError if something listens at the port: jax would wait, or share the port with another run of jax."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        raise UserError(
+            f"port {port} of {socket.gethostname()} can't be used ({error.strerror}); end what uses it, or give "
+            "another one in JAX_COORDINATOR_ADDRESS (JAX_COORDINATOR_PORT in a cluster)"
+        ) from None
+
+
+def _from_jax(error: BaseException | None) -> bool:
+    """Whether an error comes of one of jax's runtime: a collective that failed since another process is gone, say."""
+    from jax.errors import JaxRuntimeError
+
+    while error is not None and not isinstance(error, JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -1,8 +1,9 @@
 """Stopping on SIGTERM (preemption), in time and at the same step in all processes of a run.
 
-The loop ends after the step it is in, with a checkpoint. Where there is nothing to save (before the first step is
-done, after the last checkpoint) the run ends at once; and where the loop can't be reached in time (a program is being
-compiled, pictures are made), it ends without a checkpoint, rather than be killed.
+The loop ends after the step it is in, with a checkpoint; several processes agree on the step by jax's preemption sync
+point. Where there is nothing to save (before the first step is done, after the last checkpoint) the run ends at once;
+and where the loop can't be reached in time (a program is being compiled, pictures are made), it ends without a
+checkpoint, rather than be killed.
 """
 
 import contextlib
@@ -13,9 +14,11 @@ import threading
 from collections.abc import Callable
 
 from lorweb_jax.processes import distributed
-from lorweb_jax.processes.watch import stop_status, write_at_once
+from lorweb_jax.processes.run import stop_status, write_at_once
 
 IN_TIME = 20.0  # s that the loop has to come to the end of a step; some 30 s are usual before a process is killed
+
+_listening: set["StopRequest"] = set()
 
 
 class StopRequest:
@@ -23,32 +26,36 @@ class StopRequest:
 
     def __init__(self, steps: int, goes_on: Callable[[], str]):
         """steps: of the whole run; goes_on() says from where the run would go on."""
-        self.steps, self.goes_on = steps, goes_on
+        self.steps, self.goes_on, self.run = steps, goes_on, distributed.run
         self.asked, self.done = False, 0
         self.at_stake = False  # whether a step was done since the last complete checkpoint
         self.safe = threading.Event()  # the loop has taken over, and saves
         self.lock = threading.RLock()
+        _listening.add(self)
+        if self.run:  # jax has the signal handler
+            self.run.advice, self.run.on_stop = goes_on, self._stop
+            if self.run.stop_asked:
+                self._stop()
+            return
         # Python runs a handler in the main thread, once it is back from compiling; a byte comes here at once.
         self.wakes, self.wake = socket.socketpair()
         self.wake.setblocking(False)
         self.fd_before = signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
         self.before = signal.signal(signal.SIGTERM, self._in_main_thread)
-        if distributed.peers:
-            distributed.peers.on_stop, distributed.peers.advice = self._stop, goes_on
         threading.Thread(target=self._wait, daemon=True).start()
 
     def after(self, done: int) -> bool:
         """Whether the run stops now that `done` steps are done; the same answer in all processes."""
         with self.lock:
             self.done, self.at_stake = done, True
-            if not self.asked:
-                return False
-        if distributed.peers:
-            distributed.peers.can_stop(done)
-            if done < distributed.peers.agreed():
-                return False
-        self.safe.set()
-        return True
+            stopping = self.asked
+        if self.run:
+            from jax.experimental import multihost_utils
+
+            stopping = multihost_utils.reached_preemption_sync_point(done)
+        if stopping:
+            self.safe.set()
+        return stopping
 
     def saved(self) -> None:
         """All is saved: from now on the run may end at any moment."""
@@ -58,28 +65,29 @@ class StopRequest:
             self._leave("")
 
     def close(self) -> None:
+        _listening.discard(self)
+        if self.run:
+            self.run.on_stop = lambda: None
+            return
         signal.set_wakeup_fd(self.fd_before)
         signal.signal(signal.SIGTERM, self.before)
         self.wake.close()
 
     def _in_main_thread(self, number, frame) -> None:
-        if not distributed.peers:
-            self.asked = True
+        self.asked = True
 
     def _wait(self) -> None:
         with contextlib.suppress(OSError):
             while received := self.wakes.recv(1):
                 if received[0] == signal.SIGTERM:
-                    distributed.peers.ask_stop() if distributed.peers else self._stop()
+                    self._stop()
 
     def _stop(self) -> None:
         with self.lock:
             self.asked = True
-            done, at_stake = self.done, self.at_stake
+            at_stake = self.at_stake
         if not at_stake:
             self._leave("")
-        elif done >= self.steps and distributed.peers:
-            distributed.peers.can_stop(done)  # the loop is over, and won't say it
         threading.Thread(target=self._in_time, daemon=True).start()
 
     def _in_time(self) -> None:
@@ -88,8 +96,8 @@ class StopRequest:
 
     def _leave(self, when: str) -> None:
         sentence = f"stopped by SIGTERM{when}; {self.goes_on()}"
-        if distributed.peers:
-            distributed.peers.leave(sentence)
+        if self.run:
+            self.run.leave(sentence)
         else:
             write_at_once(1, sentence)
             os._exit(stop_status())
@@ -97,7 +105,7 @@ class StopRequest:
 
 def _forget_in_child() -> None:
     """A forked process (a reader of images) has the parent's handler and wakeup: being ended is its own affair."""
-    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopRequest):
+    if _listening:
         with contextlib.suppress(ValueError):  # not the main thread: then no handler runs either
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,186 @@
+"""The end of a run of several processes: one that is gone, an error, a stop, and the regular one.
+
+jax's coordination service finds out that a process is gone (heartbeats; native_log.py has its words). All else is said
+in its key-value store, which every process watches: the first entry under END ends all of them, also those whose main
+thread waits in a collective.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.processes.native_log import NativeLog
+
+LAST = 3.0  # s that process 0, which has the coordination service, stays for the others to end before it
+END, GONE, OPTIONS = "lorweb/end", "lorweb/gone", "lorweb/options/"
+NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's preemption sync manager writes it when a process gets SIGTERM
+_HOUR, _DAY = 3_600_000, 86_400_000  # ms
+
+
+class Run:
+    """A run as one of its processes takes part in it."""
+
+    def __init__(self, address: str, count: int, index: int, patience: int, silence: int):
+        """Seconds: patience for all processes to start, silence after which one counts as gone."""
+        self.address, self.count, self.index = address, count, index
+        self.patience, self.silence = patience, silence
+        self.hosts: list[str] = []  # of all processes, once they have met
+        self.advice: Callable[[], str] = lambda: "start all processes again"  # what a loss means for the run
+        self.on_stop: Callable[[], None] = lambda: None  # what to do when any process has got SIGTERM
+        self.stop_asked = False
+        self.client: Any = None  # of jax's coordination service
+        self._ending = threading.Lock()  # never released: the first that takes it ends the process
+        self.log = NativeLog(self._lost)
+
+    def meet(self, options: Mapping[str, Any]) -> None:
+        """Compare the processes' options, and watch for the end from now on. UserError if they differ."""
+        # No public interface to the key-value store; orbax uses this one too.
+        from jax._src import distributed
+
+        self.client = distributed.global_state.client
+        own = json.dumps({name: repr(value) for name, value in options.items()})
+        self.client.key_value_set(f"{OPTIONS}{self.index}", f"{socket.gethostname()} {self.count} {own}")
+        self._watch(END, self._end_as_told)
+        self.client.wait_at_barrier("lorweb/met", self.patience * 1000)
+        entries = {int(key.rpartition("/")[2]): value for key, value in self.client.key_value_dir_get(OPTIONS)}
+        self.hosts = [entries[index].split(" ")[0] for index in range(self.count)]
+        self._watch(NOTICE, self._stop_asked)
+        _, count, text = entries[0].split(" ", 2)
+        first, here = json.loads(text), json.loads(own)
+        differing = [name for name in {**first, **here} if first.get(name) != here.get(name)]
+        if int(count) != self.count:
+            first, here, differing = {"its count": count}, {"its count": str(self.count)}, ["its count"]
+        if differing:
+            shown = ", ".join(f"{name} is {here.get(name)} here, {first.get(name)} there" for name in differing[:5])
+            raise UserError(
+                f"process {self.index} was started with other options than process 0: {shown}; give all processes the same"
+            )
+
+    def finish(self) -> None:
+        """Wait for all processes to call this, and disconnect them."""
+        import jax
+
+        self.client.wait_at_barrier("lorweb/finished", _DAY)
+        self._ending.acquire()
+        try:
+            jax.distributed.shutdown()
+        except Exception:
+            self._ending.release()
+            raise
+        self.log.close()
+
+    def leave(self, sentence: str) -> None:
+        """End all processes soon, with the status of a stopped run; process 0 prints the sentence."""
+        self._say_end({"stopped": sentence})
+
+    def end(self, why: str, status: int) -> None:
+        """End this process because of an error of its own, which it has shown, and the others with it."""
+        self._ending.acquire()
+        sys.stdout.flush()
+        self._say_end({"ended": why, "status": status})
+        self._exit(status)
+
+    def end_if_another_is_gone(self, wait: bool) -> None:
+        """End this process if others have ended the run; `wait` until it would be known."""
+        end = time.monotonic() + (1.5 * self.silence + 5.0 if wait else 0.5)
+        while time.monotonic() < end:
+            time.sleep(0.1)  # a thread that hears of it ends the process
+
+    def _say_end(self, entry: dict[str, Any]) -> None:
+        if self.client:
+            with contextlib.suppress(Exception):  # another process was faster, or the service is gone
+                self.client.key_value_set(END, json.dumps(entry | {"index": self.index}))
+
+    def _watch(self, key: str, then: Callable[[str], None]) -> None:
+        def wait() -> None:
+            while True:
+                try:
+                    value = self.client.blocking_key_value_get(key, _HOUR)
+                except Exception as error:
+                    if "DEADLINE_EXCEEDED" not in str(error):
+                        return  # the run has ended, or _lost will hear of it
+                else:
+                    return then(value)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def _stop_asked(self, value: str) -> None:
+        self.stop_asked = True
+        self.on_stop()
+
+    def _end_as_told(self, text: str) -> None:
+        match json.loads(text):
+            case {"stopped": sentence}:
+                self._end(1 if self.index == 0 else None, sentence, stop_status())
+            case {"ended": why, "status": status, "index": index} if index != self.index:
+                self._end(2, f"error: {self._named(index)} ended: {why}; {self.advice()}", status)
+
+    def _lost(self, status: str) -> None:
+        self._end(2, f"error: {self._explained(status)}; {self.advice()}", 1)
+
+    def _named(self, index: int) -> str:
+        return f"process {index} (host {self.hosts[index] if self.hosts else 'unknown'})"
+
+    def _explained(self, status: str) -> str:
+        """A sentence for the status with which jax's coordination service ends a process."""
+        silent = re.search(r"unhealthy \(stopped sending heartbeats\):\n([\d\n]+)", status)
+        if silent:
+            names = " and ".join(self._named(int(index)) for index in silent[1].split())
+            return f"{names} is gone: nothing was heard of it for {self.silence} s"
+        if twice := re.search(r"(\d+) unexpectedly tried to connect", status):
+            return f"process {twice[1]} was started a second time while the run was at it"
+        if "newer incarnation" in status:
+            return f"another process was started as process {self.index} too"
+        if "Unexpected task registered" in status:
+            return f"process {self.index} was started, but process 0 expects fewer processes than {self.count}"
+        if "RegisterTask" in status and "DEADLINE_EXCEEDED" in status:
+            return self._not_met()
+        if "Failed to send RPC to coordination service" in status or "heartbeat" in status.lower():
+            return f"{self._named(0)} is gone: it does not answer"
+        return f"the processes of this run lost each other ({status.strip().partition(chr(10))[0]})"
+
+    def _not_met(self) -> str:
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            return (
+                f"process {self.index} of {self.count} could not reach process 0 at {self.address} within {self.patience} s "
+                f"({error.strerror or error}); start all processes, and check that nothing blocks that port"
+            )
+        return f"not all of the {self.count} processes came to {self.address} within {self.patience} s"
+
+    def _end(self, stream: int | None, sentence: str, status: int) -> None:
+        self._ending.acquire()
+        if stream:
+            write_at_once(self.log.stderr if stream == 2 else stream, sentence)
+        self._exit(status)
+
+    def _exit(self, status: int) -> None:
+        """End the process whatever its other threads are in; process 0 once the others have gone, if they do."""
+        end = time.monotonic() + LAST
+        with contextlib.suppress(Exception):  # without the service the others end by themselves
+            gone = self.client.key_value_increment(GONE, 1) if self.client else 0
+            while self.index == 0 and gone < self.count and time.monotonic() < end:
+                time.sleep(0.05)
+                gone = self.client.key_value_increment(GONE, 0)
+        os._exit(status)
+
+
+def write_at_once(stream: int, sentence: str) -> None:
+    """To a file descriptor, whatever other threads are writing, and whether or not anyone reads it."""
+    with contextlib.suppress(OSError):
+        os.write(stream, f"{sentence}\n".encode())
+
+
+def stop_status() -> int:
+    """Exit status of a run that SIGTERM stopped before its end: LORWEB_STOP_STATUS, or 0."""
+    return int(os.environ.get("LORWEB_STOP_STATUS", "0"))
