@@ -53,7 +53,7 @@ while ((${#alive[@]} > 0)); do
   done
   # The others find out by themselves; this is for those that don't.
   if ((worst > 0)) && [[ -z ${watcher:-} ]]; then
-    (sleep 60; tell_all TERM; sleep 30; tell_all KILL) > /dev/null 2>&1 &
+    (sleep 150; tell_all KILL) > /dev/null 2>&1 &
     watcher=$!
   fi
   sleep 0.2

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.processes import distributed
-from lorweb_jax.processes.run import stop_status
+from lorweb_jax.processes.coordination import stop_status
 from lorweb_jax.settings import config as configs
 
 FLAGS = flags.FLAGS

@@ -19,18 +19,16 @@ import contextlib
 import dataclasses
 import os
 import socket
-import sys
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorweb_jax.common.errors import UserError, told
-from lorweb_jax.processes.run import Run
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.processes.coordination import Coordination
 
 EXPLICIT = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
-run: Run | None = None  # while this process is one of several
+others: Coordination | None = None  # while this process is one of several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def joined(options: Mapping[str, Any]) -> Iterator[None]:
     Call it before jax looks for devices. Only process 0 prints; errors are shown by the process that has them, and
     end all. Leaving it waits for the others. UserError if they don't start in time or if options differ.
     """
-    global run
+    global others
     place = find_place()
     if place is None:
         yield
@@ -131,24 +129,18 @@ def joined(options: Mapping[str, Any]) -> Iterator[None]:
     if place.index == 0:
         _require_free(int(place.address.rpartition(":")[2]))
     with contextlib.ExitStack() as stack:
-        run = Run(place.address, place.count, place.index, patience, silence)
-        stack.enter_context(run.log.python_bypasses())
+        others = Coordination(place.address, place.count, place.index, patience, silence)
+        stack.enter_context(others.log.python_bypasses())
         try:
             _start_jax(place, patience, silence)
-            run.meet(options)
+            others.meet(options)
             if place.index:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
-            run.finish()
+            others.finish()
         except BaseException as error:
-            if not told(error) or _from_jax(error):
-                run.end_if_another_is_gone(_from_jax(error))
-            if not told(error):
-                traceback.print_exc()
-            message, status = told(error) or (f"error: {type(error).__name__}, shown by that process", 1)
-            print(message, file=sys.stderr, flush=True)
-            run.end(message.removeprefix("error: "), status)
-    run = None
+            others.end(error)
+    others = None
 
 
 def _start_jax(place: Place, patience: int, silence: int) -> None:
@@ -177,12 +169,3 @@ def _require_free(port: int) -> None:
             f"port {port} of {socket.gethostname()} can't be used ({error.strerror}); end what uses it, or give "
             "another one in JAX_COORDINATOR_ADDRESS (JAX_COORDINATOR_PORT in a cluster)"
         ) from None
-
-
-def _from_jax(error: BaseException | None) -> bool:
-    """Whether an error comes of one of jax's runtime: a collective that failed since another process is gone, say."""
-    from jax.errors import JaxRuntimeError
-
-    while error is not None and not isinstance(error, JaxRuntimeError):
-        error = error.__cause__ or error.__context__
-    return error is not None

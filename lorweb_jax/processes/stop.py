@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from lorweb_jax.processes import distributed
-from lorweb_jax.processes.run import stop_status, write_at_once
+from lorweb_jax.processes.coordination import stop_status, write_at_once
 
 IN_TIME = 20.0  # s that the loop has to come to the end of a step; some 30 s are usual before a process is killed
 
@@ -26,15 +26,15 @@ class StopRequest:
 
     def __init__(self, steps: int, goes_on: Callable[[], str]):
         """steps: of the whole run; goes_on() says from where the run would go on."""
-        self.steps, self.goes_on, self.run = steps, goes_on, distributed.run
+        self.steps, self.goes_on, self.others = steps, goes_on, distributed.others
         self.asked, self.done = False, 0
         self.at_stake = False  # whether a step was done since the last complete checkpoint
         self.safe = threading.Event()  # the loop has taken over, and saves
         self.lock = threading.RLock()
         _listening.add(self)
-        if self.run:  # jax has the signal handler
-            self.run.advice, self.run.on_stop = goes_on, self._stop
-            if self.run.stop_asked:
+        if self.others:  # jax has the signal handler
+            self.others.advice, self.others.on_stop = goes_on, self._stop
+            if self.others.stop_asked:
                 self._stop()
             return
         # Python runs a handler in the main thread, once it is back from compiling; a byte comes here at once.
@@ -49,7 +49,7 @@ class StopRequest:
         with self.lock:
             self.done, self.at_stake = done, True
             stopping = self.asked
-        if self.run:
+        if self.others:
             from jax.experimental import multihost_utils
 
             stopping = multihost_utils.reached_preemption_sync_point(done)
@@ -66,8 +66,8 @@ class StopRequest:
 
     def close(self) -> None:
         _listening.discard(self)
-        if self.run:
-            self.run.on_stop = lambda: None
+        if self.others:
+            self.others.on_stop = lambda: None
             return
         signal.set_wakeup_fd(self.fd_before)
         signal.signal(signal.SIGTERM, self.before)
@@ -96,8 +96,8 @@ class StopRequest:
 
     def _leave(self, when: str) -> None:
         sentence = f"stopped by SIGTERM{when}; {self.goes_on()}"
-        if self.run:
-            self.run.leave(sentence)
+        if self.others:
+            self.others.leave(sentence)
         else:
             write_at_once(1, sentence)
             os._exit(stop_status())

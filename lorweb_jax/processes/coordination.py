@@ -13,10 +13,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, told
 from lorweb_jax.processes.native_log import NativeLog
 
 LAST = 3.0  # s that process 0, which has the coordination service, stays for the others to end before it
@@ -25,8 +26,8 @@ NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's preemption sync manager writes it
 _HOUR, _DAY = 3_600_000, 86_400_000  # ms
 
 
-class Run:
-    """A run as one of its processes takes part in it."""
+class Coordination:
+    """What one process of a run says to the others and hears from them."""
 
     def __init__(self, address: str, count: int, index: int, patience: int, silence: int):
         """Seconds: patience for all processes to start, silence after which one counts as gone."""
@@ -81,18 +82,20 @@ class Run:
         """End all processes soon, with the status of a stopped run; process 0 prints the sentence."""
         self._say_end({"stopped": sentence})
 
-    def end(self, why: str, status: int) -> None:
-        """End this process because of an error of its own, which it has shown, and the others with it."""
+    def end(self, error: BaseException) -> NoReturn:
+        """Show an error of this process and end all processes; or end for the reason of another one, if that is first."""
+        if _of_a_lost_connection(
+            error
+        ):  # a collective fails at once where another process is gone; heartbeats say which
+            time.sleep(1.5 * self.silence + 5.0)
         self._ending.acquire()
         sys.stdout.flush()
-        self._say_end({"ended": why, "status": status})
+        if not told(error):
+            traceback.print_exception(error)
+        message, status = told(error) or (f"error: {type(error).__name__}, shown by that process", 1)
+        write_at_once(self.log.stderr, message)
+        self._say_end({"ended": message.removeprefix("error: "), "status": status})
         self._exit(status)
-
-    def end_if_another_is_gone(self, wait: bool) -> None:
-        """End this process if others have ended the run; `wait` until it would be known."""
-        end = time.monotonic() + (1.5 * self.silence + 5.0 if wait else 0.5)
-        while time.monotonic() < end:
-            time.sleep(0.1)  # a thread that hears of it ends the process
 
     def _say_end(self, entry: dict[str, Any]) -> None:
         if self.client:
@@ -124,6 +127,7 @@ class Run:
                 self._end(2, f"error: {self._named(index)} ended: {why}; {self.advice()}", status)
 
     def _lost(self, status: str) -> None:
+        self.client = None  # it is locked by the thread that aborts
         self._end(2, f"error: {self._explained(status)}; {self.advice()}", 1)
 
     def _named(self, index: int) -> str:
@@ -158,21 +162,32 @@ class Run:
             )
         return f"not all of the {self.count} processes came to {self.address} within {self.patience} s"
 
-    def _end(self, stream: int | None, sentence: str, status: int) -> None:
+    def _end(self, stream: int | None, sentence: str, status: int) -> NoReturn:
         self._ending.acquire()
         if stream:
             write_at_once(self.log.stderr if stream == 2 else stream, sentence)
         self._exit(status)
 
-    def _exit(self, status: int) -> None:
+    def _exit(self, status: int) -> NoReturn:
         """End the process whatever its other threads are in; process 0 once the others have gone, if they do."""
         end = time.monotonic() + LAST
-        with contextlib.suppress(Exception):  # without the service the others end by themselves
-            gone = self.client.key_value_increment(GONE, 1) if self.client else 0
-            while self.index == 0 and gone < self.count and time.monotonic() < end:
+        client = self.client
+        with contextlib.suppress(Exception):
+            if client:
+                client.key_value_increment(GONE, 1)
+            while self.index == 0 and time.monotonic() < end:
                 time.sleep(0.05)
-                gone = self.client.key_value_increment(GONE, 0)
+                if client and client.key_value_increment(GONE, 0) >= self.count:
+                    break
         os._exit(status)
+
+
+def _of_a_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error may come of a collective or barrier that failed, or was raised because of that."""
+    codes = "UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"  # of absl; jax's classes for them vary
+    while error is not None and not re.match(rf"({codes}): ", str(error)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def write_at_once(stream: int, sentence: str) -> None:
