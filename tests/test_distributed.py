@@ -203,7 +203,7 @@ def test_who_cannot_join_says_why(alone):
     assert waits.end() == (1, error)
     status, error = seeks.end()
     assert status == 1 and re.fullmatch(
-        rf"error: process 1 of 2 could not reach process 0 at localhost:{ports[1]} within 3 s \(.+\); start .+\n", error
+        rf"error: process 1 of 2 could not reach process 0 at localhost:{ports[1]} within 3 s \(.+\); check .+\n", error
     )
     said = (
         "process 1 was started with other options than process 0: arguments is ['--steps=6'] here, ['--steps=5'] there; "
@@ -226,12 +226,18 @@ def test_a_number_too_high_and_a_number_twice(alone):
     )
     assert [one.run.poll() for one in run] == [None, None]  # the run outlives it, but not this one:
     second = alone(1, 2, port, LORWEB_START_TIMEOUT="3")
+    alone(0, 3, other := free_port())
+    twins = [alone(1, 3, other) for _ in range(2)]  # before all have come
     for one in run:
         status, error = one.end()
         assert status == 1
         assert re.fullmatch("error: process 1 was started a second time while the run was at it; .+\n", error), error
     status, error = second.end()
     assert status == 1 and re.fullmatch("error: process 1 .+\n", error), error
+    while all(one.run.poll() is None for one in twins):
+        time.sleep(0.1)
+    status, error = next(one for one in twins if one.run.poll() is not None).end()
+    assert status == 1 and re.fullmatch("error: another process was started as process 1 too; .+\n", error), error
 
 
 def test_a_process_0_that_falls_silent_is_named(alone):

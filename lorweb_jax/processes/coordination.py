@@ -33,7 +33,7 @@ class Coordination:
         """Seconds: patience for all processes to start, silence after which one counts as gone."""
         self.address, self.count, self.index = address, count, index
         self.patience, self.silence = patience, silence
-        self.hosts: list[str] = []  # of all processes, once they have met
+        self.hosts: dict[int, str] = {}  # of all processes, once they have met
         self.advice: Callable[[], str] = lambda: "start all processes again"  # what a loss means for the run
         self.on_stop: Callable[[], None] = lambda: None  # what to do when any process has got SIGTERM
         self.stop_asked = False
@@ -47,22 +47,20 @@ class Coordination:
         from jax._src import distributed
 
         self.client = distributed.global_state.client
-        own = json.dumps({name: repr(value) for name, value in options.items()})
-        self.client.key_value_set(f"{OPTIONS}{self.index}", f"{socket.gethostname()} {self.count} {own}")
+        options = {"the number of processes": self.count, **options}
+        own = {"host": socket.gethostname(), "options": {name: repr(value) for name, value in options.items()}}
+        self.client.key_value_set(f"{OPTIONS}{self.index}", json.dumps(own))
         self._watch(END, self._end_as_told)
         self.client.wait_at_barrier("lorweb/met", self.patience * 1000)
-        entries = {int(key.rpartition("/")[2]): value for key, value in self.client.key_value_dir_get(OPTIONS)}
-        self.hosts = [entries[index].split(" ")[0] for index in range(self.count)]
+        entries = {key.rpartition("/")[2]: json.loads(text) for key, text in self.client.key_value_dir_get(OPTIONS)}
+        self.hosts = {int(index): entry["host"] for index, entry in entries.items()}
         self._watch(NOTICE, self._stop_asked)
-        _, count, text = entries[0].split(" ", 2)
-        first, here = json.loads(text), json.loads(own)
-        differing = [name for name in {**first, **here} if first.get(name) != here.get(name)]
-        if int(count) != self.count:
-            first, here, differing = {"its count": count}, {"its count": str(self.count)}, ["its count"]
-        if differing:
+        here, first = own["options"], entries["0"]["options"]
+        if differing := [name for name in {**first, **here} if first.get(name) != here.get(name)]:
             shown = ", ".join(f"{name} is {here.get(name)} here, {first.get(name)} there" for name in differing[:5])
             raise UserError(
-                f"process {self.index} was started with other options than process 0: {shown}; give all processes the same"
+                f"process {self.index} was started with other options than process 0: {shown}; give all processes the "
+                "same"
             )
 
     def finish(self) -> None:
@@ -83,10 +81,9 @@ class Coordination:
         self._say_end({"stopped": sentence})
 
     def end(self, error: BaseException) -> NoReturn:
-        """Show an error of this process and end all processes; or end for the reason of another one, if that is first."""
-        if _of_a_lost_connection(
-            error
-        ):  # a collective fails at once where another process is gone; heartbeats say which
+        """Show an error of this process and end all; or end for another process's reason, where that is first."""
+        if _of_a_lost_connection(error):
+            # Perhaps since another process is gone; then heartbeats will say which, and _lost ends this one.
             time.sleep(1.5 * self.silence + 5.0)
         self._ending.acquire()
         sys.stdout.flush()
@@ -100,7 +97,7 @@ class Coordination:
     def _say_end(self, entry: dict[str, Any]) -> None:
         if self.client:
             with contextlib.suppress(Exception):  # another process was faster, or the service is gone
-                self.client.key_value_set(END, json.dumps(entry | {"index": self.index}))
+                self.client.key_value_set(END, json.dumps(entry | {"index": self.index, "host": socket.gethostname()}))
 
     def _watch(self, key: str, then: Callable[[str], None]) -> None:
         def wait() -> None:
@@ -123,26 +120,26 @@ class Coordination:
         match json.loads(text):
             case {"stopped": sentence}:
                 self._end(1 if self.index == 0 else None, sentence, stop_status())
-            case {"ended": why, "status": status, "index": index} if index != self.index:
-                self._end(2, f"error: {self._named(index)} ended: {why}; {self.advice()}", status)
+            case {"ended": why, "status": status, "index": index, "host": host} if index != self.index:
+                self._end(2, f"error: process {index} (host {host}) ended: {why}; {self.advice()}", status)
 
     def _lost(self, status: str) -> None:
         self.client = None  # it is locked by the thread that aborts
         self._end(2, f"error: {self._explained(status)}; {self.advice()}", 1)
 
     def _named(self, index: int) -> str:
-        return f"process {index} (host {self.hosts[index] if self.hosts else 'unknown'})"
+        return f"process {index} (host {self.hosts.get(index, 'unknown')})"
 
     def _explained(self, status: str) -> str:
         """A sentence for the status with which jax's coordination service ends a process."""
-        silent = re.search(r"unhealthy \(stopped sending heartbeats\):\n([\d\n]+)", status)
-        if silent:
-            names = " and ".join(self._named(int(index)) for index in silent[1].split())
-            return f"{names} is gone: nothing was heard of it for {self.silence} s"
+        if silent := re.search(r"unhealthy \(stopped sending heartbeats\):\n([\d\n]+)", status):
+            names = [self._named(int(index)) for index in silent[1].split()]
+            verb = "is gone: nothing was heard of it" if len(names) == 1 else "are gone: nothing was heard of them"
+            return f"{', '.join(names)} {verb} for {self.silence} s"
         if twice := re.search(r"(\d+) unexpectedly tried to connect", status):
             return f"process {twice[1]} was started a second time while the run was at it"
         if "newer incarnation" in status:
-            return f"another process was started as process {self.index} too"
+            return f"another process was started as process {self.index} too; give each a number of its own"
         if "Unexpected task registered" in status:
             return f"process {self.index} was started, but process 0 expects fewer processes than {self.count}"
         if "RegisterTask" in status and "DEADLINE_EXCEEDED" in status:
@@ -157,8 +154,8 @@ class Coordination:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             return (
-                f"process {self.index} of {self.count} could not reach process 0 at {self.address} within {self.patience} s "
-                f"({error.strerror or error}); start all processes, and check that nothing blocks that port"
+                f"process {self.index} of {self.count} could not reach process 0 at {self.address} within "
+                f"{self.patience} s ({error.strerror or error}); check that nothing blocks that port"
             )
         return f"not all of the {self.count} processes came to {self.address} within {self.patience} s"
 
@@ -186,7 +183,7 @@ def _of_a_lost_connection(error: BaseException | None) -> bool:
     """Whether an error may come of a collective or barrier that failed, or was raised because of that."""
     codes = "UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"  # of absl; jax's classes for them vary
     while error is not None and not re.match(rf"({codes}): ", str(error)):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error is not None
 
 
