@@ -206,8 +206,8 @@ def test_who_cannot_join_says_why(alone):
         rf"error: process 1 of 2 could not reach process 0 at localhost:{ports[1]} within 3 s \(.+\); check .+\n", error
     )
     said = (
-        "process 1 was started with other options than process 0: arguments is ['--steps=6'] here, ['--steps=5'] there; "
-        "give all processes the same"
+        "process 1 was started with other options than process 0: arguments is ['--steps=6'] here, ['--steps=5'] "
+        "there; give all processes the same"
     )
     assert unequal[1].end() == (1, f"error: {said}\n")
     status, error = unequal[0].end()

@@ -101,14 +101,14 @@ class Coordination:
 
     def _watch(self, key: str, then: Callable[[str], None]) -> None:
         def wait() -> None:
-            while True:
+            value = None
+            while value is None:
                 try:
                     value = self.client.blocking_key_value_get(key, _HOUR)
                 except Exception as error:
                     if "DEADLINE_EXCEEDED" not in str(error):
                         return  # the run has ended, or _lost will hear of it
-                else:
-                    return then(value)
+            then(value)
 
         threading.Thread(target=wait, daemon=True).start()
 

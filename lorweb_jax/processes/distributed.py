@@ -61,8 +61,8 @@ def find_place() -> Place | None:
         return None
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} must be set too, since others of the three are: set all of {', '.join(EXPLICIT)}, "
-            "or none",
+            f"{' and '.join(missing)} must be set too, since others of the three are: set all of "
+            f"{', '.join(EXPLICIT)}, or none",
             2,
         )
     host, _, port = address.rpartition(":")
