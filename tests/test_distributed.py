@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import line_job
 import numpy as np
 import pytest
 import yaml
+from jax._src.clusters import cloud_tpu_cluster
 from test_train_loop import LINE_JOB, losses, start
 
 from lorweb_jax.common.errors import UserError
@@ -209,9 +211,9 @@ def test_who_cannot_join_says_why(alone):
         "process 1 was started with other options than process 0: arguments is ['--steps=6'] here, ['--steps=5'] "
         "there; give all processes the same"
     )
-    assert unequal[1].end() == (1, f"error: {said}\n")
+    assert unequal[1].end() == (2, f"error: {said}\n")
     status, error = unequal[0].end()
-    assert status == 1
+    assert status == 2  # the other's
     assert re.fullmatch(rf"error: process 1 \(host \S+\) ended: {re.escape(said)}; start all .+\n", error), error
 
 
@@ -301,9 +303,19 @@ def test_slurm_starts_processes_and_sigterm_before_the_first_step_ends_them(alon
     assert [one.end() for one in run] == [(75, ""), (75, "")]
 
 
+def listening(pid: int) -> list[str]:
+    """Lines of /proc/net/tcp about sockets at which a process listens."""
+    targets = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in targets]
+
+
 def test_sigterm_before_the_first_step_is_done(tmp_path):
     run = start(tmp_path / "run", "--config.line.pause=60")
     run.stdout.readline()  # the model is there, the first batch is not
+    if os.path.isdir("/proc"):
+        assert listening(run.pid) == []  # one process needs no port
     begin = time.monotonic()
     run.send_signal(signal.SIGTERM)
     output, errors = run.communicate()
@@ -352,6 +364,7 @@ print("restored")
     "environment, place",
     [
         ({}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # of which jax warns, where the package kubernetes is missing
         (ADDRESS, Place("10.0.0.1:8476", 2, 1)),
         (ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
         (SLURM | {"SLURM_STEP_NODELIST": "n[007-010]"}, Place("n007:63445", 4, 1)),
@@ -365,10 +378,34 @@ print("restored")
         (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_a_process_finds_its_place(monkeypatch, environment, place):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert find_place() == place
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_a_process_finds_its_place_in_tpu_slices(monkeypatch, hosts, slices):
+    """As GKE sets the environment of the last host."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(jax._src.clusters.cluster, "running_in_cloud_tpu_vm", True)
+    environment = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_ID": str(hosts - 1)}
+    environment |= {"TPU_WORKER_HOSTNAMES": ",".join(["localhost", "b", "c", "d"][:hosts])}
+    environment |= {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": str(slices)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEGASCALE_SLICE_ID", str(slices - 1))
+    count = hosts * slices
+    assert find_place() == (Place("localhost:8482", count, count - 1) if count > 1 else None)
+
+
+def test_a_cluster_that_cannot_be_asked(monkeypatch):
+    for name, value in (SLURM | {"SLURM_STEP_NODELIST": "n7", "SLURM_JOB_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="can't be asked about it .*JAX_NUM_PROCESSES=1 for one process"):
+        find_place()
 
 
 @pytest.mark.parametrize(

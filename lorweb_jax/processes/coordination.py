@@ -60,7 +60,8 @@ class Coordination:
             shown = ", ".join(f"{name} is {here.get(name)} here, {first.get(name)} there" for name in differing[:5])
             raise UserError(
                 f"process {self.index} was started with other options than process 0: {shown}; give all processes the "
-                "same"
+                "same",
+                2,
             )
 
     def finish(self) -> None:
