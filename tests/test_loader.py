@@ -339,18 +339,24 @@ def runs(pid):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
-def test_workers_end_when_the_program_is_killed(root):
+def test_workers_outlive_sigterm_and_end_when_the_program_is_killed(root):
+    """More batches than are kept ready come after the SIGTERM; nothing is said on stderr, in the end neither."""
     program = (
-        "import multiprocessing, sys, time; from lorweb_jax.data.loader import AnalogyLoader\n"
+        "import multiprocessing, os, signal, sys, time; from lorweb_jax.data.loader import AnalogyLoader\n"
         "if __name__ == '__main__':\n"
         "    loader = AnalogyLoader(sys.argv[1], 2, quadrant_size=16, workers=1); next(loader)\n"
-        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True); time.sleep(60)\n"
+        "    workers = [child.pid for child in multiprocessing.active_children()]\n"
+        "    for worker in workers: os.kill(worker, signal.SIGTERM)\n"
+        "    time.sleep(0.5)\n"
+        "    for _ in range(12): next(loader)\n"
+        "    print(*workers, flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         workers = process.stdout.readline().split()
         process.send_signal(signal.SIGKILL)
+        assert process.stderr.read() == ""
     assert workers
     deadline = time.monotonic() + 20
     while any(map(runs, workers)):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from lorweb_jax.settings.fields import BATCH, SEED, SHARE, SIDE, WORKERS, Either
 _log = logging.getLogger(__name__)
 _THREADS = 2  # decoding threads in each process; PIL and NumPy leave the interpreter lock while they work
 _BATCHES_AHEAD = 2  # batches kept ready by each process
+_SECONDS_AFTER_SIGTERM = 30.0  # in which a run saves its last step, as processes are killed soon after
 STRETCHED = "its images have another shape than the quadrants of a grid, to which they are stretched"
 
 
@@ -245,11 +247,14 @@ class AnalogyLoader(grain.DatasetIterator):
         ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
         stream = self._batches.slice(slice(self._position, None)).to_iter_dataset(ahead)
         if self._workers:
+            # Shared memory of processes that were killed is freed by multiprocessing's tracker, which warns of it.
+            os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
             # grain reads absl flags when it starts workers, which fails in a program that never parsed any.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, _BATCHES_AHEAD), functools.partial(_end_with, os.getpid())
+                grain.MultiprocessingOptions(self._workers, _BATCHES_AHEAD),
+                functools.partial(_start_worker, os.getpid()),
             )
         self._iterator = iter(stream)
         self._iterator.start_prefetch()
@@ -286,9 +291,17 @@ class AnalogyLoader(grain.DatasetIterator):
             self._iterator = None
 
 
-def _end_with(parent: int, worker: int, workers: int) -> None:
-    """Starts a thread that ends this worker process once its parent is gone: after a kill it would stay for ever."""
+def _start_worker(parent: int, worker: int, workers: int) -> None:
+    """What a worker process runs first. SIGTERM, where it is sent to all processes of a group, leaves the worker some
+    time in which its parent ends the step that needs more batches; and the worker ends once its parent is gone."""
     del worker, workers  # grain passes them
+
+    def outlive(number, frame):
+        timer = threading.Timer(_SECONDS_AFTER_SIGTERM, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, outlive)
 
     def watch():
         while os.getppid() == parent:
