@@ -1,23 +1,27 @@
-"""Edit an image by analogy: a is to a2 as b is to the result.
+"""Edit an image by analogy: a is to a2 as b is to the result. Or by words alone, or make one from them.
 
   python -m lorweb_jax.edit --pipeline assets/small_kontext --basis runs/basis \\
       --a a.png --a2 a2.png --b b.png --prompt "put a frame around it" --out result.png
+  python -m lorweb_jax.edit --prompt "put a frame around it" --image b.png --out result.png    the base, by instruction
+  python -m lorweb_jax.edit --prompt "a drawing of a red apple" --out result.png               text to image
 
-Several --b give several results: with --out results/ they are written there under the names of the b's. An image that
-is there already is replaced with --overwrite only, one of the inputs never. Images: PNG, JPEG, WebP, GIF, BMP, TIFF,
-AVIF, PPM of any depth; embedded colour profiles are converted to sRGB, transparent parts laid on white.
+Several --b, or several --image, give several results: with --out results/ they are written there under their names. An
+image that is there already is replaced with --overwrite only, one of the inputs never. Images: PNG, JPEG, WebP, GIF,
+BMP, TIFF, AVIF, PPM of any depth; embedded colour profiles are converted to sRGB, transparent parts laid on white.
 """
 
 import argparse
 import os
 from pathlib import Path
 
+import numpy as np
+
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_free, require_writable
 from lorweb_jax.images.grid import condition_grid, fit_to_model
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
-from lorweb_jax.pipeline.arguments import MAX_SIZE
+from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE
 from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
 # The small base of the repository, from whatever folder the command is given; an installed package has none.
@@ -48,24 +52,43 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=nonempty_path,
         help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's folder)",
     )
+    parser.add_argument("--a", type=nonempty_path, help="an image before the edit; its size is the result's")
+    parser.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
+    parser.add_argument("--b", type=nonempty_path, nargs="+", help="one or more images to edit likewise")
     parser.add_argument(
-        "--a", type=nonempty_path, required=True, help="an image before the edit; its size is the result's"
+        "--image", type=nonempty_path, nargs="+", help="without an analogy: images to edit as the prompt says"
     )
-    parser.add_argument("--a2", type=nonempty_path, required=True, help="the same image after the edit")
-    parser.add_argument("--b", type=nonempty_path, required=True, nargs="+", help="one or more images to edit likewise")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="WxH",
+        help="without an analogy: pixels of the result (default: those of --image, or what the autoencoder was trained "
+        "at)",
+    )
     parser.add_argument(
         "--out",
         required=True,
-        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several --b; write / at its end)",
+        help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several results; write / at its end)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace images of the same names, but never an input")
     parser.add_argument("--prompt", default="", help="the edit in words (default: none)")
     parser.add_argument("--steps", type=int, default=28, help="sampling steps, 1 to 1000 (default: 28)")
-    parser.add_argument("--guidance", type=float, default=2.5, help="guidance input of the model (default: 2.5)")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance input of the model (default: 2.5 for an analogy, else 3.5)"
+    )
+    parser.add_argument(
+        "--true-guidance",
+        type=float,
+        default=1.0,
+        help="classifier-free guidance against --negative-prompt, at twice the cost (default: 1, none)",
+    )
+    parser.add_argument("--negative-prompt", help="what the result should not be (default: an empty text)")
     parser.add_argument(
         "--seed", type=int, default=0, help="0 to 2^64 - 1; the same seed gives the same image (default: 0)"
     )
-    parser.add_argument("--max-size", type=int, help="longest edge of the 2x2 grid, pixels; larger grids are resized")
+    parser.add_argument(
+        "--max-size", type=int, help="longest edge of the 2x2 grid, or of --image, pixels; larger ones are resized"
+    )
     parser.add_argument(
         "--apply",
         choices=["auto", "folded", "low-rank"],
@@ -98,8 +121,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def targets(out: str, bs: list[Path]) -> list[Path]:
-    """Where each result goes: into the file `out`, or under the name of its b into the folder."""
+def _size(text: str) -> tuple[int, int]:
+    """WxH -> (W, H)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 1024x768")
+    return int(width), int(height)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError, before anything is read or loaded, for values out of range and options that don't go together."""
+    as_value(args.steps, "--steps", SAMPLING_STEPS)
+    if args.guidance is not None:
+        as_value(args.guidance, "--guidance", GUIDANCE)
+    as_value(args.true_guidance, "--true-guidance", GUIDANCE)
+    as_value(args.seed, "--seed", SEED)
+    if args.max_size is not None:
+        as_value(args.max_size, "--max-size", MAX_SIZE)
+    if args.negative_prompt is not None and args.true_guidance == 1:
+        raise UserError("--negative-prompt does nothing at --true-guidance 1; give, for example, --true-guidance 3", 2)
+    analogy = {f"--{name}": getattr(args, name) for name in ("a", "a2", "b")}
+    if any(analogy.values()):
+        if absent := [name for name, value in analogy.items() if not value]:
+            raise UserError(f"{' and '.join(absent)} not given; an analogy is --a before --a2 after --b new", 2)
+        if unused := [name for name in ("image", "size") if getattr(args, name)]:
+            raise UserError(
+                f"--{unused[0]} was given beside an analogy, which has its image and size of its own; leave out either",
+                2,
+            )
+        if args.apply == "folded" and len(args.b) > 1:
+            raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
+    elif not args.prompt:
+        raise UserError("neither an analogy nor a prompt was given; give --a, --a2 and --b, or --prompt", 2)
+    for side in args.size or ():
+        as_value(side, "--size", SIDE)
+
+
+def targets(out: str, images: list[Path | None]) -> list[Path]:
+    """Where each result goes: into the file `out`, or under the name of its image into the folder."""
     if not out.strip():
         raise UserError(f"--out is {out!r}; give an image file or a folder (./ for the current one)", 2)
     path, suffix = Path(out), Path(out).suffix
@@ -111,35 +170,32 @@ def targets(out: str, bs: list[Path]) -> list[Path]:
         or path.is_dir()
         or not suffix
         or suffix[1:].isdecimal()
-        or len(bs) > 1
+        or len(images) > 1
         and suffix.lower() not in WRITTEN
     )
     if folder:
-        return [path / f"{b.stem}.png" for b in bs]
+        return [path / (f"{image.stem}.png" if image else "result.png") for image in images]
     require_image_name(path)
-    if len(bs) > 1:
-        raise UserError(f"{len(bs)} images --b were given and one file {out} to write; give a folder as --out", 2)
+    if len(images) > 1:
+        raise UserError(
+            f"{len(images)} images were given to edit and one file {out} to write; give a folder as --out", 2
+        )
     return [path]
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    as_value(args.steps, "--steps", SAMPLING_STEPS)
-    as_value(args.guidance, "--guidance", GUIDANCE)
-    as_value(args.seed, "--seed", SEED)
-    if args.max_size is not None:
-        as_value(args.max_size, "--max-size", MAX_SIZE)
-    if args.apply == "folded" and len(args.b) > 1:
-        raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
-    outs = targets(args.out, args.b)
-    require_writable(
-        outs, [args.a, args.a2, *args.b, *filter(None, (args.basis, args.basis_config))], overwrite=args.overwrite
-    )
-    a, a2 = read_image(args.a), read_image(args.a2)
-    bs = [read_image(path) for path in args.b]
-    grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
-    for path in outs:
-        require_image_name(path, (grid.shape[1] // 2, grid.shape[0] // 2))
+    _check(args)
+    paths = args.b or args.image or [None]
+    outs = targets(args.out, paths)
+    inputs = [args.a, args.a2, *paths, args.basis, args.basis_config]
+    require_writable(outs, [path for path in inputs if path], overwrite=args.overwrite)
+    images = [path and read_image(path) for path in paths]
+    analogy = [read_image(path) for path in (args.a, args.a2) if path]
+    if analogy:
+        grid, _ = fit_to_model(condition_grid(*analogy[:1] * 3, args.max_size))
+        for path in outs:
+            require_image_name(path, (grid.shape[1] // 2, grid.shape[0] // 2))
     from lorweb_jax.pipeline.pipeline import Pipeline
 
     pipeline = Pipeline.load(
@@ -147,27 +203,39 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
+    sampling = {
+        "steps": args.steps,
+        "seed": args.seed,
+        "true_guidance": args.true_guidance,
+        "negative_prompt": args.negative_prompt,
+        "round_to_bfloat16": args.round_to_bfloat16,
+        "max_size": args.max_size,
+    }
+    if args.guidance is not None:
+        sampling["guidance"] = args.guidance
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    results = pipeline.edit_batch(
-        [(a, a2, b) for b in bs],
-        [args.prompt] * len(bs),
-        steps=args.steps,
-        guidance=args.guidance,
-        seed=args.seed,
-        max_size=args.max_size,
-        folded=folded,
-        round_to_bfloat16=args.round_to_bfloat16,
-    )
+    if analogy:
+        results = pipeline.edit_batch(
+            [(*analogy, b) for b in images], [args.prompt] * len(images), folded=folded, **sampling
+        )
+    else:
+        with pipeline.session(folded=folded) as session:
+            results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
+    _write(outs, results, args.overwrite)
+
+
+def _write(paths: list[Path], results: list[np.ndarray], overwrite: bool) -> None:
+    """Write every image that can be; UserError, at the end, for those that can't."""
     failed = []
-    for path, result in zip(outs, results):
+    for path, result in zip(paths, results):
         try:
-            written = write_image(path, result, args.overwrite)
+            written = write_image(path, result, overwrite)
         except UserError as error:  # the others are not lost for it
             failed.append(str(error))
         else:
             print(f"wrote {written}: {result.shape[1]}x{result.shape[0]} pixels")
     if failed:
-        raise UserError(f"{len(failed)} of {len(outs)} results are not written: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(paths)} results are not written: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,10 @@ def test_where_results_go(tmp_path, out, bs, written):
         (["--a", "missing.png"], "missing.png"),
         (["--b", "b.png", "missing.png", "--out", "results"], "missing.png"),
         (["--b", "b.png", "c.png"], "give a folder"),
+        (["--image", "b.png"], "--image was given beside an analogy"),
+        (["--size", "64x64"], "--size was given beside an analogy"),
+        (["--true-guidance", "nan"], "--true-guidance is nan"),
+        (["--negative-prompt", "red"], "--negative-prompt does nothing"),
         (["--b", "x/a.png", "y/A.jpg", "--out", "results"], "results"),
         (["--out", "b.png", "--overwrite"], "one of the inputs"),
         (["--out", ".", "--overwrite"], "one of the inputs"),
@@ -142,6 +146,45 @@ def test_bad_requests_are_told_before_anything_is_loaded(images, monkeypatch, ne
         edit.main(arguments(images, *more))
     assert "\n" not in str(caught.value) and caught.value.code in (1, 2)
     assert {name: (images / name).read_bytes() for name in listed(images)} == before
+
+
+def by_words(folder, *more):
+    return ["--pipeline", str(PIPELINE), "--prompt", "a red frame", "--steps", "1", "--out", f"{folder}/made/", *more]
+
+
+def test_by_instruction_and_from_text_alone(images):
+    """One result of a text, one for each of several images; as from Python."""
+    edit.main(by_words(images, "--size", "48x32", "--true-guidance", "2", "--negative-prompt", "blue"))
+    write_image(images / "d.png", read_image(images / "b.png")[::-1])
+    edit.main(by_words(images, "--image", str(images / "b.png"), str(images / "d.png"), "--guidance", "3.5"))
+    pipeline = Pipeline.load(PIPELINE)
+    drawn = pipeline.generate("a red frame", size=(48, 32), steps=1, true_guidance=2, negative_prompt="blue")
+    np.testing.assert_array_equal(read_image(images / "made/result.png"), drawn)
+    for name in ("b.png", "d.png"):
+        expected = pipeline.generate("a red frame", read_image(images / name), steps=1)
+        np.testing.assert_array_equal(read_image(images / "made" / name), expected)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--prompt", ""], "neither an analogy nor a prompt"),
+        (["--a", "a.png"], "--a2 and --b not given"),
+        (["--a", "a.png", "--b", "b.png"], "--a2 not given"),
+        (["--size", "64"], "'64' is no size; give one such as 1024x768"),
+        (["--size", "64x8"], "--size is 8; give a whole number from 16"),
+        (["--image", "missing.png"], "missing.png"),
+        (["--image", "b.png", "c.png", "--out", "x.png"], "2 images were given to edit and one file"),
+        (["--out", "x.gif"], "suffix .gif"),
+        (["--image", "b.png", "--out", "b.png", "--overwrite"], "one of the inputs"),
+    ],
+)
+def test_bad_requests_without_an_analogy(images, monkeypatch, never_loads, more, said):
+    monkeypatch.chdir(images)
+    before = listed(images)
+    with pytest.raises(UserError, match=said) as caught:
+        edit.main(by_words(images, *more))
+    assert "\n" not in str(caught.value) and listed(images) == before
 
 
 @pytest.mark.parametrize("more", [["--basis", "nowhere"], ["--pipeline", "nowhere"]])

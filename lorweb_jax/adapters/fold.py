@@ -1,4 +1,6 @@
-"""One analogy's mix folded into the weights: W + scale · Σ_n c_n A_n B_n; a step then costs what the base's does."""
+"""A mix folded into the weights: W + scale · Σ_n c_n A_n B_n (method.md §3); a step then costs what the base costs."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +8,7 @@ from flax import nnx
 
 from lorweb_jax.adapters.mixture import LowRankMix
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.nn.layers import Scale
-
-
-def weight_update(mix: LowRankMix) -> jax.Array:
-    """scale · Σ_n c_n A_n B_n in float32, [l, i, o], for a stack's mix of one example (coeff [l, 1, n])."""
-    l, n, i, r = mix.a_nir.shape
-    coeff_ln = mix.scale * mix.coeff_bn.reshape(l, n)
-    a = (mix.a_nir * coeff_ln[:, :, None, None]).astype(jnp.float32).transpose(0, 2, 1, 3).reshape(l, i, n * r)
-    return a @ mix.b_nro.astype(jnp.float32).reshape(l, n * r, -1)
+from lorweb_jax.nn.layers import Linear, Scale
 
 
 def can_fold(module: nnx.Module) -> bool:
@@ -22,11 +16,17 @@ def can_fold(module: nnx.Module) -> bool:
     return not jax.tree.leaves(nnx.state(module, Scale))
 
 
-def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
-    """A copy of `module` whose linear layers, found by path, have the updates added to their kernels.
+def layer_at(module: nnx.Module, path: str) -> Linear:
+    """The layer, or stack of layers, at a dotted path."""
+    return functools.reduce(getattr, path.split("."), module)
 
-    Every mix must hold one example (b = 1). Kernels keep their dtype; the sum is made in float32. Raises UserError for
-    8-bit kernels, whose codes are coarser than the update: see `can_fold`.
+
+def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
+    """A module whose linear layers, by path, have the updates added to their kernels; all else is `module`'s own.
+
+    Every mix must be of one example (coeff [l, 1, n]). Kernels keep their dtype; the sum is computed in float32, one
+    layer at a time, so that beside the new kernels a single layer's update is held. Raises UserError for 8-bit
+    kernels, whose codes are coarser than the update: see `can_fold`.
     """
     if not can_fold(module):
         raise UserError(
@@ -37,9 +37,19 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
     graphdef, state = nnx.split(module)
     folded = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     for path, mix in mixes.items():
-        layer = folded
-        for name in path.split("."):
-            layer = getattr(layer, name)
-        kernel = layer.kernel[...]
-        layer.kernel.set_value((kernel.astype(jnp.float32) + weight_update(mix)).astype(kernel.dtype))
+        layer = layer_at(folded, path)
+        layer.kernel.set_value(_updated(layer.kernel[...], mix))
     return folded
+
+
+@jax.jit
+def _updated(kernel_lio: jax.Array, mix: LowRankMix) -> jax.Array:
+    def one_layer(layer):
+        kernel_io, mix = layer
+        n, i, r = mix.a_nir.shape
+        a = mix.a_nir.astype(jnp.float32) * (mix.scale * mix.coeff_bn).reshape(n, 1, 1)
+        b = mix.b_nro.astype(jnp.float32)
+        update_io = a.transpose(1, 0, 2).reshape(i, n * r) @ b.reshape(n * r, -1)
+        return (kernel_io.astype(jnp.float32) + update_io).astype(kernel_io.dtype)
+
+    return jax.lax.map(one_layer, (kernel_lio, mix))

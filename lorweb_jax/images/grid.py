@@ -59,10 +59,16 @@ def target_grid(
         return grid
     if max_size < 2:
         raise UserError(f"a largest size of {max_size} pixels was asked for, 2 or more was expected; try 1024")
-    longest = max(grid.shape[:2])
-    if longest <= max_size:
-        return grid
-    return resize(grid, (max(1, 2 * width * max_size // longest), max(1, 2 * height * max_size // longest)))
+    return within(grid, max_size)
+
+
+def within(image: np.ndarray, max_size: int | None) -> np.ndarray:
+    """The image, resized (bicubic) where its longer edge exceeds `max_size` pixels, sides truncated to integers."""
+    longest = max(image.shape[:2])
+    if max_size is None or longest <= max_size:
+        return image
+    height, width = (max(1, side * max_size // longest) for side in image.shape[:2])
+    return resize(image, (width, height))
 
 
 def quadrants(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -76,23 +82,25 @@ def bottom_right(grid: np.ndarray) -> np.ndarray:
     return quadrants(grid)[3]
 
 
-def fit_to_model(grid: np.ndarray, multiple: int = 16) -> tuple[np.ndarray, str | None]:
+def fit_to_model(image: np.ndarray, multiple: int = 16, name: str = "grid") -> tuple[np.ndarray, str | None]:
     """The grid with both sides shrunk to a multiple of `multiple`, and a sentence that says so (None: unchanged).
 
     The condition and the output both have this size. A multiple of 16 gives whole tokens (8x VAE, 2x2 patches) and
-    puts the quadrants' edges between latents. Raises UserError if a side is shorter than `multiple`.
+    puts the quadrants' edges between latents. Raises UserError if a side is shorter than `multiple`. name: what the
+    image is called, if it is no grid.
     """
-    height, width = grid.shape[:2]
+    height, width = image.shape[:2]
     if min(height, width) < multiple:
+        least = multiple // 2 if name == "grid" else multiple
+        what, which = ("grid of the images", "a first image") if name == "grid" else (name, "one")
         raise UserError(
-            f"the grid of the images is {width}x{height} pixels, at least {multiple}x{multiple} was "
-            f"expected; give a first image of at least {multiple // 2}x{multiple // 2} pixels, or a "
-            "larger maximum size"
+            f"the {what} is {width}x{height} pixels, at least {multiple}x{multiple} was expected; give {which} of at "
+            f"least {least}x{least} pixels, or a larger maximum size"
         )
     fitted = (width // multiple * multiple, height // multiple * multiple)
     if fitted == (width, height):
-        return grid, None
-    return resize(grid, fitted), (
-        f"the grid is resized from {width}x{height} to {fitted[0]}x{fitted[1]} pixels: the "
+        return image, None
+    return resize(image, fitted), (
+        f"the {name} is resized from {width}x{height} to {fitted[0]}x{fitted[1]} pixels: the "
         f"model works on multiples of {multiple}"
     )

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (numpy's name for bfloat16)
 import numpy as np
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.images.arrays import as_image
-from lorweb_jax.settings.fields import Whole, shown
+from lorweb_jax.settings.fields import Choice, Whole, as_value, shown
 from lorweb_jax.settings.texts import REPLACEMENT, as_text
 
 MAX_SIZE = Whole(16, 2**20)  # of the longest edge of a grid, pixels
 RANK = Whole(1, 2**20)  # of a LoRA
+SIDE = Whole(16, 2**14)  # of an image to make, pixels
+_DTYPES = Choice(("float32", "bfloat16", "float16"))
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -25,6 +28,15 @@ def as_path(given: Any, name: str, suffix: str = "") -> Path:
     if suffix and path.suffix != suffix:
         raise UserError(f"{name} is {path}; its name must end in {suffix}", 2)
     return path
+
+
+def as_dtype(given: Any) -> np.dtype:
+    """A floating-point dtype that weights are kept or stored in; UserError for everything else."""
+    try:
+        name = np.dtype(given).name if given is not None else None
+    except TypeError:
+        name = given
+    return np.dtype(as_value(name, "the dtype", _DTYPES))
 
 
 def as_analogies(given: Any) -> list[Images]:
@@ -41,7 +53,7 @@ def as_analogies(given: Any) -> list[Images]:
 
 
 def as_prompts(given: Any, count: int | None = None) -> list[str]:
-    """Texts, as many as there are analogies; UserError for everything else."""
+    """Texts, as many as there are analogies if `count` is given; UserError for everything else."""
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise UserError(f"the prompts are {shown(given)}; give a list of texts, one for each analogy")
     texts = [as_text(text, "the prompt" if len(given) == 1 else f"prompt {i}") for i, text in enumerate(given)]
@@ -50,3 +62,37 @@ def as_prompts(given: Any, count: int | None = None) -> list[str]:
     if count is not None and len(texts) != count:
         raise UserError(f"{len(texts)} prompts were given for {count} analogies; give one for each")
     return texts
+
+
+def as_size(given: Any) -> tuple[int, int]:
+    """(width, height) of an image to make -> (height, width), shrunk to multiples of 16, which it says; UserError for
+    everything else than two numbers in SIDE."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
+        raise UserError(f"the size is {shown(given)}; give (width, height) in pixels", 2)
+    sides = [as_value(side, name, SIDE) for side, name in zip(given, ("the width", "the height"))]
+    width, height = (side // 16 * 16 for side in sides)
+    if [width, height] != sides:
+        say(f"the result has {width}x{height} pixels, not {sides[0]}x{sides[1]}: the model works on multiples of 16")
+    return height, width
+
+
+def as_references(given: Any, count: int) -> list[list[np.ndarray]]:
+    """For each of `count` prompts its reference images, uint8 [H, W, 3], as many for each: of None none, else of an
+    image or a sequence of images for each prompt. UserError, which names the image, for everything else."""
+    if given is None:
+        return [[] for _ in range(count)]
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
+        found = f"{len(given)}" if isinstance(given, Sequence) and not isinstance(given, str) else shown(type(given))
+        raise UserError(f"the images are {found} and there are {count} prompts; give a list with an image for each")
+    rows = []
+    for number, images in enumerate(given):
+        of = f" of prompt {number}" if count > 1 else ""
+        several = isinstance(images, list | tuple)
+        images = list(images) if several else [images]
+        rows.append([as_image(image, f"the image{f' {i}' * several}{of}") for i, image in enumerate(images)])
+    if len({len(row) for row in rows}) > 1:
+        raise UserError(
+            f"the prompts have {', '.join(str(len(row)) for row in rows)} reference images; give each as many, or make "
+            "the results one by one"
+        )
+    return rows

@@ -7,7 +7,6 @@ result = pipeline.edit(a, a2, b, prompt="put a frame around it", seed=0)
 write_image("result.png", result)
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,36 +14,27 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from lorweb_jax.adapters.basis import Basis
-from lorweb_jax.adapters.fold import can_fold, fold
-from lorweb_jax.adapters.formats.basis_file import require_fits, write_basis
-from lorweb_jax.adapters.formats.lora_file import NAMES, TruncationError, mixed_factors, truncate, write_lora
+from lorweb_jax.adapters.fold import can_fold
+from lorweb_jax.adapters.formats.basis_file import require_fits
+from lorweb_jax.adapters.formats.lora_file import TruncationError
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError, say
-from lorweb_jax.common.finite import require_finite
-from lorweb_jax.common.outputs import require_free, told_if_unwritable
-from lorweb_jax.files.state import abstract_shapes, fill
-from lorweb_jax.images.grid import bottom_right, condition_grid, fit_to_model, stretched
-from lorweb_jax.images.levels import to_uint8
+from lorweb_jax.images.grid import condition_grid, stretched
 from lorweb_jax.models.flux1.model import block_linears
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
-from lorweb_jax.nn.attention import IMPLEMENTATIONS, resolve
-from lorweb_jax.nn.layers import Adapter
-from lorweb_jax.nn.quantization import KINDS
 from lorweb_jax.nn.sharding import to_host
+from lorweb_jax.pipeline import loading, saving
 from lorweb_jax.pipeline.adapters import load_basis
-from lorweb_jax.pipeline.arguments import MAX_SIZE, RANK, Images, as_analogies, as_path, as_prompts
+from lorweb_jax.pipeline.arguments import Images, as_analogies, as_path, as_prompts
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
-from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, Choice, Flag, Real, as_value
-from lorweb_jax.settings.seeds import random_key
-
-_DTYPES = Choice(("float32", "bfloat16", "float16"))
-_ALPHA = Real(0, 1e6, above=True)
+from lorweb_jax.pipeline.request import edit_request, generation_request
+from lorweb_jax.pipeline.sampling import encode_prompt, encode_query, not_finite
+from lorweb_jax.pipeline.session import Session
+from lorweb_jax.settings.fields import Flag, as_value
 
 
 class Embeddings(Protocol):
@@ -60,7 +50,11 @@ class Embeddings(Protocol):
 
 
 class Pipeline:
-    """A FLUX Kontext pipeline with, optionally, a basis of LoRAs. Images are uint8 [H, W, 3]."""
+    """A FLUX Kontext pipeline with, optionally, a basis of LoRAs. Images are uint8 [H, W, 3].
+
+    `**sampling` of a method are the fields of `request.Sampling`: steps, guidance, seed, true_guidance,
+    negative_prompt, noise, round_to_bfloat16 and callback.
+    """
 
     def __init__(
         self,
@@ -91,29 +85,7 @@ class Pipeline:
         Raises UserError for missing, truncated, damaged or foreign files, with the difference where keys don't match,
         and for weights that are not finite.
         """
-        quantization = as_value(quantization, "quantization", Choice(KINDS))
-        opened = PipelineFolder(
-            as_path(folder, "the pipeline"),
-            None if image_encoder is None else as_path(image_encoder, "the image encoder"),
-        )
-        dtype, device = _dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
-        attention = as_value(attention, "attention", Choice(IMPLEMENTATIONS))
-        attention = resolve(attention, jax.default_backend(), dtype, opened.flux_config.attention_head_dim)
-
-        model = nnx.eval_shape(
-            lambda: opened.make(nnx.Rngs(0), dtype=dtype, attention=attention, quantization=quantization)
-        )
-        made = abstract_shapes(model)
-
-        def stored(path: str) -> jnp.dtype:
-            if made[path].dtype != jnp.float32 or path.removesuffix(".scale") + ".kernel" in made:  # 8 bit
-                return made[path].dtype
-            return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
-
-        wanted = {
-            path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in made.items()
-        }
-        return cls(opened, fill(model, opened.read(wanted), str(folder)))
+        return cls(*loading.load(folder, image_encoder, dtype=dtype, attention=attention, quantization=quantization))
 
     def attach(self, basis: Basis | str | Path, config: str | Path | None = None) -> "Pipeline":
         """A pipeline with this basis: a Basis, a run's folder, a published basis, or an ordinary LoRA's file.
@@ -130,19 +102,12 @@ class Pipeline:
             basis = Basis.from_arrays(*load_basis(source, layers, config))
         self.folder.complete(basis.config, self.model.image_encoder)
         self.folder.require_encoder(basis.config)
-        return Pipeline(self.folder, _with(self.model, basis=basis), self.precomputed, source)
+        return Pipeline(self.folder, self.model.replace(basis=basis), self.precomputed, source)
 
     def query(self, conditions: list[Images]) -> jax.Array:
         """The external query [b, q] of analogies (a, a′, b), each at its own size."""
         self._basis()
         return self._query(as_analogies(conditions))
-
-    def _query(self, conditions: list[Images]) -> jax.Array:
-        grids = [condition_grid(*images) for images in conditions]
-        if self.model.image_encoder is None and self.precomputed:
-            return jnp.asarray(self.precomputed.query(grids))
-        views = queries.views(self.model.basis.config.query_mode, grids, self.folder.encoder.processor)
-        return _query(self.model, jnp.asarray(views))
 
     def prompt(self, texts: list[str]) -> tuple[jax.Array, jax.Array]:
         """Instructions -> text [b, t, j] and pooled [b, p]. Says so where an encoder doesn't take all of one."""
@@ -150,7 +115,7 @@ class Pipeline:
         if self.model.text_encoder_2 is None and self.precomputed:
             return tuple(map(jnp.asarray, self.precomputed.prompt(texts)))
         self.folder.tell_left_out(texts, "prompt")
-        return _prompt(self.model, *map(jnp.asarray, self.folder.token_ids(texts)))
+        return encode_prompt(self.model, *self.folder.token_ids(texts))
 
     @property
     def image_encoder(self) -> ImageEncoder | None:
@@ -162,7 +127,9 @@ class Pipeline:
     def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> Mix:
         """The mix that the router chooses for one analogy. UserError without a basis, or with an internal query, whose
         coefficients depend on each layer's input."""
-        [images] = _told_if_stretched(as_analogies([(a, a2, b)]))
+        [images] = as_analogies([(a, a2, b)])
+        for sentence in stretched([images]):
+            say(sentence)
         coefficients = {path: to_host(c[:, 0]) for path, c in self._coefficients([images]).items()}
         return Mix(coefficients, self.model.basis.fingerprint())
 
@@ -181,116 +148,91 @@ class Pipeline:
         b: np.ndarray,
         prompt: str = "",
         *,
-        steps: int = 28,
-        guidance: float = 2.5,
-        seed: int = 0,
         max_size: int | None = None,
         folded: bool | None = None,
         mix: Mix | None = None,
-        round_to_bfloat16: bool = False,
+        **sampling,
     ) -> np.ndarray:
         """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
 
         prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
-        folded: fold the mix into the weights (every step then costs what the base costs) or apply it beside them;
-        None folds wherever coefficients are known beforehand and the base isn't quantised. mix: in the place of what
-        the router chooses, such as `0.5 * (mix_1 + mix_2)` of two analogies' `coefficients`. round_to_bfloat16: see
-        transformer.embeddings.
+        folded: fold the mix into a copy of the weights, which is held meanwhile (every step then costs what the base
+        costs), or apply it beside them; None folds wherever coefficients are known beforehand and the base isn't
+        quantised. mix: in the place of what the router chooses, such as `0.5 * (mix_1 + mix_2)` of two analogies'
+        `coefficients`. To make several images with one mix, open a `session`.
         """
-        return self.edit_batch(
-            [(a, a2, b)],
-            [prompt],
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            max_size=max_size,
-            folded=folded,
-            mix=mix,
-            round_to_bfloat16=round_to_bfloat16,
-        )[0]
+        return self.edit_batch([(a, a2, b)], [prompt], max_size=max_size, folded=folded, mix=mix, **sampling)[0]
 
     def edit_batch(
         self,
         conditions: list[Images],
         prompts: list[str],
         *,
-        steps: int = 28,
-        guidance: float = 2.5,
-        seed: int = 0,
         max_size: int | None = None,
         folded: bool | None = None,
         use_basis: bool = True,
         mix: Mix | None = None,
-        round_to_bfloat16: bool = False,
-        noise: np.ndarray | None = None,
+        **sampling,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
-        The noise of the i-th analogy depends on the seed and i alone, unless `noise` [b, s, c] gives it, in packed
-        latents (diffusers' `latents`). use_basis False leaves the basis out. `mix` serves all of them.
+        use_basis False leaves the basis out. `mix` serves all of them; without it each has its router's coefficients,
+        and several are not folded.
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
-        steps, guidance = as_value(steps, "steps", SAMPLING_STEPS), as_value(guidance, "guidance", GUIDANCE)
-        if max_size is not None:
-            max_size = as_value(max_size, "max_size", MAX_SIZE)
-        if folded is not None:
-            folded = as_value(folded, "folded", Flag())
-        key = random_key(seed)
-        conditions = as_analogies(conditions)
-        prompts = as_prompts(prompts, len(conditions))
-        grids = [fit_to_model(condition_grid(*images, max_size)) for images in conditions]
-        if note := next((note for _, note in grids if note), None):
-            say(note)
-        _told_if_stretched(conditions)
-        sizes = {grid.shape[:2] for grid, _ in grids}
-        if len(sizes) > 1:
+        conditions, request = edit_request(self.folder.vae_config, conditions, prompts, sampling, max_size)
+        if folded is None and len(conditions) > 1:
+            folded = False
+        with self._open(conditions, mix, folded, use_basis) as session:
+            return session.edited(request)
+
+    def generate(
+        self,
+        prompt: str,
+        image: np.ndarray | Sequence[np.ndarray] | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        max_size: int | None = None,
+        **sampling,
+    ) -> np.ndarray:
+        """One image uint8 from a text, or by an instruction from a reference image: Kontext's own use, without a grid.
+
+        image: the picture to edit, or several references, which the model sees as images 1, 2, … of a sequence (FLUX.1
+        Kontext [dev] was trained with one). size: (width, height) of the result, multiples of 16; by default that of
+        the first reference, or the size that the autoencoder was trained at. max_size: longest edge of a reference,
+        pixels. An attached LoRA takes part; a basis with a router needs a mix, hence a `session`.
+        """
+        images = None if image is None else [image]
+        return self.generate_batch([prompt], images, size=size, max_size=max_size, **sampling)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[np.ndarray | Sequence[np.ndarray]] | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        max_size: int | None = None,
+        **sampling,
+    ) -> list[np.ndarray]:
+        """One image for each prompt, all at once. images: for each a reference or a sequence of them, as many and of
+        the same sizes for all. See `generate`. Raises UserError as `edit_batch` does."""
+        request = generation_request(self.folder.vae_config, prompts, images, sampling, size, max_size)
+        with self.session() as session:
+            return session.generated(request)
+
+    def session(self, mix: Mix | None = None, *, folded: bool | None = None, use_basis: bool = True) -> Session:
+        """A session that makes images with one mix, such as `coefficients` of an analogy; see Session for its memory.
+
+        mix None: all of a LoRA, the first row of a table, or what the layers' inputs choose; the base alone where no
+        basis is attached or use_basis is False. folded: as in `edit`. Raises UserError for a mix of another basis, and
+        without a mix for a basis whose router asks for an analogy.
+        """
+        basis = self.model.basis if use_basis and mix is None else None
+        if basis is not None and basis.config.coefficients.from_images:
             raise UserError(
-                f"the analogies give grids of different sizes {sorted(sizes)}; edit them one by one, or "
-                "resize the first images alike"
+                "the mix of this basis is chosen by an analogy; give one, such as pipeline.coefficients(a, a2, b)"
             )
-        size = sizes.pop()
-        batch, model = len(grids), self.model
-        if noise is not None:
-            noise = self._noise(noise, batch, size)
-        adapters = self._adapters(conditions, mix) if use_basis and model.basis is not None else None
-        if adapters:
-            foldable = batch == 1 and (mix is not None or model.basis.config.coefficients.in_advance)
-            if folded and not foldable:
-                raise UserError(
-                    "a mix can be folded into the weights for one analogy whose coefficients don't depend "
-                    "on the layers' inputs; leave folding out"
-                )
-            if folded or (folded is None and foldable and can_fold(model.transformer)):
-                model, adapters = _with(model, transformer=_fold(model.transformer, adapters)), None
-        text, pooled = self.prompt(prompts)
-        condition = _encode(model, jnp.asarray(np.stack([grid for grid, _ in grids])))
-        if noise is None:
-            noise = np.stack([jax.random.normal(jax.random.fold_in(key, i), condition.shape[1:]) for i in range(batch)])
-        noise = jnp.asarray(noise)
-        sigmas = self.folder.schedule.sigmas(steps, condition.shape[1])
-        tokens = _sample(
-            model,
-            size,
-            bool(round_to_bfloat16),
-            noise,
-            condition,
-            text,
-            pooled,
-            jnp.float32(guidance),
-            jnp.asarray(sigmas),
-            adapters,
-        )
-        decoded = _decode(model, size, tokens)
-        _require_finite(
-            {
-                "the text's embedding": text,
-                "the text's pooled embedding": pooled,
-                "the latents of a, a2 and b": condition,
-                "the latents after sampling": tokens,
-                "the decoded image": decoded,
-            }
-        )
-        return [bottom_right(image) for image in to_uint8(decoded)]
+        return self._open([], mix, folded, use_basis)
 
     def save_basis(self, path: str | Path, dtype: str = "float16") -> None:
         """The attached basis in the published format: `path` (.safetensors) and config.yaml beside it.
@@ -298,11 +240,7 @@ class Pipeline:
         Where there are several processes all call this, and process 0 writes. Raises UserError for another suffix or
         dtype, numbers that are not finite in it, and where the files can't be written.
         """
-        basis, path, dtype = self._basis(), self._target(path), _dtype(dtype)
-        arrays = _arrays(basis)
-        if jax.process_index() == 0:
-            with told_if_unwritable(path):
-                write_basis(path, basis.config, arrays, dtype)
+        saving.save_basis(self._basis(), path, self.source, dtype)
 
     def save_lora(
         self,
@@ -320,141 +258,58 @@ class Pipeline:
         lora_file.write_lora. Raises UserError for a mix of another basis, another suffix, rank, dtype, alpha or
         names, numbers that are not finite in the dtype, and where the file can't be written.
         """
-        basis, error, path, dtype = self._basis(), None, self._target(path), _dtype(dtype)
-        coefficients = basis.own(mix).coefficients
-        if rank is not None:
-            rank = as_value(rank, "the rank", RANK)
-        names = as_value(names, "names", Choice(NAMES))
-        alpha = alpha if isinstance(alpha, bool) else as_value(alpha, "alpha", _ALPHA)
-        factors = mixed_factors(_arrays(basis), coefficients, basis.config.scale)
-        if rank is not None:
-            factors, error = truncate(factors, rank)
-        with told_if_unwritable(path):
-            write_lora(path, factors, dtype, alpha, names, block_linears(self.folder.flux_config))
-        return error
+        layers = block_linears(self.folder.flux_config)
+        return saving.save_lora(
+            self._basis(), mix, layers, path, self.source, rank=rank, dtype=dtype, alpha=alpha, names=names
+        )
+
+    def _open(self, conditions: list[Images], mix: Mix | None, folded: bool | None, use_basis: bool) -> Session:
+        """A session for these analogies, or for any where the mix doesn't depend on them."""
+        if folded is not None:
+            folded = as_value(folded, "folded", Flag())
+        if mix is not None and not use_basis:
+            raise UserError("a mix was given, and use_basis is False; leave one of them out")
+        basis = self.model.basis if use_basis else None
+        if mix is not None:
+            coefficients = {path: jnp.asarray(c)[:, None] for path, c in self._basis().own(mix).coefficients.items()}
+        elif basis is None or not basis.config.coefficients.in_advance:
+            coefficients = None
+        else:
+            coefficients = self._coefficients(conditions)
+        one = coefficients is not None and all(c.shape[1] == 1 for c in coefficients.values())
+        if folded and basis is not None and not one:
+            raise UserError(
+                "a mix can be folded into the weights for one analogy whose coefficients don't depend "
+                "on the layers' inputs; leave folding out"
+            )
+        fold = one and (folded or (folded is None and can_fold(self.model.transformer)))
+        return Session(self, basis, coefficients, fold)
 
     def _basis(self) -> Basis:
         if self.model.basis is None:
             raise UserError("no basis is attached to this pipeline; call attach first")
         return self.model.basis
 
+    def _query(self, conditions: list[Images]) -> jax.Array:
+        grids = [condition_grid(*images) for images in conditions]
+        if self.model.image_encoder is None and self.precomputed:
+            return jnp.asarray(self.precomputed.query(grids))
+        mode = self.model.basis.config.query_mode
+        return encode_query(self.model, queries.views(mode, grids, self.folder.encoder.processor))
+
     def _coefficients(self, conditions: list[Images]) -> dict[str, jax.Array]:
+        """{path: c [l, b, n]} of analogies; b = 1 where they don't depend on these."""
         basis = self._basis()
         if not basis.config.coefficients.in_advance:
             raise UserError(
                 "this basis routes by an internal query: its coefficients depend on each layer's input "
                 "and can't be computed beforehand; edit without folding"
             )
-        query = self._query(conditions) if basis.config.coefficients.from_images else None
-        found = basis.coefficients(query, len(conditions))
-        for path, bad in jax.device_get(_not_finite(found)).items():
+        coefficients = basis.coefficients(self._query(conditions) if basis.config.coefficients.from_images else None)
+        for path, bad in jax.device_get(not_finite(coefficients)).items():
             if bad:
                 raise UserError(
                     f"the router's coefficients of {path} hold not-a-number or infinity; check the basis and "
                     "the image encoder's weights"
                 )
-        return found
-
-    def _adapters(self, conditions: list[Images], mix: Mix | None) -> dict[str, Adapter]:
-        basis = self._basis()
-        if mix is not None:
-            return basis.adapters(
-                {path: jnp.repeat(c[:, None], len(conditions), 1) for path, c in basis.own(mix).coefficients.items()}
-            )
-        return basis.adapters(self._coefficients(conditions) if basis.config.coefficients.in_advance else None)
-
-    def _target(self, path: Any) -> Path:
-        """A .safetensors file to write, which may replace another one but not what the basis was read from."""
-        path = as_path(path, "the file", ".safetensors")
-        require_free(path, [self.source] if self.source else [], overwrite=True)
-        return path
-
-    def _noise(self, noise: Any, batch: int, size: tuple[int, int]) -> np.ndarray:
-        """Packed latents [b, s, c] for grids of `size` = (height, width), as float32; UserError for anything else."""
-        vae = self.folder.vae_config
-        shape = (batch, size[0] * size[1] // (2 * vae.downscale) ** 2, 4 * vae.latent_channels)
-        try:
-            noise = np.asarray(noise)
-            found = f"{list(noise.shape)} of {noise.dtype}"
-        except ValueError as error:  # rows of unequal length
-            raise UserError(f"the noise is no array ({error}); give numbers {list(shape)}, or leave it out") from None
-        if noise.shape != shape or noise.dtype.kind not in "fiu":
-            raise UserError(
-                f"the noise is {found}, numbers {list(shape)} were expected; give packed latents [b, s, c], "
-                "or leave it out"
-            )
-        require_finite(noise, "the noise", "give finite numbers")
-        return noise.astype(np.float32)
-
-
-def _dtype(given: Any) -> jnp.dtype:
-    """A floating-point dtype that weights are kept or stored in; UserError for everything else."""
-    try:
-        name = jnp.dtype(given).name if given is not None else None
-    except TypeError:
-        name = given
-    return jnp.dtype(as_value(name, "the dtype", _DTYPES))
-
-
-def _told_if_stretched(analogies: list[Images]) -> list[Images]:
-    for sentence in stretched(analogies):
-        say(sentence)
-    return analogies
-
-
-@jax.jit
-def _not_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: ~jnp.isfinite(array).all() for name, array in arrays.items()}
-
-
-def _require_finite(places: dict[str, jax.Array]) -> None:
-    """UserError that names the first of the places, in the order of computation, whose numbers are not all finite."""
-    bad = jax.device_get(_not_finite(places))
-    for place in places:
-        if bad[place]:
-            raise UserError(
-                f"there is no result: {place} holds not-a-number or infinity; check the weights of the "
-                "pipeline and the basis, give smaller coefficients, or compute in float32"
-            )
-
-
-def _arrays(basis: Basis) -> dict[str, dict[str, np.ndarray]]:
-    return {path: {name: to_host(array) for name, array in parts.items()} for path, parts in basis.to_arrays().items()}
-
-
-def _with(model: AnalogyModel, **parts: nnx.Module) -> AnalogyModel:
-    """The model with other parts; the rest is shared."""
-    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder", "basis", "processor", "dtype")
-    return AnalogyModel(**({name: getattr(model, name) for name in names} | parts))
-
-
-_fold = nnx.jit(fold)
-
-
-@nnx.jit
-def _query(model: AnalogyModel, views: jax.Array) -> jax.Array:
-    return model.query(views)
-
-
-@nnx.jit
-def _prompt(model: AnalogyModel, clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return model.prompt(clip_ids, t5_ids)
-
-
-@nnx.jit
-def _encode(model: AnalogyModel, images: jax.Array) -> jax.Array:
-    return model.tokens(images)
-
-
-@functools.partial(nnx.jit, static_argnums=(1, 2))
-def _sample(
-    model: AnalogyModel, size, round_to_bfloat16, noise, condition, text, pooled, guidance, sigmas, adapters
-) -> jax.Array:
-    return model.sample(
-        noise, condition, text, pooled, guidance, sigmas, size, adapters, round_to_bfloat16=round_to_bfloat16
-    )
-
-
-@functools.partial(nnx.jit, static_argnums=1)
-def _decode(model: AnalogyModel, size, tokens) -> jax.Array:
-    return model.images(tokens, *size)
+        return coefficients

@@ -98,7 +98,7 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
 
     split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())
     noise = ((b, planned.tokens(job), flux.in_channels), jnp.float32)
-    wanted = {"noise_bsc": noise, "condition_bsc": noise, **planned.prompt_shapes(job, b)}
+    wanted = {"noise_bsc": noise, "references_bsc": noise, **planned.prompt_shapes(job, b)}
     inputs = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in wanted.items()}
     query = None
     if job.basis_config.query == "external":

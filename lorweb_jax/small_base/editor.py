@@ -110,32 +110,16 @@ def flow_loss(
 
 
 def sample(
-    model: Editor,
-    noise: jax.Array,
-    condition: jax.Array | None,
-    clip_ids: jax.Array,
-    t5_ids: jax.Array,
-    steps: int,
-    cfg: float = 1.0,
+    model: Editor, noise: jax.Array, condition: jax.Array | None, clip_ids: jax.Array, t5_ids: jax.Array, steps: int
 ) -> jax.Array:
-    """Latents [b, side, side, c] from noise of the same shape, by Euler steps; token ids [b, t].
-
-    cfg above 1: true classifier-free guidance against the ids' first row, which must be those of the empty caption:
-    ids then have one row more than there are images.
-    """
-    side, b = noise.shape[1], noise.shape[0]
-    guided = cfg != 1.0
+    """Latents [b, side, side, c] from noise of the same shape, by Euler steps; token ids [b, t]."""
+    side = noise.shape[1]
     text, pooled = model.prompt(clip_ids, t5_ids)
-    if guided:
-        text, pooled = (jnp.concatenate([x[1:], jnp.broadcast_to(x[:1], x[1:].shape)]) for x in (text, pooled))
-    known = None if condition is None else pack(condition.astype(jnp.float32))
-    if guided and known is not None:
-        known = jnp.concatenate([known, known])
+    references = None if condition is None else pack(condition.astype(jnp.float32))
 
     def velocity(z, time):
-        z, time = (jnp.concatenate([x, x]) if guided else x for x in (z, time))
-        v = model.velocity(z, known, text, model.transformer.modulations(pooled, time, jnp.full(time.shape, 2.5)), side)
-        return v[b:] + cfg * (v[:b] - v[b:]) if guided else v
+        modulations = model.transformer.modulations(pooled, time, jnp.full(time.shape, 2.5))
+        return model.velocity(z, references, text, modulations, side)
 
     sigmas = jnp.asarray(Schedule().sigmas(steps, (side // 2) ** 2))
     return unpack(euler(velocity, pack(noise), sigmas), side, side)

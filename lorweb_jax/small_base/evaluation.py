@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS, STYLE_WORDS, DrawingSets, with_article
 from lorweb_jax.data.embedded.operations import LAST_ONLY, OPERATIONS, STYLES, on_white
 from lorweb_jax.evaluation.lpips import lpips
-from lorweb_jax.flow.sampling import euler
 from lorweb_jax.images.levels import to_float, to_uint8
-from lorweb_jax.models.autoencoder.packing import position_ids, text_ids, unpack
 from lorweb_jax.pipeline.pipeline import Pipeline
 
 STYLE = "style"
@@ -173,54 +170,28 @@ def draw(
     """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty
     caption gives. The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives
     it."""
-    drawings, batch = [], min(batch, len(captions))
+    batch, latents = min(batch, len(captions)), _latents(pipeline, side)
+    if noise is None:
+        noise = [jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), latents) for i in range(len(captions))]
+    images: list[np.ndarray] = []
     for start in range(0, len(captions), batch):
-        part = list(captions[start : start + batch])
-        prompts = pipeline.prompt(part + [""] * (batch - len(part)))
-        empty = pipeline.prompt([""] * batch) if cfg != 1.0 else prompts
-        first = np.stack(
-            [
-                jax.random.normal(jax.random.fold_in(jax.random.key(seed), start + i), _shape(pipeline, side))
-                if noise is None or start + i >= len(captions)
-                else noise[start + i]
-                for i in range(batch)
-            ]
-        )
-        sigmas = pipeline.folder.schedule.sigmas(steps, first.shape[1])
-        images = _draw(
-            pipeline.model,
-            jnp.asarray(first),
-            prompts,
-            empty,
-            jnp.float32(guidance),
-            jnp.float32(cfg),
-            jnp.asarray(sigmas),
-            side,
-        )
-        drawings += list(to_uint8(images))[: len(part)]
-    return drawings
+        part = range(start, min(start + batch, len(captions)))
+        padded = [*part, *[start] * (batch - len(part))]  # one compilation
+        images += pipeline.generate_batch(
+            [captions[i] for i in padded],
+            size=(side, side),
+            steps=steps,
+            guidance=guidance,
+            true_guidance=cfg,
+            noise=np.stack([noise[i] for i in padded]),
+        )[: len(part)]
+    return images
 
 
-def _shape(pipeline: Pipeline, side: int) -> tuple[int, int]:
-    vae = pipeline.model.vae.config
+def _latents(pipeline: Pipeline, side: int) -> tuple[int, int]:
+    """[s, c] of the packed latents of a picture."""
+    vae = pipeline.folder.vae_config
     return (side // vae.downscale // 2) ** 2, 4 * vae.latent_channels
-
-
-@nnx.jit(static_argnums=7)
-def _draw(model, noise, prompts, empty, guidance, cfg, sigmas, side):
-    (text, pooled), (no_text, no_pooled) = prompts, empty
-    text, pooled = jnp.concatenate([text, no_text]), jnp.concatenate([pooled, no_pooled])
-    latent, b = side // model.vae.config.downscale, noise.shape[0]
-
-    def velocity(z, time):
-        z, time = (jnp.concatenate([x, x]) for x in (z, time))
-        modulations = model.transformer.modulations(pooled, time, jnp.broadcast_to(guidance, time.shape))
-        v = model.transformer.velocity(
-            z.astype(model.dtype), text, modulations, position_ids(latent, latent, 0), text_ids(text.shape[1])
-        ).astype(jnp.float32)
-        return v[b:] + cfg * (v[:b] - v[b:])
-
-    return model.vae.image(unpack(euler(velocity, noise, sigmas), latent, latent))
 
 
 def kind_captions(per_kind_and_style: int) -> tuple[list[str], np.ndarray]:

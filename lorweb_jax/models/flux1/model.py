@@ -249,8 +249,10 @@ class Flux(nnx.Module):
                 unroll=self.unroll,
             )
 
-        image, text = scan("transformer_blocks", double, (image, text), modulations.double)
-        x = scan("single_transformer_blocks", single, jnp.concatenate([text, image], axis=1), modulations.single)
+        with jax.named_scope("double_blocks"):
+            image, text = scan("transformer_blocks", double, (image, text), modulations.double)
+        with jax.named_scope("single_blocks"):
+            x = scan("single_transformer_blocks", single, jnp.concatenate([text, image], axis=1), modulations.single)
         return self.proj_out(self.norm_out(x[:, length:], modulations.output))
 
 

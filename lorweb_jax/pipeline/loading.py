@@ -1,0 +1,43 @@
+"""A pipeline's weights from its folder into the model."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from lorweb_jax.files.state import abstract_shapes, fill
+from lorweb_jax.nn.attention import IMPLEMENTATIONS, resolve
+from lorweb_jax.nn.quantization import KINDS
+from lorweb_jax.pipeline.arguments import as_dtype, as_path
+from lorweb_jax.pipeline.folder import PipelineFolder
+from lorweb_jax.pipeline.model import AnalogyModel
+from lorweb_jax.settings.fields import Choice, as_value
+
+
+def load(
+    folder: str | Path, image_encoder: str | Path | None, *, dtype: Any, attention: str, quantization: str
+) -> tuple[PipelineFolder, AnalogyModel]:
+    """See Pipeline.load. All weights lie on this process's first device."""
+    quantization = as_value(quantization, "quantization", Choice(KINDS))
+    opened = PipelineFolder(
+        as_path(folder, "the pipeline"), None if image_encoder is None else as_path(image_encoder, "the image encoder")
+    )
+    dtype, device = as_dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
+    attention = as_value(attention, "attention", Choice(IMPLEMENTATIONS))
+    attention = resolve(attention, jax.default_backend(), dtype, opened.flux_config.attention_head_dim)
+
+    make = functools.partial(opened.make, dtype=dtype, attention=attention, quantization=quantization)
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    shapes = abstract_shapes(model)
+
+    def stored(path: str) -> jnp.dtype:
+        if shapes[path].dtype != jnp.float32 or path.removesuffix(".scale") + ".kernel" in shapes:  # 8 bit
+            return shapes[path].dtype
+        return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
+
+    wanted = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in shapes.items()}
+    return opened, fill(model, opened.read(wanted), str(folder))

@@ -1,0 +1,187 @@
+"""What is to be sampled: texts, reference images and settings, all checked before any work."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorweb_jax.common.errors import UserError, say
+from lorweb_jax.common.finite import require_finite
+from lorweb_jax.flow.sampling import SINGLE, Combine, TrueGuidance
+from lorweb_jax.images.grid import condition_grid, fit_to_model, stretched, within
+from lorweb_jax.models.autoencoder.model import VAEConfig
+from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, as_analogies, as_prompts, as_references, as_size
+from lorweb_jax.pipeline.model import Size
+from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, Flag, as_value
+from lorweb_jax.settings.seeds import random_key
+from lorweb_jax.settings.texts import as_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The keyword arguments that every edit and generation takes beside its texts and images.
+
+    steps: Euler steps, 1 to 1000.
+    guidance: the model's guidance input, 0 to 100; for edits by analogy 2.5, for others 3.5 by default.
+    seed: 0 to 2^64 − 1. The noise of the i-th image of a batch depends on the seed and i alone.
+    true_guidance: scale of classifier-free guidance against `negative_prompt` (diffusers' true_cfg_scale), 0 to 100.
+        Each step then runs the transformer on two rows an image; at 1 on the prompt alone, at 0 on the negative one.
+    negative_prompt: what the image should not be; empty if it isn't given.
+    noise: packed latents [b, s, c] in the place of the seed's (diffusers' `latents`).
+    round_to_bfloat16: round timestep and guidance as the published pipeline does in bfloat16, to compare with it.
+    callback: callback(step, latents) after each step 0, 1, …, once the packed latents float32 [b, s, c] are computed.
+        What it raises ends the sampling.
+    """
+
+    steps: int = 28
+    guidance: float = 2.5
+    seed: int = 0
+    true_guidance: float = 1.0
+    negative_prompt: str | None = None
+    noise: np.ndarray | None = None
+    round_to_bfloat16: bool = False
+    callback: Callable[[int, jax.Array], Any] | None = None
+
+    def __post_init__(self):
+        for name, rule in (
+            ("steps", SAMPLING_STEPS),
+            ("guidance", GUIDANCE),
+            ("true_guidance", GUIDANCE),
+            ("round_to_bfloat16", Flag()),
+        ):
+            object.__setattr__(self, name, as_value(getattr(self, name), name, rule))
+        random_key(self.seed)
+        if self.negative_prompt is not None:
+            object.__setattr__(self, "negative_prompt", as_text(self.negative_prompt, "negative_prompt"))
+            if self.true_guidance == 1:
+                raise UserError(
+                    "negative_prompt was given and true_guidance is 1, at which it changes nothing; give a "
+                    "true_guidance such as 3",
+                    2,
+                )
+        if self.callback is not None and not callable(self.callback):
+            raise UserError(
+                f"the callback is a {type(self.callback).__name__}; give a function of (step, latents), or leave it out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch of b images of one size.
+
+    references: for each reference image of a row uint8 [b, H, W, 3], sides multiples of 16; none for text to image.
+    noise: float32 [b, s, c], of the sampling's own or of its seed.
+    """
+
+    prompts: list[str]
+    references: list[np.ndarray]
+    size: Size
+    noise: np.ndarray
+    sampling: Sampling
+
+    @property
+    def passes(self) -> tuple[list[str], Combine]:
+        """The texts of all passes that a step needs, pass after pass, and what makes one velocity of theirs."""
+        scale = self.sampling.true_guidance
+        negative = [self.sampling.negative_prompt or ""] * len(self.prompts)
+        if scale == 1:
+            return self.prompts, SINGLE
+        if scale == 0:
+            return negative, SINGLE
+        return self.prompts + negative, TrueGuidance(np.float32(scale))
+
+
+def edit_request(
+    vae: VAEConfig, conditions: Any, prompts: Any, sampling: Mapping[str, Any], max_size: int | None = None
+) -> tuple[list[Images], Request]:
+    """The analogies (a, a′, b) as uint8 images, and the request whose reference is their condition grid.
+
+    Says what is resized or stretched. Raises UserError for arguments of another kind or range, and for analogies whose
+    grids differ in size.
+    """
+    sampling = Sampling(**sampling)
+    max_size = _max_size(max_size)
+    conditions = as_analogies(conditions)
+    prompts = as_prompts(prompts, len(conditions))
+    grids = _fitted([condition_grid(*images, max_size) for images in conditions], "grid")
+    for sentence in stretched(conditions):
+        say(sentence)
+    _require_one_size(grids, "the analogies give grids", "edit them one by one, or resize the first images alike")
+    size = grids[0].shape[:2]
+    return conditions, Request(prompts, [np.stack(grids)], size, _noise(vae, sampling, len(grids), size), sampling)
+
+
+def generation_request(
+    vae: VAEConfig,
+    prompts: Any,
+    images: Any,
+    sampling: Mapping[str, Any],
+    size: Any = None,
+    max_size: int | None = None,
+) -> Request:
+    """Text to image, or with a reference image or several for each prompt.
+
+    images: for each prompt an image or a sequence of them, as many and of the same sizes for all; None for none.
+    size: (width, height) of the result; by default that of the first reference, or the autoencoder's own. Raises
+    UserError as `edit_request` does.
+    """
+    sampling = Sampling(**{"guidance": 3.5} | dict(sampling))
+    max_size = _max_size(max_size)
+    prompts = as_prompts(prompts)
+    if not prompts:
+        raise UserError("there are no prompts; give one for each image to make", 2)
+    rows = as_references(images, len(prompts))
+    references = []
+    for place, column in enumerate(zip(*rows)):
+        fitted = _fitted([within(image, max_size) for image in column], "image")
+        _require_one_size(
+            fitted, f"the reference images{f' number {place}' * (len(rows[0]) > 1)} have", "give them one by one"
+        )
+        references.append(np.stack(fitted))
+    if size is not None:
+        size = as_size(size)
+    elif references:
+        size = references[0].shape[1:3]
+    else:
+        side = vae.sample_size if max_size is None else min(vae.sample_size, max_size // 16 * 16)
+        size = side, side
+    return Request(prompts, references, size, _noise(vae, sampling, len(prompts), size), sampling)
+
+
+def _max_size(max_size: Any) -> int | None:
+    return None if max_size is None else as_value(max_size, "max_size", MAX_SIZE)
+
+
+def _fitted(images: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
+    """The images with sides that are multiples of 16; says so of the first that is resized."""
+    fitted = [fit_to_model(image, name=name) for image in images]
+    if note := next((note for _, note in fitted if note), None):
+        say(note)
+    return [image for image, _ in fitted]
+
+
+def _require_one_size(images: Sequence[np.ndarray], what: str, remedy: str) -> None:
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        raise UserError(f"{what} of different sizes {sorted(sizes)}; {remedy}")
+
+
+def _noise(vae: VAEConfig, sampling: Sampling, batch: int, size: Size) -> np.ndarray:
+    """Packed latents [b, s, c] for images of `size` in pixels; UserError where the noise given is anything else."""
+    shape = (batch, size[0] * size[1] // (2 * vae.downscale) ** 2, 4 * vae.latent_channels)
+    if sampling.noise is None:
+        key = random_key(sampling.seed)
+        return np.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:]) for i in range(batch)])
+    try:
+        noise = np.asarray(sampling.noise)
+        found = f"{list(noise.shape)} of {noise.dtype}"
+    except ValueError as error:  # rows of unequal length
+        raise UserError(f"the noise is no array ({error}); give numbers {list(shape)}, or leave it out") from None
+    if noise.shape != shape or noise.dtype.kind not in "fiu":
+        raise UserError(
+            f"the noise is {found}, numbers {list(shape)} were expected; give packed latents [b, s, c], or leave it out"
+        )
+    require_finite(noise, "the noise", "give finite numbers")
+    return noise.astype(np.float32)

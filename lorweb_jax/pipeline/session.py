@@ -1,0 +1,136 @@
+"""An edit session: a pipeline with one mix of its basis in place, folded once for as many images as it makes.
+
+with pipeline.session(pipeline.coefficients(a, a2, b)) as session:
+    for picture in pictures:
+        write_image(…, session.edit(a, a2, picture, prompt="put a frame around it"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorweb_jax.adapters.basis import Basis
+from lorweb_jax.adapters.fold import fold, layer_at
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.images.grid import bottom_right
+from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.pipeline.arguments import Images
+from lorweb_jax.pipeline.request import Request, edit_request, generation_request
+from lorweb_jax.pipeline.sampling import make_images
+
+if TYPE_CHECKING:
+    from lorweb_jax.pipeline.pipeline import Pipeline
+
+
+class Session:
+    """Made by `Pipeline.session`. Images are uint8 [H, W, 3]; what `**sampling` takes stands in `Sampling`.
+
+    A folded session holds weights beside the pipeline's: those kernels of the transformer that the basis adapts (23.7
+    GB of FLUX.1 Kontext's 23.8 in bfloat16); all else is shared. Every step then costs what the base costs. A session
+    that isn't folded holds the coefficients alone. `close`, or the end of a `with` block, frees the weights at once;
+    `nbytes` is their size.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, basis: Basis | None, coefficients: dict[str, jax.Array] | None, folded: bool
+    ):
+        """basis: None for the base alone. coefficients: {path: c [l, b, n]} of each row of a batch, or of all rows
+        where b is 1; None where the layers' own inputs choose them. folded: b must be 1."""
+        self._pipeline, self._basis, self._coefficients = pipeline, basis, coefficients
+        self._model, self._own = pipeline.model, ()
+        if folded:
+            transformer = fold(pipeline.model.transformer, basis.adapters(coefficients))
+            self._own = tuple(layer_at(transformer, path).kernel[...] for path in coefficients)
+            self._model, self._basis = pipeline.model.replace(transformer=transformer), None
+
+    def edit(
+        self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, prompt: str = "", *, max_size: int | None = None, **sampling
+    ) -> np.ndarray:
+        """b′ by this session's mix; as `Pipeline.edit`, which lets a, a2 and b choose the mix."""
+        return self.edit_batch([(a, a2, b)], [prompt], max_size=max_size, **sampling)[0]
+
+    def edit_batch(
+        self, conditions: Sequence[Images], prompts: Sequence[str], *, max_size: int | None = None, **sampling
+    ) -> list[np.ndarray]:
+        """b′ of several analogies (a, a′, b) at once, all by this session's mix; as `Pipeline.edit_batch`."""
+        _, request = edit_request(self._pipeline.folder.vae_config, conditions, prompts, sampling, max_size)
+        return self.edited(request)
+
+    def generate(
+        self,
+        prompt: str,
+        image: np.ndarray | Sequence[np.ndarray] | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        max_size: int | None = None,
+        **sampling,
+    ) -> np.ndarray:
+        """One image from a text, or from a text and reference images; as `Pipeline.generate`."""
+        images = None if image is None else [image]
+        return self.generate_batch([prompt], images, size=size, max_size=max_size, **sampling)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[np.ndarray | Sequence[np.ndarray]] | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        max_size: int | None = None,
+        **sampling,
+    ) -> list[np.ndarray]:
+        """One image for each prompt; as `Pipeline.generate_batch`."""
+        request = generation_request(self._pipeline.folder.vae_config, prompts, images, sampling, size, max_size)
+        return self.generated(request)
+
+    def edited(self, request: Request) -> list[np.ndarray]:
+        """b′ of the analogies of an edit_request."""
+        return [bottom_right(image) for image in self._images(request)]
+
+    def generated(self, request: Request) -> list[np.ndarray]:
+        """The images of a generation_request."""
+        if self._basis is not None and self._coefficients is None:
+            raise UserError(
+                "the basis takes its coefficients from an analogy's condition grid, which this has none of; edit an "
+                "analogy, or use a pipeline without a basis"
+            )
+        return list(self._images(request))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that this session holds beside the pipeline's."""
+        return sum(leaf.nbytes for leaf in self._own)
+
+    def close(self) -> None:
+        """Free the folded weights now. The session makes no images any more."""
+        for leaf in self._own:
+            leaf.delete()
+        self._model, self._basis, self._own = None, None, ()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _images(self, request: Request) -> np.ndarray:
+        if self._model is None:
+            raise UserError("the session is closed; open another one with the pipeline's `session`")
+        texts, combine = request.passes
+        text = self._pipeline.prompt(texts)
+        adapters = self._adapters(combine.passes)
+        return make_images(self._model, self._pipeline.folder.schedule, request, text, combine, adapters)
+
+    def _adapters(self, passes: int) -> dict[str, Adapter] | None:
+        """What is beside the weights, for the rows of all passes."""
+        if self._basis is None:
+            return None
+        if self._coefficients is None:
+            return self._basis.adapters(None)
+        return self._basis.adapters(
+            {path: jnp.tile(c, (1, passes, 1)) if c.shape[1] > 1 else c for path, c in self._coefficients.items()}
+        )
