@@ -9,7 +9,7 @@ write_image("result.png", result)
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,21 +32,9 @@ from lorweb_jax.pipeline.arguments import Images, as_analogies, as_path, as_prom
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.request import edit_request, generation_request
-from lorweb_jax.pipeline.sampling import encode_prompt, encode_query, not_finite
+from lorweb_jax.pipeline.sampling import Embeddings, encode_prompt, encode_query, not_finite
 from lorweb_jax.pipeline.session import Session
 from lorweb_jax.settings.fields import Flag, as_value
-
-
-class Embeddings(Protocol):
-    """What text and image encoders would say, from elsewhere (precomputed.read.Precomputed: from disk)."""
-
-    image_encoder: ImageEncoder | None
-
-    def prompt(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Instructions -> text [b, t, j] and pooled [b, p]."""
-
-    def query(self, grids: Sequence[np.ndarray]) -> np.ndarray:
-        """Condition grids uint8 [H, W, 3] -> external queries [b, q]."""
 
 
 class Pipeline:
@@ -227,11 +215,6 @@ class Pipeline:
         basis is attached or use_basis is False. folded: as in `edit`. Raises UserError for a mix of another basis, and
         without a mix for a basis whose router asks for an analogy.
         """
-        basis = self.model.basis if use_basis and mix is None else None
-        if basis is not None and basis.config.coefficients.from_images:
-            raise UserError(
-                "the mix of this basis is chosen by an analogy; give one, such as pipeline.coefficients(a, a2, b)"
-            )
         return self._open([], mix, folded, use_basis)
 
     def save_basis(self, path: str | Path, dtype: str = "float16") -> None:
@@ -274,8 +257,12 @@ class Pipeline:
             coefficients = {path: jnp.asarray(c)[:, None] for path, c in self._basis().own(mix).coefficients.items()}
         elif basis is None or not basis.config.coefficients.in_advance:
             coefficients = None
-        else:
+        elif conditions or not basis.config.coefficients.from_images:
             coefficients = self._coefficients(conditions)
+        else:
+            raise UserError(
+                "the mix of this basis is chosen by an analogy; give one, such as pipeline.coefficients(a, a2, b)"
+            )
         one = coefficients is not None and all(c.shape[1] == 1 for c in coefficients.values())
         if folded and basis is not None and not one:
             raise UserError(

@@ -1,8 +1,8 @@
 """From a request to images: the jitted parts of a pipeline, run one after the other."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,24 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.flow.sampling import Combine
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.images.levels import to_uint8
+from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.layers import Adapter
 from lorweb_jax.pipeline.model import AnalogyModel, Size
 from lorweb_jax.pipeline.request import Request
 
 Text = tuple[jax.Array, jax.Array]  # text [b, t, j], pooled [b, p]
+
+
+class Embeddings(Protocol):
+    """What text and image encoders would say, from elsewhere (precomputed.read.Precomputed: from disk)."""
+
+    image_encoder: ImageEncoder | None
+
+    def prompt(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Instructions -> text [b, t, j] and pooled [b, p]."""
+
+    def query(self, grids: Sequence[np.ndarray]) -> np.ndarray:
+        """Condition grids uint8 [H, W, 3] -> external queries [b, q]."""
 
 
 def make_images(
