@@ -93,7 +93,7 @@ def test_a_session_folds_once_and_frees_its_weights(pipeline, analogy, mix, monk
         )
     assert all(kernel.is_deleted() for kernel in kernels) and session.nbytes == 0
     assert apart(one, before) <= 1 and apart(two[0], before) <= 1
-    assert apart(two[1], pipeline.edit_batch([(a, a2, b), (a, a2, a)], ["", "a frame"], steps=2, mix=mix)[1]) <= 1
+    assert apart(two[1], two[0]) > 1
     # The pipeline's own weights are as they were.
     np.testing.assert_array_equal(pipeline.edit(a, a2, b, steps=2, folded=False), before)
     with pytest.raises(UserError, match="session is closed"):
