@@ -19,9 +19,9 @@ import numpy as np
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_free, require_writable
-from lorweb_jax.images.grid import condition_grid, fit_to_model
+from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
-from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE
+from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE, Images
 from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
 # The small base of the repository, from whatever folder the command is given; an installed package has none.
@@ -191,11 +191,16 @@ def main(arguments: list[str] | None = None) -> None:
     inputs = [args.a, args.a2, *paths, args.basis, args.basis_config]
     require_writable(outs, [path for path in inputs if path], overwrite=args.overwrite)
     images = [path and read_image(path) for path in paths]
-    analogy = [read_image(path) for path in (args.a, args.a2) if path]
-    if analogy:
-        grid, _ = fit_to_model(condition_grid(*analogy[:1] * 3, args.max_size))
+    analogies: list[Images] = []
+    if args.b:
+        a, a2 = read_image(args.a), read_image(args.a2)
+        analogies = [(a, a2, b) for b in images]
+        grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
         for path in outs:
             require_image_name(path, (grid.shape[1] // 2, grid.shape[0] // 2))
+    elif args.image:
+        for image in images:
+            fit_to_model(within(image, args.max_size), name="image")
     from lorweb_jax.pipeline.pipeline import Pipeline
 
     pipeline = Pipeline.load(
@@ -214,10 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.guidance is not None:
         sampling["guidance"] = args.guidance
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    if analogy:
-        results = pipeline.edit_batch(
-            [(*analogy, b) for b in images], [args.prompt] * len(images), folded=folded, **sampling
-        )
+    if analogies:
+        results = pipeline.edit_batch(analogies, [args.prompt] * len(images), folded=folded, **sampling)
     else:
         with pipeline.session(folded=folded) as session:
             results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]

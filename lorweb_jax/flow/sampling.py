@@ -14,7 +14,7 @@ class Combine(Protocol):
     """Makes one velocity out of those of several passes; a pytree, so that a jitted sampler takes new weights without
     compiling again."""
 
-    passes: int
+    passes: ClassVar[int]
 
     def __call__(self, velocity_pbsc: jax.Array) -> jax.Array:
         """[p, b, s, c] -> [b, s, c], p = passes."""
