@@ -84,35 +84,35 @@ def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, A
     if config.query == "external" and not config.encoder_sketch:
         config = replace(config, **_encoder_of(workdir, run_config))
     a, keys = (next(iter(arrays.values())).get(part) for part in ("a", "keys"))
-    for name, found in (
+    for name, stored in (
         ("size", a.shape[1]),
         ("rank", a.shape[3]),
         ("key_dim", config.key_dim if keys is None else keys.shape[2]),
     ):
-        if getattr(config, name) != found:
+        if getattr(config, name) != stored:
             raise UserError(
-                f"{source}: {name} is {getattr(config, name)}, but the run's checkpoint has {found}; use the "
+                f"{source}: {name} is {getattr(config, name)}, but the run's checkpoint has {stored}; use the "
                 "config.json that belongs to it"
             )
     return config, arrays
 
 
 def _encoder_of(workdir: Path, run_config: Any) -> dict[str, str]:
-    """{"encoder", "encoder_sketch"}: what the run has noted at its end; else of the folder that its config names, if
-    the same encoder is still there; else the name alone."""
+    """{"encoder", "encoder_sketch"}: as the run recorded them at its end; else of the folder that its config names, if
+    that still holds the same encoder; else the name alone."""
     if (workdir / ENCODER).exists():
-        noted = read_json(workdir / ENCODER, Identity)
-        if noted.sketch and not is_sketch(noted.sketch):
+        encoder = read_json(workdir / ENCODER, Identity)
+        if encoder.sketch and not is_sketch(encoder.sketch):
             raise UserError(f"{workdir / ENCODER} holds no sketch of an image encoder; delete it to go without")
-        return {"encoder": publishable(noted.name), "encoder_sketch": noted.sketch}
+        return {"encoder": publishable(encoder.name), "encoder_sketch": encoder.sketch}
     from lorweb_jax.runs.folder import SOURCES
 
     folder = Path(run_config.basis.encoder or Path(run_config.get("pipeline", ""), "clip_vision"))
     try:
         began_with = read_json(workdir / SOURCES, dict[str, str])["basis.encoder"]
         if of_folder(folder) == began_with:
-            found = identity(folder)
-            return {"encoder": found.name, "encoder_sketch": found.sketch}
+            encoder = identity(folder)
+            return {"encoder": encoder.name, "encoder_sketch": encoder.sketch}
     except (UserError, KeyError):  # of an older run, or no longer there
         pass
     return {"encoder": publishable(run_config.basis.encoder)}

@@ -1,4 +1,4 @@
-"""What callers of the public interface and of commands hand over, checked before any work."""
+"""Arguments of the public interface and of commands, checked before any work."""
 
 import os
 from collections.abc import Sequence
@@ -20,72 +20,72 @@ _DTYPES = Choice(("float32", "bfloat16", "float16"))
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def as_path(given: Any, name: str, suffix: str = "") -> Path:
-    """A str or Path that ends in `suffix`; UserError, which calls it `name`, for everything else."""
-    if not isinstance(given, str | os.PathLike):
-        raise UserError(f"{name} is a {type(given).__name__}, a str or Path was expected; give a path", 2)
-    path = Path(given)
+def as_path(value: Any, name: str, suffix: str = "") -> Path:
+    """A path, whose name must end in `suffix`. UserError, which calls it `name`, for anything but a str or Path."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name} is a {type(value).__name__}, a str or Path was expected; give a path", 2)
+    path = Path(value)
     if suffix and path.suffix != suffix:
         raise UserError(f"{name} is {path}; its name must end in {suffix}", 2)
     return path
 
 
-def as_dtype(given: Any) -> np.dtype:
+def as_dtype(value: Any) -> np.dtype:
     """A floating-point dtype that weights are kept or stored in; UserError for everything else."""
     try:
-        name = np.dtype(given).name if given is not None else None
+        name = np.dtype(value).name if value is not None else None
     except TypeError:
-        name = given
+        name = value
     return np.dtype(as_value(name, "the dtype", _DTYPES))
 
 
-def as_analogies(given: Any) -> list[Images]:
+def as_analogies(value: Any) -> list[Images]:
     """Triples (a, a′, b) of images, each uint8 [H, W, 3]; UserError that names the image for everything else."""
-    if not isinstance(given, Sequence) or isinstance(given, str) or not len(given):
-        raise UserError(f"the analogies are a {type(given).__name__}; give a list of at least one triple (a, a2, b)")
+    if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
+        raise UserError(f"the analogies are a {type(value).__name__}; give a list of at least one triple (a, a2, b)")
     analogies = []
-    for number, images in enumerate(given):
-        of = f" of analogy {number}" if len(given) > 1 else ""
+    for number, images in enumerate(value):
+        of = f" of analogy {number}" if len(value) > 1 else ""
         if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str) or len(images) != 3:
             raise UserError(f"analogy {number} is no triple (a, a2, b) of images; give a list of such triples")
         analogies.append(tuple(as_image(image, name + of) for image, name in zip(images, ("a", "a2", "b"))))
     return analogies
 
 
-def as_prompts(given: Any, count: int | None = None) -> list[str]:
+def as_prompts(value: Any, count: int | None = None) -> list[str]:
     """Texts, as many as there are analogies if `count` is given; UserError for everything else."""
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise UserError(f"the prompts are {shown(given)}; give a list of texts, one for each analogy")
-    texts = [as_text(text, "the prompt" if len(given) == 1 else f"prompt {i}") for i, text in enumerate(given)]
-    if any(text.count(REPLACEMENT) > said.count(REPLACEMENT) for text, said in zip(texts, given)):
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"the prompts are {shown(value)}; give a list of texts, one for each analogy")
+    texts = [as_text(text, "the prompt" if len(value) == 1 else f"prompt {i}") for i, text in enumerate(value)]
+    if any(text.count(REPLACEMENT) > said.count(REPLACEMENT) for text, said in zip(texts, value)):
         say("the prompt holds bytes that are not UTF-8; each is replaced by " + REPLACEMENT)
     if count is not None and len(texts) != count:
         raise UserError(f"{len(texts)} prompts were given for {count} analogies; give one for each")
     return texts
 
 
-def as_size(given: Any) -> tuple[int, int]:
+def as_size(value: Any) -> tuple[int, int]:
     """(width, height) of an image to make -> (height, width), shrunk to multiples of 16, which it says; UserError for
     everything else than two numbers in SIDE."""
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
-        raise UserError(f"the size is {shown(given)}; give (width, height) in pixels", 2)
-    sides = [as_value(side, name, SIDE) for side, name in zip(given, ("the width", "the height"))]
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise UserError(f"the size is {shown(value)}; give (width, height) in pixels", 2)
+    sides = [as_value(side, name, SIDE) for side, name in zip(value, ("the width", "the height"))]
     width, height = (side // 16 * 16 for side in sides)
     if [width, height] != sides:
         say(f"the result has {width}x{height} pixels, not {sides[0]}x{sides[1]}: the model works on multiples of 16")
     return height, width
 
 
-def as_references(given: Any, count: int) -> list[list[np.ndarray]]:
+def as_references(value: Any, count: int) -> list[list[np.ndarray]]:
     """For each of `count` prompts its reference images, uint8 [H, W, 3], as many for each: of None none, else of an
     image or a sequence of images for each prompt. UserError, which names the image, for everything else."""
-    if given is None:
+    if value is None:
         return [[] for _ in range(count)]
-    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
-        found = f"{len(given)}" if isinstance(given, Sequence) and not isinstance(given, str) else shown(type(given))
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+        found = f"{len(value)}" if isinstance(value, Sequence) and not isinstance(value, str) else shown(type(value))
         raise UserError(f"the images are {found} and there are {count} prompts; give a list with an image for each")
     rows = []
-    for number, images in enumerate(given):
+    for number, images in enumerate(value):
         of = f" of prompt {number}" if count > 1 else ""
         several = isinstance(images, list | tuple)
         images = list(images) if several else [images]

@@ -23,14 +23,14 @@ def load(
 ) -> tuple[PipelineFolder, AnalogyModel]:
     """See Pipeline.load. All weights lie on this process's first device."""
     quantization = as_value(quantization, "quantization", Choice(KINDS))
-    opened = PipelineFolder(
+    pipeline = PipelineFolder(
         as_path(folder, "the pipeline"), None if image_encoder is None else as_path(image_encoder, "the image encoder")
     )
     dtype, device = as_dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
     attention = as_value(attention, "attention", Choice(IMPLEMENTATIONS))
-    attention = resolve(attention, jax.default_backend(), dtype, opened.flux_config.attention_head_dim)
+    attention = resolve(attention, jax.default_backend(), dtype, pipeline.flux_config.attention_head_dim)
 
-    make = functools.partial(opened.make, dtype=dtype, attention=attention, quantization=quantization)
+    make = functools.partial(pipeline.make, dtype=dtype, attention=attention, quantization=quantization)
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     shapes = abstract_shapes(model)
 
@@ -39,5 +39,5 @@ def load(
             return shapes[path].dtype
         return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
 
-    wanted = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in shapes.items()}
-    return opened, fill(model, opened.read(wanted), str(folder))
+    targets = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in shapes.items()}
+    return pipeline, fill(model, pipeline.read(targets), str(folder))

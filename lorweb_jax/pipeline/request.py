@@ -169,19 +169,20 @@ def _require_one_size(images: Sequence[np.ndarray], what: str, remedy: str) -> N
 
 
 def _noise(vae: VAEConfig, sampling: Sampling, batch: int, size: Size) -> np.ndarray:
-    """Packed latents [b, s, c] for images of `size` in pixels; UserError where the noise given is anything else."""
+    """Packed latents [b, s, c] for images of `size` in pixels; UserError where `sampling.noise` is anything else."""
     shape = (batch, size[0] * size[1] // (2 * vae.downscale) ** 2, 4 * vae.latent_channels)
     if sampling.noise is None:
         key = random_key(sampling.seed)
         return np.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:]) for i in range(batch)])
     try:
         noise = np.asarray(sampling.noise)
-        found = f"{list(noise.shape)} of {noise.dtype}"
+        description = f"{list(noise.shape)} of {noise.dtype}"
     except ValueError as error:  # rows of unequal length
         raise UserError(f"the noise is no array ({error}); give numbers {list(shape)}, or leave it out") from None
     if noise.shape != shape or noise.dtype.kind not in "fiu":
         raise UserError(
-            f"the noise is {found}, numbers {list(shape)} were expected; give packed latents [b, s, c], or leave it out"
+            f"the noise is {description}, numbers {list(shape)} were expected; give packed latents [b, s, c], or leave "
+            "it out"
         )
     require_finite(noise, "the noise", "give finite numbers")
     return noise.astype(np.float32)
