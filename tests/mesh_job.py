@@ -108,7 +108,7 @@ def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, 
         name: sharding.put(array, shapes.trainable[name]) for name, array in random_arrays(shapes.trainable).items()
     }
     state = jax.jit(
-        lambda trainable: new_state(job, partition, optimizer, config, trainable),
+        lambda trainable: new_state(job, partition, optimizer, config, trainable, {}),
         out_shardings=sharding.shardings_of(shapes),
     )(trainable)
     losses = []

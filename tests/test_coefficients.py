@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from compare import relative
 from flax import nnx
@@ -14,6 +15,12 @@ from lorweb_jax import Basis, BasisConfig, UserError
 from lorweb_jax.adapters.basis import BasisParam, FrozenBasisParam
 from lorweb_jax.common.schema import checked
 from lorweb_jax.jobs.basis import BasisJob
+from lorweb_jax.nn.layers import Weight
+from lorweb_jax.runs.checkpoints import restore_trainables
+from lorweb_jax.settings.config import base_config
+from lorweb_jax.settings.seeds import random_key
+from lorweb_jax.training.job import Batches, Job
+from lorweb_jax.training.loop import train
 
 SHAPES = {"double.layer": (2, 5, 7), "single.layer": (3, 4, 4)}
 TABLE = {"both": (1, 1), "content": (1, 0), "style": (0, 1), "none": (0, 0)}
@@ -102,3 +109,60 @@ def test_configs_of_tables():
         with pytest.raises(UserError, match=message) as error:
             dataclasses.replace(PAIR, **change)
         assert error.value.code == 2 and "\n" not in str(error.value)
+
+
+class Points(Batches):
+    def __next__(self):
+        x = np.random.default_rng(0).normal(size=(4, 3, 4)).astype(np.float32)
+        return {"x": x, "y": x[..., ::-1].copy()}
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+class FrozenJob(Job):
+    """A linear layer's adapter, its A frozen, learns to reverse its input; a weight of the base beside it."""
+
+    trainable = BasisParam
+
+    def build(self, rngs):
+        return nnx.Dict(basis=Basis(PAIR, {"layer": (1, 4, 4)}, rngs=rngs), weight=Weight(jnp.ones((4,))))
+
+    def data(self, config):
+        return Points()
+
+    def loss(self, model, batch, key):
+        adapter = jax.tree.map(lambda x: x[0], model["basis"].adapters(model["basis"].coefficients(batch=4))["layer"])
+        return jnp.square(adapter(batch["x"]) * model["weight"][...] - batch["y"]).mean(), {}
+
+    def finish(self, model, workdir):
+        np.save(workdir / "a.npy", model["basis"].layers["layer"].a[...])
+
+
+def test_a_run_keeps_what_is_frozen(tmp_path, monkeypatch):
+    """In checkpoints, to the bit and in float32 over bfloat16 weights; never in the optimizer. A run that goes on takes
+    it from there, whatever its seed would make now."""
+    config = base_config("test_coefficients:FrozenJob")
+    config.seed, config.train.batch, config.train.param_dtype, config.compile_cache = 3, 4, "bfloat16", False
+    config.train.steps = config.train.checkpoint_every = config.train.log_images_every = 2
+    train(config, tmp_path, lambda config: FrozenJob())
+    weights, _ = restore_trainables(tmp_path)
+    assert weights.keys() == {"basis.layers.layer.a", "basis.layers.layer.b"} and weights["basis.layers.layer.b"].any()
+    a, build = weights["basis.layers.layer.a"], FrozenJob.build
+    np.testing.assert_array_equal(a, build(None, nnx.Rngs(random_key(3)))["basis"].layers["layer"].a[...])
+    np.testing.assert_array_equal(a, np.load(tmp_path / "a.npy"))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.metadata((tmp_path / "checkpoints/2/state").absolute()).item_metadata.tree
+    assert a.dtype == np.float32 and state["constants"].keys() == {"basis.layers.layer.a"}
+    optimizer = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state["optimizer"])]
+    assert any("layer.b" in name for name in optimizer) and not any("layer.a" in name for name in optimizer)
+
+    config.train.steps = 4
+    monkeypatch.setattr(FrozenJob, "build", lambda self, rngs: build(self, nnx.Rngs(99)))
+    train(config, tmp_path, lambda config: FrozenJob())
+    longer, _ = restore_trainables(tmp_path)
+    np.testing.assert_array_equal(longer["basis.layers.layer.a"], a)
+    assert not np.array_equal(longer["basis.layers.layer.b"], weights["basis.layers.layer.b"])

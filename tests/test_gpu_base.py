@@ -141,7 +141,7 @@ def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, mon
         used.append(weights)
         return np.random.default_rng(0).standard_normal((4, 1, 1, 16))
 
-    begun = TrainState(np.uint32(0), {"w": np.float32(0)}, None, {})
+    begun = TrainState(np.uint32(0), {"w": np.float32(0)}, None, {}, {})
     made = SimpleNamespace(program=program, held=held, begun=SimpleNamespace(result=lambda: begun))
     pixels = SimpleNamespace(wait_for=lambda n: None, table=lambda size, seed: images, pieces=[(np.arange(4), images)])
     weights, _ = stage.train_autoencoder(made, SimpleNamespace(program=(encode, encode)), pixels, None)

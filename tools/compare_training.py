@@ -118,7 +118,7 @@ def trained(config, name: str) -> Outcome:
             drawn = [next_batch(job, batches, batch_size, mesh) for _ in range(HELD_OUT_BATCHES)]
             held_out[split] = np.mean(
                 [
-                    loss(state.trainable, frozen, batch | step.encode(frozen, batch), number)
+                    loss(state.trainable | state.constants, frozen, batch | step.encode(frozen, batch), number)
                     for number, batch in enumerate(drawn)
                 ]
             )

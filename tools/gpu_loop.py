@@ -129,7 +129,7 @@ def trainer(build, config, loss):
 
     def fresh():
         weights = flat_state(build(nnx.Rngs(config.seed)))
-        return new_state(job, partition, make_optimizer(config, lambda count: 0.0), config, weights)
+        return new_state(job, partition, make_optimizer(config, lambda count: 0.0), config, weights, {})
 
     def chunk(state, steps, first, a_step, scale, *tables):
         def step(i, state):

@@ -81,7 +81,7 @@ class BasisJob(Job):
     @functools.cached_property
     def signed_config(self) -> BasisConfig:
         """basis_config with what others know the image encoder by, and what tells it from others."""
-        if self.basis_config.query != "external" or not self.folder.encoder_folder:
+        if not self.basis_config.coefficients.from_images or not self.folder.encoder_folder:
             return self.basis_config
         encoder = identity(self.folder.encoder_folder)
         return dataclasses.replace(self.basis_config, encoder=encoder.name, encoder_sketch=encoder.sketch)
@@ -170,7 +170,7 @@ class BasisJob(Job):
                 return prepared | {"query": query}
         else:
             prepared["clip_ids"], prepared["t5_ids"] = self.folder.token_ids(list(batch["caption"]))
-        if self.basis_config.query == "external":
+        if self.basis_config.coefficients.from_images:
             prepared["views"] = queries.views(
                 self.basis_config.query_mode, list(batch["condition"]), self.folder.encoder.processor
             )
@@ -212,7 +212,7 @@ class BasisJob(Job):
         for split in self.tasks:
             samples = self._samples(split, 1, self.config.evaluation.tasks)
             images[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
-        if self.basis_config.query == "external":
+        if self.basis_config.coefficients.from_images:
             images["router"] = self._router_map(pipeline)
         if self.precomputed:
             self.precomputed.release()

@@ -79,9 +79,9 @@ def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, A
     config = checked(run_config.to_dict()["basis"], BasisConfig, source)
     # The width of an external query is the image encoder's, which a run finds out when it is built.
     projection = next((parts["projection"] for parts in arrays.values() if "projection" in parts), None)
-    if config.query == "external" and projection is not None:
+    if config.coefficients.from_images and projection is not None:
         config = replace(config, query_dim=projection.shape[2])
-    if config.query == "external" and not config.encoder_sketch:
+    if config.coefficients.from_images and not config.encoder_sketch:
         config = replace(config, **_encoder_of(workdir, run_config))
     a, keys = (next(iter(arrays.values())).get(part) for part in ("a", "keys"))
     for name, stored in (

@@ -179,7 +179,7 @@ class PipelineFolder:
 
     def complete(self, basis: BasisConfig, encoder: nnx.Module | None) -> BasisConfig:
         """The config with the query's width filled in; UserError if the image encoder's differs, or there is none."""
-        if basis.query != "external":
+        if not basis.coefficients.from_images:
             return basis
         if encoder is None:
             named = f" ({basis.encoder})" if basis.encoder else ""
@@ -197,7 +197,7 @@ class PipelineFolder:
 
     def require_encoder(self, basis: BasisConfig) -> None:
         """UserError where the basis says which image encoder it was trained with, and it isn't this folder's."""
-        if basis.query == "external" and basis.encoder_sketch:
+        if basis.coefficients.from_images and basis.encoder_sketch:
             require_same(basis.encoder_sketch, self.encoder_folder, basis.encoder)
 
     def read(self, shapes: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Any]:

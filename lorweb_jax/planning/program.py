@@ -61,12 +61,13 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     step = TrainStep(job, partition, optimizer, config, mesh, state)
     with jax.set_mesh(mesh):
         encoded = step.encoded(frozen, batch)
+    basis = state.trainable | state.constants
     return Program(
         "train",
         job,
         mesh,
         (Part(step.encode, (frozen, batch)), Part(step.update, (state, frozen, encoded))),
-        {"base": frozen, "basis": state.trainable, "optimizer": (state.optimizer, state.average), "batch": encoded},
+        {"base": frozen, "basis": basis, "optimizer": (state.optimizer, state.average), "batch": encoded},
         state.trainable,
         config.train.batch,
         1,
@@ -86,11 +87,11 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     b, steps, size = config.evaluation.batch, config.evaluation.steps, planned.grid_size(config)
     partition = Partition.of(job, config.seed)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
-    trainable = partition.trainable_shapes(mesh)
-    folded = b == 1 and job.basis_config.query != "internal" and config.quantization == "none"
+    basis = partition.trainable_shapes(mesh) | partition.constant_shapes(mesh)
+    folded = b == 1 and job.basis_config.coefficients.in_advance and config.quantization == "none"
 
-    def sample(trainable, frozen, inputs, query, sigmas):
-        model = partition.model(trainable, frozen)
+    def sample(basis, frozen, inputs, query, sigmas):
+        model = partition.model(basis, frozen)
         adapters = None if folded else model.adapters(query, b)
         return model.sample(
             **inputs, guidance=jnp.float32(config.evaluation.guidance), sigmas=sigmas, size=size, adapters=adapters
@@ -101,13 +102,13 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
     wanted = {"noise_bsc": noise, "references_bsc": noise, **planned.prompt_shapes(job, b)}
     inputs = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in wanted.items()}
     query = None
-    if job.basis_config.query == "external":
+    if job.basis_config.coefficients.from_images:
         query = jax.ShapeDtypeStruct((b, planned.query_width(job)), jnp.float32, sharding=split)
-    groups = {"base": frozen, "basis": trainable, "batch": inputs}
+    groups = {"base": frozen, "basis": basis, "batch": inputs}
     if folded:
         groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in block_linears(flux)}
     sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
-    part = Part(jax.jit(sample), (trainable, frozen, inputs, query, sigmas))
+    part = Part(jax.jit(sample), (basis, frozen, inputs, query, sigmas))
     return Program("sample", job, mesh, (part,), groups, {}, b, steps)
 
 

@@ -76,7 +76,7 @@ def batch_shapes(job: BasisJob, mesh: Mesh) -> Shapes:
         shapes |= prompt_shapes(job, b)
     else:
         shapes |= {"clip_ids": ((b, 77), np.int32), "t5_ids": ((b, job.folder.text_tokens), np.int32)}
-    if job.basis_config.query == "external":
+    if job.basis_config.coefficients.from_images:
         if job.scope and not job.scope.queries_kept:
             shapes["query"] = ((b, query_width(job)), np.float32)
         else:

@@ -42,14 +42,14 @@ def model_flops(program: Program) -> float:
     kind = "basis" if program.what == "train" else "forward"
     flops = base_flops(kind, folder.flux_config, program.batch, sequence, text)
     if "folded weights" not in program.groups:
-        external = basis.query == "external"
+        routed = basis.coefficients.from_images
         # The router's products, for one vector an example: none where coefficients are fixed, and left out where
         # each layer asks its own input, which is less than a thousandth.
         sizes = SimpleNamespace(
             size=basis.size,
             rank=basis.rank,
-            key_dim=basis.key_dim if external else 0,
-            query_dim=query_width(job) if external else 0,
+            key_dim=basis.key_dim if routed else 0,
+            query_dim=query_width(job) if routed else 0,
         )
         setting = SimpleNamespace(
             model=folder.flux_config, basis=sizes, batch=program.batch, tokens=sequence, text_tokens=text

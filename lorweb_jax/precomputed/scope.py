@@ -62,7 +62,7 @@ class Scope:
     @property
     def left_out(self) -> tuple[str, ...]:
         """The parts of the model that training then doesn't need."""
-        in_step = self.queries_kept and self.basis.query == "external"
+        in_step = self.queries_kept and self.basis.coefficients.from_images
         return TEXT_ENCODERS if in_step else (*TEXT_ENCODERS, "image_encoder")
 
     def text_store(self, create: bool = False) -> Store:
@@ -119,7 +119,7 @@ def _size(file: str) -> int:
 
 
 def _queries_kept(basis: BasisConfig, quadrant: tuple[int, int] | None) -> str | None:
-    if basis.query != "external":
+    if not basis.coefficients.from_images:
         return f"the {basis.query} query asks no image encoder"
     if not queries.query_mode(basis.query_mode).per_image:
         return (

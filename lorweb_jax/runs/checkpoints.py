@@ -1,6 +1,6 @@
 """A run's checkpoints (orbax): the training state, one pytree, with the data position and the metrics not yet logged.
 
-Frozen weights are never in them. A checkpoint counts once it is complete: orbax writes to a temporary name first,
+Frozen weights of the base model are never in them. A checkpoint counts once it is complete: orbax writes to a temporary name first,
 so that a run killed at any moment goes on from the one before. They are written while training goes on. Checksums in
 each tell whether it still is what was written; where they differ, the one before it is taken.
 """
@@ -186,9 +186,10 @@ class Checkpoints:
 
 
 def restore_trainables(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], Any]:
-    """(trained weights by dotted path, config) of a run folder, at its newest intact checkpoint or at `step`.
+    """(trained weights by dotted path, config) of a run folder, at its newest intact checkpoint or at `step`; with them
+    the frozen parameters of its basis.
 
-    Where the run keeps averaged weights, these are what is given. UserError where there is no such checkpoint.
+    Of a run that keeps averaged weights these are returned. UserError where there is no such checkpoint.
     """
     config = configs.load(workdir / CONFIG)
     steps = sorted(complete_steps(workdir), reverse=True)
@@ -216,10 +217,12 @@ def _read_trainables(folder: Path, averaged: bool) -> dict[str, np.ndarray]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             # Of the state this part alone is read: the optimizer's is twice as large.
-            tree = {part: checkpointer.metadata(path).item_metadata.tree[part]}
+            tree = checkpointer.metadata(path).item_metadata.tree
+            tree = {name: tree[name] for name in (part, "constants") if tree.get(name)}
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             arguments = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
-            return checkpointer.restore(path, args=arguments)[part]
+            arrays = checkpointer.restore(path, args=arguments)
+            return arrays[part] | arrays.get("constants", {})
     except Exception as error:
         raise UserError(f"the checkpoint {folder} is damaged ({_in_a_line(error)})") from error
 

@@ -103,7 +103,8 @@ class Job:
         return None
 
     def initial(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-        """Trainable weights to start from (a fine-tuning run), by dotted path: some of `shapes`, or all, or none."""
+        """Weights of the basis or model to start from, trained ones and frozen parameters of a basis, by dotted path:
+        some of `shapes`, or all, or none."""
         return {}
 
     def sources(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """A training run's arrays: what changes with every step, as one pytree, and how a job's model is taken apart for it.
 
 Shapes and shardings come first, then the weights to start from, each made or read in its place. What is trained is
-chosen once, by one NNX filter (`split`): gradient, optimizer, average, checkpoint and export see the trainables alone,
-as a dict {dotted path: array}; frozen weights are arguments of the step and nothing else.
+chosen once, by one NNX filter (`split`): gradient, optimizer and average see the trainables alone, as a dict {dotted
+path: array}; frozen weights are arguments of the step and nothing else. A basis's own frozen parameters, which no file
+gives back, are constants of the state: checkpoints and exports hold them beside the trainables.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lorweb_jax.adapters.basis import FrozenBasisParam
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import Scale
@@ -33,18 +35,21 @@ class TrainState:
     """All that a training step changes: what is donated to it, and what a checkpoint holds.
 
     step: updates done, uint32 []. trainable: float32, by dotted path. average: their moving average, None where none is
-    kept. optimizer: optax's state of each phase, by the phase's name.
+    kept. optimizer: optax's state of each phase, by the phase's name. constants: the FrozenBasisParams, float32, which
+    no step changes.
     """
 
     step: jax.Array
     trainable: Arrays
     average: Arrays | None
     optimizer: dict[str, optax.OptState]
+    constants: Arrays
 
     @property
     def exported(self) -> Arrays:
-        """What is evaluated and exported: the averaged trainables where an average is kept, else the trainables."""
-        return self.trainable if self.average is None else self.average
+        """What is evaluated and exported: the averaged trainables where an average is kept, else the trainables; and the
+        constants."""
+        return (self.trainable if self.average is None else self.average) | self.constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +58,28 @@ class Partition:
 
     graphdef: nnx.GraphDef
     trainable: dict[str, tuple[tuple, nnx.Variable]]
+    constants: dict[str, tuple[tuple, nnx.Variable]]
     frozen: dict[str, tuple[tuple, nnx.Variable]]
 
     @classmethod
     def of(cls, job: Job, seed: int) -> "Partition":
         """From job.build, traced; UserError if nothing in the model is trainable."""
-        graphdef, trainable, frozen = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(random_key(seed)))))
-        if not trainable:
+        graphdef, *parts = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(random_key(seed)))))
+        partition = cls(graphdef, *map(_by_path, parts))
+        if not partition.trainable:
             raise UserError(
                 f"the model has no {job.trainable.__name__} that the job's filter would train; "
                 "check `trainable` and `trainable_filter` of the job"
             )
-        return cls(graphdef, _by_path(trainable), _by_path(frozen))
+        return partition
 
     def trainable_shapes(self, mesh: Mesh) -> Shapes:
         """Shapes and shardings of the trainables, all float32."""
         return _shapes(self.trainable, mesh, jnp.float32)
+
+    def constant_shapes(self, mesh: Mesh) -> Shapes:
+        """Shapes and shardings of the constants, all float32."""
+        return _shapes(self.constants, mesh, jnp.float32)
 
     def frozen_shapes(self, mesh: Mesh, dtype: Any) -> Shapes:
         """Shapes, shardings and stored dtypes of the frozen weights.
@@ -87,23 +98,23 @@ class Partition:
             )
         return paths
 
-    def model(self, trainable: Arrays, frozen: Arrays) -> nnx.Module:
-        """The model that holds these arrays."""
-        variables = {path: variable.replace(trainable[name]) for name, (path, variable) in self.trainable.items()}
-        return self._model(variables, frozen)
+    def model(self, own: Arrays, frozen: Arrays) -> nnx.Module:
+        """The model that holds these arrays: trainables and constants, and frozen weights."""
+        variables = (self.trainable | self.constants).items()
+        return self._model({path: variable.replace(own[name]) for name, (path, variable) in variables}, frozen)
 
     def frozen_model(self, frozen: Arrays) -> nnx.Module:
-        """The model that holds these arrays, and shapes where its trainables are."""
-        return self._model(dict(self.trainable.values()), frozen)
+        """The model that holds these arrays, and shapes where its trainables and constants are."""
+        return self._model(dict((self.trainable | self.constants).values()), frozen)
 
     def _model(self, variables: dict[tuple, nnx.Variable], frozen: Arrays) -> nnx.Module:
         rest = {path: variable.replace(frozen[name]) for name, (path, variable) in self.frozen.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(variables | rest))
 
 
-def split(job: Job, model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(structure, trainable, frozen) of a model: the one place where the job's filter is used."""
-    return nnx.split(model, job.trainable_filter, ...)
+def split(job: Job, model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """(structure, trainable, constants, frozen) of a model: the one place where the job's filter is used."""
+    return nnx.split(model, job.trainable_filter, FrozenBasisParam, ...)
 
 
 def _by_path(state: nnx.State) -> dict[str, tuple[tuple, nnx.Variable]]:
@@ -123,9 +134,14 @@ def _stored(variable: nnx.Variable, dtype: Any) -> np.dtype:
 
 
 def new_state(
-    job: Job, partition: Partition, optimizer: optax.GradientTransformation, config, trainable: Arrays
+    job: Job,
+    partition: Partition,
+    optimizer: optax.GradientTransformation,
+    config,
+    trainable: Arrays,
+    constants: Arrays,
 ) -> TrainState:
-    """The state before the first step, of given trainables; a pure function of these."""
+    """The state before the first step, of given trainables and constants; a pure function of these."""
     return TrainState(
         step=jnp.zeros([], jnp.uint32),
         trainable=trainable,
@@ -134,6 +150,7 @@ def new_state(
             phase.name: optimizer.init({path: trainable[path] for path in partition.paths(phase)})
             for phase in job.phases()
         },
+        constants=constants,
     )
 
 
@@ -142,7 +159,9 @@ def state_shapes(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(
-        lambda trainable: new_state(job, partition, optimizer, config, trainable), partition.trainable_shapes(mesh)
+        lambda *parts: new_state(job, partition, optimizer, config, *parts),
+        partition.trainable_shapes(mesh),
+        partition.constant_shapes(mesh),
     )
     return sharding.place(mesh, shapes)
 
@@ -150,15 +169,17 @@ def state_shapes(
 def initial_state(
     job: Job, partition: Partition, optimizer: optax.GradientTransformation, config, shapes: TrainState
 ) -> TrainState:
-    """The state before the first step, in its places: trainables that the job reads (`initial`), or else builds."""
-    trainable = _built(job, "trainable", shapes.trainable, config.seed)
-    trainable |= _placed(job.initial(shapes.trainable), shapes.trainable)
+    """The state before the first step, in its places: arrays that the job reads (`initial`), or else builds."""
+    own = shapes.trainable | shapes.constants
+    arrays = _built(job, "trainable", shapes.trainable, config.seed)
+    arrays |= _built(job, "constants", shapes.constants, config.seed)
+    arrays |= _placed(job.initial(own), own)
     begin = jax.jit(
-        lambda trainable: new_state(job, partition, optimizer, config, trainable),
-        donate_argnums=0,
+        lambda *parts: new_state(job, partition, optimizer, config, *parts),
+        donate_argnums=(0, 1),
         out_shardings=sharding.shardings_of(shapes),
     )
-    return begin(trainable)
+    return begin(*({name: arrays[name] for name in part} for part in (shapes.trainable, shapes.constants)))
 
 
 def frozen_weights(job: Job, shapes: Shapes, config) -> Arrays:
@@ -176,11 +197,13 @@ def frozen_weights(job: Job, shapes: Shapes, config) -> Arrays:
 
 
 def _built(job: Job, part: str, shapes: Shapes, seed: int) -> Arrays:
-    """One part of the job's fresh model, made where it will live; the other part is never computed."""
+    """One part of the job's fresh model, made where it will live; the other parts are never computed."""
+    if not shapes:
+        return {}
 
     def arrays() -> Arrays:
-        _, trainable, frozen = split(job, job.build(nnx.Rngs(random_key(seed))))
-        variables = _by_path(trainable if part == "trainable" else frozen)
+        _, trainable, constants, frozen = split(job, job.build(nnx.Rngs(random_key(seed))))
+        variables = _by_path({"trainable": trainable, "constants": constants, "frozen": frozen}[part])
         return {name: variable.get_value().astype(shapes[name].dtype) for name, (_, variable) in variables.items()}
 
     return arrays_of(arrays, shapes)

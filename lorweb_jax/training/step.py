@@ -39,7 +39,7 @@ def make_update(
 
         def loss_of(subset: Arrays):
             with jax.named_scope("loss"):
-                return phase.loss(partition.model(trainable | subset, frozen), batch, key)
+                return phase.loss(partition.model(trainable | subset | state.constants, frozen), batch, key)
 
         (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(subset)
         with jax.named_scope("optimizer"):
@@ -57,7 +57,7 @@ def make_update(
         if average is not None:
             with jax.named_scope("average"):
                 average = moving_average(average, trainable, state.step, config.train.ema)
-        return TrainState(state.step + 1, trainable, average, opt_states), _joined(by_phase)
+        return TrainState(state.step + 1, trainable, average, opt_states, state.constants), _joined(by_phase)
 
     return update
 
