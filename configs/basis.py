@@ -17,9 +17,13 @@ For kontext, say where the weights and data lie: --config.pipeline, --config.bas
 and --config.data.root, to `python -m lorweb_jax.precompute` first and then to lorweb_jax.main.
 """
 
+import dataclasses
+
 from ml_collections.config_dict import placeholder
 
+from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.settings.config import base_config, choose_variant
+from lorweb_jax.settings.fields import BASIS
 
 
 def get_config(variant: str = ""):
@@ -32,20 +36,14 @@ def get_config(variant: str = ""):
 def default():
     config = base_config("basis")
     config.pipeline = "assets/small_kontext"  # a FLUX Kontext folder in diffusers' layout
-    config.basis = dict(
-        size=16,
-        rank=4,
-        key_dim=64,
-        heads=1,
-        activation="softmax",
-        reduction="mean",
-        query="external",
-        query_mode="cat-aa'b",
-        pooling="avg",
-        projection="linear",
-        query_dim=placeholder(int),  # its width: None takes the image encoder's, another is refused
-        encoder="",
-    )  # folder of the router's image encoder; "" is <pipeline>/clip_vision
+    # The paper's basis and router, with fewer members and narrower keys; lorweb_jax/adapters/config.py has its values and
+    # what each field is.
+    config.basis = {
+        field.name: field.default for field in dataclasses.fields(BasisConfig) if f"basis.{field.name}" in BASIS
+    }
+    config.basis.size, config.basis.key_dim = 16, 64
+    config.basis.query_dim = placeholder(int)  # its width: None takes the image encoder's, another is refused
+    config.basis.encoder = ""  # folder of the router's image encoder; "" is <pipeline>/clip_vision
 
     config.data = dict(
         root="embedded",  # a Relation252K folder, or "embedded": drawings that pip has installed
@@ -96,7 +94,7 @@ def kontext():
     """Published recipe: AdamW 1e-3 constant, weight decay 0.05, clip 1.0, batch 6, long edge 512, bf16 compute."""
     config = default()
     config.pipeline, config.basis.encoder = "FLUX.1-Kontext-dev", "clip-vit-large-patch14"
-    config.basis.size, config.basis.key_dim = 32, 128
+    config.basis.size, config.basis.key_dim = BasisConfig.size, BasisConfig.key_dim
     config.data.root, config.data.quadrant_size, config.data.workers = "Relation252K", 256, 8
     config.precomputed = "local_data/precomputed"
     config.compute_dtype = config.train.param_dtype = "bfloat16"
