@@ -1,4 +1,4 @@
-"""Pictures of a run: rows of images with captions, labelled heat maps. Drawn with PIL, small images scaled up."""
+"""Sheets of images with captions, pixel for pixel (PIL); small images are enlarged. plots.py draws figures."""
 
 import bisect
 from collections.abc import Mapping, Sequence
@@ -53,32 +53,6 @@ def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[st
         for left, image in zip(lefts, images):
             canvas.paste(image, (left, y + LINE + MARGIN // 2))
         y += height + LINE + 2 * MARGIN
-    return np.asarray(canvas)
-
-
-def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = "") -> np.ndarray:
-    """values [len(rows), len(columns)] as a map with labels, white (low) to dark blue (high) -> uint8 [H, W, 3]."""
-    values = np.asarray(values, np.float64)
-    low, high = float(values.min()), float(values.max())
-    share = (values - low) / (high - low if high > low else 1.0)
-    rows, columns = ([_shortened(name, 200) for name in names] for names in (rows, columns))
-    font = _font()
-    cell_w, cell_h = max(14, *(int(font.getlength(name)) + 4 for name in columns)), 16
-    left = max(int(font.getlength(name)) for name in rows) + 2 * MARGIN
-    top = 2 * LINE + 2 * MARGIN
-    heading = f"{_shortened(title, 400)}  ({low:.3g} white … {high:.3g} dark)".strip()
-    width = max(left + cell_w * len(columns), int(font.getlength(heading))) + 2 * MARGIN
-    canvas = Image.new("RGB", (width, top + cell_h * len(rows) + MARGIN), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 3), heading, fill="black", font=font)
-    for j, name in enumerate(columns):
-        draw.text((left + j * cell_w + 2, LINE + MARGIN), name, fill="black", font=font)
-    for i, name in enumerate(rows):
-        draw.text((MARGIN, top + i * cell_h + 1), name, fill="black", font=font)
-        for j in range(len(columns)):
-            colour = tuple(int(round(255 + share[i, j] * (dark - 255))) for dark in (8, 48, 107))
-            x, y = left + j * cell_w, top + i * cell_h
-            draw.rectangle((x, y, x + cell_w - 1, y + cell_h - 1), fill=colour, outline=(225, 225, 225))
     return np.asarray(canvas)
 
 

@@ -25,7 +25,7 @@ from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
-from lorweb_jax.images.pictures import heat_map
+from lorweb_jax.images.plots import heat_map
 from lorweb_jax.models.autoencoder.packing import pack
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.identity import identity
