@@ -1,5 +1,6 @@
 """What a run tells: text log, TensorBoard events, pictures."""
 
+import io
 import struct
 import sys
 
@@ -9,8 +10,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.images import pictures
-from lorweb_jax.training.report import Report, duration, report_only
+from lorweb_jax.images import pictures, plots
+from lorweb_jax.training.report import Report, report_only
 
 
 def events(workdir):
@@ -84,8 +85,43 @@ def test_what_is_only_shown_never_ends_a_run(capsys):
         raise KeyboardInterrupt
 
 
-def test_duration():
-    assert [duration(s) for s in (4.6, 65, 3600 * 3 + 20 * 60)] == ["5 s", "1 min 05 s", "3 h 20 min"]
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def progress_of_a_run(monkeypatch, workdir, stream: io.StringIO) -> str:
+    """What six steps of 2 examples write: the first takes a minute, the others a second, pictures after step 4 more."""
+    clock = 0.0
+    monkeypatch.setattr("tqdm.std.time", lambda: clock)
+    monkeypatch.setattr(sys, "stdout", stream)
+    config = line_job.get_config()
+    config.train.steps, config.train.batch = 6, 2
+    report = Report(workdir, config, first_step=0, log_state=[])
+    for step in range(6):
+        clock += 1.0 if step else 60.0
+        report.add(step, {"loss": np.float32(0.5)})
+        if step % 2:
+            report.write(step + 1, 0.1)
+        if step == 3:
+            clock += 100.0
+            report.restart_clock()
+    report.close()
+    return stream.getvalue()
+
+
+def test_progress_is_lines_in_a_file(monkeypatch, tmp_path):
+    """Of the speed without compiling and pictures: the last line's would be 0.14 examples/s with them."""
+    assert progress_of_a_run(monkeypatch, tmp_path, io.StringIO()) == (
+        "step 2/6, loss 0.50000,  2.00 examples/s, 00:04 left\n"
+        "step 4/6, loss 0.50000,  2.00 examples/s, 00:02 left\n"
+        "step 6/6, loss 0.50000,  2.00 examples/s, 00:00 left\n"
+    )
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, tmp_path):
+    *_, last = progress_of_a_run(monkeypatch, tmp_path, Terminal()).strip().split("\r")
+    assert last.startswith("step 6/6: 100%|") and "2.00 examples/s, loss 0.50000]" in last and "\n" not in last
 
 
 def test_a_sheet_shows_small_images_enlarged_with_hard_edges():
@@ -100,17 +136,14 @@ def test_a_sheet_shows_small_images_enlarged_with_hard_edges():
 @pytest.mark.parametrize("text", ["a\nb", "\udce9", "\0\x1b[0m", "\u56fe", "x" * 100_000, ""])
 def test_pictures_take_any_text_in_no_time(text):
     image = np.zeros((8, 8, 3), np.uint8)
-    shown = [
-        pictures.sheet([(text, [image])], columns=[text]),
-        pictures.heat_map(np.eye(2), [text] * 2, [text] * 2, text),
-    ]
+    shown = [pictures.sheet([(text, [image])], columns=[text]), plots.heat_map(np.eye(2), [text] * 2, [text] * 2, text)]
     assert all(max(picture.shape) < 2000 for picture in shown)
 
 
 def test_a_heat_map_is_darkest_where_the_value_is_highest():
     values = np.zeros((3, 5))
     values[2, 4] = 1
-    shown = pictures.heat_map(values, rows=["frame", "shift", "pixelate"], columns=[str(i) for i in range(5)])
+    shown = plots.heat_map(values, rows=["frame", "shift", "pixelate"], columns=[str(i) for i in range(5)])
     rows, columns = np.nonzero((shown == (8, 48, 107)).all(-1))
     assert len(rows) > 100 and rows.min() > shown.shape[0] / 2 and columns.min() > shown.shape[1] / 2
 
@@ -121,4 +154,4 @@ def test_any_text_can_be_drawn():
     plain = pictures.sheet([("a caption", [image])], ["a"])
     for text in ("", "a\nb\r\n\tc", "\0\x1b[2J", "\ud800 \udce9", "x" * 10**6, "🙂′é" * 10**5, "\u202eabc"):
         assert pictures.sheet([(text, [image])], [text]).shape == plain.shape
-        assert pictures.heat_map(np.zeros((1, 2)), [text], [text, "b"]).shape[0] < 100
+        assert plots.heat_map(np.zeros((1, 2)), [text], [text, "b"]).shape[0] < 100

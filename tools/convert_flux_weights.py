@@ -17,7 +17,6 @@ written it lies in OUT/NAME.partial, whose finished files the same command keeps
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -109,10 +108,11 @@ def main() -> None:
         )
         written = sum(spec.nbytes for spec in specs.values())
         stored = sorted({np.dtype(spec.dtype).name for spec in specs.values()})
-        earlier = f", {progress.first:,} of them by an earlier run" if progress.first else ""
+        earlier, seconds = progress.summary()
+        by_earlier = f", {earlier:,} of them by an earlier run" if earlier else ""
         print(
-            f"  -> {target}: {len(specs)} tensors, {written:,} bytes{earlier}, {', '.join(stored)}, no difference "
-            f"from the table, checksums recorded; {progress.seconds:.1f} s ({progress.rate / 1e6:.0f} MB/s)",
+            f"  -> {target}: {len(specs)} tensors, {written:,} bytes{by_earlier}, {', '.join(stored)}, no difference "
+            f"from the table, checksums recorded; {seconds:.1f} s ({(written - earlier) / seconds / 1e6:.0f} MB/s)",
             flush=True,
         )
     if args.to == "diffusers":
@@ -123,40 +123,24 @@ def main() -> None:
 
 
 class Progress:
-    """GB, MB/s and time left: rewritten every second on a terminal, a line every half minute elsewhere."""
+    """Bytes, their rate and the time left: a bar on a terminal, a line every half minute elsewhere."""
 
     def __init__(self):
-        self.interval = 1.0 if sys.stderr.isatty() else 30.0
-        self.started = self.shown = time.monotonic()
-        self.first: int | None = None  # bytes that an earlier run, interrupted, had finished
-        self.done = 0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second of this run."""
-        return (self.done - (self.first or 0)) / max(self.seconds, 1e-9)
+        self.bar = None
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` bytes of `total` are finished."""
-        self.first = done if self.first is None else self.first
-        self.done = done
-        now = time.monotonic()
-        last = done == total and self.shown > self.started
-        if now - self.shown < self.interval and not last:
-            return
-        self.shown = now
-        end = "\n" if last or not sys.stderr.isatty() else "\r"
-        print(
-            f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB, {self.rate / 1e6:.0f} MB/s, "
-            f"{(total - done) / self.rate:.0f} s left   ",
-            end=end,
-            flush=True,
-            file=sys.stderr,
-        )
+        """`done` bytes of `total` are finished; first those that an earlier run, interrupted, has finished."""
+        from lorweb_jax.common.progress import progress_bar
+
+        if self.bar is None or self.bar.disable:  # the first call of a model
+            self.bar = progress_bar("  bytes", total, done, seconds=30.0, unit="B", unit_scale=True)
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+
+    def summary(self) -> tuple[int, float]:
+        """(bytes that an earlier run had finished, seconds since)."""
+        return self.bar.initial, self.bar.format_dict["elapsed"]
 
 
 def _recognised(args: argparse.Namespace) -> list:

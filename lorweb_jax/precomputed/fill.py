@@ -12,6 +12,7 @@ from flax import nnx
 
 from lorweb_jax.common import fingerprint
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.data.problems import Problems, reason
 from lorweb_jax.data.relation252k import Pair, read_pair
 from lorweb_jax.data.splits import read_splits
@@ -24,7 +25,7 @@ from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.precomputed.scope import TEXT_ENCODERS, Scope
 
 CAPTIONS, FILES = 16, 64  # in a shard: 67 MB of T5-XXL's embeddings in bfloat16; 128 images
-SECONDS_BETWEEN_REPORTS = 10.0
+LINE_SECONDS = 10.0  # between lines of progress in a file
 
 # Items of a shard -> (keys of the records that settle them, the records' arrays).
 Compute = Callable[[Sequence[str]], tuple[Sequence[str], dict[str, np.ndarray]]]
@@ -135,53 +136,30 @@ def fill(
     chunks = [items[start : start + per_shard] for start in range(0, len(items), per_shard)]
     chunks = [left for chunk in chunks if (left := [item for item in chunk if item not in store.settled])]
     waiting = {shard_name(chunk): chunk for chunk in chunks}
-    progress = Progress(what, len(items), sum(map(len, chunks)))
+    missing = sum(map(len, chunks))
     if waiting:
-        print(
-            f"{what}: {progress.left:,} of {len(items):,} are missing, {progress.left * bytes_each / 1e6:,.1f} MB",
-            flush=True,
-        )
-    store.require_space(progress.left * bytes_each)
-    compute = None
+        print(f"{what}: {missing:,} of {len(items):,} are missing, {missing * bytes_each / 1e6:,.1f} MB", flush=True)
+    store.require_space(missing * bytes_each)
+    compute = bar = None
     while waiting:
-        held = {}
+        others = {}
         # An order of each process's own: where locks don't reach, they seldom make the same shard.
         for name in random.SystemRandom().sample(list(waiting), len(waiting)):
             with store.claimed(name) as mine:
                 if not mine:
-                    held[name] = waiting[name]
+                    others[name] = waiting[name]
                     continue
                 if not store.holds(name):
                     compute = compute or load()
                     store.add(name, waiting[name], *compute(waiting[name]))
-            progress.done(len(waiting[name]))
-        if held.keys() == waiting.keys():
-            time.sleep(0.5)  # others are at all that is left
-        waiting = held
+            missing -= len(waiting[name])
+            if bar is None:  # the first shard's time is mostly reading weights and compiling
+                bar = progress_bar(what, len(items), len(items) - missing, seconds=LINE_SECONDS, unit="")
+            bar.update(len(items) - missing - bar.n)
+        if others.keys() == waiting.keys():
+            time.sleep(0.5)  # other processes make all that is missing
+        waiting = others
+    if bar is not None:
+        bar.close()
     store.refresh()
     print(f"{what}: all {len(items):,} are there", flush=True)
-
-
-class Progress:
-    """Lines that say how much is done, how fast, and how long the rest takes."""
-
-    def __init__(self, what: str, total: int, left: int):
-        self.what, self.total, self.left = what, total, left
-        self._begin = self._said = None
-        self._since = 0  # done since `_begin`
-
-    def done(self, count: int) -> None:
-        self.left -= count
-        now = time.monotonic()
-        if self._begin is None:  # the first shard's time is mostly reading weights and compiling
-            self._begin = self._said = now
-            return
-        self._since += count
-        if self.left and now - self._said >= SECONDS_BETWEEN_REPORTS:
-            self._said = now
-            rate = self._since / (now - self._begin)
-            print(
-                f"{self.what}: {self.total - self.left:,} of {self.total:,}, {rate:.1f} a second, "
-                f"{self.left / rate / 60:.1f} min left",
-                flush=True,
-            )

@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tqdm import tqdm
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_file
+from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.common.user_files import regular_file
 from lorweb_jax.images import pictures
 
@@ -126,14 +128,21 @@ class Report:
         )
         self.means = list(log_state)  # metrics of steps that are not logged yet, on the host
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []  # (step, metrics on the device)
-        self.clock, self.timed_from = None, first_step
+        self.bar: tqdm | None = None
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Take the metrics of the step with index `step` (from 0)."""
         self.waiting.append((step, metrics))
-        if self.clock is None:  # the first step compiles; time counts from its end
+        if self.bar is None:  # the first step compiles; time counts from its end
             jax.block_until_ready(metrics)
-            self.restart_clock(step + 1)
+            self.bar = progress_bar(
+                "step",
+                self.total * self.batch,
+                (step + 1) * self.batch,
+                seconds=0,
+                line="{desc}{postfix}, {rate_fmt}, {remaining} left",
+                unit=" examples",
+            )
 
     def collect(self) -> None:
         """Wait for the metrics; UserError that names the first step whose loss is not finite."""
@@ -152,9 +161,10 @@ class Report:
         self.collect()
         return self.means
 
-    def restart_clock(self, steps_done: int) -> None:
-        """Leave out of the speed what happened since the last line (compiling, pictures)."""
-        self.clock, self.timed_from = time.perf_counter(), steps_done
+    def restart_clock(self) -> None:
+        """Leave out of the speed what happened since the last line (pictures)."""
+        if self.bar is not None:
+            self.bar.unpause()
 
     def write(self, steps_done: int, learning_rate: float) -> None:
         """Log the means since the last line, and show progress."""
@@ -164,12 +174,12 @@ class Report:
         means["learning_rate"] = learning_rate
         self.means = []
         self._write("write_scalars", steps_done, means)
-        line = f"step {steps_done}/{self.total}  loss {means['loss']:.5f}"
-        if steps_done > self.timed_from:
-            seconds = (time.perf_counter() - self.clock) / (steps_done - self.timed_from)
-            line += f"  {self.batch / seconds:.1f} examples/s  {duration(seconds * (self.total - steps_done))} left"
-        print(line, flush=True)
-        self.restart_clock(steps_done)
+        self.bar.set_description_str(f"step {steps_done}/{self.total}", refresh=False)
+        self.bar.set_postfix_str(f"loss {means['loss']:.5f}", refresh=False)
+        if not self.bar.update(steps_done * self.batch - self.bar.n):  # the first step, whose speed isn't known
+            self.bar.refresh()
+        if steps_done == self.total:
+            self.bar.close()
 
     def pictures(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
         """Show pictures uint8 [h, w, 3] by name in TensorBoard and in workdir/pictures."""
@@ -187,6 +197,8 @@ class Report:
             ) from error
 
     def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
         with contextlib.suppress(OSError):  # every write was flushed, so that one that failed has been told
             self.writer.close()
 
@@ -209,13 +221,3 @@ def report_only(what: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-
-
-def duration(seconds: float) -> str:
-    """A length of time in words short enough for a line: 45 s, 12 min 05 s, 3 h 20 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
