@@ -130,6 +130,8 @@ def trained(config, name: str) -> Outcome:
 def main() -> None:
     args = parse()
     # After the arguments, so that --help answers at once.
+    from tabulate import tabulate
+
     from lorweb_jax.main import read_config
     from lorweb_jax.settings import config as configs
 
@@ -142,15 +144,17 @@ def main() -> None:
         configs.check(config)
     rows = {name: trained(config, name) for name, config in planned.items()}
     splits = list(next(iter(rows.values())).held_out)
-    print(
-        f"{args.steps} steps of {args.batch}; training: mean loss of the last {min(SHOWN, args.steps)}\n"
-        + " " * 28
-        + "".join(f"{name:>19}" for name in ("training", *splits))
-        + "    s a step   frozen; optimizer"
+    table = tabulate(
+        [
+            [name, *(f"{loss:.5f}" for loss in (row.training, *row.held_out.values())), f"{row.seconds:.3f}", row.kept]
+            for name, row in rows.items()
+        ],
+        headers=["", "training", *splits, "s a step", "frozen; optimizer"],
+        tablefmt="plain",
+        colalign=["left", *["right"] * (len(splits) + 2), "left"],
+        disable_numparse=True,
     )
-    for name, row in rows.items():
-        losses = "".join(f"{value:>19.5f}" for value in (row.training, *row.held_out.values()))
-        print(f"{name:<28}{losses}{row.seconds:>12.3f}   {row.kept}")
+    print(f"{args.steps} steps of {args.batch}; training: mean loss of the last {min(SHOWN, args.steps)}\n{table}")
 
 
 if __name__ == "__main__":

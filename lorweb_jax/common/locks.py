@@ -5,8 +5,6 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 # What file systems without locks answer.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -18,6 +16,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     The file is removed with the lock. On a file system without locks, every process that asks has it.
     Raises OSError if the file can't be made.
     """
+    from filelock import FileLock, Timeout  # weights are also loaded where it isn't installed
+
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=wait)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 
 from lorweb_jax.common.outputs import write_file
 from lorweb_jax.evaluation.metrics import mean, task_means, wilson_interval
@@ -68,23 +69,16 @@ class Table:
         return count / len(first), *wilson_interval(count, len(first))
 
     def text(self) -> str:
-        """The table, aligned and in Markdown; below it what it means and how often the last method won."""
+        """The table in Markdown; below it what it means and how often the last method won."""
         rows = self.rows()
         names = list(next(iter(rows.values())))
-        cells = [["method", *(COLUMNS[name][0] for name in names)]]
-        cells += [
-            [method, *(f"{scores[name]:.{COLUMNS[name][1]}f}" for name in names)] for method, scores in rows.items()
-        ]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [
-            "| "
-            + " | ".join(
-                cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
-            )
-            + " |"
-            for row in cells
-        ]
-        lines.insert(1, "|" + "|".join("-" * (width + 1) + ("-:"[i > 0]) for i, width in enumerate(widths)) + "|")
+        table = tabulate(
+            [[method, *(f"{scores[name]:.{COLUMNS[name][1]}f}" for name in names)] for method, scores in rows.items()],
+            headers=["method", *(COLUMNS[name][0] for name in names)],
+            tablefmt="pipe",
+            colalign=["left", *["right"] * len(names)],
+            disable_numparse=True,
+        )
         notes = [f"{len(self.tasks)} analogies of {len(set(self.tasks))} tasks, averaged per task, then over tasks."]
         notes += [text for name, text in MEANING.items() if name in names]
         notes += [
@@ -92,7 +86,7 @@ class Table:
             f"interval {low:.0%} to {high:.0%}."
             for method, other, (share, low, high) in self._contests()
         ]
-        return "\n".join([*lines, "", *notes])
+        return "\n".join([table, "", *notes])
 
     def _contests(self) -> list[tuple[str, str, tuple[float, float, float]]]:
         """The last method against each of the others."""

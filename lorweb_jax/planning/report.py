@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from tabulate import tabulate
+
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan
 from lorweb_jax.planning.roofline import parts
@@ -12,8 +14,15 @@ from lorweb_jax.training.state import count
 _NAMES = {"base": "base weights, frozen", "basis": "basis, trained", "optimizer": "optimizer's moments"}
 
 
+Row = tuple[str, ...]  # what, its value, a remark
+
+
 def table(plan: Plan) -> str:
-    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_work(plan), "", *_traffic(plan), "", *_time(plan)])
+    rows = [*_memory(plan), (), *_work(plan), (), *_traffic(plan), (), *_time(plan)]
+    columns = tabulate(
+        rows, tablefmt="plain", colalign=("left", "right", "left"), disable_numparse=True, preserve_whitespace=True
+    )
+    return "\n".join([*_heading(plan), "", *(line.rstrip() for line in columns.splitlines()), *_notes(plan)])
 
 
 def _heading(plan: Plan) -> list[str]:
@@ -39,75 +48,77 @@ def _heading(plan: Plan) -> list[str]:
     ]
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: Plan) -> list[Row]:
     how = "compiled" if plan.compiled else "arguments exact, the rest estimated"
-    lines = [_line(f"bytes on a device ({how})", "GiB")]
-    lines += [_line(f"  {_NAMES.get(name, name)}", f"{size / GIB:.2f}") for name, size in plan.memory.items()]
-    verdict = "it fits" if plan.fits else "it does not fit"
-    return [*lines, _line("  peak", f"{plan.peak / GIB:.2f}"), _line("  memory", f"{plan.capacity / GIB:.2f}", verdict)]
-
-
-def _work(plan: Plan) -> list[str]:
-    work, batch = plan.work, plan.program.batch
-    rows = [
-        ("model, from shapes", work.model),
-        ("frozen encoders", work.encoders),
-        ("computed again (remat, attention)", work.recomputed),
-    ]
-    lines = [_line("products, all devices", "TFLOP", "an example" + (" and step" if plan.program.steps > 1 else ""))]
-    return lines + [
-        _line(f"  {name}", f"{flops / 1e12:.1f}", f"{flops / batch / plan.program.steps / 1e12:.1f}")
-        for name, flops in rows
-        if flops > 0
+    return [
+        (f"bytes on a device ({how})", "GiB"),
+        *((f"  {_NAMES.get(name, name)}", f"{size / GIB:.2f}") for name, size in plan.memory.items()),
+        ("  peak", f"{plan.peak / GIB:.2f}"),
+        ("  memory", f"{plan.capacity / GIB:.2f}", "it fits" if plan.fits else "it does not fit"),
     ]
 
 
-def _traffic(plan: Plan) -> list[str]:
+def _work(plan: Plan) -> list[Row]:
+    work, steps = plan.work, plan.program.steps
+    flops = {
+        "model, from shapes": work.model,
+        "frozen encoders": work.encoders,
+        "computed again (remat, attention)": work.recomputed,
+    }
+    return [
+        ("products, all devices", "TFLOP", "an example" + " and step" * (steps > 1)),
+        *(
+            (f"  {name}", f"{count / 1e12:.1f}", f"{count / plan.program.batch / steps / 1e12:.1f}")
+            for name, count in flops.items()
+            if count > 0
+        ),
+    ]
+
+
+def _traffic(plan: Plan) -> list[Row]:
+    if not plan.traffic:
+        return [("sent by a device", "none")]
     how = "compiled" if plan.compiled and plan.compiled.text else "expected of the sharding rules"
-    lines = [_line(f"sent by a device ({how})", "GB", "collectives")]
-    lines += [
-        _line(
-            f"  {kind}",
-            f"{found.sent / 1e9:.3f}",
-            f"{found.count:.0f}" + ", or more: in a loop whose length the program doesn't say" * found.at_least,
-        )
-        for kind, found in plan.traffic.items()
+    return [
+        (f"sent by a device ({how})", "GB", "collectives"),
+        *(
+            (
+                f"  {kind}",
+                f"{traffic.sent / 1e9:.3f}",
+                f"{traffic.count:.0f}" + ", or more: in a loop whose length the program doesn't say" * traffic.at_least,
+            )
+            for kind, traffic in plan.traffic.items()
+        ),
     ]
-    return lines if plan.traffic else [_line("sent by a device", "none")]
 
 
-def _time(plan: Plan) -> list[str]:
-    roofline, program = plan.roofline, plan.program
-    chip = plan.target.chip
-    rows = [
-        ("compute", f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16"),
-        ("memory", f"{chip.bandwidth / 1e9:.0f} GB/s"),
-        ("interconnect", f"{chip.interconnect / 1e9:.0f} GB/s one way"),
-    ]
-    whole = f", all {program.steps} steps" if program.steps > 1 else ""
-    lines = [_line(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
-    lines += [
-        _line(
-            f"  {name}" + (", the bottleneck" if name == roofline.bottleneck else ""),
-            f"{1e3 * getattr(roofline, name):.1f}",
-            peak,
-        )
-        for name, peak in rows
-    ]
-    if (divided := parts(program)) < program.mesh.size:
-        lines.append(
-            f"  the work is divided between {divided} of {program.mesh.size} devices: batch {program.batch} "
-            "does not divide over data × fsdp"
-        )
+def _time(plan: Plan) -> list[Row]:
+    roofline, chip = plan.roofline, plan.target.chip
+    peaks = {
+        "compute": f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16",
+        "memory": f"{chip.bandwidth / 1e9:.0f} GB/s",
+        "interconnect": f"{chip.interconnect / 1e9:.0f} GB/s one way",
+    }
+    whole = f", all {plan.program.steps} steps" if plan.program.steps > 1 else ""
+    rows: list[Row] = [(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
+    for name, peak in peaks.items():
+        bottleneck = ", the bottleneck" * (name == roofline.bottleneck)
+        rows.append((f"  {name}{bottleneck}", f"{1e3 * getattr(roofline, name):.1f}", peak))
     if plan.compiled:
-        lines.append(
-            _line("compiled in", f"{plan.compiled.seconds:.0f} s", f"{plan.compiled.core_seconds:.0f} s of CPU cores")
+        rows.append(
+            ("compiled in", f"{plan.compiled.seconds:.0f} s", f"{plan.compiled.core_seconds:.0f} s of CPU cores")
         )
-    return lines
+    return rows
 
 
-def _line(name: str, *values: str) -> str:
-    return f"{name:<48}" + "".join(f"{value:>10}" if at == 0 else f"   {value}" for at, value in enumerate(values))
+def _notes(plan: Plan) -> list[str]:
+    program, divided = plan.program, parts(plan.program)
+    if divided == program.mesh.size:
+        return []
+    return [
+        f"the work is divided between {divided} of {program.mesh.size} devices: batch {program.batch} does not divide "
+        "over data × fsdp"
+    ]
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "flops": dataclasses.asdict(plan.work),
         "roofline": dataclasses.asdict(plan.roofline),
-        "traffic": {kind: dataclasses.asdict(found) for kind, found in plan.traffic.items()},
+        "traffic": {kind: dataclasses.asdict(traffic) for kind, traffic in plan.traffic.items()},
         "compile_seconds": compiled and compiled.seconds,
         "compile_core_seconds": compiled and compiled.core_seconds,
     }

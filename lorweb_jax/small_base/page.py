@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 
 from lorweb_jax.data.embedded.bulk import operated_chunk
 from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS, STYLE_WORDS, DrawingSets, with_article
@@ -167,7 +168,7 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         f"{edits['families_at_least_60_percent']} of {edits['families']} families are nearer on at least 60 % of the "
         f"drawings, {edits['families_at_least_85_percent']} on at least 85 %, by LPIPS.",
         "",
-        *_table("family", columns, edits["lpips"], lambda family, column: _both(edits, family, column)),
+        _table("family", columns, edits["lpips"], lambda family, column: _both(edits, family, column)),
         "",
         "![edits](edits.png)",
         "",
@@ -192,7 +193,7 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         "",
         "Peak signal-to-noise ratio of the autoencoder, dB.",
         "",
-        *_table("set", ["plain", "after_operations"], autoencoder, lambda name, key: f"{autoencoder[name][key]:.1f}"),
+        _table("set", ["plain", "after_operations"], autoencoder, lambda name, key: f"{autoencoder[name][key]:.1f}"),
         "",
         "![reconstruction](reconstruction.png)",
         "",
@@ -206,10 +207,10 @@ def _both(edits: dict, family: str, column: str) -> str:
     return f"{edits['lpips'][family][column]:.0%} ({edits['mse'][family][column]:.0%})"
 
 
-def _table(corner: str, columns: Sequence[str], rows: dict, cell: Callable[[str, str], str]) -> list[str]:
-    titles = [column.replace("_", " ") for column in columns]
-    return [
-        f"| {corner} | " + " | ".join(titles) + " |",
-        "| --- |" + " --- |" * len(columns),
-        *(f"| {row.replace('_', ' ')} | " + " | ".join(cell(row, column) for column in columns) + " |" for row in rows),
-    ]
+def _table(corner: str, columns: Sequence[str], rows: dict, cell: Callable[[str, str], str]) -> str:
+    return tabulate(
+        [[row.replace("_", " "), *(cell(row, column) for column in columns)] for row in rows],
+        headers=[corner, *(column.replace("_", " ") for column in columns)],
+        tablefmt="pipe",
+        disable_numparse=True,
+    )

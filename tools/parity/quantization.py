@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tabulate import tabulate
 
 from lorweb_jax.images.grid import condition_grid
 from lorweb_jax.images.io import read_image
@@ -137,11 +138,10 @@ def _velocity(pipeline: Pipeline, images: list[np.ndarray], adapters=None) -> np
 
 def table(rows: dict[str, np.ndarray]) -> str:
     """Percent, a column for each way."""
-    width = max(map(len, rows))
-    head = [str(way) for way in WAYS]
-    lines = [" " * width + "  " + "  ".join(head)]
-    lines += [
-        f"{name:{width}}  " + "  ".join(f"{100 * value:.2f} %".rjust(len(title)) for value, title in zip(values, head))
-        for name, values in rows.items()
-    ]
-    return "\n".join(lines)
+    return tabulate(
+        [[name, *(f"{100 * value:.2f} %" for value in values)] for name, values in rows.items()],
+        headers=["", *map(str, WAYS)],
+        tablefmt="plain",
+        colalign=["left", *["right"] * len(WAYS)],
+        disable_numparse=True,
+    )
