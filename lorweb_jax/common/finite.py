@@ -1,4 +1,4 @@
-"""Whether numbers are numbers: what is not, or is infinite, ends in a picture that is black all over."""
+"""Checks for NaN and infinity, which would end in a picture that is black all over."""
 
 import ml_dtypes
 import numpy as np
@@ -32,5 +32,5 @@ def require_finite(array: np.ndarray, what: str, remedy: str) -> None:
         return
     wide = array.astype(np.float32) if array.dtype.itemsize < 4 or array.dtype == ml_dtypes.bfloat16 else array
     nans, infinite = int(np.isnan(wide).sum()), int(np.isinf(wide).sum())
-    found = " and ".join([f"not-a-number in {nans:,}"] * bool(nans) + [f"infinity in {infinite:,}"] * bool(infinite))
-    raise UserError(f"{what} holds {found} of {array.size:,} places; {remedy}")
+    kinds = " and ".join([f"not-a-number in {nans:,}"] * bool(nans) + [f"infinity in {infinite:,}"] * bool(infinite))
+    raise UserError(f"{what} holds {kinds} of {array.size:,} places; {remedy}")

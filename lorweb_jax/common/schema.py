@@ -125,9 +125,9 @@ def checked(value: Any, schema: Any, source: str | Path) -> Any:
 
 def require_class(values: dict[str, Any], name: str, source: str | Path) -> None:
     """UserError if a config of diffusers says that it is of another class than `name`."""
-    if (found := values.get("_class_name", name)) != name:
+    if (actual := values.get("_class_name", name)) != name:
         raise UserError(
-            f"{source} is the config of a {shown(found)}, a {name} was expected; use the folder of a FLUX.1 "
+            f"{source} is the config of a {shown(actual)}, a {name} was expected; use the folder of a FLUX.1 "
             "Kontext pipeline"
         )
 
@@ -184,11 +184,11 @@ def _cut(text: str) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice in an object")
-    return made
+    return value
 
 
 def _refuse_constant(name: str) -> None:
@@ -277,8 +277,8 @@ def _yaml_loader() -> type:
     # libyaml's where PyYAML was built with it: twenty times as fast.
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
-        for first, found in base.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in patterns if not tag.endswith(":timestamp")]
+        for first, patterns in base.yaml_implicit_resolvers.items()
     }
     return type("PlainLoader", (base,), {"yaml_implicit_resolvers": resolvers})  # a date is text, as in JSON
 
@@ -296,11 +296,11 @@ def _check_events(events: Iterator[Any], yaml: Any) -> None:
 def _measure(node: Any, known: dict[int, tuple[int, int] | None], yaml: Any, level: int = 0) -> tuple[int, int]:
     """(values, levels) of a node with its aliases written out, as constructing and merging (<<) would have them."""
     if id(node) in known:
-        found = known[id(node)]
-        if found is None:
+        size = known[id(node)]
+        if size is None:
             raise ValueError("an alias stands for what it is part of")
     else:
-        known[id(node)], found = None, (1, 1)
+        known[id(node)], size = None, (1, 1)
         children = []
         if isinstance(node, yaml.MappingNode):
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -311,11 +311,11 @@ def _measure(node: Any, known: dict[int, tuple[int, int] | None], yaml: Any, lev
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
         for child in children:
-            size, height = _measure(child, known, yaml, level + 1)
-            found = found[0] + size, max(found[1], height + 1)
-        known[id(node)] = found
-    if level + found[1] > _DEPTH:
+            values, levels = _measure(child, known, yaml, level + 1)
+            size = size[0] + values, max(size[1], levels + 1)
+        known[id(node)] = size
+    if level + size[1] > _DEPTH:
         raise ValueError(f"nested deeper than {_DEPTH} levels")
-    if found[0] > _YAML_NODES:
+    if size[0] > _YAML_NODES:
         raise ValueError(f"its aliases stand for more than {_YAML_NODES:,} values")
-    return found
+    return size

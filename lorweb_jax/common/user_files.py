@@ -1,4 +1,4 @@
-"""Opening files that users bring: regular ones only, no larger than expected, every failure told in one sentence."""
+"""Opening files that users bring: regular ones only, no larger than expected, every failure one sentence."""
 
 import os
 import stat
@@ -35,7 +35,7 @@ _BEGINNINGS = {
 
 
 def regular_file(path: str | Path, remedy: str = "check the path") -> Path:
-    """`path`, if a regular file (or a link to one) lies there; found out without opening it, for a pipe would wait.
+    """`path`, if a regular file (or a link to one) lies there; checked without opening it, since opening a pipe waits.
 
     Raises UserError if there is nothing, if it may not be looked at, or for a folder, pipe, device or socket.
     """

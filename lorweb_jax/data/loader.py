@@ -216,7 +216,7 @@ class AnalogyLoader(grain.DatasetIterator):
         reader = _Reader(data, quadrant_size, max_size, caption_drop, reverse_probability)
         samples = _order(data, order_seed, task_balanced).random_map(reader, seed=draw_seed)
         if rows is not None:
-            samples = _Rows(samples, batch_size, rows)
+            samples = _HostRows(samples, batch_size, rows)
         self._batches = samples.batch(batch_size if rows is None else len(rows), drop_remainder=True, batch_fn=_batch)
 
     def __next__(self) -> dict:
@@ -325,7 +325,7 @@ def _order(analogies: Analogies, seed: int, task_balanced: bool) -> grain.MapDat
     return grain.experimental.WindowShuffleMapDataset(rounds, window_size=len(tasks), seed=round_seed)
 
 
-class _Rows(grain.MapDataset):
+class _HostRows(grain.MapDataset):
     """Of every `batch` elements that follow one another, those at `rows`."""
 
     def __init__(self, parent: grain.MapDataset, batch: int, rows: Sequence[int]):

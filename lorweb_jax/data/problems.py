@@ -40,33 +40,33 @@ class Notes:
 
 
 class Problems:
-    """What was skipped while listing and reading data. Each problem is kept once, in the order found.
+    """What was skipped while listing and reading data. Each problem is kept once, in the order of discovery.
 
     `substituted` counts the analogies that were replaced by another one because an image couldn't be read. `tell` says
     what had to be left out of images that are used (see `read_pair`).
     """
 
     def __init__(self) -> None:
-        self._found: dict[Problem, None] = {}
+        self._problems: dict[Problem, None] = {}
         self.tell = Notes()
         self.substituted = 0
 
     def add(self, task: str, file: str, reason: str) -> bool:
         """Keep a problem, made printable; True if it is new."""
         problem = Problem(printable(task), printable(file), printable(reason))
-        new = problem not in self._found
-        self._found[problem] = None
+        new = problem not in self._problems
+        self._problems[problem] = None
         return new
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._problems)
 
     def __iter__(self) -> Iterator[Problem]:
-        return iter(self._found)
+        return iter(self._problems)
 
     def summary(self, examples: int = 5) -> str:
         """A text for a person: the number of problems, the first few of them and the substituted analogies."""
-        if not self._found:
+        if not self._problems:
             return "no problems found in the data"
         tasks = len({problem.task for problem in self})
         lines = [

@@ -1,10 +1,10 @@
-"""Analogy data in the Relation252K layout: the reader, and all analogies of it without a list of them.
+"""Analogy data in the Relation252K layout: tasks and pairs of images, and all analogies of them by index.
 
 `<root>/<task>/<group>/labels.json` lists {img_name, left_image_description, right_image_description,
 edit_instruction}; each image file is "before | after" side by side (method.md section 8). The group folder is
 `Group1` in the original and has other names in copies, so every sub-folder that holds a labels.json counts, and the
-task's own folder may hold it too. What can't be used is never fatal while something usable remains, and never silent:
-it goes into a `Problems`.
+task's own folder may hold it too. What can't be used is skipped and added to a `Problems`; only data without anything
+usable is an error.
 """
 
 import bisect
@@ -52,14 +52,14 @@ class Task:
 
 
 def _label_files(folder: Path) -> list[Path]:
-    places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
-    return [place / "labels.json" for place in places if (place / "labels.json").is_file()]
+    folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    return [path / "labels.json" for path in folders if (path / "labels.json").is_file()]
 
 
 def _read_labels(file: Path) -> list:
     """The entries of a labels.json; ValueError, in words for a person, if it isn't a list with entries.
 
-    Read as leniently as JSON goes: what is wrong with one entry is no matter of the others.
+    Lenient: what is wrong with one entry must not cost the others.
     """
     try:
         text = read_text(file, INDEX_BYTES)
@@ -179,10 +179,10 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
         if task:
             tasks.append(task)
     if not tasks:
-        found = problems.summary() if len(problems) else "it has no sub-folders"
+        why = problems.summary() if len(problems) else "it has no sub-folders"
         raise UserError(
             f"no usable task in the data folder {root}; expected <task>/Group1/labels.json with two or "
-            f"more image pairs; found: {found}"
+            f"more image pairs; found: {why}"
         )
     return tasks
 
@@ -190,7 +190,7 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
 def read_pair(pair: Pair, tell: Callable[[str, str], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The pair's images (before, after), uint8 [h,w,3] each; the middle column of an odd width is left out.
 
-    tell(path, what): is told what had to be left out of the file, such as further frames; by default it is printed.
+    tell(path, what) reports what was left out of the file, such as further frames; by default it is printed.
 
     Raises:
       UserError: the file is missing, unreadable or only one pixel wide.
@@ -265,8 +265,8 @@ class Analogies(Sequence[Analogy]):
     def pair_indexes(self, index: int) -> tuple[int, int]:
         """The positions of the first and the second pair within their task."""
         task = self.task_of(index)
-        place = (index - self._starts[task]) * self._strides[task] % self._all[task]
-        first, second = divmod(place, len(self.tasks[task].pairs) - 1)
+        number = (index - self._starts[task]) * self._strides[task] % self._all[task]
+        first, second = divmod(number, len(self.tasks[task].pairs) - 1)
         return first, second + (second >= first)
 
     def __getitem__(self, index: int) -> Analogy:  # pyrefly: ignore[bad-override]  (nobody needs slices)
@@ -289,14 +289,14 @@ class Analogies(Sequence[Analogy]):
 def contents(tasks: Iterable[Task]) -> str:
     """A short hash of what lies in data: names of tasks and files, instructions and the files' sizes, the same wherever
     the folder lies. `Analogies.digest`, which saved positions hold, knows the names alone."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for task in tasks:
-        found.update(
+        digest.update(
             json.dumps(
                 [task.name, *([task.relative(pair), pair.instruction, _size(pair.file)] for pair in task.pairs)]
             ).encode()
         )
-    return found.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def _size(file: str) -> int:

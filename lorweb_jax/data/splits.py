@@ -1,4 +1,4 @@
-"""The data of a basis's training run: the tasks that are trained on, and those that are only looked at."""
+"""The data of a basis's training run: the tasks trained on, and those only evaluated."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def read_splits(config, problems: Problems) -> dict[str, list[Task]]:
     The embedded data set is built on the first call. Raises UserError for a folder without a usable task.
     """
     if config.data.root == "embedded":
-        made = build_embedded_dataset(Path(config.data.cache) / "embedded", Path(config.data.cache) / "drawings")
-        roots = {"train": made.train, "held_out_drawings": made.heldout_drawings, "held_out_tasks": made.heldout_tasks}
+        data = build_embedded_dataset(Path(config.data.cache) / "embedded", Path(config.data.cache) / "drawings")
+        roots = {"train": data.train, "held_out_drawings": data.heldout_drawings, "held_out_tasks": data.heldout_tasks}
     else:
         roots = {"train": Path(config.data.root)}
         if config.data.held_out:

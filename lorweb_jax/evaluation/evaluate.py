@@ -40,7 +40,7 @@ class Sample:
 
 
 class Embedder(Protocol):
-    """encoders.image_encoder.ImageEncoder, or anything that embeds images."""
+    """models.image_encoder.encoder.ImageEncoder, or anything that embeds images."""
 
     def embed(self, images: list[np.ndarray]) -> np.ndarray: ...
 
@@ -61,8 +61,8 @@ def read_samples(tasks: Sequence[Task], per_task: int, problems: Problems, max_s
     for task, (chosen, spares) in zip(tasks, _candidates(tasks, per_task), strict=True):
         read = [_read(analogy, task, max_size, bad, problems) for analogy in chosen]
         lost = read.count(None)
-        found = (_read(analogy, task, max_size, bad, problems) for analogy in spares if lost)
-        replaced = list(itertools.islice((sample for sample in found if sample), lost))
+        others = (_read(analogy, task, max_size, bad, problems) for analogy in spares if lost)
+        replaced = list(itertools.islice((sample for sample in others if sample), lost))
         problems.substituted += len(replaced)
         samples += [sample for sample in read if sample] + replaced
     if not samples:
@@ -154,19 +154,19 @@ def _scores(
 
 def distances(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> list[float]:
     """LPIPS of each image of x with its partner in y; sizes may differ from pair to pair."""
-    found = np.zeros(len(x))
+    result = np.zeros(len(x))
     for chosen, padded in batches(x):
-        found[chosen] = lpips(np.stack([x[i] for i in padded]), np.stack([y[i] for i in padded]))[: len(chosen)]
-    return found.tolist()
+        result[chosen] = lpips(np.stack([x[i] for i in padded]), np.stack([y[i] for i in padded]))[: len(chosen)]
+    return result.tolist()
 
 
 def _embeddings(image_encoder: Embedder, images: Sequence[np.ndarray]) -> np.ndarray:
     """[b, p]; an encoder brings every image to its own size, so all of them count as one."""
-    found = [
+    embeddings = [
         image_encoder.embed([images[i] for i in padded])[: len(chosen)]
         for chosen, padded in batches([images[0]] * len(images))
     ]
-    return np.concatenate(found)
+    return np.concatenate(embeddings)
 
 
 def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndarray]], per_task: int = 1) -> np.ndarray:

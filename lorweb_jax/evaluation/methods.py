@@ -23,10 +23,10 @@ def edit_samples(
     batch: int = 16,
     use_basis: bool = True,
 ) -> list[np.ndarray]:
-    """b′ of every sample, `batch` at once, each from its caption and its place's noise."""
+    """b′ of every sample, `batch` at once, each from its caption and the noise of its position in the batch."""
     results: list[np.ndarray] = [samples[0].b] * len(samples)
     for chosen, padded in batches([sample.b for sample in samples], batch):
-        made = pipeline.edit_batch(
+        images = pipeline.edit_batch(
             [samples[i].condition for i in padded],
             [samples[i].caption for i in padded],
             steps=steps,
@@ -34,7 +34,7 @@ def edit_samples(
             seed=seed,
             use_basis=use_basis,
         )
-        for index, image in zip(chosen, made):
+        for index, image in zip(chosen, images):
             results[index] = image
     return results
 
@@ -53,6 +53,6 @@ def evaluate_pipeline(pipeline: Pipeline, samples: Sequence[Sample], out: Path, 
     """Score copy, base and basis on the samples; write table.md, table.json and sheet.png into `out`."""
     table = evaluate(methods(pipeline, **sampling), samples, pipeline.image_encoder)
     table.write(out)
-    made = {name: images for name, images in table.results.items() if name != COPY}  # b is shown as it is
-    write_image(out / "sheet.png", rows_sheet(samples, made))
+    results = {name: images for name, images in table.results.items() if name != COPY}  # b is shown as it is
+    write_image(out / "sheet.png", rows_sheet(samples, results))
     return table

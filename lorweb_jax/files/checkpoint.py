@@ -117,9 +117,9 @@ class Checkpoint:
     @classmethod
     def of_entries(cls, file: Path, entries: Mapping[str, Entry]) -> "Checkpoint":
         """Of a file in another format, which its own reader has found the tensors of."""
-        made = cls.__new__(cls)
-        made.path, made.files, made.metadata, made._entries = file, [file], {}, dict(entries)
-        return made
+        checkpoint = cls.__new__(cls)
+        checkpoint.path, checkpoint.files, checkpoint.metadata, checkpoint._entries = file, [file], {}, dict(entries)
+        return checkpoint
 
     def of(self, entries: Mapping[str, Entry]) -> "Checkpoint":
         """The same files with other entries: some of them, under other names, or decoded."""
@@ -226,9 +226,9 @@ def _find(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     files = _prefer_standard(sorted(path.glob("*.safetensors")))
     if len(files) == 1 and not indices:
         return files, None
-    found = ", ".join(file.name for file in indices + files) or "no .safetensors file"
+    names = ", ".join(file.name for file in indices + files) or "no .safetensors file"
     raise UserError(
-        f"{path} holds {found}; expected one .safetensors file or shards with one index: "
+        f"{path} holds {names}; expected one .safetensors file or shards with one index: "
         "name the file or the right folder"
     )
 

@@ -67,12 +67,12 @@ def resolve(path: str | Path, files: Sequence[str], what: str, needed: Sequence[
 
 def existing(path: str | Path, files: Sequence[str], what: str, needed: Sequence[str] = ()) -> Path:
     """`resolve`, and UserError where nothing lies there."""
-    found = resolve(path, files, what, needed)
-    if not found.exists():
-        known = _KNOWN.get(found.name)
+    folder = resolve(path, files, what, needed)
+    if not folder.exists():
+        known = _KNOWN.get(folder.name)
         hint = f"; on the Hub it is {known}, a name that is taken too" if known else ""
-        raise UserError(f"there is no {found}; give {what}{hint}")
-    return found
+        raise UserError(f"there is no {folder}; give {what}{hint}")
+    return folder
 
 
 def _within_cache(path: Path) -> Path:
@@ -90,9 +90,9 @@ def _within_cache(path: Path) -> Path:
     named = next((folder for folder in snapshots if os.fsencode(folder.name) == name), None)
     if named is None:
         if len(snapshots) != 1:
-            found = ", ".join(folder.name for folder in snapshots) or "none"
+            names = ", ".join(folder.name for folder in snapshots) or "none"
             raise UserError(
-                f"{path} is a Hub cache's folder with the snapshots {found} and no refs/main that names "
+                f"{path} is a Hub cache's folder with the snapshots {names} and no refs/main that names "
                 "one; give the path of one of them"
             )
         named = snapshots[0]

@@ -111,8 +111,8 @@ def _check_notes(checkpoint: Checkpoint) -> None:
         if name.endswith(_NOTE) and checkpoint.dtype(name) == DTYPES["U8"]
     }
     if _HEADER in checkpoint.metadata:
-        held = parse_json(checkpoint.metadata[_HEADER], f"{checkpoint.path}: {_HEADER}")
-        layers = held.get("layers") if isinstance(held, dict) else None
+        header = parse_json(checkpoint.metadata[_HEADER], f"{checkpoint.path}: {_HEADER}")
+        layers = header.get("layers") if isinstance(header, dict) else None
         notes |= {name: json.dumps(note) for name, note in (layers if isinstance(layers, dict) else {}).items()}
     for name, text in notes.items():
         note = parse_json(text, f"{checkpoint.path}: {name}")

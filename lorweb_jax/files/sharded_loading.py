@@ -1,8 +1,8 @@
-"""Weights read from files straight into their places: the devices' shards, in the dtype and the layout that is wanted.
+"""Weights read from files straight into the devices' shards, in the dtype and sharding of the model.
 
-One block's tensor (or the rows of it that this host's devices hold) is read at a time. Into an accelerator's memory
-large parameters go tensor by tensor: it transposes, casts, quantises and fills its shard, and the host holds a few
-tensors at most. Where a device's memory is the host's, and for small parameters, the host fills the shard itself.
+One block's tensor (or the rows of it that this host's devices hold) is read at a time. Large parameters are sent to an
+accelerator tensor by tensor: the device transposes, casts, quantises and fills its shard, and the host holds a few
+tensors at most. On a CPU, and for small parameters, the host fills the shards itself.
 """
 
 import functools
@@ -30,12 +30,12 @@ _BLOCK = 128  # columns transposed or quantised at a time, so that they stay in 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
-def place(stored: Stored, shapes: Shapes, streamed_above: int | None = None) -> dict[str, jax.Array]:
-    """{path: array} of `shapes`: some or all of the model's paths, with the dtype and the sharding that are wanted.
+def load_sharded(stored: Stored, shapes: Shapes, streamed_above: int | None = None) -> dict[str, jax.Array]:
+    """{path: array} of `shapes`, some or all of the model's paths with the dtype and sharding of each.
 
     A path X.kernel of 8-bit dtype with X.scale beside it (and not in the files) is quantised as it is read, a whole
-    output channel at a time however it is split. streamed_above: bytes; by default SMALL, and none on a CPU. Raises
-    UserError for a path or shape that the files don't have.
+    output channel at a time however it is sharded. streamed_above: parameters of more bytes than this are assembled on
+    the device; by default SMALL, and none on a CPU. Raises UserError for a path or shape that the files don't have.
     """
     kinds = {dtype: kind for kind, dtype in quantization.DTYPES.items()}
     scales = {
@@ -46,7 +46,7 @@ def place(stored: Stored, shapes: Shapes, streamed_above: int | None = None) -> 
         and (kernel := path.removesuffix(".scale") + ".kernel") in shapes
     }
     _check(stored, shapes, scales)
-    placed: dict[str, jax.Array] = {}
+    arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(2) as readers:
         for path, where in shapes.items():
             if path in scales.values():
@@ -56,8 +56,8 @@ def place(stored: Stored, shapes: Shapes, streamed_above: int | None = None) -> 
             parameter = _Parameter(stored, path, list(targets.values()), kind)
             streams = parameter.nbytes > (parameter.limit if streamed_above is None else streamed_above)
             fill = parameter.streamed if streams and not parameter.splits_blocks else parameter.on_host
-            placed |= dict(zip(targets, fill(readers)))
-    return placed
+            arrays |= dict(zip(targets, fill(readers)))
+    return arrays
 
 
 def _check(stored: Stored, shapes: Shapes, scales: Mapping[str, str]) -> None:
@@ -76,7 +76,7 @@ def _check(stored: Stored, shapes: Shapes, scales: Mapping[str, str]) -> None:
 
 
 class _Piece(NamedTuple):
-    """The cut of a block's tensor that a device is given, and where in it its part of each array begins."""
+    """The cut of a block's tensor that a device takes, and where in it its part of each array begins."""
 
     cut: Cut
     starts: tuple[tuple[int, ...], ...]
@@ -91,24 +91,24 @@ class _Parameter:
         self.stacked = self.parts[0][1] is not None
         self.axes, self.shape = self.layout.axes(self.parts[0]), self.layout.part_shape(self.parts[0])
         self.nbytes = math.prod(self.layout.shapes[path]) * self.layout.dtype(stored.checkpoint, self.parts[0]).itemsize
-        # Of each array: {device of this host: (start, stop) of each axis that it holds}.
-        self.held = [
+        # Of each array: {device of this host: (start, stop) of each axis of its shard}.
+        self.shards = [
             {
                 device: tuple(s.indices(size)[:2] for s, size in zip(index, where.shape))
                 for device, index in held_slices(where.sharding, where.shape).items()
             }
             for where in wanted
         ]
-        self.devices = list(self.held[0])
+        self.devices = list(self.shards[0])
         self.limit = math.inf if self.devices[0].platform == "cpu" else SMALL
         self.splits_blocks = self.stacked and any(
-            cut[0] != (0, len(self.parts)) for held in self.held for cut in held.values()
+            cut[0] != (0, len(self.parts)) for shards in self.shards for cut in shards.values()
         )
         self.pieces = self._pieces()
 
     def _pieces(self) -> list[_Piece]:
-        """What each device is given of a block's tensor."""
-        cuts = [tuple(held[device][self.stacked :] for held in self.held) for device in self.devices]
+        """What each device takes of a block's tensor."""
+        cuts = [tuple(shards[device][self.stacked :] for shards in self.shards) for device in self.devices]
         if self.kind is None:
             return [_Piece(cut, ((0,) * len(cut),)) for (cut,) in cuts]
         # Quantised: all inputs of the device's output channels, or all of the tensor where its scales are of others.
@@ -135,19 +135,19 @@ class _Parameter:
         ]
 
     def on_host(self, readers: Executor) -> list[jax.Array]:
-        """The host makes each device's part; on a CPU that is the part itself, elsewhere it is then moved."""
+        """The host makes each device's shard; a CPU device uses that memory, others copy it."""
         buffers = [
-            {cut: _aligned([stop - start for start, stop in cut], where.dtype) for cut in held.values()}
-            for held, where in zip(self.held, self.wanted)
+            {cut: _aligned([stop - start for start, stop in cut], where.dtype) for cut in shards.values()}
+            for shards, where in zip(self.shards, self.wanted)
         ]
 
         def fill(part: Part) -> None:
             _, layer = part
-            made = {cut: self._made(array) for cut, array in self._read(part).items()}
+            arrays = {cut: self._ours(array) for cut, array in self._read(part).items()}
             filled = set()
             for device, piece in zip(self.devices, self.pieces):
-                for k, (array, start) in enumerate(zip(made[piece.cut], piece.starts)):
-                    cut = self.held[k][device]
+                for k, (array, start) in enumerate(zip(arrays[piece.cut], piece.starts)):
+                    cut = self.shards[k][device]
                     block = ... if layer is None else layer - cut[0][0]
                     if (k, cut) not in filled and (block is ... or 0 <= block < cut[0][1] - cut[0][0]):
                         target = buffers[k][cut][block]
@@ -158,12 +158,12 @@ class _Parameter:
             pass
         return self._assembled(
             [
-                [jax.device_put(arrays[held[device]], device) for device in self.devices]
-                for arrays, held in zip(buffers, self.held)
+                [jax.device_put(arrays[shards[device]], device) for device in self.devices]
+                for arrays, shards in zip(buffers, self.shards)
             ]
         )
 
-    def _made(self, theirs: np.ndarray) -> list[np.ndarray]:
+    def _ours(self, theirs: np.ndarray) -> list[np.ndarray]:
         """Their tensor (or a cut of it) as ours: a view, or codes and scale."""
         ours = theirs.transpose(self.axes)
         ours = ours.reshape(ours.shape[ours.ndim - len(self.shape) :])
@@ -176,10 +176,10 @@ class _Parameter:
         return [np.concatenate(arrays, axis=-1) for arrays in zip(*columns)]
 
     def streamed(self, readers: Executor) -> list[jax.Array]:
-        """The devices make their parts, from one tensor after another."""
+        """The devices make their shards, from one tensor after another."""
         devices, depth = self.devices, len(self.parts)
-        mesh = Mesh(np.array(devices), ("device",))  # of this host alone: no other need take part
-        split, copied = NamedSharding(mesh, P("device")), NamedSharding(mesh, P())
+        mesh = Mesh(np.array(devices), ("device",))  # of this host alone: no other process takes part
+        split, replicated = NamedSharding(mesh, P("device")), NamedSharding(mesh, P())
         plan = _Plan(
             self.axes,
             len(self.shape),
@@ -198,12 +198,12 @@ class _Parameter:
             if self.stacked
             else []
         )
-        for block, found in enumerate(ahead(readers, self._read, self.parts, _AHEAD)):
-            moved = [jax.device_put(found[piece.cut], device) for piece, device in zip(self.pieces, devices)]
+        for block, tensors in enumerate(ahead(readers, self._read, self.parts, _AHEAD)):
+            moved = [jax.device_put(tensors[piece.cut], device) for piece, device in zip(self.pieces, devices)]
             shape = (len(devices) * moved[0].shape[0], *moved[0].shape[1:])
             tensor = jax.make_array_from_single_device_arrays(shape, split, moved)
             filled = (
-                fill(filled, tensor, starts, jax.device_put(np.int32(block), copied))
+                fill(filled, tensor, starts, jax.device_put(np.int32(block), replicated))
                 if self.stacked
                 else make(tensor, starts)
             )

@@ -53,21 +53,21 @@ def fill(module: nnx.Module, flat: Mapping[str, Any], what: str = "the weights")
     return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
 
 
-def differences(found: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]]) -> list[str]:
+def differences(actual: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]]) -> list[str]:
     """One line per name: "- name" missing, "+ name" not expected, "± name" of another shape. Shapes by name."""
-    lines = [f"- {name} {list(expected[name])}: missing" for name in expected if name not in found]
-    lines += [f"+ {name} {list(found[name])}: not expected" for name in found if name not in expected]
+    lines = [f"- {name} {list(expected[name])}: missing" for name in expected if name not in actual]
+    lines += [f"+ {name} {list(actual[name])}: not expected" for name in actual if name not in expected]
     lines += [
-        f"± {name}: found {list(found[name])}, expected {list(expected[name])}"
+        f"± {name}: found {list(actual[name])}, expected {list(expected[name])}"
         for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
+        if name in actual and tuple(actual[name]) != tuple(expected[name])
     ]
     return lines
 
 
-def require_equal(found: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]], what: str) -> None:
+def require_equal(actual: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]], what: str) -> None:
     """Raises UserError that lists the first differences, if there are any."""
-    lines = differences(found, expected)
+    lines = differences(actual, expected)
     if lines:
         rest = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         raise UserError(

@@ -53,11 +53,11 @@ class Store:
                 "same options first, or leave --config.precomputed empty",
                 2,
             )
-        held = read_json(self.folder / IDENTITY)
+        earlier = read_json(self.folder / IDENTITY)
         differing = [
-            f"{name} was {shown(held.get(name))} and is {shown(identity.get(name))}"
-            for name in sorted(held.keys() | identity.keys())
-            if held.get(name) != identity.get(name)
+            f"{name} was {shown(earlier.get(name))} and is {shown(identity.get(name))}"
+            for name in sorted(earlier.keys() | identity.keys())
+            if earlier.get(name) != identity.get(name)
         ]
         if differing:
             raise UserError(
@@ -98,8 +98,8 @@ class Store:
 
     def gather(self, name: str, keys: Iterable[str]) -> np.ndarray:
         """Array `name` of these records, stacked [b, …]; KeyError for a key that isn't there."""
-        places = [self._rows[key] for key in keys]
-        return np.stack([self._shards[shard][name][row] for shard, row in places])
+        rows = [self._rows[key] for key in keys]
+        return np.stack([self._shards[shard][name][row] for shard, row in rows])
 
     def require_space(self, nbytes: int) -> None:
         """UserError unless so many bytes are free."""

@@ -1,4 +1,4 @@
-"""Conversion as data: a table of rows says where each of our parameters lies in a foreign layout.
+"""Conversion tables: each row says where one of our parameters lies in a foreign layout.
 
 The same table serves both directions, one parameter (or one block's slice of it) at a time. It is strict: every
 parameter has its tensor, every tensor has its parameter, every shape agrees, or nothing is converted.
@@ -24,7 +24,7 @@ class Row(NamedTuple):
         leading ones have length 1 (a linear layer stored as a 1x1 convolution).
     swapped: the two halves of their leading axis lie the other way round.
     Rows with the same key are the parts of one fused tensor, along its leading axis in the table's order.
-    Rows of paths that a model does not have are passed over.
+    Rows of paths that a model does not have are ignored.
     """
 
     path: str
@@ -40,7 +40,7 @@ Part = tuple[str, int | None]  # our path and the block index, None for a parame
 Cut = tuple[tuple[int, int], ...]  # (start, stop) of each of our axes
 
 
-class Rows(NamedTuple):
+class RowRange(NamedTuple):
     """Rows start..stop along the leading axis of their tensor `key`."""
 
     key: str
@@ -48,10 +48,12 @@ class Rows(NamedTuple):
     stop: int
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
+    """Where a part lies: rows start..stop along the leading axis of the tensor `key`, as `row` says."""
+
     row: Row
     key: str
-    start: int  # rows of the tensor's leading axis
+    start: int
     stop: int
 
 
@@ -91,13 +93,13 @@ class Layout:
         self.shapes = {path: tuple(value.shape) for path, value in shapes.items()}
         self.tensors: dict[str, tuple[int, ...]] = {}
         self.parts: dict[str, list[Part]] = {}
-        self._places: dict[Part, _Place] = {}
+        self._locations: dict[Part, _Location] = {}
         for row in (row if isinstance(row, Row) else Row(*row) for row in rows):
             if row.path in self.shapes:
                 depth = self.shapes[row.path][0] if "{l}" in row.key else None
                 for layer in range(depth) if depth is not None else [None]:
                     self._add(row, layer)
-        covered = {path for path, _ in self._places}
+        covered = {path for path, _ in self._locations}
         if absent := [path for path in self.shapes if path not in covered]:
             raise UserError(
                 f"the conversion table has no row for {absent[0]} ({len(absent)} such); "
@@ -109,7 +111,7 @@ class Layout:
         # A broadcast zero has the shape without the memory.
         shape = to_theirs(np.broadcast_to(np.int8(0), self.part_shape((row.path, layer))), row).shape
         start = self.tensors[key][0] if key in self.tensors else 0
-        self._places[row.path, layer] = _Place(row, key, start, start + shape[0])
+        self._locations[row.path, layer] = _Location(row, key, start, start + shape[0])
         self.tensors[key] = (start + shape[0], *shape[1:])
         self.parts.setdefault(key, []).append((row.path, layer))
 
@@ -119,36 +121,36 @@ class Layout:
 
     def __iter__(self) -> Iterator[Part]:
         """Parts in the table's order: a stacked parameter's blocks one after another."""
-        return iter(self._places)
+        return iter(self._locations)
 
     def require(self, checkpoint: Checkpoint, ignored: Collection[str] = ()) -> None:
         """UserError with the differences unless the checkpoint holds just this layout's tensors, in floating point (and
         `ignored`)."""
-        found = {key: shape for key, shape in checkpoint.shapes.items() if key not in ignored}
-        require_equal(found, self.tensors, str(checkpoint.path))
+        shapes = {key: shape for key, shape in checkpoint.shapes.items() if key not in ignored}
+        require_equal(shapes, self.tensors, str(checkpoint.path))
         checkpoint.require_floats(ignored)
 
     def read(self, checkpoint: Checkpoint, part: Part) -> np.ndarray:
-        """Our parameter, or one block's slice of it, from the checkpoint."""
-        row, key, start, stop = self._places[part]
+        """Our parameter, or one block's slice of it."""
+        row, key, start, stop = self._locations[part]
         return to_ours(checkpoint.read(key, start, stop), row, self.part_shape(part))
 
     def dtype(self, checkpoint: Checkpoint, part: Part) -> np.dtype:
         """As the file stores it."""
-        return checkpoint.dtype(self._places[part].key)
+        return checkpoint.dtype(self._locations[part].key)
 
     def axes(self, part: Part) -> tuple[int, ...]:
         """Their tensor (halves already swapped) transposed by these axes is ours, after leading axes of length 1."""
-        return self._places[part].row.axes or tuple(range(len(self.part_shape(part))))
+        return self._locations[part].row.axes or tuple(range(len(self.part_shape(part))))
 
     def read_cuts(self, checkpoint: Checkpoint, part: Part, cuts: Collection[Cut]) -> dict[Cut, np.ndarray]:
         """Several cuts of a part, each as it lies in their tensor, not transposed (`axes`).
 
         Of their leading axis nothing is read that no cut holds, and nothing twice, unless cuts overlap in part.
         """
-        row, key, start, stop = self._places[part]
+        row, key, start, stop = self._locations[part]
         axes = self.axes(part)
-        added, rows, found = len(axes) - len(self.part_shape(part)), {}, {}
+        added, rows, arrays = len(axes) - len(self.part_shape(part)), {}, {}
         for cut in cuts:
             theirs = [slice(None)] * len(axes)
             for axis, (first, last) in zip(axes[added:], cut):
@@ -158,26 +160,26 @@ class Layout:
                 rows[first, last] = _unswapped(checkpoint.read(key, start + first, start + last), row)
             if not row.swapped:
                 theirs[0] = slice(None)
-            found[cut] = rows[first, last][tuple(theirs)]
-        return found
+            arrays[cut] = rows[first, last][tuple(theirs)]
+        return arrays
 
-    def rows_in(self, source: "Layout", key: str) -> list[Rows]:
+    def rows_in(self, source: "Layout", key: str) -> list[RowRange]:
         """Their tensor `key` as rows of the tensors of another layout of this model, byte for byte, in order."""
         return [rows for part in self.parts[key] for rows in self._part_in(source, part)]
 
-    def _part_in(self, source: "Layout", part: Part) -> list[Rows]:
-        here, there = self._places[part], source._places[part]
+    def _part_in(self, source: "Layout", part: Part) -> list[RowRange]:
+        here, there = self._locations[part], source._locations[part]
         axes = len(self.part_shape(part))
         if _order(here.row, axes) != _order(there.row, axes):
             raise ValueError(f"{part[0]} lies transposed in {here.key} and {there.key}, so that no bytes can be copied")
         if here.row.swapped == there.row.swapped:
-            return [Rows(there.key, there.start, there.stop)]
+            return [RowRange(there.key, there.start, there.stop)]
         middle = (there.start + there.stop) // 2
-        return [Rows(there.key, middle, there.stop), Rows(there.key, there.start, middle)]
+        return [RowRange(there.key, middle, there.stop), RowRange(there.key, there.start, middle)]
 
     def assemble(self, key: str, get: Callable[[Part], np.ndarray]) -> np.ndarray:
         """Their tensor `key`, from our parameters (or slices) that `get` returns."""
-        parts = [to_theirs(get(part), self._places[part].row) for part in self.parts[key]]
+        parts = [to_theirs(get(part), self._locations[part].row) for part in self.parts[key]]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

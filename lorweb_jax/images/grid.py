@@ -20,16 +20,16 @@ def condition_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, max_size: int |
 def stretched(analogies: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[str]:
     """A sentence for a′, and one for b, where such an image takes another shape when it is brought to a's size."""
     sentences = []
-    for place, name in ((1, "a2"), (2, "b")):
-        found = [
-            (images[place].shape[1::-1], images[0].shape[1::-1])
+    for position, name in ((1, "a2"), (2, "b")):
+        sizes = [
+            (images[position].shape[1::-1], images[0].shape[1::-1])
             for images in analogies
-            if other_shape(images[place].shape[1::-1], images[0].shape[1::-1])
+            if other_shape(images[position].shape[1::-1], images[0].shape[1::-1])
         ]
-        if found:
-            (width, height), (a_width, a_height) = found[0]
+        if sizes:
+            (width, height), (a_width, a_height) = sizes[0]
             among = (
-                f" in {len(found)} of {len(analogies)} analogies, in the first of them" if len(analogies) > 1 else ""
+                f" in {len(sizes)} of {len(analogies)} analogies, in the first of them" if len(analogies) > 1 else ""
             )
             sentences.append(
                 f"{name} is stretched to a's shape{among} from {width}x{height} to {a_width}x{a_height} "

@@ -48,8 +48,8 @@ def read_image(path: str | Path, tell: Callable[[str, str], object] | None = Non
     """The image of a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file as uint8 [H,W,3], sRGB.
 
     Turned as its EXIF data asks, 16 bits scaled to 8, colours of an embedded profile converted to sRGB, transparent
-    parts laid on white; of several frames the first. tell(path, what): is told what had to be left out; by default it
-    is printed. Raises UserError for a file that is missing, damaged, no image, larger than MAX_PIXELS, or of samples
+    parts laid on white; of several frames the first. tell(path, what) reports what was left out; by default it is
+    printed. Raises UserError for a file that is missing, damaged, no image, larger than MAX_PIXELS, or of samples
     whose range isn't known.
     """
     if not isinstance(path, str | os.PathLike):
@@ -134,11 +134,10 @@ def require_image_name(path: str | Path, size: tuple[int, int] | None = None) ->
 
 
 def write_image(path: str | Path, image: np.ndarray, overwrite: bool = True) -> Path:
-    """Write uint8 [H,W,3] in the format that the suffix says, at once or not at all; makes missing folders.
+    """Write uint8 [H,W,3] in the format that the suffix says, whole or not at all; makes missing folders.
 
     A file of this name is replaced; with `overwrite` False a free name beside it is taken. Returns where the image is.
-    Raises UserError for an unknown suffix, another kind of array, or when the file
-    cannot be written.
+    Raises UserError for an unknown suffix, another kind of array, or when the file cannot be written.
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"an image's path is a {type(path).__name__}, a str or Path was expected; give a file's name")

@@ -1,4 +1,4 @@
-"""The one way in which images get another size."""
+"""Resizing of images."""
 
 import numpy as np
 from PIL import Image

@@ -14,7 +14,7 @@ from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.schema import read_json
 from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
-from lorweb_jax.files.sharded_loading import place
+from lorweb_jax.files.sharded_loading import load_sharded
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
 from lorweb_jax.models.clip.folder import ClipText, open_clip_text, text_config
@@ -225,7 +225,7 @@ class PipelineFolder:
                     for path, shape in shapes.items()
                     if path.startswith(f"{part}.")
                 }
-                found = place(open_part(), wanted) if wanted else {}
+                found = load_sharded(open_part(), wanted) if wanted else {}
             held |= {f"{part}.{path}": array for path, array in found.items()}
         return held
 

@@ -14,7 +14,7 @@ from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.conversion import FINISHED, Progress, Run, check, one_sentence_if_full, record, write_files
 from lorweb_jax.files.safetensors_io import Spec, index_of, shards_of, write_json, write_sharded
 from lorweb_jax.files.state import require_equal
-from lorweb_jax.files.table import Layout, Rows, Stored, tensors_of
+from lorweb_jax.files.table import Layout, RowRange, Stored, tensors_of
 from lorweb_jax.pipeline.sources import KINDS, LAYOUTS, Source, recognise, recognise_all
 
 __all__ = [
@@ -155,7 +155,7 @@ def convert(
     return target, specs
 
 
-def _run(checkpoint: Checkpoint, rows: Rows) -> Run:
+def _run(checkpoint: Checkpoint, rows: RowRange) -> Run:
     """Rows of a tensor as bytes to be copied, or decoded."""
     entry = checkpoint.entries[rows.key]
     return Run(checkpoint.extent(*rows), entry.dtype, entry.decoder, rows.start * math.prod(entry.shape[1:]))

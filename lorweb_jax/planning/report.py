@@ -14,7 +14,7 @@ from lorweb_jax.training.state import count
 _NAMES = {"base": "base weights, frozen", "basis": "basis, trained", "optimizer": "optimizer's moments"}
 
 
-Row = tuple[str, ...]  # what, its value, a remark
+Line = tuple[str, ...]  # what, its value, a remark
 
 
 def table(plan: Plan) -> str:
@@ -48,7 +48,7 @@ def _heading(plan: Plan) -> list[str]:
     ]
 
 
-def _memory(plan: Plan) -> list[Row]:
+def _memory(plan: Plan) -> list[Line]:
     how = "compiled" if plan.compiled else "arguments exact, the rest estimated"
     return [
         (f"bytes on a device ({how})", "GiB"),
@@ -58,7 +58,7 @@ def _memory(plan: Plan) -> list[Row]:
     ]
 
 
-def _work(plan: Plan) -> list[Row]:
+def _work(plan: Plan) -> list[Line]:
     work, steps = plan.work, plan.program.steps
     flops = {
         "model, from shapes": work.model,
@@ -75,7 +75,7 @@ def _work(plan: Plan) -> list[Row]:
     ]
 
 
-def _traffic(plan: Plan) -> list[Row]:
+def _traffic(plan: Plan) -> list[Line]:
     if not plan.traffic:
         return [("sent by a device", "none")]
     how = "compiled" if plan.compiled and plan.compiled.text else "expected of the sharding rules"
@@ -92,7 +92,7 @@ def _traffic(plan: Plan) -> list[Row]:
     ]
 
 
-def _time(plan: Plan) -> list[Row]:
+def _time(plan: Plan) -> list[Line]:
     roofline, chip = plan.roofline, plan.target.chip
     peaks = {
         "compute": f"{chip.flops / 1e12:.0f} TFLOP/s bfloat16",
@@ -100,7 +100,7 @@ def _time(plan: Plan) -> list[Row]:
         "interconnect": f"{chip.interconnect / 1e9:.0f} GB/s one way",
     }
     whole = f", all {plan.program.steps} steps" if plan.program.steps > 1 else ""
-    rows: list[Row] = [(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
+    rows: list[Line] = [(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
     for name, peak in peaks.items():
         bottleneck = ", the bottleneck" * (name == roofline.bottleneck)
         rows.append((f"  {name}{bottleneck}", f"{1e3 * getattr(roofline, name):.1f}", peak))

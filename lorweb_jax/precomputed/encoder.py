@@ -1,4 +1,4 @@
-"""Frozen parts of a pipeline on all of a process's devices, which share each batch."""
+"""Frozen parts of a pipeline, replicated on all of a process's devices, which share each batch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,22 +15,22 @@ from lorweb_jax.precomputed.scope import Scope
 
 
 class SharedEncoder:
-    """`encoder(*arrays [n, …])`, n at most `batch` -> what function(model, *arrays) gives, numpy [n, …].
+    """encoder(*arrays [n, …]), n at most `batch` -> function(model, *arrays), numpy [n, …].
 
-    The model has the `parts` alone, each device a copy, in the dtypes that training would keep and compute them in.
+    The model has only `parts`, replicated, in the dtypes that training stores and computes them in.
     """
 
     def __init__(self, scope: Scope, parts: Sequence[str], batch: int, function: Callable[..., jax.Array | tuple]):
         devices = jax.local_devices()
         mesh = Mesh(np.array(devices[: math.gcd(batch, len(devices))]), ("batch",))
-        copied, self._split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
+        replicated, self._split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
         self._batch = batch
 
         def make() -> AnalogyModel:
             return scope.folder.make(nnx.Rngs(0), dtype=scope.compute_dtype, parts=parts)
 
         wanted = {
-            path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scope.param_dtype), sharding=copied)
+            path: jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scope.param_dtype), sharding=replicated)
             for path, shape in shapes(make).items()
         }
         graphdef, self._state = nnx.split(build(make, scope.folder.read(wanted), str(scope.folder.folder)))
@@ -41,5 +41,5 @@ class SharedEncoder:
     def __call__(self, *arrays: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         n = len(arrays[0])
         padded = [np.concatenate([array, np.repeat(array[-1:], self._batch - n, 0)]) for array in arrays]
-        found = self._function(self._state, *jax.device_put(padded, self._split))
-        return jax.tree.map(lambda array: np.asarray(array)[:n], found)
+        outputs = self._function(self._state, *jax.device_put(padded, self._split))
+        return jax.tree.map(lambda array: np.asarray(array)[:n], outputs)

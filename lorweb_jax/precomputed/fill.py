@@ -1,4 +1,4 @@
-"""Fills a folder with what the frozen encoders say, alone or beside other processes that do the same."""
+"""Computes the frozen encoders' outputs into a folder, alone or beside other processes that do the same."""
 
 import os
 import random
@@ -100,8 +100,8 @@ def _images(scope: Scope, problems: Problems) -> None:
         def compute(items):
             images: dict[str, np.ndarray] = {}
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
-                found = list(readers.map(read, items))
-            for item, (halves, wrong) in zip(items, found, strict=True):
+                pairs = list(readers.map(read, items))
+            for item, (halves, wrong) in zip(items, pairs, strict=True):
                 images |= {fingerprint.of_image(half): half for half in halves}
                 if wrong:
                     _, task, file = item.rsplit(" ", 2)[0].split("/", 2)

@@ -1,4 +1,4 @@
-"""Text embeddings and queries from disk, in the place of the encoders."""
+"""Text embeddings and queries read from disk instead of computed by the encoders."""
 
 import functools
 from collections.abc import Sequence

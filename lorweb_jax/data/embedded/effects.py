@@ -158,7 +158,7 @@ def blur(rgba) -> np.ndarray:
 # Geometry
 
 
-def _placed(rgba, boxes) -> np.ndarray:
+def fitted(rgba, *boxes) -> np.ndarray:
     """Copies of the drawing on white, each resized into a box (left, top, right, bottom) in 0..1 of the picture."""
     height, width = rgba.shape[:2]
     canvas = np.full((height, width, 3), 255, np.uint8)
@@ -170,10 +170,6 @@ def _placed(rgba, boxes) -> np.ndarray:
         layer = np.asarray(layer)
         canvas = _over(canvas, layer[..., :3], _alpha(layer))
     return canvas
-
-
-def placed(rgba, *boxes) -> np.ndarray:
-    return _placed(rgba, boxes)
 
 
 def flip(rgba, axis) -> np.ndarray:

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.safetensors_io import Spec, write_stream
-from lorweb_jax.files.sharded_loading import place
+from lorweb_jax.files.sharded_loading import load_sharded
 from lorweb_jax.files.table import LINEAR, Row, Stored
 from lorweb_jax.nn.quantization import quantize
 from lorweb_jax.pipeline.folder import PipelineFolder
@@ -28,7 +28,7 @@ import jax, jax.numpy as jnp, numpy as np, safetensors.numpy, sys
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from lorweb_jax.nn.quantization import DTYPES, quantize
 from lorweb_jax.files.checkpoint import Checkpoint
-from lorweb_jax.files.sharded_loading import place
+from lorweb_jax.files.sharded_loading import load_sharded
 from lorweb_jax.pipeline.pretrained import open_model
 
 folder = sys.argv[1]
@@ -61,24 +61,24 @@ cases = [((None, None, None), jnp.float32, "int8", None), ((None, "fsdp", None),
 for split, dtype, kind, outputs in cases:
     wanted = {path: shape(path, array, dtype, split) for path, array in expected.items()}
     reads.clear()
-    placed = place(stored, wanted, streamed_above=1000)
+    arrays = load_sharded(stored, wanted, streamed_above=1000)
     assert sum(reads) == sum(array.nbytes for array in expected.values()), (split, sum(reads))
-    filled = place(stored, wanted)  # by the host, which is what small parameters and CPUs get
+    filled = load_sharded(stored, wanted)  # by the host, which is what small parameters and CPUs get
     for path, array in expected.items():
         np.testing.assert_array_equal(np.asarray(filled[path]), array.astype(dtype), err_msg=f"{path} {split}")
-        assert placed[path].sharding == wanted[path].sharding
-        np.testing.assert_array_equal(np.asarray(placed[path]), array.astype(dtype), err_msg=f"{path} {split}")
+        assert arrays[path].sharding == wanted[path].sharding
+        np.testing.assert_array_equal(np.asarray(arrays[path]), array.astype(dtype), err_msg=f"{path} {split}")
     kernel = "single_transformer_blocks.proj_out.kernel"
     array, scale = expected[kernel], kernel.replace("kernel", "scale")
     wanted = {kernel: shape(kernel, array, DTYPES[kind], split),
               scale: shape(scale, array[:, :1], jnp.float32, (None, None, outputs))}
-    for placed in (place(stored, wanted, streamed_above=1000), place(stored, wanted)):
+    for arrays in (load_sharded(stored, wanted, streamed_above=1000), load_sharded(stored, wanted)):
         for path, value in zip((kernel, scale), quantize(array, kind)):
-            np.testing.assert_array_equal(np.asarray(placed[path]).astype(np.float32), value.astype(np.float32))
+            np.testing.assert_array_equal(np.asarray(arrays[path]).astype(np.float32), value.astype(np.float32))
 # A split over blocks is put together on the host.
 wanted = {"transformer_blocks.attn.to_q.kernel": jax.ShapeDtypeStruct((2, 128, 128), jnp.float32,
                                                                       sharding=NamedSharding(mesh, P("fsdp")))}
-for path, array in place(stored, wanted, streamed_above=0).items():
+for path, array in load_sharded(stored, wanted, streamed_above=0).items():
     np.testing.assert_array_equal(np.asarray(array), stored.load()[path])
 print("equal")
 """
@@ -105,9 +105,9 @@ def test_fused_tensors_and_convolutions():
     """Of the autoencoder every weight, and of Black Forest Labs' fused, swapped tensors the parts, device-side too."""
     _, stored = open_model(PIPELINE / "vae", "vae")
     for limit in (0, None):
-        placed = place(stored, on_one_device(stored), limit)
+        arrays = load_sharded(stored, on_one_device(stored), limit)
         for path, array in stored.load().items():
-            np.testing.assert_array_equal(np.asarray(placed[path]), array, err_msg=path)
+            np.testing.assert_array_equal(np.asarray(arrays[path]), array, err_msg=path)
 
 
 def test_fused_rows_and_swapped_halves(tmp_path):
@@ -124,11 +124,11 @@ def test_fused_rows_and_swapped_halves(tmp_path):
     ]
     shapes = {"q.kernel": (3, 4, 4), "mlp.kernel": (3, 4, 6), "last.kernel": (6, 8)}
     stored = Stored(Checkpoint(tmp_path), rows, {path: np.broadcast_to(0, shape) for path, shape in shapes.items()})
-    placed = place(stored, on_one_device(stored), streamed_above=0)
+    arrays = load_sharded(stored, on_one_device(stored), streamed_above=0)
     fused = np.stack([held[f"layer.{l}.fused"] for l in range(3)])
-    np.testing.assert_array_equal(placed["q.kernel"], fused[:, :4].transpose(0, 2, 1))
-    np.testing.assert_array_equal(placed["mlp.kernel"], fused[:, 4:].transpose(0, 2, 1))
-    np.testing.assert_array_equal(placed["last.kernel"], np.roll(held["last"][:, :, 0, 0], 4, 0).T)
+    np.testing.assert_array_equal(arrays["q.kernel"], fused[:, :4].transpose(0, 2, 1))
+    np.testing.assert_array_equal(arrays["mlp.kernel"], fused[:, 4:].transpose(0, 2, 1))
+    np.testing.assert_array_equal(arrays["last.kernel"], np.roll(held["last"][:, :, 0, 0], 4, 0).T)
     cuts = stored.layout.read_cuts(stored.checkpoint, ("last.kernel", None), [((0, 6), (2, 5)), ((1, 3), (0, 8))])
     np.testing.assert_array_equal(cuts[(0, 6), (2, 5)], np.roll(held["last"], 4, 0)[2:5])
     np.testing.assert_array_equal(cuts[(1, 3), (0, 8)], np.roll(held["last"], 4, 0)[:, 1:3])
@@ -139,9 +139,9 @@ def test_what_files_do_not_have_is_refused():
     wanted = on_one_device(stored)
     wider = jax.ShapeDtypeStruct((64, 129), jnp.float32, sharding=wanted["x_embedder.kernel"].sharding)
     with pytest.raises(UserError, match=r"x_embedder.kernel \[64, 129\], and .* has \[64, 128\]"):
-        place(stored, wanted | {"x_embedder.kernel": wider})
+        load_sharded(stored, wanted | {"x_embedder.kernel": wider})
     with pytest.raises(UserError, match="nowhere.scale .* has no such weight"):
-        place(stored, {"nowhere.scale": wider})
+        load_sharded(stored, {"nowhere.scale": wider})
 
 
 def test_a_pipeline_gives_the_parts_that_are_asked_for(monkeypatch):
