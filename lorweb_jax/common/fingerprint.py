@@ -14,9 +14,9 @@ _SMALL = 2**24  # bytes of a weight file that is read whole
 
 
 def of_folder(folder: str | Path) -> str:
-    """Of a model's or tokenizer's folder, wherever it lies: configs, tokenizers and small weight files whole; of large
-    ones the size, the beginning (names and shapes) and blocks spread over the rest, which no other training leaves as
-    they are.
+    """Of a model's or tokenizer's folder, independent of its path: configs, tokenizers and small weight files whole; of
+    large ones the size, the beginning (names and shapes) and blocks spread over the rest, which another training
+    changes.
 
     Raises UserError if the folder can't be read.
     """

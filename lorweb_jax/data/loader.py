@@ -32,7 +32,7 @@ STRETCHED = "its images have another shape than the quadrants of a grid, to whic
 
 
 class _Reader:
-    """Turns the number of an analogy and a random generator into a sample. It travels to the worker processes."""
+    """Makes a sample of an analogy's number and a random generator; sent to the worker processes."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class Extent(NamedTuple):
 
 
 class Decoder(Protocol):
-    """How numbers are stored other than one after another in their own dtype: packed, or with a scale."""
+    """Decodes numbers that are packed, or stored with a scale."""
 
     @property
     def name(self) -> str:
@@ -63,10 +63,10 @@ class Decoder(Protocol):
         """How many numbers can only be decoded together."""
 
     def nbytes(self, count: int) -> int:
-        """Of so many numbers, a multiple of `block`."""
+        """Bytes that `count` numbers take, a multiple of `block`."""
 
     def __call__(self, data: np.ndarray, first: int) -> np.ndarray:
-        """uint8 of whole blocks -> numbers [count] of the entry's dtype; first: of the tensor's numbers."""
+        """uint8 of whole blocks -> numbers [count] of the entry's dtype; first: index of the first in its tensor."""
 
 
 class Entry(NamedTuple):
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
     decoder: Decoder | None = None
 
     def nbytes(self, count: int) -> int:
-        """Of so many numbers as they are stored."""
+        """Bytes of `count` numbers as they are stored."""
         return self.decoder.nbytes(count) if self.decoder else count * self.dtype.itemsize
 
 
@@ -116,7 +116,7 @@ class Checkpoint:
 
     @classmethod
     def of_entries(cls, file: Path, entries: Mapping[str, Entry]) -> "Checkpoint":
-        """Of a file in another format, which its own reader has found the tensors of."""
+        """The tensors of a file in another format, as its reader lists them."""
         checkpoint = cls.__new__(cls)
         checkpoint.path, checkpoint.files, checkpoint.metadata, checkpoint._entries = file, [file], {}, dict(entries)
         return checkpoint

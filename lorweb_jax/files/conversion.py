@@ -33,8 +33,8 @@ Progress = Callable[[int, int], None]  # bytes that are done, of how many; first
 
 
 class Run(NamedTuple):
-    """Bytes of a source file that follow one another in a tensor to be written: numbers of `dtype`, the first of them
-    the `first` of their tensor, or what `decoder` makes numbers of."""
+    """Contiguous bytes of a source tensor: numbers of `dtype`, or what `decoder` decodes; `first` is the index of the
+    first one in the source tensor."""
 
     extent: Extent
     dtype: np.dtype
@@ -57,7 +57,7 @@ def write_files(
     task: dict[str, Any],
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """Write `files` into `folder`, each tensor from `runs(name)`; returns {tensor: checksum}.
+    """Write `files` into `folder`, each tensor the concatenation of `runs(name)`; returns {tensor: checksum}.
 
     Files that an earlier call with the same `task` (source and settings, what JSON can hold) has finished are kept.
     Raises UserError if the folder holds files of another task, another process works there, the disk is full, or a
@@ -185,7 +185,7 @@ def checksum(extent: Extent) -> str:
 
 
 def record(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What checksums.json says of files just written: counts, and of each tensor dtype, shape and checksum."""
+    """The contents of checksums.json: counts, and dtype, shape and checksum of each tensor."""
     return {
         "algorithm": ALGORITHM,
         "bytes": checkpoint.nbytes,

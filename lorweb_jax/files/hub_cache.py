@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorweb_jax.common.errors import UserError, say
 
-# What is wanted of a repository; the rest (other formats, single files beside the folders) is not fetched.
+# What is downloaded of a repository; the rest (other formats, single files beside the folders) is not.
 PIPELINE_FILES = (
     "model_index.json",
     *(
@@ -39,7 +39,7 @@ _KNOWN = {
 
 
 def is_name(path: str | Path) -> bool:
-    """Whether it can only be a Hub name: nothing lies there, nor could be meant to."""
+    """Whether it can only be a Hub name: no such path exists, nor its parent."""
     text = str(path)
     return (
         _NAME.fullmatch(text) is not None
@@ -52,12 +52,12 @@ def is_name(path: str | Path) -> bool:
 
 
 def resolve(path: str | Path, files: Sequence[str], what: str, needed: Sequence[str] = ()) -> Path:
-    """Where it lies: `path` itself, the snapshot within a Hub cache's folder of a model, or of a Hub name the cached
-    snapshot, fetched if it isn't there and the Hub may be asked (HF_HUB_OFFLINE).
+    """The local path of a model: `path` itself; the snapshot in a model's folder of the Hub's cache; for a Hub name the
+    cached snapshot, downloaded if there is none and HF_HUB_OFFLINE is not set.
 
-    files: patterns of what is fetched. what: for messages, such as "a pipeline's folder". needed: files or folders
-    without which a cached snapshot isn't whole. Says which snapshot is taken. Raises UserError for a name that
-    can't be fetched, with the command that does it, and a cache without a snapshot; not for a path that doesn't exist.
+    files: patterns of what is downloaded. what: for messages, such as "a pipeline's folder". needed: files or folders
+    without which a cached snapshot isn't complete. Prints which snapshot is taken. Raises UserError for a name that
+    can't be downloaded, with the command that does it, and for a cache without a snapshot; not for a missing path.
     """
     if is_name(path):
         return _by_name(str(path), files, what, needed)

@@ -33,7 +33,7 @@ def abstract_shapes(module: nnx.Module, only: Any = nnx.Not(nnx.RngState)) -> di
 def build(make: Callable[[], nnx.Module], flat: Mapping[str, Any], what: str = "the weights") -> nnx.Module:
     """The module that `make()` returns, holding exactly `flat`'s arrays in `flat`'s dtypes; nothing is initialised.
 
-    Arrays that jax already holds (sharded or not) are taken as they are. Raises UserError with the differences if a
+    jax arrays, sharded or not, are used as they are. Raises UserError with the differences if a
     path is missing, is not the model's, or has another shape.
     """
     return fill(nnx.eval_shape(make), flat, what)

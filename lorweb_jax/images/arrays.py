@@ -1,4 +1,4 @@
-"""Images that a program hands over: uint8 [H,W,3], or a sentence that says how to get there."""
+"""Images passed as arrays or PIL images: uint8 [H,W,3], or an error that says how to convert."""
 
 from typing import Any
 

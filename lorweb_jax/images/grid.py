@@ -18,7 +18,7 @@ def condition_grid(a: np.ndarray, a2: np.ndarray, b: np.ndarray, max_size: int |
 
 
 def stretched(analogies: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[str]:
-    """A sentence for a′, and one for b, where such an image takes another shape when it is brought to a's size."""
+    """Sentences about a′ and b, where such an image is distorted when it is resized to a's size."""
     sentences = []
     for position, name in ((1, "a2"), (2, "b")):
         sizes = [

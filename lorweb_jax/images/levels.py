@@ -1,4 +1,4 @@
-"""Between images of 256 levels and what models compute on."""
+"""Conversion between 8-bit images and the floats that models compute on."""
 
 import jax
 import jax.numpy as jnp

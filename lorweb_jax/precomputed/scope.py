@@ -20,7 +20,7 @@ from lorweb_jax.files.store import Store
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.pipeline.folder import PipelineFolder
 
-# Raised when the same files would give other arrays than before.
+# Incremented when the same files would give other arrays than before.
 FORMAT = 1
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 

@@ -14,7 +14,7 @@ from lorweb_jax.data.embedded.operations import HELD_OUT_TASKS, TRAINING_TASKS, 
 from lorweb_jax.images.io import write_image
 
 KEY_FILE = "embedded.json"
-# Raised when the same arguments would give other files than before.
+# Incremented when the same arguments would give other files than before.
 FORMAT = 1
 
 

@@ -19,7 +19,7 @@ SETS = ("openmoji", "lines", "noto", "twemoji", "fluent", "photograph")
 # How captions and instructions call a set's style.
 STYLE_WORDS = {"openmoji": "openmoji", "lines": "line art", "noto": "noto", "twemoji": "twemoji", "fluent": "fluent"}
 PHOTOGRAPH = SETS.index("photograph")
-# Raised when files of an older layout can't be read any more.
+# Incremented when files of an older layout can't be read any more.
 FORMAT = 1
 
 # A subgroup of OpenMoji's table (or how it begins) -> what one of its drawings shows.

@@ -21,7 +21,7 @@ HELD_OUT_PERCENT = 10
 # OpenMoji draws on a 72-unit square and leaves its outermost 4 units nearly always empty: they are cut off.
 CANVAS, KEPT = 72, 64
 SUPERSAMPLING = 4
-# Raised when another choice of drawings or way of rendering would make cached files wrong.
+# Incremented when another choice of drawings or way of rendering would make cached files wrong.
 FORMAT = 1
 
 # Signs that are letters, plain lines or each other's near twins; they teach nothing about drawings.
