@@ -1,5 +1,7 @@
 """SigLIP's vision tower and image processor against transformers (torch, float32)."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -68,3 +70,5 @@ def test_whole_sharded_model_with_its_processor(tmp_path):
 def test_processor_config_round_trip():
     processor = ImageProcessor((0.5,) * 3, (0.5,) * 3, size=(224, 224))
     assert ImageProcessor.from_json(processor.to_json()) == processor
+    cut = dataclasses.replace(processor, size=None, crop=(224, 224))  # do_resize: false
+    assert ImageProcessor.from_json(cut.to_json()) == cut

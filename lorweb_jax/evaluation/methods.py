@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.evaluation.evaluate import Method, Sample, batches, evaluate, rows_sheet
 from lorweb_jax.evaluation.table import Table
 from lorweb_jax.images.io import write_image
@@ -41,7 +42,10 @@ def edit_samples(
 
 def methods(pipeline: Pipeline, **sampling) -> dict[str, Method]:
     """Copying b; the base without and with its basis, from the same noise. `sampling` as in `edit_samples`."""
-    name = "basis" if pipeline.model.basis.config.coefficients.has_router else "LoRA"
+    basis = pipeline.model.basis
+    if basis is None:
+        raise UserError("the pipeline has no basis to be evaluated; attach one first")
+    name = "basis" if basis.config.coefficients.has_router else "LoRA"
     return {
         COPY: lambda samples: [sample.b for sample in samples],
         "base, text only": lambda samples: edit_samples(pipeline, samples, use_basis=False, **sampling),

@@ -1,7 +1,7 @@
 """A model's parameters as a flat dict {dotted path: array}, and a model from such a dict; strict both ways."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 
 from lorweb_jax.common.errors import UserError
 
+M = TypeVar("M", bound=nnx.Module)
 _LISTED = 8  # differences named in a message before the rest is only counted
 
 
@@ -30,7 +31,7 @@ def abstract_shapes(module: nnx.Module, only: Any = nnx.Not(nnx.RngState)) -> di
     }
 
 
-def build(make: Callable[[], nnx.Module], flat: Mapping[str, Any], what: str = "the weights") -> nnx.Module:
+def build(make: Callable[[], M], flat: Mapping[str, Any], what: str = "the weights") -> M:
     """The module that `make()` returns, holding exactly `flat`'s arrays in `flat`'s dtypes; nothing is initialised.
 
     jax arrays, sharded or not, are used as they are. Raises UserError with the differences if a
@@ -39,7 +40,7 @@ def build(make: Callable[[], nnx.Module], flat: Mapping[str, Any], what: str = "
     return fill(nnx.eval_shape(make), flat, what)
 
 
-def fill(module: nnx.Module, flat: Mapping[str, Any], what: str = "the weights") -> nnx.Module:
+def fill(module: M, flat: Mapping[str, Any], what: str = "the weights") -> M:
     """The same from a module that nnx.eval_shape made; a whole pipeline takes seconds to trace."""
     graphdef, state = nnx.split(module)
     variables = [(_dotted(path), variable) for path, variable in nnx.to_flat_state(state)]

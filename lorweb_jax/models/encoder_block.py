@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 from flax import nnx
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.table import LINEAR, Row
 from lorweb_jax.nn.layers import LayerNorm, Linear
 
@@ -18,10 +19,23 @@ Activation = Callable[[jax.Array], jax.Array]
 class Sizes(Protocol):
     """What a tower's config says of its blocks."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    layer_norm_eps: float
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+def require_heads(config: Sizes, tower: str) -> None:
+    """UserError for heads that don't divide the width of `tower`, such as "a CLIP tower"."""
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"{tower} of width {config.hidden_size} has {config.num_attention_heads} heads, expected a number that "
+            "divides the width; copy config.json again from where the model came from"
+        )
 
 
 class Attention(nnx.Module):
@@ -29,8 +43,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Sizes, causal: bool = False, *, rngs: nnx.Rngs):
         self.heads, self.causal = config.num_attention_heads, causal
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, Linear(config.hidden_size, config.hidden_size, rngs=rngs))
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         q, k, v = (

@@ -5,7 +5,7 @@ except normalisation statistics, which are always float32.
 """
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from lorweb_jax.nn.quantization import product, quantize
 # What a linear layer may be given on top of its product: `adapter(x, text_tokens)` returns an update of
 # the same shape as the layer's output. `text_tokens` says how many of x's leading tokens are text tokens
 # that precede image tokens (0 where the stream holds one kind).
+M = TypeVar("M", bound=nnx.Module)
 Adapter = Callable[[jax.Array, int], jax.Array]
 
 
@@ -139,7 +140,7 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...]).astype(x.dtype)
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(make: Callable[[nnx.Rngs], M], depth: int, rngs: nnx.Rngs) -> M:
     """`depth` blocks made by `make`, as one block whose parameters have a leading axis l = depth."""
 
     @nnx.split_rngs(splits=depth)

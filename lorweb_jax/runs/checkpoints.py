@@ -160,7 +160,7 @@ class Checkpoints:
         one that can't be read or is of another size.
         """
         try:
-            items = self.manager.restore(
+            items: Any = self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
             )
             return Restored(step, items.state, _from_json(items.progress["data"]), items.progress["log"])

@@ -30,8 +30,9 @@ def damage(folder: Path, items: tuple[str, ...] = ITEMS) -> str | None:
         return None
     except OSError as error:
         return f"{FILE} can't be read ({error.strerror})"
-    lines = [_LINE.fullmatch(line) for line in text.splitlines()]
-    if not lines or not all(lines) or not text.endswith("\n"):
+    matches = [_LINE.fullmatch(line) for line in text.splitlines()]
+    lines = [match for match in matches if match]
+    if not lines or len(lines) < len(matches) or not text.endswith("\n"):
         return f"{FILE} is damaged itself"
     listed = [(line[2], line[1]) for line in lines if line[2].split("/")[0] in items]
     if {name.split("/")[0] for name, _ in listed} != {item for item in items if (folder / item).exists()}:

@@ -17,6 +17,7 @@ from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.schema import checked, read_json
 from lorweb_jax.settings import fields as config_fields
 
+AnyConfig = Mapping[str, Any] | ConfigDict  # a config, or its json form
 _MAY_CHANGE = frozenset(
     {
         "train.steps",
@@ -91,7 +92,7 @@ def check(config: ConfigDict) -> None:
     config_fields.check(dict(fields(config)))
 
 
-def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every field of a config or of its json form; tuples come as lists."""
     for key, value in config.items():
         if isinstance(value, (Mapping, ConfigDict)):
@@ -107,7 +108,7 @@ def get(config: ConfigDict, field: str) -> Any:
     return config
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
     """{dotted field: (old value, new value)} where two configs differ; a missing field counts as None."""
     old, new = dict(fields(old)), dict(fields(new))
     return {

@@ -52,7 +52,7 @@ def _byte_letters() -> list[str]:
 
 def byte_pair_merges(words: Counter) -> list[tuple[str, str]]:
     """Merges, most frequent pair first (ties in alphabetical order), until every word is one symbol."""
-    pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    pieces: dict[str, tuple[str, ...]] = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     pairs, merges = Counter(), []
     for word, symbols in pieces.items():
         for pair in zip(symbols, symbols[1:]):
@@ -162,7 +162,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _sentencepiece_model(words: Counter):
     """A unigram model of whole words, with single characters for everything else; ids 0, 1, 2 as in T5."""
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
     # sentencepiece compiles the case folding; the pieces it would learn are replaced by ours.
     compiled = io.BytesIO()
@@ -182,11 +181,11 @@ def _sentencepiece_model(words: Counter):
             bos_id=-1,
             minloglevel=2,
         )
-    model = sentencepiece_model_pb2.ModelProto.FromString(compiled.getvalue())
+    model = spiece.parse_model(compiled.getvalue())
     model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
     model.normalizer_spec.normalization_rule_tsv = ""
     del model.pieces[:]
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    kinds = model.SentencePiece
     for name, kind in ((spiece.PAD, kinds.CONTROL), (spiece.END, kinds.CONTROL), (spiece.UNKNOWN, kinds.UNKNOWN)):
         model.pieces.add(piece=name, score=0.0, type=kind)
     total = sum(words.values())

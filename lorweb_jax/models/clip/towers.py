@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, Words
 from lorweb_jax.files.table import CONV, LINEAR, Row
-from lorweb_jax.models.encoder_block import Block, block_rows, rows
+from lorweb_jax.models.encoder_block import Block, block_rows, require_heads, rows
 from lorweb_jax.nn.layers import Embedding, LayerNorm, Linear, Weight, scan_stack, stack_outputs, stacked
 
 Activation = Literal["quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
@@ -33,13 +32,10 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 _Id = Annotated[int, Between(0, 2_000_000)]
 
 
+@dataclass(frozen=True)
 class _Config:
-    def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"a CLIP tower of width {self.hidden_size} has {self.num_attention_heads} heads, expected "
-                "a number that divides the width; copy config.json again from where the model came from"
-            )
+    architecture: ClassVar[str]
+    model_type: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
         """What transformers' CLIPTextModel or CLIPVisionModelWithProjection reads from config.json."""
@@ -63,10 +59,13 @@ class CLIPTextConfig(_Config):
     layer_norm_eps: Epsilon = 1e-5
     pad_token_id: _Id | None = 1
     bos_token_id: _Id | None = 49406
-    eos_token_id: _Id | None = 49407
+    eos_token_id: _Id = 49407
 
     architecture: ClassVar[str] = "CLIPTextModel"
     model_type: ClassVar[str] = "clip_text_model"
+
+    def __post_init__(self):
+        require_heads(self, "a CLIP tower")
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,9 @@ class CLIPVisionConfig(_Config):
 
     architecture: ClassVar[str] = "CLIPVisionModelWithProjection"
     model_type: ClassVar[str] = "clip_vision_model"
+
+    def __post_init__(self):
+        require_heads(self, "a CLIP tower")
 
 
 def _blocks(config: CLIPTextConfig | CLIPVisionConfig, causal: bool, rngs: nnx.Rngs) -> Block:
@@ -114,7 +116,7 @@ class ClipText(nnx.Module):
         x = self.token_embedding(ids).astype(jnp.float32) + positions
         x = scan_stack(self.layers, lambda block, x, _: block(x), x)
         # 2 is what OpenAI's configs say, whose end token is another: the largest id.
-        end = (ids if self.config.eos_token_id == 2 else ids == self.config.eos_token_id).argmax(-1)
+        end = (ids if self.config.eos_token_id == 2 else jnp.equal(ids, self.config.eos_token_id)).argmax(-1)
         return self.final_layer_norm(jnp.take_along_axis(x, end[:, None, None], 1)[:, 0])
 
 

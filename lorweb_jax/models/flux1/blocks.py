@@ -58,6 +58,13 @@ def _joined(out: jax.Array) -> jax.Array:
 class JointAttention(nnx.Module):
     """Attention over text and image tokens together, each stream with its own projections; text comes first."""
 
+    to_out_0: Linear
+    to_add_out: Linear
+    norm_q: RMSNorm
+    norm_k: RMSNorm
+    norm_added_q: RMSNorm
+    norm_added_k: RMSNorm
+
     def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
         self.heads, self.implementation = heads, implementation
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out_0", "to_add_out"):

@@ -20,6 +20,7 @@ from lorweb_jax.models.image_encoder.processor import FILE, ImageProcessor
 from lorweb_jax.models.siglip import model as siglip
 from lorweb_jax.nn.sharding import to_host
 
+Tower = clip.ClipVision | siglip.SiglipVision
 _CLIP, _SIGLIP = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
 
 
@@ -27,7 +28,7 @@ _CLIP, _SIGLIP = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model"
 class ImageEncoder:
     """An encoder (nnx.Module, frozen Weights) with its image processor."""
 
-    model: nnx.Module
+    model: Tower
     processor: ImageProcessor
 
     def query(self, mode: str, grids: list[np.ndarray]) -> np.ndarray:
@@ -62,7 +63,7 @@ class ImageEncoderFolder:
     make(rngs) -> the module; open() -> its weights, not yet read.
     """
 
-    make: Callable[[nnx.Rngs], nnx.Module]
+    make: Callable[[nnx.Rngs], Tower]
     open: Callable[[], Stored]
     processor: ImageProcessor
 

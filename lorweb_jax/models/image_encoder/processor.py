@@ -40,7 +40,7 @@ class _Size:
                 f"{source} has one of height and width, both were expected; copy the file again from where "
                 "the encoder came from"
             )
-        return None if self.height is None else (self.height, self.width)
+        return None if self.height is None or self.width is None else (self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,16 @@ class ImageProcessor:
 
     def to_json(self) -> dict:
         """The preprocessor_config.json that transformers' CLIPImageProcessor or SiglipImageProcessor reads."""
-        size = (
-            {"shortest_edge": self.shortest_edge}
-            if self.shortest_edge
-            else {"height": self.size[0], "width": self.size[1]}
-        )
+        size: dict[str, Any] = {}
+        if self.shortest_edge:
+            size = {"size": {"shortest_edge": self.shortest_edge}}
+        elif self.size:
+            size = {"size": {"height": self.size[0], "width": self.size[1]}}
         crop = {"crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
         return {
             "image_processor_type": "CLIPImageProcessor" if self.crop else "SiglipImageProcessor",
-            "do_resize": True,
-            "size": size,
+            "do_resize": bool(size),
+            **size,
             "resample": int(self.resample),
             "do_center_crop": bool(self.crop),
             **crop,

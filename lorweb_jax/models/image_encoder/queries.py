@@ -31,8 +31,10 @@ from lorweb_jax.images.grid import quadrants
 class ImageEncoderModel(Protocol):
     """ClipVision, SiglipVision."""
 
-    embedding_width: int
-    patch_width: int
+    @property
+    def embedding_width(self) -> int: ...
+    @property
+    def patch_width(self) -> int: ...
 
     def __call__(self, pixels: jax.Array) -> jax.Array: ...
 
@@ -118,7 +120,8 @@ def views(name: str, grids: list[np.ndarray], processor) -> np.ndarray:
 def query(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
     """Traceable: normalised views [b, v, h, w, 3] (`processor.normalised(views(...))`) -> query float32 [b, q]."""
     b, v = pixels.shape[:2]
-    return compose(name, embed(name, model, pixels.reshape(b * v, *pixels.shape[2:])).reshape(b, v, -1))
+    embeddings = embed(name, model, pixels.reshape(b * v, *pixels.shape[2:]))
+    return jnp.asarray(compose(name, embeddings.reshape(b, v, -1)))
 
 
 def embed(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
@@ -126,7 +129,7 @@ def embed(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
     mode = query_mode(name)
     if mode.depths is None:
         return model(pixels)
-    means = [tokens.mean(1) for tokens in _hidden(mode, model, pixels)]
+    means = [tokens.mean(1) for tokens in _hidden(mode.depths, model, pixels)]
     return jnp.concatenate(means, -1)  # depths of a view together
 
 
@@ -146,15 +149,17 @@ def embedding_kind(name: str) -> str:
 
 def patch_tokens(name: str, model: ImageEncoderModel, pixels: jax.Array) -> jax.Array:
     """A patch mode's tokens before their mean: [b, v, depths, s, d], for comparison with the published code."""
+    depths = query_mode(name).depths
+    if depths is None:
+        raise ValueError(f"the query mode {name!r} is not made of patch tokens")
     b, v = pixels.shape[:2]
-    states = _hidden(query_mode(name), model, pixels.reshape(b * v, *pixels.shape[2:]))
+    states = _hidden(depths, model, pixels.reshape(b * v, *pixels.shape[2:]))
     return jnp.stack([state.reshape(b, v, *state.shape[1:]) for state in states], 2)
 
 
-def _hidden(mode: QueryMode, model: ImageEncoderModel, pixels: jax.Array) -> list[jax.Array]:
-    """Hidden states [b, s, d] of each of the mode's depths."""
+def _hidden(depths: tuple[int, ...], model: ImageEncoderModel, pixels: jax.Array) -> list[jax.Array]:
+    """Hidden states [b, s, d] of each of a mode's depths."""
     states = model.hidden_states(pixels)
-    depths = mode.depths
     if max(depths) > len(states):
         # An encoder of fewer layers than the published modes count back: the first, the middle and the last state.
         depths = (len(states), (len(states) + 1) // 2, 1)

@@ -18,7 +18,7 @@ from lorweb_jax.common.schema import Between, Blocks, Epsilon, Heads, Pixels, Wi
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.state import build, shapes
 from lorweb_jax.files.table import CONV, LINEAR, Row, Stored
-from lorweb_jax.models.encoder_block import Attention, Block, FeedForward, block_rows, rows
+from lorweb_jax.models.encoder_block import Attention, Block, FeedForward, block_rows, require_heads, rows
 from lorweb_jax.nn.layers import Conv, Embedding, LayerNorm, Weight, scan_stack, stack_outputs, stacked
 
 
@@ -36,11 +36,7 @@ class SiglipConfig:
     layer_norm_eps: Epsilon = 1e-6
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"a SigLIP tower of width {self.hidden_size} has {self.num_attention_heads} heads, expected a "
-                "number that divides the width; copy config.json again from where the model came from"
-            )
+        require_heads(self, "a SigLIP tower")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "SiglipConfig":

@@ -178,7 +178,7 @@ class T5Encoder(nnx.Module):
         buckets = relative_position_buckets(
             ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance
         )
-        bias = self.relative_attention_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
+        bias = self.relative_attention_bias(jnp.asarray(buckets)).astype(jnp.float32).transpose(2, 0, 1)[None]
         if mask is not None:
             bias = bias + jnp.where(mask.astype(bool), 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
         x = self.shared(ids).astype(dtype)

@@ -254,10 +254,12 @@ def load_clip_tokenizer(folder: str | Path) -> TextTokenizer:
 def _merges(path: Path) -> list[tuple[str, str]]:
     """UserError unless each line after the heading holds two symbols."""
     lines = read_text(path, _FILE_BYTES).strip().split("\n")
+    merges = []
     for number, line in enumerate(lines[1:], 2):
-        if len(line.split()) != 2:
+        if len(symbols := line.split()) != 2:
             raise UserError(f"{path}: line {number} is {line[:60]!r}, two symbols were expected; {_AGAIN}")
-    return [tuple(line.split()) for line in lines[1:]]
+        merges.append((symbols[0], symbols[1]))
+    return merges
 
 
 def _require_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:

@@ -6,6 +6,13 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 _SPACE = "▁"
 
 
+def parse_model(model: bytes) -> Any:
+    """The protobuf message of a spiece.model's bytes."""
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    return messages.ModelProto.FromString(model)  # pyrefly: ignore[missing-attribute]  (made by protobuf at import)
+
+
 def tokenizer(model: bytes, extra_ids: int = 0, *, first_word: bool = True, after_special_tokens: bool = True) -> Any:
     """tokenizers.Tokenizer of a spiece.model's bytes, with <extra_id_{n-1}> … <extra_id_0> after its pieces.
 
@@ -13,11 +20,11 @@ def tokenizer(model: bytes, extra_ids: int = 0, *, first_word: bool = True, afte
     after a special token is, too. ValueError for a model that isn't a unigram one; what sentencepiece raises for a
     damaged one.
     """
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     SentencePieceProcessor(model_proto=model)  # checks more than its message's form
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = parse_model(model)
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise ValueError("T5's unigram model was expected, and it holds one of another kind")
     extra = [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
