@@ -114,7 +114,7 @@ def test_page(tmp_path, drawing_pack, monkeypatch):
     )
     page = (tmp_path / "report.md").read_text()
     figures = json.loads((tmp_path / "figures.json").read_text())
-    for part in ("| flip |", "| background |", "| style |", "Text to image", "15 pictures of 3 kinds", "dB"):
+    for part in ("\n| flip ", "\n| background ", "\n| style ", "Text to image", "15 pictures of 3 kinds", "dB"):
         assert part in page
     assert figures["edits"]["pictures"] == 2 * (3 * 5 + 1) and 0 <= figures["text_to_image"]["right"] <= 1
     assert figures["reconstruction"]["noto"]["plain"] > 0
