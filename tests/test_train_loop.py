@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorweb_jax.common.errors import UserError, told
+from lorweb_jax.common.errors import UserError, message_and_status
 from lorweb_jax.jobs import make_job
 from lorweb_jax.nn import sharding
 from lorweb_jax.runs import checkpoints, checksums
@@ -189,7 +189,7 @@ def test_a_folder_that_vanishes_while_a_run_writes_it(tmp_path, monkeypatch, gon
     monkeypatch.setattr(line_job.Points, "__next__", next_batch)
     with pytest.raises((UserError, OSError)) as caught:
         train(line_job.get_config(), tmp_path / "run", make_job)
-    message, status = told(caught.value)
+    message, status = message_and_status(caught.value)
     assert status == 1 and str(tmp_path / "run") in message and "\n" not in message
 
 

@@ -1,4 +1,4 @@
-"""Errors meant for a person, and how a command shows them."""
+"""Errors for the user, and how a command shows them."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ class UserError(Exception):
         self.code = code
 
 
-def told(error: BaseException) -> tuple[str, int] | None:
-    """(what to tell a person, exit status); None for an error of the program's own."""
+def message_and_status(error: BaseException) -> tuple[str, int] | None:
+    """(message for the user, exit status) of an error; None for a bug of the program."""
     match error:
         case UserError():
             return f"error: {error}", error.code
@@ -67,7 +67,7 @@ class _Patient:
 
 @contextlib.contextmanager
 def patient_output() -> Iterator[None]:
-    """Within it printing never fails, whatever a terminal's encoding, and however long it is there."""
+    """Within it printing never fails, whatever the terminal's encoding, and even after the terminal is gone."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Patient(stream) for stream in before)
     try:
@@ -80,7 +80,7 @@ def patient_output() -> Iterator[None]:
 
 
 def say(sentence: str) -> None:
-    """Tell a person something that stops nothing."""
+    """Print a sentence for the user; a terminal that can't show it is no error."""
     if sys.stdout:
         print(sentence, file=_Patient(sys.stdout), flush=True)
 
@@ -91,7 +91,7 @@ def run_command(command: Callable[[], int | None]) -> None:
         try:
             status = command() or 0
         except BaseException as error:
-            if not (expected := told(error)):
+            if not (expected := message_and_status(error)):
                 raise
             message, status = expected
             print(message, file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorweb_jax.common.errors import UserError
 
-_PROBE = bytes(4096)  # written and taken away again, to see that a folder takes files
+_PROBE = bytes(4096)  # written and removed again, to see that a folder is writable
 
 
 def require_writable(
@@ -24,8 +24,8 @@ def require_writable(
     """UserError, before any work, where one of the files could not be written or would take another's place.
 
     paths: files to be written; missing folders are made with them. inputs: what is read, which is never replaced; of a
-    folder that is its weights and config.yaml. overwrite: whether other files that are there may be. nbytes: what all
-    files take on disk together, roughly.
+    folder, its weights and config.yaml. overwrite: whether other existing files may be replaced. nbytes: size of all
+    files together, roughly.
     """
     paths, inputs = [Path(path) for path in paths], list(inputs)
     names: dict[str, Path] = {}
@@ -47,7 +47,7 @@ def require_writable(
 
 
 def require_new_folder(folder: str | Path) -> None:
-    """UserError where something is in the way of a new folder, or it couldn't be written into."""
+    """UserError unless `folder` is absent or empty, and writable."""
     folder = Path(folder)
     with told_if_unwritable(folder):
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -56,7 +56,7 @@ def require_new_folder(folder: str | Path) -> None:
 
 
 def require_free(path: str | Path, inputs: Iterable[str | Path] = (), *, overwrite: bool = False) -> None:
-    """The same of what is at one path now; nothing is tried."""
+    """The checks of `require_writable` on one path, without writing anything."""
     path = Path(path)
     inputs = [
         file for source in map(Path, inputs) for file in [source, *source.glob("*.safetensors"), *source.glob("*.yaml")]
@@ -84,7 +84,7 @@ def require_free(path: str | Path, inputs: Iterable[str | Path] = (), *, overwri
 
 
 def _probe(paths: list[Path], nbytes: int) -> None:
-    """Write a little beside files of one folder and take it away again, with the folders that were made for it."""
+    """Write a small file beside the files of one folder and remove it again, with the folders created for it."""
     for _ in range(10):
         with contextlib.suppress(FileNotFoundError):  # another process has just taken its own folder away
             free = _tried(paths)
@@ -153,7 +153,7 @@ def told_if_unwritable(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes `path`'s place if the body ends well and is removed if not.
+    """A temporary path beside `path`, renamed to `path` if the body succeeds and removed if not.
 
     Makes missing folders. Where `path` is a link, the file that it names is replaced. Raises OSError.
     """
@@ -172,7 +172,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """The same of a folder, whole or not at all; what was there goes when the new one stands in its place."""
+    """The same of a folder, whole or not at all; an earlier one is removed when the new one has its name."""
     folder = Path(folder)
     new, earlier = (folder.with_name(f"{folder.name}.{os.getpid()}.{state}") for state in ("partial", "earlier"))
     try:

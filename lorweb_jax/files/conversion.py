@@ -158,7 +158,7 @@ class _Piece(NamedTuple):
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # refused below
         result = array.astype(dtype)
     # Of the dtypes that weights are stored in, float16 alone has a shorter range; its bits are quicker to look at.
     if dtype == np.float16 and ((result.view(np.uint16) & 0x7FFF) >= 0x7C00).any():

@@ -76,7 +76,7 @@ def _open(file: Path):
             return super()._get_field_parts(orig_offs, raw_type)
 
     try:
-        with np.errstate(all="ignore"):  # sizes that don't fit are told by what follows
+        with np.errstate(all="ignore"):  # sizes that don't fit are refused by what follows
             reader = Reader(file)
             field = reader.get_field("general.architecture")
             return reader, str(field.contents()) if field else "unnamed"

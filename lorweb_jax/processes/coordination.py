@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from lorweb_jax.common.errors import UserError, told
+from lorweb_jax.common.errors import UserError, message_and_status
 from lorweb_jax.processes.native_log import NativeLog
 
 LAST = 3.0  # s that process 0, which has the coordination service, stays for the others to end before it
@@ -88,9 +88,9 @@ class Coordination:
             time.sleep(1.5 * self.silence + 5.0)
         self._ending.acquire()
         sys.stdout.flush()
-        if not told(error):
+        if not message_and_status(error):
             traceback.print_exception(error)
-        message, status = told(error) or (f"error: {type(error).__name__}, shown by that process", 1)
+        message, status = message_and_status(error) or (f"error: {type(error).__name__}, shown by that process", 1)
         write_at_once(self.log.stderr, message)
         self._say_end({"ended": message.removeprefix("error: "), "status": status})
         self._exit(status)
