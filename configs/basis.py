@@ -64,7 +64,7 @@ def default():
     config.guidance = 1.0  # guidance input while training
     config.compute_dtype = "float32"
     config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
-    config.remat = "none"  # what the backward pass computes again: none, dots (all but products), attention
+    config.remat = "none"  # what the backward pass recomputes: none, dots (all but products), attention
     # (all but attention), full (everything inside a block)
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
     config.unroll = 8  # blocks compiled side by side

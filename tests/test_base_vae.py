@@ -24,7 +24,7 @@ def config_on(drawing_pack, **model):
 
 
 def initial(config):
-    """What train.py begins with in the place of random weights."""
+    """What training begins with in the place of random weights."""
     job = BaseVAE(config)
     return job.initial(shapes(lambda: job.build(nnx.Rngs(0))))
 

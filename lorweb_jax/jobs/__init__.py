@@ -1,4 +1,4 @@
-"""The training jobs by the name that `config.job` gives them. A job's module is imported when it is asked for."""
+"""Training jobs by name, as in `config.job`. A job's module is imported only when the job is made."""
 
 import importlib
 
@@ -14,8 +14,8 @@ JOBS = {
 
 
 def make_job(config) -> Job:
-    """The job named by `config.job`: one of JOBS, or an import path `package.module:function`. UserError if there is
-    no such module or function."""
+    """The job named by `config.job`: one of JOBS, or an import path `package.module:function`. UserError if there
+    is no such module or function."""
     module, _, name = JOBS.get(config.job, config.job).partition(":")
     try:
         function = getattr(importlib.import_module(module), name, None)

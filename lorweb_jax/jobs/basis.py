@@ -1,7 +1,7 @@
 """Trains a basis of LoRAs and its router on analogies over a frozen FLUX Kontext pipeline (method.md §5).
 
-Images become latents before each step, on the devices. Captions and images become text embeddings and queries there
-too, or these are taken from disk (config.precomputed), and the model has no encoders.
+Before each step the devices encode images to latents, and captions and images to text embeddings and queries; or these
+are read from disk (config.precomputed), and the model has no encoders.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class BasisJob(Job):
 
     @functools.cached_property
     def signed_config(self) -> BasisConfig:
-        """basis_config with what others know the image encoder by, and what tells it from others."""
+        """basis_config with the image encoder's public name and a sketch of its weights, by which it is recognised."""
         if not self.basis_config.coefficients.from_images or not self.folder.encoder_folder:
             return self.basis_config
         encoder = identity(self.folder.encoder_folder)
@@ -88,12 +88,12 @@ class BasisJob(Job):
 
     @functools.cached_property
     def precomputed(self) -> Precomputed | None:
-        """What takes the encoders' place; None where they are part of the step."""
+        """Precomputed embeddings in place of the encoders; None where the step computes them."""
         return Precomputed(self.scope) if self.scope else None
 
     @functools.cached_property
     def attention(self) -> str:
-        """The implementation that config.attention stands for, measured at the shape of a device's share of a step."""
+        """The implementation that config.attention selects; "auto" is measured at the shape of one device's share of a step."""
         config, flux = self.config, self.folder.flux_config
         side = config.data.quadrant_size or 256
         height, width = (side, side) if isinstance(side, int) else side
@@ -127,7 +127,7 @@ class BasisJob(Job):
         return self.folder.read(shapes)
 
     def data(self, config) -> AnalogyLoader:
-        """Of each global batch the rows that this process's devices hold."""
+        """Those rows of each global batch that this process's devices hold."""
         data, batch = config.data, config.train.batch
         if self.precomputed:
             print(f"text{'' if self.scope.queries_kept else ' and queries'} from {self.scope.root}", flush=True)
@@ -149,7 +149,7 @@ class BasisJob(Job):
         )
 
     def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
-        """Analogies of a split to look at, the same ones every time; `tasks` spread over the split's tasks."""
+        """Analogies of a split for images and tables, always the same; of `tasks` tasks spread over the split."""
         chosen = self.tasks[split]
         if tasks:
             chosen = chosen[:: max(1, len(chosen) // tasks)][:tasks]
@@ -159,8 +159,8 @@ class BasisJob(Job):
         )
 
     def prepare(self, batch: dict) -> dict:
-        """Captions become token ids, condition grids what the image encoder sees of them; or both what is known of
-        them already."""
+        """Token ids of the captions and the image encoder's views of the condition grids; or, of both, what was
+        precomputed."""
         # An example's two grids side by side, [b, 2, H, W, 3]: a split of the batch keeps them together.
         prepared = {"grids": np.stack([batch["target"], batch["condition"]], axis=1)}
         if self.precomputed:
@@ -207,7 +207,7 @@ class BasisJob(Job):
         return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0], {}
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
-        """For each split: a, a′, b, the result, truth. And which members of the basis each task uses."""
+        """For each split a, a′, b, the result and the truth; and which members of the basis each task uses."""
         pipeline, images = Pipeline(self.folder, model, self.precomputed), {}
         for split in self.tasks:
             samples = self._samples(split, 1, self.config.evaluation.tasks)
@@ -219,7 +219,7 @@ class BasisJob(Job):
         return images
 
     def _router_map(self, pipeline: Pipeline) -> np.ndarray:
-        """Coefficients [tasks, n] of the layer in the middle of the model, averaged over each task's examples."""
+        """A heat map of the coefficients [tasks, n] of the middle layer, averaged over each task's examples."""
         samples = self._samples("train", 2)
         coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
         stacks = [path for path in coefficients if path.endswith("attn.to_v")]
@@ -232,8 +232,8 @@ class BasisJob(Job):
         return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
 
     def finish(self, model, workdir: Path) -> None:
-        """Writes the basis in the published format (an ordinary LoRA if nothing is routed); then tables and sheets, and
-        which files of the data could not be used. Only the first can end the run."""
+        """Writes the basis in the published format (an ordinary LoRA if nothing is routed); then tables, sheets and a
+        list of unusable data files, whose failure doesn't end the run."""
         pipeline = Pipeline(self.folder, model, self.precomputed)
         config = model.basis.config
         if config.coefficients.has_router:

@@ -168,7 +168,7 @@ def stack_outputs(stack: nnx.Module, x: jax.Array) -> tuple[jax.Array, ...]:
     return (x, *jax.lax.scan(step, x, state)[1])
 
 
-# What the backward pass of a scanned block may keep; everything else is computed again.
+# What the backward pass of a scanned block may keep; everything else is recomputed.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

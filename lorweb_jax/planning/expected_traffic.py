@@ -15,7 +15,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     flux, itemsize = job.folder.flux_config, jnp.dtype(job.config.compute_dtype).itemsize
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     training = program.what == "train"
-    # Going backward a block's weights are gathered once, even if its forward pass is computed again.
+    # Going backward a block's weights are gathered once, even if its forward pass is recomputed.
     passes = 2 if training else program.steps
     found: dict[str, Traffic] = {}
     linears = scanned_linears(flux)

@@ -1,6 +1,6 @@
 """Model FLOPs of a step, counted from shapes (method.md §1): the matrix products that the mathematics asks for.
 
-Elementwise work isn't counted, nor is what remat computes again. A product of [m, i] and [i, o] is 2·m·i·o. Going
+Elementwise work isn't counted, nor is what remat recomputes. A product of [m, i] and [i, o] is 2·m·i·o. Going
 backward, each product costs as much again for each of its two inputs that needs a gradient.
 """
 

@@ -63,7 +63,7 @@ def _work(plan: Plan) -> list[Line]:
     flops = {
         "model, from shapes": work.model,
         "frozen encoders": work.encoders,
-        "computed again (remat, attention)": work.recomputed,
+        "recomputed (remat, attention)": work.recomputed,
     }
     return [
         ("products, all devices", "TFLOP", "an example" + " and step" * (steps > 1)),

@@ -41,7 +41,7 @@ def suggestions(config, plan: Plan) -> list[Change]:
 
 
 def faster(config, plan: Plan) -> list[Change]:
-    """Of a plan that fits, the policy that computes least again and still fits with a tenth to spare; none or one."""
+    """Of a plan that fits, the policy that recomputes least and still fits with a tenth to spare; none or one."""
     if plan.program.what != "train":
         return []
     estimator, order = _Estimator(plan), ("none", "dots", "attention", "full")
@@ -54,7 +54,7 @@ def faster(config, plan: Plan) -> list[Change]:
 
 
 class _Estimator:
-    """Bytes on a device of changed configs; programs are traced once for each way of computing again."""
+    """Bytes on a device of changed configs; programs are traced once for each remat policy."""
 
     def __init__(self, plan: Plan):
         self._plan, self._kept = plan, {}
@@ -113,7 +113,7 @@ def lines(plan: Plan, changes: list[Change]) -> list[str]:
     """What to tell of `suggestions`, or of `faster` for a plan that fits."""
     shown = [f"  {change.flags()}   {change.peak / GIB:.2f} of {plan.capacity / GIB:.2f} GiB" for change in changes]
     if plan.fits:
-        return ["there is room to compute less again (estimated):", *shown] if changes else []
+        return ["there is room to recompute less (estimated):", *shown] if changes else []
     if not changes:
         return ["no single setting, nor all of them together, makes it fit; take more or larger devices"]
     if changes[0].peak > plan.capacity:

@@ -1,4 +1,4 @@
-"""FLOPs of a program: what the model asks for, what its frozen encoders add, and what remat computes again.
+"""FLOPs of a program: what the model asks for, what its frozen encoders add, and what remat recomputes.
 
 The first is counted from sizes (planning/flops.py); the last is what the traced program multiplies beyond that.
 """
@@ -31,8 +31,8 @@ class Work:
 
 def work(program: Program, traced: Sequence[jax.stages.Traced]) -> Work:
     model, encoders = model_flops(program), sum(products(part.jaxpr.jaxpr) for part in traced[:-1])
-    again = products(traced[-1].jaxpr.jaxpr) - model if program.what == "train" else 0
-    return Work(model, encoders, again)
+    recomputed = products(traced[-1].jaxpr.jaxpr) - model if program.what == "train" else 0
+    return Work(model, encoders, recomputed)
 
 
 def model_flops(program: Program) -> float:

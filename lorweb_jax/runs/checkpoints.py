@@ -1,8 +1,8 @@
 """A run's checkpoints (orbax): the training state, one pytree, with the data position and the metrics not yet logged.
 
-Frozen weights of the base model are never in them. A checkpoint counts once it is complete: orbax writes to a temporary name first,
-so that a run killed at any moment goes on from the one before. They are written while training goes on. Checksums in
-each tell whether it still is what was written; where they differ, the one before it is taken.
+Frozen weights of the base model are not saved. Checkpoints are written while training goes on, to a temporary name
+first: a run that is killed at any moment resumes from the last complete one. Each holds checksums of its files; where
+these differ, the checkpoint before it is used.
 """
 
 import base64
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
 
 
 def goes_on(workdir: Path) -> str:
-    """What the same command would do now, as part of a sentence."""
+    """What the same command would do now, as the end of a message."""
     steps = complete_steps(workdir)
     return f"the same command goes on from step {max(steps)}" if steps else "the same command begins again"
 
@@ -62,7 +62,7 @@ class Checkpoints:
         )
 
     def _write_checksums(self) -> None:
-        """All is written, under a temporary name; by process 0, in the thread that saves."""
+        """Called by orbax in process 0, in the thread that saves, once all is written under a temporary name."""
         [*_, newest] = sorted(
             self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), key=lambda path: path.stat().st_mtime_ns
         )
@@ -73,10 +73,8 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def restore_newest(self, shapes: Any) -> Restored | None:
-        """The newest checkpoint that is as it was written, restored as `restore` does; None where there is no
-        checkpoint. Those that are damaged are kept under another name, and told.
-
-        UserError where none can be restored.
+        """The newest intact checkpoint, restored as `restore` does; None where there is no checkpoint. Damaged ones are
+        renamed and reported. UserError where none can be restored.
         """
         wrong: dict[int, str] = {}
         while (step := self._newest_intact(wrong)) is not None:
@@ -189,7 +187,7 @@ def restore_trainables(workdir: Path, step: int | None = None) -> tuple[dict[str
     """(trained weights by dotted path, config) of a run folder, at its newest intact checkpoint or at `step`; with them
     the frozen parameters of its basis.
 
-    Of a run that keeps averaged weights these are returned. UserError where there is no such checkpoint.
+    Averaged weights where the run keeps an average. UserError where there is no such checkpoint.
     """
     config = configs.load(workdir / CONFIG)
     steps = sorted(complete_steps(workdir), reverse=True)
@@ -242,6 +240,6 @@ def _from_json(state: Any) -> Any:
 
 
 def _in_a_line(error: Exception | str) -> str:
-    """The first line of an error, without the beginning where it is long: tensorstore names the cause last."""
+    """The first line of an error; of a long one its end, where tensorstore names the cause."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= 160 else "… " + line[-160:]

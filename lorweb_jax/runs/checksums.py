@@ -1,6 +1,6 @@
-"""SHA-256 of a checkpoint's files, written before it counts as complete: a flipped bit loads as other weights at best.
+"""SHA-256 of a checkpoint's files, so that flipped bits don't load as other weights; written before it is complete.
 
-The list has the format of sha256sum, so that `sha256sum -c checksums.sha256` in a checkpoint's folder says the same.
+The list has the format of sha256sum, so that `sha256sum -c checksums.sha256` in a checkpoint's folder checks it, too.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path, items: tuple[str, ...] = ITEMS) -> str | None:
-    """What is wrong with a checkpoint's items, in words; None if nothing is, or if it has no list, as older ones."""
+    """What is wrong with a checkpoint's items, in words; None if nothing is, or if there is no list."""
     try:
         text = (folder / FILE).read_bytes().decode("ascii", "replace")
     except FileNotFoundError:

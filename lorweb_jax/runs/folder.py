@@ -44,11 +44,11 @@ _WRITTEN = {
 
 @contextlib.contextmanager
 def owned(workdir: Path) -> Iterator[None]:
-    """Within it, this run (its process 0) has the folder for itself; it is made where there is none, and removed again
-    where nothing was written into it (a start that was refused).
+    """Within it, this run (its process 0) has the folder to itself. The folder is created if necessary, and removed
+    where nothing was written into it, as when the start is refused.
 
-    Raises UserError if it can't be written, if another run is at it (host and process are named; the system takes the
-    lock from one that died), or if it holds what no run wrote and this one would replace.
+    Raises UserError if the folder can't be written, if another run has it (host and process are named; the lock of a
+    process that died is released by the system), or if it holds files of others that this run would replace.
     """
     if jax.process_index():
         yield
@@ -137,7 +137,7 @@ def _runs(owner: dict | None) -> bool:
 
 
 def _require_runs_own(workdir: Path) -> None:
-    """UserError if the folder holds what no training run wrote and this one would replace."""
+    """UserError if the folder holds files that no training run wrote and this one would replace."""
     if (workdir / CONFIG).exists():
         configs.load(workdir / CONFIG)
         return
@@ -152,11 +152,11 @@ def _require_runs_own(workdir: Path) -> None:
 
 
 def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
-    """Write the run's config into its folder; or check that the checkpoints that are there are of this config.
+    """Write the run's config into its folder, after checking that checkpoints in it are of the same config.
 
-    sources: {field: fingerprint of what lies there} of the config's paths. Paths are compared by what they hold, all
-    other fields by their values; configs.may_change tells those that may differ. UserError where something differs (it
-    is shown), and where the folder is not the same one for all processes of the run.
+    sources: {dotted field: fingerprint of the files at this path}. Paths are compared by these fingerprints, other
+    fields by value, except those that may change (configs.may_change). UserError that names what differs, and where the
+    processes of the run don't see the same folder.
     """
     if jax.process_index() == 0:
         if complete_steps(workdir):
@@ -204,7 +204,7 @@ def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
 
 
 def _check_shared(workdir: Path, config) -> None:
-    """UserError unless this process sees what process 0 wrote; network file systems may need some seconds."""
+    """UserError unless this process sees the config that process 0 wrote, within SHARED_WITHIN seconds."""
     path, end = workdir / CONFIG, time.monotonic() + SHARED_WITHIN
     while not path.exists() or configs.differences(configs.load(path), config):
         if time.monotonic() > end:

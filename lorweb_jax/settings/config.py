@@ -88,12 +88,12 @@ def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) 
 
 
 def check(config: ConfigDict) -> None:
-    """UserError, with status 2, for a field whose value no run could use (config_fields.py has the ranges)."""
+    """UserError, with status 2, for a value that no run could use (settings/fields.py has the rules)."""
     config_fields.check(dict(fields(config)))
 
 
 def fields(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field of a config or of its json form; tuples come as lists."""
+    """(dotted name, value) of every field of a config or of its json form; tuples as lists."""
     for key, value in config.items():
         if isinstance(value, (Mapping, ConfigDict)):
             yield from fields(value, f"{prefix}{key}.")

@@ -1,8 +1,8 @@
-"""What each field of a config may hold: one rule a field, by job, and what fields may not hold together.
+"""What each field of a config may be: a rule for each field of each job, and rules for fields together.
 
-A field without a rule is refused, and so is a rule's field that a config lacks: no field goes unchecked. Nothing here
-imports jax, so that a value that makes no sense is told before anything is loaded. Jobs given by an import path check
-the fields of their own themselves.
+A field without a rule is refused, and so is a config that lacks a field with a rule: no field goes unchecked. Nothing
+here imports jax, so that bad values are reported before anything is loaded. Jobs that are named by an import path check
+fields of their own themselves.
 """
 
 import math
@@ -21,7 +21,7 @@ _LONGEST_SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number in low..high, a multiple of `multiple`; or one of `also`. True and False are none."""
+    """A whole number in low..high, a multiple of `multiple`; or one of `also`. Booleans are refused."""
 
     low: int
     high: int
@@ -42,7 +42,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """A finite number in low..high; `above` leaves low out, `below` high."""
+    """A finite number in low..high; `above` excludes low, `below` excludes high."""
 
     low: float
     high: float
@@ -61,7 +61,7 @@ class Real:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words."""
+    """One of `words`."""
 
     words: tuple[str, ...]
 
@@ -85,7 +85,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Folder:
-    """A path, or where `empty` says so "". A run may go on with another path that holds the same (runs/folder.py)."""
+    """A path; with `empty` also "". A run may go on with another path to the same files (runs/folder.py)."""
 
     empty: bool = False
 
@@ -331,7 +331,7 @@ Values = Mapping[str, Any]  # by dotted field
 
 
 def check(values: Values) -> None:
-    """UserError, with status 2, for the first field that no run could use: the field, its value, what it may be."""
+    """UserError, with status 2, for the first field that breaks a rule: it names field, value and what is allowed."""
     job = values.get("job")
     if not (isinstance(job, str) and (job in JOBS or _IMPORT_PATH.fullmatch(job))):
         raise refused("job", job, f"{', '.join(JOBS)} or an import path package.module:function")
@@ -362,7 +362,7 @@ def refused(name: str, value: Any, expected: str) -> UserError:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, shortened; whole numbers of thousands of digits have no repr."""
+    """A value as it stands in a message, shortened. (Python refuses to print integers of thousands of digits.)"""
     try:
         text = repr(value)
     except ValueError:
@@ -470,7 +470,7 @@ _TOGETHER: dict[str, Callable[[Values], None]] = {
 
 
 def as_value(number: Any, name: str, rule: Rule) -> Any:
-    """A number (of Python or numpy) that the rule takes; UserError, which calls it `name`, for everything else."""
+    """The number (of Python or numpy) if the rule takes it; else UserError, which calls it `name`."""
     value = number.item() if isinstance(number, np.generic) else number
     if not rule.takes(value):
         raise UserError(f"{name} is {shown(number)}; give {rule}", 2)

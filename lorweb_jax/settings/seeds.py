@@ -1,4 +1,4 @@
-"""Random keys from seeds, of which all 64 bits count."""
+"""Random keys from 64-bit seeds."""
 
 import jax
 import numpy as np
@@ -8,9 +8,9 @@ from lorweb_jax.settings.fields import SEED, shown
 
 
 def random_key(seed: int) -> jax.Array:
-    """The key of a seed, another one for each of 0 to 2^64 − 1; below 2^32 it is jax.random.key's.
+    """The key of a seed from 0 to 2^64 − 1, a different one for each; below 2^32 it equals jax.random.key(seed).
 
-    jax takes 32 bits of a Python number, unless it is told to compute in 64. Raises UserError for any other seed.
+    jax.random.key alone drops the upper 32 bits unless jax_enable_x64 is set. Raises UserError for other seeds.
     """
     seed = seed.item() if isinstance(seed, np.generic) else seed
     if not SEED.takes(seed):

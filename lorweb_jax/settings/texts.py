@@ -1,4 +1,4 @@
-"""Texts from people, files and command lines, as the text encoders can take them."""
+"""Texts from users, files and command lines, in a form that text encoders take."""
 
 import os
 from typing import Any
@@ -10,8 +10,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def as_text(value: Any, name: str) -> str:
-    """A str that UTF-8 can hold. Bytes of a command line or a file that are not UTF-8 (Python keeps them as lone
-    surrogates) become �. UserError, which calls the text `name`, for what is no str."""
+    """The text in valid Unicode: bytes of a command line or a file that are not UTF-8, which Python keeps as lone
+    surrogates, become �. UserError, which calls the text `name`, for anything but a str."""
     if not isinstance(value, str):
         raise UserError(f'{name} is {shown(value)}, a text (str) was expected; give "" for none')
     try:

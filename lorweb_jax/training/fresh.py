@@ -1,7 +1,7 @@
 """A fresh model's arrays, each by a small program traced from the initialisation, shared by all arrays alike.
 
-Arrays that differ in their random key alone have the same program. XLA takes a fraction of the time over these few that
-it takes over one program of all arrays, in which every draw stands anew.
+Arrays that differ in nothing but their random key share a program. XLA compiles these few programs in a fraction of the
+time that one program of all arrays takes, in which each random draw is compiled separately.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ _SMALL = 64  # numbers; random keys, counts and the like are computed one by one
 def arrays_of(
     make: Callable[[], dict[str, jax.Array]], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """What `jax.jit(make)()` gives, to the bit, in the places that `shapes` say."""
+    """The arrays of `jax.jit(make)()`, to the bit, with the shardings of `shapes`."""
     traced = jax.make_jaxpr(make)()
     outputs = dict(zip(sorted(shapes), traced.jaxpr.outvars, strict=True))  # as jax orders a dict
     values: dict[Any, Any] = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
@@ -53,7 +53,7 @@ def arrays_of(
 
 
 def _needed(equations: Sequence[Any], outputs: Iterable[Any]) -> list[Any]:
-    """Of equations in order those that the outputs depend on."""
+    """Those of the equations that the outputs depend on, in their order."""
     needed, kept = {var for var in outputs if not _is_literal(var)}, []
     for equation in reversed(equations):
         if needed & set(equation.outvars):

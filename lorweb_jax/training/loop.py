@@ -1,11 +1,11 @@
 """Training, from a config to an exported result; read it from top to bottom.
 
-devices and mesh → the job's data and model, shapes first → split by the job's trainable Variable type →
-optimizer → latest checkpoint, if there is one → one jitted, donated step → the loop → export.
+mesh → job and data → model as shapes, partitioned into trainable and frozen → optimizer → frozen weights → newest
+checkpoint or fresh trainables → a jitted step with donated state → loop → export.
 
-What a step is made of stands in training/state.py (arrays) and training/step.py (the update); where arrays live, in
-sharding.py. Where there are several processes, all of them run this: each feeds its rows of the batch, all do the
-same steps, show and finish in the same order, and process 0 alone writes what is not a checkpoint.
+training/state.py has the arrays, training/step.py the update, nn/sharding.py how arrays are sharded. In a run of
+several processes each of them executes this: it feeds its rows of the batch, and all do the same steps, log and finish
+in the same order; process 0 alone writes what is not a checkpoint.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
 
 @contextlib.contextmanager
 def own_folder(workdir: Path) -> Iterator[Path]:
-    """Where this process may write files: the run folder for process 0, for others one that is soon removed."""
+    """Where this process may write files: the run folder in process 0, a temporary folder in others."""
     if jax.process_index() == 0:
         yield workdir
     else:

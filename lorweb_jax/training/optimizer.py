@@ -23,9 +23,9 @@ def make_schedule(config) -> optax.Schedule:
 
 
 def make_optimizer(config, schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the update.
+    """Clipping of the gradient by its global norm, then AdamW or Muon.
 
-    `schedule` takes the place of the config's own, as where a run ends by the clock.
+    `schedule` replaces the config's own, for runs that end at a given time.
     """
     optimizer, schedule = config.optimizer, schedule or make_schedule(config)
     update = _muon(optimizer, schedule) if optimizer.name == "muon" else _adamw(optimizer, schedule, config.seed)
@@ -66,6 +66,6 @@ def _muon(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
 
 def moving_average(average: Arrays, weights: Arrays, step: jax.Array, decay: float) -> Arrays:
     """d·average + (1 − d)·weights after the update with index `step`, d = min(decay, (1 + step) / (10 + step)): the
-    first weights are soon forgotten."""
+    initial weights are soon forgotten."""
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, w: d * a + (1 - d) * w, average, weights)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics to a text log and to TensorBoard (both clu metric writers), and a line of progress."""
+"""What a run reports: metrics in a text log and for TensorBoard (both clu metric writers), and progress on stdout."""
 
 import contextlib
 import math
@@ -34,7 +34,7 @@ LOG = "log.txt"
 
 
 class _Writer(metric_writers.MetricWriter):
-    """A clu writer of scalars and images; the other kinds of metrics have no place in our runs."""
+    """A clu writer of scalars and images, the only kinds of metrics that runs have."""
 
     def _refuse(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} writes scalars and images only")
@@ -49,8 +49,8 @@ class TextWriter(_Writer):
     """One line per step with all digits of a float32, so that equal runs have equal logs."""
 
     def __init__(self, path: Path, first_step: int):
-        """Lines of steps after `first_step`, written by a run that was killed after them, and an unfinished line are
-        taken out. Other lines stay as they are, whatever they hold. UserError if the file can't be read or written."""
+        """Removes lines of steps after `first_step`, which a run wrote before it was killed and will write again, and a
+        last line without an end. Other lines stay as they are. UserError if the file can't be read or written."""
         if os.path.lexists(path):
             regular_file(path, "check what lies there")
         try:
@@ -162,7 +162,7 @@ class Report:
         return self.means
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what happened since the last line (pictures)."""
+        """Exclude what happened since the last line (images) from the speed."""
         if self.bar is not None:
             self.bar.unpause()
 
@@ -182,7 +182,7 @@ class Report:
             self.bar.close()
 
     def pictures(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
-        """Show pictures uint8 [h, w, 3] by name in TensorBoard and in workdir/pictures."""
+        """Write images uint8 [h, w, 3] by name for TensorBoard and into workdir/pictures."""
         if self.writes:
             self._write("write_images", steps_done, images)
             pictures.save(self.workdir / "pictures", steps_done, images)
@@ -205,9 +205,9 @@ class Report:
 
 @contextlib.contextmanager
 def report_only(what: str) -> Iterator[None]:
-    """For what a run only shows (pictures, tables): a failure within is told in one line, and the run goes on.
+    """For what a run merely reports (images, tables): a failure within is printed in one line, and the run goes on.
 
-    Not where there are several processes: the others would wait for this one's part of a computation.
+    In a run of several processes it is raised: the others would wait for this one's part of a computation.
     """
     try:
         yield
