@@ -93,7 +93,7 @@ class BasisJob(Job):
 
     @functools.cached_property
     def attention(self) -> str:
-        """The implementation that config.attention selects; "auto" is measured at the shape of one device's share of a step."""
+        """The implementation that config.attention selects; "auto" by the shape of one device's share of a step."""
         config, flux = self.config, self.folder.flux_config
         side = config.data.quadrant_size or 256
         height, width = (side, side) if isinstance(side, int) else side

@@ -60,8 +60,8 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
         frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
         hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(
-            f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen | shapes.constants):,} frozen parameters, "
-            f"{mesh.size} device{'s' * (mesh.size > 1)}{hosts}, run folder {workdir}\n"
+            f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen | shapes.constants):,} frozen "
+            f"parameters, {mesh.size} device{'s' * (mesh.size > 1)}{hosts}, run folder {workdir}\n"
             f"frozen weights: {bytes_by_dtype(frozen)}; "
             f"optimizer: {bytes_by_dtype((shapes.optimizer, shapes.average))}",
             flush=True,

@@ -32,7 +32,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step changes: what is donated to it, and what a checkpoint holds.
+    """What is donated to a training step and returned by it, and what a checkpoint holds.
 
     step: updates done, uint32 []. trainable: float32, by dotted path. average: their moving average, None where none is
     kept. optimizer: optax's state of each phase, by the phase's name. constants: the FrozenBasisParams, float32, which
@@ -47,8 +47,7 @@ class TrainState:
 
     @property
     def exported(self) -> Arrays:
-        """What is evaluated and exported: the averaged trainables where an average is kept, else the trainables; and the
-        constants."""
+        """What is evaluated and exported: the average where one is kept, else the trainables; and the constants."""
         return (self.trainable if self.average is None else self.average) | self.constants
 
 
