@@ -103,6 +103,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                 checkpoints.save(done, state, data.get_state(), log_state)
             if stopping and done < steps:
                 checkpoints.finish()
+                report.end_progress()
                 print(
                     f"stopped by SIGTERM after step {done}, checkpoint written; the same command goes on from there",
                     flush=True,

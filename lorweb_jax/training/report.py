@@ -161,6 +161,11 @@ class Report:
         self.collect()
         return self.means
 
+    def end_progress(self) -> None:
+        """On a terminal, what is printed next begins a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+
     def restart_clock(self) -> None:
         """Exclude what happened since the last line (images) from the speed."""
         if self.bar is not None:
@@ -179,7 +184,7 @@ class Report:
         if not self.bar.update(steps_done * self.batch - self.bar.n):  # the first step, whose speed isn't known
             self.bar.refresh()
         if steps_done == self.total:
-            self.bar.close()
+            self.end_progress()
 
     def pictures(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
         """Write images uint8 [h, w, 3] by name for TensorBoard and into workdir/pictures."""
@@ -197,8 +202,7 @@ class Report:
             ) from error
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.end_progress()
         with contextlib.suppress(OSError):  # every write was flushed, so that one that failed has been told
             self.writer.close()
 
@@ -216,8 +220,7 @@ def report_only(what: str) -> Iterator[None]:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(str(error).split())
-        print(
+        tqdm.write(  # above the bar
             f"{what} could not be made, the run goes on without: {kind}{line[:300]}{'…' * (len(line) > 300)}",
             file=sys.stderr,
-            flush=True,
         )
