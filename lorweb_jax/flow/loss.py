@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Noised(NamedTuple):
-    """A training example on its way: z_t, the velocity to predict, t in 0..1 and the loss's weight, all by example."""
+    """A batch of noised examples: z_t, the target velocity ε − x0, t in 0..1 and the loss's weights."""
 
     tokens_bsc: jax.Array
     target_bsc: jax.Array
@@ -16,13 +16,17 @@ class Noised(NamedTuple):
 
 
 def add_noise(x0_bsc: jax.Array, noise_bsc: jax.Array, time_b: jax.Array) -> jax.Array:
-    """z_t [b, s, c] for t [b] in 0..1."""
+    """z_t = (1 − t)·x0 + t·ε [b, s, c], for t [b] in 0..1."""
     t = time_b[:, None, None]
     return (1.0 - t) * x0_bsc + t * noise_bsc
 
 
 def draw(key: jax.Array, x0_bsc: jax.Array, timesteps: jax.Array, weights: jax.Array) -> Noised:
-    """Noise each example at a level drawn uniformly from `timesteps` [1000] (in 1..1000), with its loss weight."""
+    """Noise x0 by a Gaussian ε, each example at a t of its own.
+
+    timesteps: [1000], in 1..1000, drawn from uniformly by index; t is a thousandth of them. weights: [1000], the loss's
+    weight by the same index (see `schedule.train_weights`).
+    """
     index_key, noise_key = jax.random.split(key)
     index = jax.random.randint(index_key, (x0_bsc.shape[0],), 0, timesteps.shape[0])
     noise = jax.random.normal(noise_key, x0_bsc.shape, jnp.float32)
@@ -31,7 +35,7 @@ def draw(key: jax.Array, x0_bsc: jax.Array, timesteps: jax.Array, weights: jax.A
 
 
 def weighted_mse(velocity_bsc: jax.Array, target_bsc: jax.Array, weight_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(loss, loss per example [b]): mean squared error over tokens and channels, weighted by example; in float32."""
+    """(loss, loss by example [b]): the squared error's mean over tokens and channels, times the weight; in float32."""
     error = jnp.square(velocity_bsc.astype(jnp.float32) - target_bsc.astype(jnp.float32))
     per_example = error.mean(axis=(1, 2)) * weight_b
     return per_example.mean(), per_example
