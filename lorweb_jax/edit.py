@@ -11,14 +11,19 @@ BMP, TIFF, AVIF, PPM of any depth; embedded colour profiles are converted to sRG
 """
 
 import argparse
+import contextlib
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_free, require_writable
+from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE, Images
@@ -208,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
-    sampling = {
+    sampling: dict[str, Any] = {
         "steps": args.steps,
         "seed": args.seed,
         "true_guidance": args.true_guidance,
@@ -219,12 +224,23 @@ def main(arguments: list[str] | None = None) -> None:
     if args.guidance is not None:
         sampling["guidance"] = args.guidance
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    if analogies:
-        results = pipeline.edit_batch(analogies, [args.prompt] * len(images), folded=folded, **sampling)
-    else:
-        with pipeline.session(folded=folded) as session:
-            results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
+    with _progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
+        if analogies:
+            results = pipeline.edit_batch(analogies, [args.prompt] * len(images), folded=folded, **sampling)
+        else:
+            with pipeline.session(folded=folded) as session:
+                results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
     _write(outs, results, args.overwrite)
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[int, Any], Any] | None]:
+    """A callback of the sampling that moves a bar on a terminal; None elsewhere, where all steps are one program."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    with progress_bar("sampling", steps, 0, seconds=1, unit="step") as bar:
+        yield lambda step, latents: bar.update()
 
 
 def _write(paths: list[Path], results: list[np.ndarray], overwrite: bool) -> None:

@@ -193,6 +193,18 @@ def test_missing_files(images, more):
         edit.main(arguments(images, *more))
 
 
+def test_a_terminal_shows_the_steps(images, monkeypatch, capsys):
+    def edit_batch(self, analogies, prompts, *, steps, callback, **_):
+        for step in range(steps):
+            callback(step, None)
+        return [b for _, _, b in analogies]
+
+    monkeypatch.setattr(Pipeline, "edit_batch", edit_batch)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    edit.main(arguments(images, "--steps", "3"))
+    assert "sampling: 100%" in (said := capsys.readouterr().out) and "3/3" in said
+
+
 def test_not_a_number_makes_no_picture(images):
     tensors, metadata = read_all(BASIS)
     name = next(name for name in tensors if name.endswith("lora_B"))
