@@ -29,8 +29,8 @@ def default():
 
     config.data = dict(
         drawings="local_data/drawings64.npz",  # made by tools/pack_drawings.py
-        edits=3,
-    )  # edits shown of each drawing of a batch, beside the plain drawing
+        edits=3,  # edits shown of each drawing of a batch, beside the plain drawing
+    )
 
     # Captions against images; instructions against the difference of two images, by edit and by family; kinds.
     config.loss = dict(caption=1.0, edit=1.0, family=0.3, kind=0.3)

@@ -44,8 +44,8 @@ def default():
         vague=0.15,  # share of instructions that leave the operation's parameter open
         silent=0.03,  # share of empty instructions that change nothing
         caption_drop=0.05,  # share of captions left out: for guidance without a classifier
-        condition_drop=0.12,
-    )  # share of text to image that shows an edit's result under its instruction
+        condition_drop=0.12,  # share of text to image that shows an edit's result under its instruction
+    )
 
     # A group of examples, of which a batch has config.train.batch: edits of canvases and of single drawings, text to
     # image at a drawing's and at the canvas's size. And what each form weighs in the loss.

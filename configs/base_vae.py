@@ -33,8 +33,8 @@ def default():
         signs=0,  # that are shown, in all sets; 0 takes all there are
         size=64,  # side of a quadrant, pixels
         plain=0.3,  # share of quadrants shown without an operation
-        enlarged=0.1,
-    )  # share of canvases that show one drawing, twice as large
+        enlarged=0.1,  # share of canvases that show one drawing, twice as large
+    )
 
     config.loss = dict(absolute=1.0, squared=1.0, edge=0.5, kl=1e-3, consistency=0.05)
 

@@ -36,8 +36,8 @@ def get_config(variant: str = ""):
 def default():
     config = base_config("basis")
     config.pipeline = "assets/small_kontext"  # a FLUX Kontext folder in diffusers' layout
-    # The paper's basis and router, with fewer members and narrower keys; lorweb_jax/adapters/config.py has its values and
-    # what each field is.
+    # The paper's basis and router, with fewer members and narrower keys; lorweb_jax/adapters/config.py has its values
+    # and what each field is.
     config.basis = {
         field.name: field.default for field in dataclasses.fields(BasisConfig) if f"basis.{field.name}" in BASIS
     }
@@ -47,14 +47,14 @@ def default():
 
     config.data = dict(
         root="embedded",  # a Relation252K folder, or "embedded": drawings that pip has installed
-        held_out="",  # a second such folder, of tasks that are only looked at
+        held_out="",  # a second such folder, of tasks that are evaluated, not trained on
         cache="local_data",  # where the embedded data set is built
         quadrant_size=32,  # side of a, a', b and b' in the grid, pixels
         caption_drop=0.05,  # share of captions that are left empty
-        reverse_probability=0.0,  # share of analogies told backwards, a' -> a
+        reverse_probability=0.0,  # share of analogies shown in reverse, a' -> a
         task_balanced=True,  # every task equally often, however many pairs it has
-        workers=0,
-    )  # processes that read images; 0 reads in the main one
+        workers=0,  # processes that read images; 0 reads in the main one
+    )
 
     # Folder that `python -m lorweb_jax.precompute` filled with text embeddings and image embeddings: training takes
     # them from there and has no encoders on its devices. "" computes them in every step.
@@ -64,8 +64,9 @@ def default():
     config.guidance = 1.0  # guidance input while training
     config.compute_dtype = "float32"
     config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
-    config.remat = "none"  # what the backward pass recomputes: none, dots (all but products), attention
-    # (all but attention), full (everything inside a block)
+    # What the backward pass recomputes: none, dots (all but products), attention (all but attention), full (everything
+    # inside a block).
+    config.remat = "none"
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
     config.unroll = 8  # blocks compiled side by side
 
