@@ -8,12 +8,12 @@
     --config.FIELD=VALUE        another value for a field of it, as often as wanted
     --workdir=FOLDER            run folder; runs/<config name> by default
 
-The run folder (runs/<config name> by default) receives log.txt, TensorBoard events, pictures/, checkpoints/ and, at
-the end, the exported result. A run that was stopped goes on when the same command is given again, also on another
-mesh, and also after its folder, data or models were moved, if these hold the same. Two runs at once in one folder are
-refused. Several processes, on one or many hosts, make one run: the scripts in launch/ start them, and
-lorweb_jax/processes/distributed.py says how they find each other.
-Each field is explained where it stands, in the config file itself or in lorweb_jax/settings/config.py.
+The run folder receives log.txt, TensorBoard events, pictures/, checkpoints/ and, at the end, the exported result. The
+same command resumes a run that was stopped, also on another mesh, and also after its folder, data or models were moved,
+if their contents are the same. Two runs at once in one folder are refused. A run may consist of several processes, on
+one or many hosts: the scripts in launch/ start them, and lorweb_jax/processes/distributed.py says how they find each
+other. Fields are explained in the config file itself or in lorweb_jax/settings/config.py; --config.profile=5-7 traces
+steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .compile_cache beside the run folder.
 """
 
 import difflib
@@ -36,7 +36,7 @@ flags.DEFINE_string("workdir", None, "run folder; by default runs/<config name>"
 
 
 def read_command_line(argv: list[str]):
-    """(config, run folder) of a command line; UserError, with status 2, for one that makes no sense."""
+    """(config, run folder) of a command line; UserError, with status 2, for an invalid one."""
     files = [
         word.partition("=")[2] or following
         for word, following in zip(argv, [*argv[1:], ""])

@@ -1,4 +1,4 @@
-"""Whether a training or sampling run fits on hardware that isn't at hand, and what a step of it would cost.
+"""Whether a training or sampling run fits on given hardware, which need not be present, and what a step of it costs.
 
     python -m lorweb_jax.plan --config=configs/basis.py:kontext --topology=v6e:4x4 --config.train.batch=16
     python -m lorweb_jax.plan --config=configs/basis.py:kontext --topology=gpu:h100x8 --config.train.batch=8

@@ -1,11 +1,11 @@
-"""Compute once what the frozen encoders say of a training run's captions and images, so that training needs none.
+"""Compute the frozen encoders' embeddings of a training run's captions and images once, so that it trains without them.
 
     python -m lorweb_jax.precompute --config=configs/basis.py --config.precomputed=local_data/precomputed
     python -m lorweb_jax.main --config=configs/basis.py --config.precomputed=local_data/precomputed
 
 The first command fills the folder, the second trains from it. Options are those of training; --config.pipeline,
---config.basis.encoder and --config.data.… say which models and data. A run that was stopped, even by kill -9, goes on
-when the same command is given again; several processes or hosts that share the folder share the work. New captions
+--config.basis.encoder and --config.data.… say which models and data. The same command resumes a run that was stopped,
+even by kill -9; several processes or hosts that share the folder share the work. New captions
 and images are added; a folder of other models or settings is refused.
 
 --config=FILE[:VARIANT]     config file of a basis

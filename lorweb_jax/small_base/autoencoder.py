@@ -1,8 +1,8 @@
 """The loss of the small base's autoencoder.
 
-What the flow asks of its latents, besides a good image: a Gaussian of about unit size (a mild KL term), and that a
-quadrant has the same latents alone and within a canvas (the consistency term), so that latents may be computed once a
-drawing and laid side by side.
+Beside reconstruction, the flow model needs latents that are roughly unit Gaussian (a mild KL term), and a quadrant with
+the same latents alone as within a canvas (the consistency term), so that each drawing's latents are computed once and
+laid side by side.
 """
 
 from typing import Any

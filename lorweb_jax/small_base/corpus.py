@@ -56,7 +56,7 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(drawings: DrawingSets, captions: Captions, variants: int, held_out: bool = False) -> Corpus:
-    """Of all drawings, of which those that are held out, or the others, are drawn."""
+    """The corpus of the held-out drawings or of the training ones."""
     total = len(drawings.names)
     chosen = np.flatnonzero(drawings.held_out == held_out)
     is_photograph = drawings.set_of == SETS.index("photograph")
@@ -89,7 +89,7 @@ def make_corpus(drawings: DrawingSets, captions: Captions, variants: int, held_o
 
 
 class Picture(NamedTuple):
-    """Which quadrants an image of n examples is made of: int32 [n, k] each, k = 4 for a canvas, 1 for one drawing."""
+    """Which quadrants the images of n examples consist of: int32 [n, k] each, k = 4 for a canvas, 1 for one drawing."""
 
     drawing: Any
     operation: Any
@@ -102,7 +102,7 @@ class Edits(NamedTuple):
 
 
 class Draws:
-    """Independent random numbers for n examples, all from one call: compilers take long over each."""
+    """Independent random numbers for n examples, all from one call, since each call takes long to compile."""
 
     def __init__(self, key: jax.Array, n: int, most: int):
         self.n, self.uniform, self.used = n, jax.random.uniform(key, (n, most)), 0
@@ -114,7 +114,7 @@ class Draws:
         return part if k else part[:, 0]
 
     def happens(self, share, k: int | None = None) -> jax.Array:
-        """bool [n] or [n, k], true with this probability."""
+        """bool [n] or [n, k], each true with the given probability."""
         return self._next(k) < share
 
     def below(self, count, k: int | None = None) -> jax.Array:

@@ -1,5 +1,4 @@
-"""What the small base can do, measured on drawings that no training showed: edits by instruction, text to image,
-reconstruction."""
+"""The small base measured on held-out drawings: edits by instruction, text to image, reconstruction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ KINDS = (
 
 
 class Edit(NamedTuple):
-    """One held-out picture to edit: `others` are the drawings a and a′ of the canvas, plain as b is."""
+    """One edit of a held-out image b; `others` are the drawings in the places of a and a′, unedited as b is."""
 
     family: str
     set_of: int
@@ -56,7 +55,7 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Of one edit: distances to the truth, of the picture made and of b as it was."""
+    """The result of one edit and its distances to the truth, beside those of b itself ("copy")."""
 
     edit: Edit
     image: np.ndarray
@@ -71,8 +70,8 @@ def families() -> list[str]:
 
 
 def choose_edits(drawings: DrawingSets, per_cell: int, seed: int = 0) -> list[Edit]:
-    """`per_cell` held-out pictures of each family and set (fewer where a photograph has no shape), the family's
-    parameters in turn, each wording of an instruction that names its parameter as often."""
+    """`per_cell` edits of held-out images for each family and set (fewer where operations don't suit photographs). A
+    family's parameters take turns, and so do the specific wordings of each instruction."""
     random, edits = np.random.default_rng(seed), []
     for of in range(len(SETS)):
         indices = np.flatnonzero(drawings.held_out & (drawings.set_of == of))
@@ -117,7 +116,7 @@ def _cell(drawings, indices, of, family, count, random) -> list[Edit]:
 def measure_edits(
     pipeline: Pipeline, edits: Sequence[Edit], *, steps: int, guidance: float = 2.5, seed: int = 0, batch: int = 64
 ) -> list[Result]:
-    """Each edit by `Pipeline.edit_batch`: a canvas of four drawings of which the last is to change, told in words."""
+    """Each edit by `Pipeline.edit_batch`: a canvas of four drawings, with an instruction to change the last."""
     results, batch = [], min(batch, len(edits))
     for start in range(0, len(edits), batch):
         part = list(edits[start : start + batch])
@@ -148,7 +147,7 @@ def _distances(x: np.ndarray, y: np.ndarray, batch: int = 128) -> tuple[np.ndarr
 
 
 def share_nearer(results: Sequence[Result], measure: str) -> float:
-    """Of the pictures made, the share that is nearer to the truth than b is; `measure` is mse or lpips."""
+    """The share of results that are nearer to the truth than b is; `measure` is "mse" or "lpips"."""
     return float(np.mean([getattr(result, measure) < getattr(result, f"{measure}_of_copy") for result in results]))
 
 
@@ -167,8 +166,8 @@ def draw(
     batch: int = 50,
     noise: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """uint8 [side, side, 3] of each caption, without a condition. cfg above 1: that much away from what an empty
-    caption gives. The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives
+    """An image uint8 [side, side, 3] for each caption, without a condition image, with classifier-free guidance `cfg`
+    (1: none). The noise of the i-th picture depends on the seed and i alone, unless `noise` [captions, s, c] gives
     it."""
     batch, latents = min(batch, len(captions)), _latents(pipeline, side)
     if noise is None:
@@ -206,8 +205,8 @@ def kind_captions(per_kind_and_style: int) -> tuple[list[str], np.ndarray]:
 
 
 def kind_prototypes(pipeline: Pipeline, drawings: DrawingSets, most: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors [kinds, p], from the mean of all kinds to that of each, and that mean [p]: of the embeddings'
-    directions of up to `most` training drawings a kind."""
+    """(unit vectors [kinds, p] from the mean of all kinds to that of each, the mean [p] of all kinds), where a kind's
+    mean is over unit embeddings of up to `most` training drawings."""
     random, means = np.random.default_rng(0), []
     for kind in KINDS:
         indices = [i for i in _drawn(drawings, held_out=False) if drawings.kind(i) == kind]
@@ -266,6 +265,6 @@ def _reconstruct(vae, images):
 
 
 def psnr(result: np.ndarray, truth: np.ndarray) -> float:
-    """dB, of the squared error over all images."""
+    """Peak signal-to-noise ratio, dB, of the squared error over all images."""
     error = np.square((result.astype(np.float64) - truth) / 255).mean()
     return float(-10 * np.log10(max(error, 1e-10)))

@@ -1,10 +1,10 @@
 """Trains the small base's CLIP pair: images of drawings against captions, and edits against instructions.
 
-Three contrastive losses. An image, plain or after an operation, belongs to its caption ("red apple in noto style", "red
-apple in gray") among all captions of the batch, which show the same drawing after other operations too; so the
-embedding must tell drawing, style and operation. E(edited) − E(plain) belongs to the instruction ("make it gray",
-"draw it in noto style") among all instructions, so that the difference of two embeddings tells the edit, which is what
-the router asks of it. And a plain image belongs to its kind ("a fruit") among all kinds.
+Three contrastive losses match an image, plain or after an operation, with its caption ("red apple in noto style", "red
+apple in gray") among all captions of the batch, which include other operations on the same drawing, so that the
+embedding encodes drawing, style and operation; E(edited) − E(plain) with the instruction ("make it gray", "draw it in
+noto style") among all instructions, so that the difference of two embeddings encodes the edit, as the router needs it;
+and a plain image with its kind ("a fruit") among all kinds.
 """
 
 import tempfile
@@ -45,7 +45,7 @@ def make(config) -> "BaseClip":
 
 
 class ClipPair(nnx.Module):
-    """Both towers, and what only their training needs: the text projection and the temperatures' logarithms."""
+    """Both towers, with the text projection and log temperatures, which only training needs."""
 
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.vision = ClipVision(vision, rngs=rngs)
@@ -63,7 +63,7 @@ class ClipPair(nnx.Module):
 
 
 class Sentences(NamedTuple):
-    """Token ids int32, padded with the end token, and which of them a drawing has."""
+    """Token ids int32, padded with the end token, and which name and kind each drawing has."""
 
     names: Any  # [names, t]
     descriptions: Any  # [descriptions, t]
@@ -76,7 +76,7 @@ class Sentences(NamedTuple):
 
 
 def make_sentences(drawings: DrawingSets) -> Sentences:
-    """Their tokenizer knows every word that is used; what is trained with it is the vision tower alone."""
+    """The sentences of all drawings, with a tokenizer of every word in them; the text tower is dropped later."""
     names = sorted(set(drawings.names))
     kinds = [drawings.kind(i) if of != PHOTOGRAPH else "photograph" for i, of in enumerate(drawings.set_of)]
     kind_names = sorted(set(kinds))
@@ -121,8 +121,8 @@ def joined(first, second, end: int) -> jax.Array:
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x / |x| over the last axis, for x much longer than 0.1. An operation that leaves a drawing as it is (a ball
-    flipped) makes a difference of exactly 0: it stays 0, with a gradient that is not huge."""
+    """x / sqrt(|x|² + 0.01) over the last axis: about x / |x| where |x| is much larger than 0.1. The difference of an
+    operation that leaves a drawing unchanged (a ball flipped) is exactly 0: it stays 0, with a bounded gradient."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-2)
 
 
@@ -295,7 +295,7 @@ class BaseClip(Job):
         return pair_loss(model, batch, self.sentences, self.drawings.set_of, self.processor, self.config.loss, key)
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
-        """How often each operation (row) on held-out drawings is taken for which (column): white is always."""
+        """Confusion matrix of operations (rows: the true one) on held-out drawings; white is 1."""
         from lorweb_jax.small_base.jobs.clip_quality import confused_operations
 
         return {

@@ -1,7 +1,7 @@
-"""What the small CLIP's image embedding tells of drawings it never saw.
+"""How well the small CLIP's image embedding distinguishes operations and drawings that training never showed.
 
-Everything is told by the vision tower alone, as the router has nothing else: an edit by the direction in which the
-embedding moves, compared with the mean direction of each edit on training drawings.
+Only the vision tower is used, as by the router: an operation is recognised by the direction in which the embedding
+moves, compared with the mean direction of each operation on training drawings.
 """
 
 import json
@@ -59,7 +59,7 @@ def sample(drawings: DrawingSets, of: int, held_out: bool, count: int) -> Drawin
 
 
 def confused_operations(job, model: nnx.Module, drawings: int) -> np.ndarray:
-    """[operations, operations]: the share of held-out drawings on which an operation is taken for another."""
+    """[operations, operations]: the share of held-out drawings on which an operation (row) is taken for another."""
     train, held_out = (
         embeddings(model.vision, job.processor, sample(job.drawings, 0, part, drawings)) for part in (False, True)
     )
@@ -68,7 +68,7 @@ def confused_operations(job, model: nnx.Module, drawings: int) -> np.ndarray:
 
 
 def probe(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Operations told by ridge regression on features [drawings, operations, f]: right or not, of `held_out`."""
+    """Whether ridge regression on features [drawings, operations, f] recognises each operation of `held_out`: bool."""
     mean, deviation = train.mean((0, 1)), train.std((0, 1)) + 1e-6
 
     def features(x):
@@ -129,7 +129,7 @@ def share(x) -> float:
 
 
 def write_quality(folder: Path, vision: nnx.Module, processor: ImageProcessor, drawings: DrawingSets) -> None:
-    """`folder`/quality.json of a trained tower, on the screen as well."""
+    """Write and print `folder`/quality.json of a trained tower."""
     measured = quality(vision, processor, drawings)
     write_json(folder / "quality.json", measured)
     print(json.dumps(measured, indent=1))

@@ -113,8 +113,8 @@ class BaseTransformer(Job):
         return flow_loss(model, by_form(batch), self.clip_ids, self.t5_ids, key, self.config)
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
-        """Held-out drawings edited as told (the canvas, the result, the truth), and drawings from text (a training
-        drawing's caption, what is drawn of it, the drawing)."""
+        """Held-out drawings edited by instruction (canvas, result, truth), and drawings from captions of training
+        drawings (result, drawing)."""
         batch = by_form(next(self.batches(8, seed=1, held_out=True)))
         seen = by_form(next(self.batches(8, seed=1)))
         shown = {}
@@ -150,7 +150,7 @@ class BaseTransformer(Job):
         return _decode(self.vae, jnp.asarray(latents, jnp.float32))
 
     def finish(self, model, workdir: Path) -> None:
-        """Writes the parts of the pipeline folder that come from here, float16, and how far held-out edits are off."""
+        """Writes the trained parts of the pipeline folder, float16, and the error of held-out edits."""
         write_editor(workdir, self.editor_config, model)
         self._tokenizers(workdir)
         form = by_form(next(self.batches(64, seed=2, held_out=True)))["canvas"]
