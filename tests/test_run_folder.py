@@ -171,6 +171,16 @@ def test_a_moved_run_goes_on_with_the_same_files_elsewhere(moved):
     assert configs.load(workdir / "config.json").data.root == "/new/data"
 
 
+def test_evaluation_may_change_and_training_may_not(moved):
+    workdir, config, sources = moved
+    config.evaluation.steps, config.train.log_images_every, config.profile = 3, 7, "5-7"
+    open_run(workdir, config, sources)
+    assert configs.load(workdir / "config.json").evaluation.steps == 3
+    config.train.ema = 0.5
+    with pytest.raises(UserError, match=r"another config: train.ema was 0.0 and is 0.5; use"):
+        open_run(workdir, config, sources)
+
+
 @pytest.mark.parametrize("field", ["pipeline", "basis.encoder", "data.root", "data.held_out"])
 def test_other_files_are_refused_wherever_they_lie(moved, field):
     workdir, config, sources = moved

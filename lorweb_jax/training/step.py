@@ -112,10 +112,10 @@ class TrainStep:
 
     def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
         if self._encodes is None:
-            encoded = self.encoded(frozen, batch)
-            self._encodes = len(encoded) > len(batch)
+            self._encodes = bool(jax.eval_shape(self.encode, frozen, batch))
             if self._encodes:
-                encode, update = self.encode.lower(frozen, batch), self.update.lower(state, frozen, encoded)
+                encode = self.encode.lower(frozen, batch)
+                update = self.update.lower(state, frozen, self.encoded(frozen, batch))
                 side_by_side([encode.compile, update.compile])
         if self._encodes:
             batch = batch | self.encode(frozen, batch)
