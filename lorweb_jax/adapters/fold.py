@@ -46,10 +46,9 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
 def _updated(kernel_lio: jax.Array, mix: LowRankMix) -> jax.Array:
     def one_layer(layer):
         kernel_io, mix = layer
-        n, i, r = mix.a_nir.shape
-        a = mix.a_nir.astype(jnp.float32) * (mix.scale * mix.coeff_bn).reshape(n, 1, 1)
-        b = mix.b_nro.astype(jnp.float32)
-        update_io = a.transpose(1, 0, 2).reshape(i, n * r) @ b.reshape(n * r, -1)
+        [c] = mix.scale * mix.coeff_bn
+        a, b = mix.a_nir.astype(jnp.float32), mix.b_nro.astype(jnp.float32)
+        update_io = jnp.einsum("nir,nro->io", a * c[:, None, None], b)
         return (kernel_io.astype(jnp.float32) + update_io).astype(kernel_io.dtype)
 
     return jax.lax.map(one_layer, (kernel_lio, mix))

@@ -1,6 +1,7 @@
-"""What a linear layer is given: a mix of low-rank updates, for coefficients known beforehand or found on the way.
+"""Adapters of linear layers: low-rank updates, mixed by coefficients that are known in advance (LowRankMix) or that the
+layer's own input decides (RoutedMix).
 
-Both are pytrees; for a stack of layers every array has a leading axis l, taken off by the scan over blocks.
+Both are pytrees. Of a stack of layers every array has a leading axis l, which the scan over blocks takes off.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class LowRankMix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutedMix:
-    """A LowRankMix whose coefficients come from the layer's own input (the internal query)."""
+    """A LowRankMix whose coefficients are computed from the layer's own input (the internal query)."""
 
     a_nir: jax.Array
     b_nro: jax.Array

@@ -49,11 +49,11 @@ def internal_query(x: jax.Array, text_tokens: int, mode: str, pooling: str) -> j
         x = x[:, text_tokens:]
         x = x[:, x.shape[1] // 2 :]
         m = x.shape[1]
-        kept = {"caa'bb'": m, "caa'b": 3 * (m // 4), "caa'": m // 2}[mode]
-        if not kept:
+        count = {"caa'bb'": m, "caa'b": 3 * (m // 4), "caa'": m // 2}[mode]
+        if not count:
             raise UserError(
                 f"the query mode {mode!r} takes none of the {m} tokens that a layer has of its condition; "
                 "give larger images or a longer text, or use the mode aa'bb'"
             )
-        x = x[:, :kept]
+        x = x[:, :count]
     return x.mean(axis=1) if pooling == "avg" else x.max(axis=1)
