@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from benchmark import ours, random_weights
-from benchmark.rows import Pair, Row, make_rows, pairs
+from benchmark.rows import Pair, BenchmarkRow, make_rows, pairs
 from benchmark.run import measure, ratios, summarise
 from benchmark.setting import SIZES, Setting
 from benchmark.table import table
@@ -194,7 +194,7 @@ def test_diffusers_row_has_the_same_model():
 
 
 def test_a_row_that_fails_says_why():
-    row = Row("base", "ours", "base", dataclasses.replace(TINY, what="sample", dtype="float31"))
+    row = BenchmarkRow("base", "ours", "base", dataclasses.replace(TINY, what="sample", dtype="float31"))
     results = {"base": {"name": "ours", "seconds": [], "cpu_seconds": []}}
     measure([row], results, "cpu", interleaved=True)
     summarise(results["base"], {"matmul": 1.0}, row)

@@ -1,6 +1,6 @@
 """Model FLOPs of one step of a row of the benchmark."""
 
-from benchmark.rows import Row
+from benchmark.rows import BenchmarkRow
 from lorweb_jax.planning.flops import base_flops, basis_flops
 
 # (of the transformer, of the basis) by kind of row.
@@ -16,7 +16,7 @@ _COUNTED = {
 _TORCH = {"sample": "inside", "train": "weights"}
 
 
-def step_flops(row: Row) -> int:
+def step_flops(row: BenchmarkRow) -> int:
     """FLOPs of one step of a row of the table."""
     setting = row.setting
     base, added = _COUNTED[_TORCH[setting.what] if row.torch else row.kind]

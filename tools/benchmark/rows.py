@@ -49,7 +49,7 @@ _VARIED = ("quantization", "moments", "remat")
 _SHOWN = {"quantization": "{}", "moments": "moments {}", "remat": "remat {}"}
 
 
-class Row(NamedTuple):
+class BenchmarkRow(NamedTuple):
     """`key` is the row's name in --json: its kind and what tells it from the first variant's."""
 
     key: str
@@ -75,7 +75,7 @@ def varied(variants: Sequence[Setting]) -> list[str]:
     return [field for field in _VARIED if len({getattr(setting, field) for setting in variants}) > 1]
 
 
-def make_rows(variants: Sequence[Setting], with_torch: bool) -> list[Row]:
+def make_rows(variants: Sequence[Setting], with_torch: bool) -> list[BenchmarkRow]:
     """All rows of the table: every kind for the first variant, and for the others what they are measured for."""
     what, fields, rows = variants[0].what, varied(variants), []
     for setting in variants:
@@ -90,14 +90,14 @@ def make_rows(variants: Sequence[Setting], with_torch: bool) -> list[Row]:
                 continue
             first = not rows or setting is variants[0]
             key = kind if first else " ".join([kind, *(getattr(setting, field) for field in fields)])
-            rows.append(Row(key, ", ".join([name, *told]), kind, setting))
+            rows.append(BenchmarkRow(key, ", ".join([name, *told]), kind, setting))
     if with_torch:
         plain = next((setting for setting in variants if setting.quantization == "none"), variants[0])
-        rows += [Row(kind, name, kind, plain) for kind, name in TORCH_KINDS[what].items()]
+        rows += [BenchmarkRow(kind, name, kind, plain) for kind, name in TORCH_KINDS[what].items()]
     return rows
 
 
-def pairs(rows: Sequence[Row]) -> list[Pair]:
+def pairs(rows: Sequence[BenchmarkRow]) -> list[Pair]:
     """What is compared: kinds within a variant, variants with the first, ours with torch's."""
     what, found = rows[0].setting.what, []
     of = {(row.kind, row.setting): row.key for row in rows if not row.torch}
@@ -116,7 +116,7 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
     return found
 
 
-def memory_needed(rows: Sequence[Row]) -> float:
+def memory_needed(rows: Sequence[BenchmarkRow]) -> float:
     """Bytes that these rows need at once, roughly: weights are most of it, for any size but the smallest."""
     total = 0.0
     for row in rows:

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmark.flops import step_flops
-from benchmark.rows import Pair, Row, make_rows, memory_needed, pairs, varied, with_attention
+from benchmark.rows import Pair, BenchmarkRow, make_rows, memory_needed, pairs, varied, with_attention
 from benchmark.setting import Setting
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.attention import resolve
@@ -149,7 +149,7 @@ def _attention(setting: Setting, platform: str, seconds: dict[str, float]) -> st
     return next(iter(seconds))
 
 
-def measure(rows: Sequence[Row], results: dict[str, dict], platform: str, interleaved: bool) -> None:
+def measure(rows: Sequence[BenchmarkRow], results: dict[str, dict], platform: str, interleaved: bool) -> None:
     """Fills results with seconds of every repeat: in turns (A B A B), so that drift hits all alike, or one by one."""
     measured = [row for row in rows if "skipped" not in results[row.key]]
     for group in [measured] if interleaved else [[row] for row in measured]:
@@ -185,7 +185,7 @@ def attempt(row: dict[str, Any], ask) -> None:
     row.update(values)
 
 
-def summarise(result: dict[str, Any], ceilings: dict[str, Any], row: Row) -> None:
+def summarise(result: dict[str, Any], ceilings: dict[str, Any], row: BenchmarkRow) -> None:
     """Adds the median, the rate and its share of the ceiling of the dtype that the row's products are made in."""
     if "skipped" in result:
         return
