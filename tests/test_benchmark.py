@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from benchmark import ours, random_weights
-from benchmark.rows import Pair, BenchmarkRow, make_rows, pairs
+from benchmark.rows import BenchmarkRow, Pair, make_rows, pairs
 from benchmark.run import measure, ratios, summarise
 from benchmark.setting import SIZES, Setting
 from benchmark.table import table

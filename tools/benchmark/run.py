@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from benchmark.flops import step_flops
-from benchmark.rows import Pair, BenchmarkRow, make_rows, memory_needed, pairs, varied, with_attention
+from benchmark.rows import BenchmarkRow, Pair, make_rows, memory_needed, pairs, varied, with_attention
 from benchmark.setting import Setting
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.attention import resolve
