@@ -27,7 +27,7 @@ from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE, Images
-from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, as_value
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
 # The small base of the repository, from whatever folder the command is given; an installed package has none.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"

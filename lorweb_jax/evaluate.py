@@ -16,7 +16,7 @@ from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
 from lorweb_jax.files.hub_cache import is_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE
-from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK, as_value
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK, as_value
 
 FILES = ("table.md", "table.json", "sheet.png")
 

@@ -19,7 +19,7 @@ from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_new_folder, require_writable, told_if_unwritable
 from lorweb_jax.pipeline.arguments import RANK, as_path
-from lorweb_jax.settings.fields import as_value
+from lorweb_jax.settings.rules import as_value
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

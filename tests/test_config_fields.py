@@ -10,6 +10,7 @@ import pytest
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.settings import config as configs
 from lorweb_jax.settings import fields as config_fields
+from lorweb_jax.settings.rules import shown
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 VARIANTS = {
@@ -37,7 +38,7 @@ def refuse(fields: dict, name: str, value) -> str:
         config_fields.check(fields | {name: value})
     told = str(caught.value)
     assert caught.value.code == 2 and "\n" not in told and len(told) < 600
-    assert f"config.{name} is {config_fields.shown(value)}; it must be " in told, told
+    assert f"config.{name} is {shown(value)}; it must be " in told, told
     return told
 
 

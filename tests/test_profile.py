@@ -10,7 +10,7 @@ from jax import monitoring
 
 from lorweb_jax.jobs import make_job
 from lorweb_jax.nn import sharding
-from lorweb_jax.settings.fields import Steps, steps_of
+from lorweb_jax.settings.rules import Steps, steps_of
 from lorweb_jax.training.compile_cache import FOLDER
 from lorweb_jax.training.loop import train
 from lorweb_jax.training.optimizer import make_optimizer

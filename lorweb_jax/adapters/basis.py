@@ -15,7 +15,7 @@ from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
-from lorweb_jax.settings.fields import Whole, as_value, shown
+from lorweb_jax.settings.rules import Whole, as_value, shown
 
 
 class BasisParam(nnx.Param):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from lorweb_jax.adapters.router import Router, internal_query
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
-from lorweb_jax.settings.fields import shown
+from lorweb_jax.settings.rules import shown
 
 # Router parameters of a stack of layers: keys [l, n, k], and projection [l, k, q] or None.
 RouterParameters = tuple[jax.Array, jax.Array | None]

@@ -5,7 +5,8 @@ import math
 from typing import TYPE_CHECKING
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.settings.fields import BASIS, INTERNAL_MODES, Real, Whole, shown
+from lorweb_jax.settings.fields import BASIS, INTERNAL_MODES
+from lorweb_jax.settings.rules import Real, Whole, shown
 
 if TYPE_CHECKING:
     from lorweb_jax.adapters.coefficients import Coefficients

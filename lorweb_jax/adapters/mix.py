@@ -14,7 +14,7 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.finite import require_finite
-from lorweb_jax.settings.fields import Real, as_value, shown
+from lorweb_jax.settings.rules import Real, as_value, shown
 
 _FACTOR = Real(-1e30, 1e30)
 

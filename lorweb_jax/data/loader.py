@@ -21,7 +21,7 @@ from lorweb_jax.data.problems import Notes, Problem, Problems, reason
 from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.images import grid
 from lorweb_jax.images.resize import resize
-from lorweb_jax.settings.fields import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole, as_value
+from lorweb_jax.settings.rules import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole, as_value
 
 # Not absl's logger, which training silences below errors since libraries chatter there.
 _log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from PIL import Image, features
 
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import run_command
-from lorweb_jax.settings.fields import SHOWN_AT_ONCE, SIDE, WORKERS, Real, Whole, as_value
+from lorweb_jax.settings.rules import SHOWN_AT_ONCE, SIDE, WORKERS, Real, Whole, as_value
 
 WARM_UP = 4  # batches that aren't counted: imports, worker processes, full buffers
 

@@ -23,7 +23,7 @@ from lorweb_jax.common.locks import locked
 from lorweb_jax.common.schema import read_json
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.safetensors_io import write, write_json
-from lorweb_jax.settings.fields import shown
+from lorweb_jax.settings.rules import shown
 
 IDENTITY = "identity.json"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.images.arrays import as_image
-from lorweb_jax.settings.fields import Choice, Whole, as_value, shown
+from lorweb_jax.settings.rules import Choice, Whole, as_value, shown
 from lorweb_jax.settings.texts import REPLACEMENT, as_text
 
 MAX_SIZE = Whole(16, 2**20)  # of the longest edge of a grid, pixels

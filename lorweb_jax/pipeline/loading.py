@@ -15,7 +15,7 @@ from lorweb_jax.nn.quantization import KINDS
 from lorweb_jax.pipeline.arguments import as_dtype, as_path
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
-from lorweb_jax.settings.fields import Choice, as_value
+from lorweb_jax.settings.rules import Choice, as_value
 
 
 def load(

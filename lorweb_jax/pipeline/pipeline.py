@@ -34,7 +34,7 @@ from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.request import edit_request, generation_request
 from lorweb_jax.pipeline.sampling import Embeddings, encode_prompt, encode_query, not_finite
 from lorweb_jax.pipeline.session import Session
-from lorweb_jax.settings.fields import Flag, as_value
+from lorweb_jax.settings.rules import Flag, as_value
 
 
 class Pipeline:

@@ -14,7 +14,7 @@ from lorweb_jax.images.grid import condition_grid, fit_to_model, stretched, with
 from lorweb_jax.models.autoencoder.model import VAEConfig
 from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, as_analogies, as_prompts, as_references, as_size
 from lorweb_jax.pipeline.model import Size
-from lorweb_jax.settings.fields import GUIDANCE, SAMPLING_STEPS, Flag, as_value
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, Flag, as_value
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.settings.texts import as_text
 

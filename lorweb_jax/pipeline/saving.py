@@ -14,7 +14,7 @@ from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.outputs import require_free, told_if_unwritable
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.arguments import RANK, as_dtype, as_path
-from lorweb_jax.settings.fields import Choice, Real, as_value
+from lorweb_jax.settings.rules import Choice, Real, as_value
 
 _ALPHA = Real(0, 1e6, above=True)
 

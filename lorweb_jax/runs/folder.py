@@ -19,6 +19,7 @@ from lorweb_jax.common.schema import read_json
 from lorweb_jax.runs.checkpoints import complete_steps
 from lorweb_jax.settings import config as configs
 from lorweb_jax.settings import fields as config_fields
+from lorweb_jax.settings.rules import shown
 
 CONFIG, LOCK, SOURCES = "config.json", ".lock", "sources.json"
 SHARED_WITHIN = 20.0  # s until a file that process 0 has written is seen by all hosts
@@ -186,7 +187,7 @@ def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
         if field in known or field in ("precomputed", "data.root", "data.held_out") or field.endswith("cache")
     }
     changed = [
-        f"{name} was {config_fields.shown(old)} and is {config_fields.shown(new)}"
+        f"{name} was {shown(old)} and is {shown(new)}"
         for name, (old, new) in differing.items()
         if not (configs.may_change(name) or name in free)
     ]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.settings.fields import SEED, shown
+from lorweb_jax.settings.rules import SEED, shown
 
 
 def random_key(seed: int) -> jax.Array:

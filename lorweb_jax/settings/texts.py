@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.settings.fields import shown
+from lorweb_jax.settings.rules import shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

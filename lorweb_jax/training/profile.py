@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lorweb_jax.settings.fields import steps_of
+from lorweb_jax.settings.rules import steps_of
 from lorweb_jax.training.report import report_only
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.schema import Between, read_json
 from lorweb_jax.common.user_files import inside, read_text, regular_file
-from lorweb_jax.settings.fields import shown
+from lorweb_jax.settings.rules import shown
 from lorweb_jax.settings.texts import as_text
 
 CLIP_TOKENS = 77  # the positions that CLIP's text tower has
