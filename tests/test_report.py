@@ -29,7 +29,7 @@ def test_means_reach_the_log_and_tensorboard(tmp_path):
     for step, loss in enumerate([1.0, 2.0, 6.0]):
         report.add(step, {"error": np.float32(2 * loss), "loss": np.float32(loss)})
     report.write(3, 0.05)
-    report.pictures(3, {"rows": np.full((4, 6, 3), 255, np.uint8)})
+    report.log_images(3, {"rows": np.full((4, 6, 3), 255, np.uint8)})
     report.close()
     assert (tmp_path / "log.txt").read_text() == "step 3  loss 3  error 6  learning_rate 0.05\n"
     values = {value.tag: value for event in events(tmp_path) if event.step == 3 for value in event.summary.value}

@@ -111,7 +111,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                 return False
             if done % every.log_images_every == 0 or done == steps:
                 with report_only(f"pictures of step {done}"):
-                    report.pictures(done, job.log_images(partition.model(state.exported, frozen), done))
+                    report.log_images(done, job.log_images(partition.model(state.exported, frozen), done))
                 report.restart_clock()
         checkpoints.finish()
         stop.saved()

@@ -186,7 +186,7 @@ class Report:
         if steps_done == self.total:
             self.end_progress()
 
-    def pictures(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
+    def log_images(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
         """Write images uint8 [h, w, 3] by name for TensorBoard and into workdir/pictures."""
         if self.writes:
             self._write("write_images", steps_done, images)
