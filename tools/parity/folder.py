@@ -155,9 +155,9 @@ class Bases:
             raise Absent(self._missing.get(name, f"{self._folder} has no basis_{name}.safetensors"))
         return self._found[name]
 
-    def query(self, name: str) -> str | None:
-        """How basis `name` is asked, "external" or "internal"; None without it."""
-        return self._found[name].config.query if name in self._found else None
+    def in_advance(self, name: str) -> bool:
+        """Whether the coefficients of basis `name` are known before the model runs; without the basis, they are."""
+        return name not in self._found or self._found[name].config.coefficients.in_advance
 
     def default(self) -> RecordedBasis:
         """The basis that train_step and e2e recordings use, which don't name it: a, or the only one."""

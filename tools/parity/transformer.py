@@ -152,7 +152,7 @@ def check_case(report: Comparison, name: str, data: Recording, bases: Bases, mod
     def gradients():
         return loss_and_gradients(models.transformer, adapted().basis, query, inputs, _sum_of_squares)
 
-    mix_tolerance = INTERNAL_COEFFICIENT if bases.query(name.removeprefix("case_")) == "internal" else COEFFICIENT
+    mix_tolerance = COEFFICIENT if bases.in_advance(name.removeprefix("case_")) else INTERNAL_COEFFICIENT
     for key, theirs in data.items():
         kind, _, rest = key.partition("/")
         if key in _OUTPUTS:
