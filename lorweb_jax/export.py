@@ -188,12 +188,13 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> Mapping:
 def _model_layers(pipeline: Path) -> dict:
     from lorweb_jax.common.schema import read_json
     from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
-    from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+    from lorweb_jax.models.flux1.config import FluxConfig
+    from lorweb_jax.models.flux1.record import backbone
 
     path = (
         existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",)) / "transformer/config.json"
     )
-    return block_linears(FluxConfig.from_json(read_json(path), path))
+    return backbone(FluxConfig.from_json(read_json(path), path)).adapted
 
 
 def _layers(arrays) -> int:

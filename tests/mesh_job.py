@@ -12,7 +12,9 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.adapters.basis import Basis, BasisConfig, BasisParam
-from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import sharding
 from lorweb_jax.settings.config import base_config
 from lorweb_jax.training.job import Job
@@ -36,7 +38,7 @@ BATCH, TOKENS, TEXT, QUERY = 8, 6, 5, 20
 class Model(nnx.Module):
     def __init__(self, quantization: str, rngs: nnx.Rngs):
         self.transformer = Flux(FLUX, remat="full", quantization=quantization, rngs=rngs)
-        self.basis = Basis(BasisConfig(size=8, rank=2, key_dim=16, query_dim=QUERY), block_linears(FLUX), rngs=rngs)
+        self.basis = Basis(BasisConfig(size=8, rank=2, key_dim=16, query_dim=QUERY), backbone(FLUX).adapted, rngs=rngs)
 
 
 class MeshJob(Job):

@@ -13,7 +13,8 @@ from golden import golden_dir
 from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.adapters.formats import basis_file
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
 
 CASES = ["a", "c", "e"]
 
@@ -24,7 +25,7 @@ def published(case: str) -> dict:
 
 def layers() -> dict:
     config = json.loads((golden_dir() / "tiny_pipeline" / "transformer" / "config.json").read_text())
-    return block_linears(FluxConfig.from_json(config))
+    return backbone(FluxConfig.from_json(config)).adapted
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_config_words(case):
 def test_full_size_count():
     """N = 32, r = 4, k = 128, q = 2304 on the real model: the published checkpoint's 835,051,520 parameters."""
     config = BasisConfig()
-    shapes = nnx.state(nnx.eval_shape(lambda: Basis(config, block_linears(FluxConfig()), rngs=nnx.Rngs(0))))
+    shapes = nnx.state(nnx.eval_shape(lambda: Basis(config, backbone(FluxConfig()).adapted, rngs=nnx.Rngs(0))))
     sizes = [np.prod(variable.shape, dtype=np.int64) for _, variable in nnx.to_flat_state(shapes)]
     assert sum(sizes) == 835_051_520
 
@@ -155,9 +156,11 @@ def test_a_basis_of_another_width_or_rank(folder):
         num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12)
     )
     with pytest.raises(UserError, match=r"blocks of width 128 -> \d+, the model has . blocks of width 64"):
-        basis_file.read_basis(folder, layers=block_linears(other))
+        basis_file.read_basis(folder, layers=backbone(other).adapted)
     with pytest.raises(UserError, match="the model has 1 blocks"):
-        basis_file.read_basis(folder, layers={path: (1, *shape[1:]) for path, shape in layers().items()})
+        basis_file.read_basis(
+            folder, layers={path: dataclasses.replace(layer, depth=1) for path, layer in layers().items()}
+        )
 
     def halve(tensors):
         for key in [key for key in tensors if "proj_mlp" in key and "lora_A" in key or "proj_mlp.lora_B" in key]:

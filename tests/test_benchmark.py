@@ -25,7 +25,9 @@ from benchmark.setting import SIZES, Setting
 from benchmark.table import table
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.planning import flops
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +68,7 @@ def dots(jaxpr) -> int:
 def trace(kind: str, setting: Setting) -> int:
     """FLOPs of the products in the functions that the benchmark compiles."""
     fluxdef, state = nnx.split(nnx.eval_shape(lambda: Flux(setting.model, rngs=nnx.Rngs(0))))
-    trainable = jax.eval_shape(lambda: ours.flat(Basis(setting.basis, block_linears(setting.model), rngs=nnx.Rngs(0))))
+    trainable = jax.eval_shape(lambda: ours.flat(Basis(setting.basis, setting.backbone.adapted, rngs=nnx.Rngs(0))))
     given = jax.eval_shape(lambda: random_weights.inputs(setting))
     if kind in ("weights", "inputs"):
         return products(ours.gradients(kind, fluxdef), state, given)
@@ -110,15 +112,16 @@ def products(function, *arguments) -> int:
     ],
 )
 def test_flops_equal_those_of_the_traced_products(kind, base, added):
-    counted = flops.base_flops(base, TINY.model, TINY.batch, TINY.tokens, TINY.text_tokens)
-    assert counted + (flops.basis_flops(added, TINY) if added else 0) == trace(kind, TINY)
+    sizes = (TINY.batch, TINY.tokens, TINY.text_tokens)
+    counted = flops.base_flops(base, TINY.backbone, *sizes)
+    assert counted + (flops.basis_flops(added, TINY.backbone, TINY.basis, *sizes) if added else 0) == trace(kind, TINY)
 
 
 @pytest.mark.parametrize("tokens, text, teraflop", [(8192, 512, 165.5), (2048, 512, 37.7)])
 def test_flops_of_the_real_model(tokens, text, teraflop):
     """method.md §1: linear layers 2·57·12·d² a token, attention 57·4·L²·d; the figures of the published sizes."""
     config, length = SIZES["kontext"], tokens + text
-    counted = flops.base_flops("forward", config, 1, tokens, text)
+    counted = flops.base_flops("forward", backbone(config), 1, tokens, text)
     by_hand = 2 * 57 * 12 * config.features**2 * length + 57 * 4 * length**2 * config.features
     # Modulation, embedders and the last layer are not in the formula by hand.
     assert counted == pytest.approx(by_hand, rel=2e-3)
@@ -141,14 +144,16 @@ def test_flops_agree_with_the_compilers_count():
         }
     )
     lowered = jax.jit(lambda state, given: nnx.merge(graphdef, state)(**given)).lower(state, given)
-    assert flops.base_flops("forward", config, 1, 64, 32) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.03)
+    assert flops.base_flops("forward", backbone(config), 1, 64, 32) == pytest.approx(
+        lowered.cost_analysis()["flops"], rel=0.03
+    )
 
 
 def test_train_step_runs_in_8_bit():
     step = ours.make_step("basis", dataclasses.replace(TINY, quantization="int8"))
     step.run(2)
     assert step.compile_seconds > 0
-    frozen = sum(depth * i * o for depth, i, o in block_linears(TINY.model).values())
+    frozen = sum(layer.weights for layer in TINY.backbone.adapted.values())
     # A byte a weight of the blocks, and little beside: scales, biases, embedders.
     assert frozen < step.weight_bytes < 1.5 * frozen
     assert "int8" in step.note
@@ -158,7 +163,7 @@ def test_train_step_runs_in_8_bit():
 def test_train_step_takes_every_kind_of_moments_and_remat(moments, remat):
     """Traced: arrays out are as those in."""
     fluxdef, state = nnx.split(nnx.eval_shape(lambda: Flux(TINY.model, remat=remat, rngs=nnx.Rngs(0))))
-    trainable = jax.eval_shape(lambda: ours.flat(Basis(TINY.basis, block_linears(TINY.model), rngs=nnx.Rngs(0))))
+    trainable = jax.eval_shape(lambda: ours.flat(Basis(TINY.basis, TINY.backbone.adapted, rngs=nnx.Rngs(0))))
     optimizer = ours.paper_optimizer(moments)
     opt_state = jax.eval_shape(optimizer.init, trainable)
     given = jax.eval_shape(lambda: random_weights.inputs(TINY))

@@ -12,7 +12,7 @@ from compare import relative
 from flax import nnx
 
 from lorweb_jax import Basis, BasisConfig, UserError
-from lorweb_jax.adapters.basis import BasisParam, FrozenBasisParam
+from lorweb_jax.adapters.basis import BasisParam, FrozenBasisParam, LayerShape
 from lorweb_jax.common.schema import checked
 from lorweb_jax.jobs.basis import BasisJob
 from lorweb_jax.nn.layers import Weight
@@ -22,7 +22,7 @@ from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.job import Batches, Job
 from lorweb_jax.training.loop import train
 
-SHAPES = {"double.layer": (2, 5, 7), "single.layer": (3, 4, 4)}
+SHAPES = {"double.layer": LayerShape(2, 5, 7), "single.layer": LayerShape(3, 4, 4)}
 TABLE = {"both": (1, 1), "content": (1, 0), "style": (0, 1), "none": (0, 0)}
 PAIR = BasisConfig(size=2, rank=3, query="fixed", query_dim=None, table=TABLE, frozen=("a",))
 
@@ -39,7 +39,7 @@ def test_a_row_of_the_table_for_each_example():
     basis, random = trained(PAIR), np.random.default_rng(0)
     names = ["style", "both", "none", "content", "style"]
     adapters = basis.adapters(basis.named(names))
-    for path, (depth, inputs, _) in SHAPES.items():
+    for path, (depth, inputs, *_) in SHAPES.items():
         x = random.normal(size=(depth, 5, 6, inputs)).astype(np.float32)
         found = jax.vmap(lambda adapter, x: adapter(x))(adapters[path], jnp.asarray(x))
         a, b = (np.asarray(p[...], np.float64) for p in (basis.layers[path].a, basis.layers[path].b))
@@ -129,7 +129,7 @@ class FrozenJob(Job):
     trainable = BasisParam
 
     def build(self, rngs):
-        return nnx.Dict(basis=Basis(PAIR, {"layer": (1, 4, 4)}, rngs=rngs), weight=Weight(jnp.ones((4,))))
+        return nnx.Dict(basis=Basis(PAIR, {"layer": LayerShape(1, 4, 4)}, rngs=rngs), weight=Weight(jnp.ones((4,))))
 
     def data(self, config):
         return Points()

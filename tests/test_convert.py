@@ -20,8 +20,9 @@ from lorweb_jax.files.state import build, shapes
 from lorweb_jax.files.table import Layout
 from lorweb_jax.models.autoencoder import table as vae_table
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
-from lorweb_jax.models.flux1 import table as flux_table
-from lorweb_jax.models.flux1.model import Flux, FluxConfig
+from lorweb_jax.models.flux1.config import FluxConfig, black_forest_config
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.pipeline import pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +71,9 @@ def test_transformer_is_diffusers_own(pipeline, tmp_path):
     rng = np.random.default_rng(0)
     flat = {path: rng.normal(size=array.shape).astype(np.float32) for path, array in flat.items()}
     build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), flat)
-    pretrained.save_folder(tmp_path, config, flat, flux_table.DIFFUSERS, max_shard_bytes=1_000_000)
+    pretrained.save_folder(
+        tmp_path, config, flat, backbone(FluxConfig.from_json(config)).table("diffusers"), max_shard_bytes=1_000_000
+    )
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     model = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
     theirs = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -137,7 +140,7 @@ def test_configs_of_real_single_files_are_read_off_their_shapes(pipeline):
     config = FluxConfig()
     real = shapes(lambda: Flux(config, rngs=nnx.Rngs(0)))
     assert sum(np.prod(shape.shape, dtype=np.int64) for shape in real.values()) == 11_901_408_320
-    found = flux_table.black_forest_config(Layout(flux_table.BLACK_FOREST, real).tensors)
+    found = black_forest_config(Layout(backbone(config).table("black_forest"), real).tensors)
     assert FluxConfig.from_json(found) == config
     config = VAEConfig()
     real = shapes(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
@@ -145,9 +148,9 @@ def test_configs_of_real_single_files_are_read_off_their_shapes(pipeline):
     found = vae_table.black_forest_config(Layout(vae_table.black_forest(4, 2), real).tensors)
     assert VAEConfig.from_json(found) == config
     tiny = FluxConfig.from_json(read_json(pipeline / "transformer" / "config.json"))
-    tensors = Layout(flux_table.BLACK_FOREST, shapes(lambda: Flux(tiny, rngs=nnx.Rngs(0)))).tensors
+    tensors = Layout(backbone(tiny).table("black_forest"), shapes(lambda: Flux(tiny, rngs=nnx.Rngs(0)))).tensors
     with pytest.raises(UserError, match="width 32, .* --model-config"):
-        flux_table.black_forest_config(tensors)
+        black_forest_config(tensors)
 
 
 def test_strict_and_one_sentence(pipeline, black_forest, tmp_path):

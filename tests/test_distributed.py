@@ -336,7 +336,9 @@ names = {"basis.layers.transformer_blocks.attn.to_q.a": (2, 4, 8, 4), "basis.lay
 arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
 def shapes(devices, **sizes):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes, jax.devices()[:devices])
-    return sharding.place(mesh, jax.eval_shape(lambda: {"trainable": arrays, "optimizer": optimizer.init(arrays)}))
+    axes = {name: sharding.basis_axes("column")[name.rpartition(".")[2]] for name in names}
+    state = jax.eval_shape(lambda: {"trainable": arrays, "optimizer": optimizer.init(arrays)})
+    return sharding.place(mesh, state, axes)
 trainable = {name: sharding.put(arrays[name], where) for name, where in shapes(8, data=2, fsdp=4)["trainable"].items()}
 checkpoints = Checkpoints(Path(sys.argv[1]))
 checkpoints.save(1, {"trainable": trainable, "optimizer": optimizer.init(trainable)}, {}, [])

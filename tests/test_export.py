@@ -17,7 +17,9 @@ from lorweb_jax.adapters.formats import basis_file, lora_file, lora_read
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.export import main
 from lorweb_jax.files.state import build
-from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.pipeline import adapters
 from lorweb_jax.pipeline.pretrained import load_transformer
 
@@ -40,7 +42,7 @@ def coefficients(basis):
 
 
 def block_linears_of(pipeline: Path) -> dict:
-    return block_linears(FluxConfig.from_json(json.loads((pipeline / "transformer" / "config.json").read_text())))
+    return backbone(FluxConfig.from_json(json.loads((pipeline / "transformer" / "config.json").read_text()))).adapted
 
 
 @pytest.fixture(scope="module")

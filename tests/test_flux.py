@@ -12,7 +12,8 @@ from golden import golden_dir
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import build, flat_state, shapes
-from lorweb_jax.models.flux1.model import Flux, FluxConfig
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.nn.layers import REMAT_POLICIES
 from lorweb_jax.pipeline.pretrained import load_transformer
 

@@ -10,7 +10,7 @@ from flax import nnx
 from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.adapters.fold import fold
 from lorweb_jax.adapters.formats.layer_names import layer_name
-from lorweb_jax.models.flux1.model import block_linears
+from lorweb_jax.models.flux1.record import backbone
 
 tiny = pytest.importorskip("tiny_flux")  # torch and diffusers
 
@@ -40,7 +40,7 @@ def velocity(model, values, adapters=None):
 
 def trained(model, config):
     """A basis whose B is no longer zero."""
-    basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
+    basis = Basis(config, backbone(model.config).adapted, rngs=nnx.Rngs(0))
     random = np.random.default_rng(1)
     for layer in basis.layers.values():
         layer.b.set_value(jnp.asarray(random.normal(size=layer.b.shape), jnp.float32))
@@ -58,7 +58,7 @@ def test_a_fresh_basis_changes_nothing_bit_for_bit(model, values):
         size=4, rank=3, key_dim=8, query="internal", query_mode="caa'", pooling="max", query_dim=None
     )
     for config in (CONFIG, internal):
-        basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
+        basis = Basis(config, backbone(model.config).adapted, rngs=nnx.Rngs(0))
         assert velocity(model, values, basis.adapters(basis.coefficients(query))).tobytes() == plain.tobytes()
 
 
@@ -93,7 +93,7 @@ def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
     basis = trained(model, BasisConfig(size=1, rank=3, query="fixed", query_dim=None, scale=0.5))
     names = {
         layer_name(path, block): (path, block)
-        for path, shape in block_linears(model.config).items()
+        for path, shape in backbone(model.config).adapted.items()
         for block in range(shape.depth)
     }
     theirs = tiny.theirs()

@@ -23,7 +23,7 @@ def script():
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.linear = Linear(3, 2, rngs=rngs)
+        self.linear = Linear(3, 2, role="any", rngs=rngs)
 
 
 CONFIG = dict(

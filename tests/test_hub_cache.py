@@ -9,7 +9,7 @@ from huggingface_hub import constants, errors
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.hub_cache import ENCODER_FILES, PIPELINE_FILES, existing, is_name, resolve
-from lorweb_jax.models.flux1.model import block_linears
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.models.image_encoder.encoder import open_image_encoder
 from lorweb_jax.pipeline.adapters import load_basis
 from lorweb_jax.pipeline.folder import PARTS, PipelineFolder
@@ -65,7 +65,7 @@ def test_names_in_the_cache(cache, capsys):
     assert folder.folder.parent.parent.parent == cache
     assert "some-lab/clip: taking the cached snapshot" in capsys.readouterr().out
     assert open_image_encoder("some-lab/clip").processor == folder.encoder.processor
-    assert load_basis("some-lab/basis", block_linears(folder.flux_config))[0].size == 8
+    assert load_basis("some-lab/basis", backbone(folder.flux_config).adapted)[0].size == 8
 
 
 def test_what_is_not_there(cache, monkeypatch):

@@ -12,12 +12,13 @@ from lorweb_jax.adapters.formats import lora_file
 from lorweb_jax.adapters.formats.layer_names import layer_name
 from lorweb_jax.adapters.formats.lora_read import read_lora
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
 
-FULL = block_linears(FluxConfig(num_layers=1, num_single_layers=1))
-SMALL = block_linears(
+FULL = backbone(FluxConfig(num_layers=1, num_single_layers=1)).adapted
+SMALL = backbone(
     FluxConfig(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1, axes_dims_rope=(2, 2, 4))
-)
+).adapted
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_whole_kontext_lora_of_black_forest_names(tmp_path):
         f"base_model.model.final_layer.linear.lora_{side}.weight": np.zeros(shape, np.float32)
         for side, shape in (("A", (1, 3072)), ("B", (64, 1)))
     }
-    found = read(write(tmp_path / "x.safetensors", tensors | final), block_linears(FluxConfig()))
+    found = read(write(tmp_path / "x.safetensors", tensors | final), backbone(FluxConfig()).adapted)
     state = utils._convert_fal_kontext_lora_to_diffusers(
         {key: torch.tensor(array) for key, array in (tensors | final).items()}
     )
@@ -130,11 +131,12 @@ def test_settings_of_peft(settings, where, tmp_path):
     to 1e-6."""
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     folder = golden_dir() / "tiny_pipeline" / "transformer"
-    layers = block_linears(FluxConfig.from_json(json.loads((folder / "config.json").read_text())))
+    layers = backbone(FluxConfig.from_json(json.loads((folder / "config.json").read_text()))).adapted
     model = diffusers.FluxTransformer2DModel.from_pretrained(folder)
     random, pairs = np.random.default_rng(0), {}
-    for path, (depth, i, o) in layers.items():
-        for block in range(depth):
+    for path, layer in layers.items():
+        i, o = layer.inputs, layer.outputs
+        for block in range(layer.depth):
             name = layer_name(path, block)
             rank = 3 if "rank_pattern" in settings and ("attn.to_k" in name or name.endswith("s.0.ff.net.2")) else 2
             pairs[name] = tuple(random.normal(size=size).astype(np.float32) for size in ((rank, i), (o, rank)))
@@ -308,9 +310,10 @@ def test_export(names, alpha, lora, tmp_path):
     random = np.random.default_rng(1)
     factors = {
         path: lora_file.Factors(
-            random.normal(size=(depth, i, 2)).astype(np.float32), random.normal(size=(depth, 2, o)).astype(np.float32)
+            random.normal(size=(layer.depth, layer.inputs, 2)).astype(np.float32),
+            random.normal(size=(layer.depth, 2, layer.outputs)).astype(np.float32),
         )
-        for path, (depth, i, o) in FULL.items()
+        for path, layer in FULL.items()
         if path != "transformer_blocks.attn.to_k"
     }
     file = tmp_path / "x.safetensors"

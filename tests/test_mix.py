@@ -5,10 +5,11 @@ import pytest
 from flax import nnx
 
 from lorweb_jax import Basis, BasisConfig, Mix, UserError
+from lorweb_jax.adapters.basis import LayerShape
 from lorweb_jax.adapters.formats.lora_file import mixed_factors
 
 CONFIG = BasisConfig(size=3, rank=2, key_dim=4, query_dim=6)
-SHAPES = {"double.layer": (2, 5, 7), "single.layer": (3, 4, 4)}
+SHAPES = {"double.layer": LayerShape(2, 5, 7), "single.layer": LayerShape(3, 4, 4)}
 
 
 def a_basis(seed=0, config=CONFIG) -> Basis:

@@ -44,8 +44,9 @@ from lorweb_jax.files.store import Store
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.images.io import read_image
 from lorweb_jax.models.autoencoder.model import VAEConfig
+from lorweb_jax.models.backbone import Linear
 from lorweb_jax.models.clip import folder as clip
-from lorweb_jax.models.flux1.model import FluxConfig
+from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.image_encoder.encoder import open_image_encoder
 from lorweb_jax.models.image_encoder.processor import ImageProcessor
 from lorweb_jax.models.siglip.model import SiglipConfig
@@ -60,7 +61,13 @@ from parity.folder import read_recording
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "assets" / "small_kontext"
 SECONDS, MEMORY = 20, 2 * 10**9  # for one file, on a busy core
-LAYERS = {"transformer_blocks.attn.to_q": (2, 6, 6), "single_transformer_blocks.proj_out": (2, 10, 6)}
+LAYERS = {
+    layer.path: layer
+    for layer in (
+        Linear("transformer_blocks.attn.to_q", "transformer_blocks", 2, 6, 6, "image", "column", True),
+        Linear("single_transformer_blocks.proj_out", "single_transformer_blocks", 2, 10, 6, "joint", "row", True),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,12 +242,12 @@ def some_basis(folder: Path, damaged: str) -> Path:
     draw = np.random.default_rng(0).normal
     arrays = {
         path: {
-            "a": draw(size=(l, 3, i, 2)),
-            "b": draw(size=(l, 3, 2, o)),
-            "keys": draw(size=(l, 3, 4)),
-            "projection": draw(size=(l, 4, 9)),
+            "a": draw(size=(layer.depth, 3, layer.inputs, 2)),
+            "b": draw(size=(layer.depth, 3, 2, layer.outputs)),
+            "keys": draw(size=(layer.depth, 3, 4)),
+            "projection": draw(size=(layer.depth, 4, 9)),
         }
-        for path, (l, i, o) in LAYERS.items()
+        for path, layer in LAYERS.items()
     }
     write_basis(
         folder / "basis.safetensors", BasisConfig(size=3, rank=2, key_dim=4, heads=2, query_dim=9), arrays, np.float16

@@ -13,7 +13,7 @@ from flax import nnx
 from golden import golden_dir
 from test_router import formula
 
-from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.basis import Basis, BasisConfig, LayerShape
 from lorweb_jax.adapters.formats.basis_file import network_from_config, write_basis
 from lorweb_jax.common.errors import UserError
 from parity.check import check_folder
@@ -160,7 +160,10 @@ def test_any_case_name_and_mode(tmp_path, checked):
         query_mode="ca'-ca",
         query_dim=6,
     )
-    layers = {"transformer_blocks.attn.to_out_0": (2, 4, 4), "single_transformer_blocks.proj_mlp": (1, 4, 16)}
+    layers = {
+        "transformer_blocks.attn.to_out_0": LayerShape(2, 4, 4),
+        "single_transformer_blocks.proj_mlp": LayerShape(1, 4, 16),
+    }
     arrays = Basis(config, layers, rngs=nnx.Rngs(0)).to_arrays()
     write_basis(tmp_path / "basis_other name.safetensors", config, arrays)
     (tmp_path / "config.yaml").unlink()

@@ -14,6 +14,7 @@ from golden import golden_dir
 
 import lorweb_jax
 from lorweb_jax import Basis, BasisConfig, Mix, Pipeline, UserError, read_image, write_image
+from lorweb_jax.adapters.basis import LayerShape
 from lorweb_jax.common.finite import is_finite, require_finite
 from lorweb_jax.files.safetensors_io import write
 from lorweb_jax.images.grid import other_shape, stretched
@@ -196,7 +197,7 @@ def test_loading_refuses(pipeline, refused):
             refused(f"{name.replace('_', ' ')}|nowhere", Pipeline.load, FOLDER, **{name: value})
     for basis in (None, 5, [], "nowhere"):
         refused("the basis is|nowhere", pipeline.attach, basis)
-    other = Basis(BasisConfig(size=2, query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+    other = Basis(BasisConfig(size=2, query_dim=6), {"layer": LayerShape(1, 3, 5)}, rngs=nnx.Rngs(0))
     refused("adapts layer", pipeline.attach, other)
 
 

@@ -10,7 +10,9 @@ from golden import golden_dir
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import flat_state, shapes
-from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import quantization
 from lorweb_jax.nn.layers import Linear
 from lorweb_jax.nn.quantization import bytes_by_dtype, dequantize, fp8_product, quantize
@@ -52,8 +54,8 @@ def test_codes_are_the_formulas(kind, largest, kernel):
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.008), ("fp8", 0.028)])
 def test_a_quantised_layer(kind, error):
-    layer = Linear(256, 64, rngs=nnx.Rngs(0))
-    small = Linear(256, 64, quantization=kind, rngs=nnx.Rngs(0))
+    layer = Linear(256, 64, role="any", rngs=nnx.Rngs(0))
+    small = Linear(256, 64, quantization=kind, role="any", rngs=nnx.Rngs(0))
     codes, scale = (np.asarray(part[...], np.float64) for part in (small.kernel, small.scale))
     x = jax.random.normal(jax.random.key(1), (3, 5, 256))
     dy = jax.random.normal(jax.random.key(2), (3, 5, 64))
@@ -100,7 +102,7 @@ def test_kernels_of_the_blocks_are_8_bit_and_nothing_else_is(kind):
     """At FLUX.1 Kontext's own sizes: half of bfloat16's bytes."""
     sizes = shapes(lambda: Flux(FluxConfig(), quantization=kind, rngs=nnx.Rngs(0)))
     small = {path for path, shape in sizes.items() if shape.dtype == quantization.DTYPES[kind]}
-    assert small == {f"{path}.kernel" for path in block_linears(FluxConfig())}
+    assert small == {f"{path}.kernel" for path in backbone(FluxConfig()).adapted}
     scales = {path.replace(".kernel", ".scale") for path in small}
     # 2·6 + 8 + 2·8 kernels of d² in a double block, 3 + 3 + 4 + 5 in a single one
     assert sum(sizes[path].size for path in small) == (19 * 36 + 38 * 15) * 3072**2 == 11_834_228_736
@@ -116,7 +118,7 @@ def test_a_pipeline_in_8_bit():
     pipeline = Pipeline.load(folder, quantization="int8").attach(golden_dir() / "basis_a.safetensors")
     full = flat_state(Pipeline.load(folder).model.transformer)
     found = flat_state(pipeline.model.transformer)
-    for path in block_linears(pipeline.folder.flux_config):
+    for path in backbone(pipeline.folder.flux_config).adapted:
         codes, scale = quantize(np.asarray(full[f"{path}.kernel"]), "int8")
         assert found[f"{path}.kernel"].dtype == jnp.int8 and found[f"{path}.scale"].dtype == jnp.float32
         assert (found[f"{path}.kernel"] == codes).all() and (found[f"{path}.scale"] == scale).all()

@@ -12,13 +12,13 @@ from compare import relative
 from flax import nnx
 from golden import golden_dir
 
-from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.basis import Basis, BasisConfig, LayerShape
 from lorweb_jax.adapters.coefficients import Internal
 from lorweb_jax.adapters.formats.basis_file import layer_name, read_basis
 from lorweb_jax.adapters.mixture import LowRankMix
 from lorweb_jax.adapters.router import Router, internal_query
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.models.flux1.model import block_linears
+from lorweb_jax.models.flux1.record import backbone
 
 TOLERANCE = 1e-6
 
@@ -104,12 +104,12 @@ def test_golden_coefficients(case, tmp_path):
 
 
 def test_errors():
-    basis = Basis(BasisConfig(size=2, rank=1, key_dim=4, query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+    basis = Basis(BasisConfig(size=2, rank=1, key_dim=4, query_dim=6), {"layer": LayerShape(1, 3, 5)}, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="5 wide and the basis expects 6"):
         basis.coefficients(jnp.zeros((1, 5)))
     internal = Basis(
         BasisConfig(size=2, rank=1, key_dim=4, query="internal", query_mode="caa'", query_dim=None),
-        {"layer": (1, 3, 5)},
+        {"layer": LayerShape(1, 3, 5)},
         rngs=nnx.Rngs(0),
     )
     assert internal.coefficients(jnp.zeros((1, 3))) is None  # not known before the layers run
@@ -126,7 +126,7 @@ def test_errors():
         with pytest.raises(UserError, match=message):
             BasisConfig(**{"key_dim": 128, **change})
     with pytest.raises(UserError, match="use projection linear"):
-        Basis(BasisConfig(key_dim=4, projection="none", query_dim=6), {"layer": (1, 3, 5)}, rngs=nnx.Rngs(0))
+        Basis(BasisConfig(key_dim=4, projection="none", query_dim=6), {"layer": LayerShape(1, 3, 5)}, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
         activation=activation,
         query_dim=None,
     )
-    basis = Basis(config, block_linears(model.config), rngs=nnx.Rngs(0))
+    basis = Basis(config, backbone(model.config).adapted, rngs=nnx.Rngs(0))
     for layer in basis.layers.values():
         layer.b.set_value(jnp.asarray(np.random.default_rng(1).normal(size=layer.b.shape), jnp.float32))
 

@@ -20,8 +20,8 @@ from lorweb_jax.nn.layers import Conv, LayerNorm, Linear, stacked
 
 class Block(nnx.Module):
     def __init__(self, rngs):
-        self.left = Linear(4, 4, rngs=rngs)
-        self.right = Linear(4, 6, rngs=rngs)
+        self.left = Linear(4, 4, role="any", rngs=rngs)
+        self.right = Linear(4, 6, role="any", rngs=rngs)
         self.norm = LayerNorm(6, rngs=rngs)
 
 
@@ -30,7 +30,7 @@ class Model(nnx.Module):
         rngs = nnx.Rngs(0)
         self.blocks = stacked(Block, 3, rngs)
         self.convs = nnx.List([Conv(2, 5, rngs=rngs)])
-        self.last = Linear(6, 8, bias=False, rngs=rngs)
+        self.last = Linear(6, 8, bias=False, role="any", rngs=rngs)
 
 
 ROWS = [

@@ -6,7 +6,8 @@ from diffusers import FluxTransformer2DModel
 from flax import nnx
 
 from lorweb_jax.files.state import build
-from lorweb_jax.models.flux1.model import Flux, FluxConfig
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.pipeline.pretrained import load_transformer
 
 SIZES = dict(

@@ -198,7 +198,7 @@ def model(part: str, sizes: dict, blocks: list[int] | None) -> tuple[dict, list,
     from lorweb_jax.files.state import shapes
     from lorweb_jax.models.autoencoder.model import VAEConfig
     from lorweb_jax.models.clip import folder as clip
-    from lorweb_jax.models.flux1.model import FluxConfig
+    from lorweb_jax.models.flux1.config import FluxConfig
     from lorweb_jax.models.t5 import model as t5
     from lorweb_jax.pipeline.pretrained import KINDS
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,31 @@ class FrozenBasisParam(nnx.Variable):
 _PARAMS = (BasisParam, FrozenBasisParam)
 
 
+class AdaptedLayer(Protocol):
+    """A stack of equal linear layers, as a backbone's record has it (models/backbone.py): l layers from width i to o.
+
+    role: of sharding.ROLES, how the layer and its adapter are split over devices.
+    """
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def role(self) -> str: ...
+
+
+class LayerShape(NamedTuple):
+    """Widths and depth of a stack of linear layers where nothing else is known of it, as from a file's arrays."""
+
+    depth: int
+    inputs: int
+    outputs: int
+    role: str = "any"
+
+
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -41,22 +66,25 @@ class LayerBasis(nnx.Module):
     one that adapts only some blocks has zeros for the others.
     """
 
-    def __init__(self, config: BasisConfig, depth: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: BasisConfig, shape: AdaptedLayer, *, rngs: nnx.Rngs):
         n, r, k = config.size, config.rank, config.key_dim
+        depth, inputs, axes = shape.depth, shape.inputs, sharding.basis_axes(shape.role)
         kinds = {part: FrozenBasisParam if part in config.frozen else BasisParam for part in ("a", "b")}
         # PyTorch's Kaiming rule reads [n, i, r] as a convolution kernel: fan-in i·r.
-        self.a = kinds["a"](_uniform(rngs.params(), (depth, n, inputs, r), (inputs * r) ** -0.5))
-        self.b = kinds["b"](jnp.zeros((depth, n, r, outputs), jnp.float32))
+        self.a = kinds["a"](_uniform(rngs.params(), (depth, n, inputs, r), (inputs * r) ** -0.5), axes=axes["a"])
+        self.b = kinds["b"](jnp.zeros((depth, n, r, shape.outputs), jnp.float32), axes=axes["b"])
         routed, linear = config.coefficients.has_router, config.projection == "linear"
         width = config.coefficients.query_width(inputs) if routed else None
         if routed and not linear and width != k:
             raise UserError(
                 f"basis.projection is none, but a query is {width} wide and key_dim is {k}; use projection linear", 2
             )
-        self.keys = BasisParam(jax.random.normal(rngs.params(), (depth, n, k), jnp.float32)) if routed else None
-        self.projection = (
-            BasisParam(_uniform(rngs.params(), (depth, k, width), width**-0.5)) if routed and linear else None
-        )
+        keys = projection = None
+        if routed:
+            keys = BasisParam(jax.random.normal(rngs.params(), (depth, n, k), jnp.float32), axes=axes["keys"])
+        if routed and linear:
+            projection = BasisParam(_uniform(rngs.params(), (depth, k, width), width**-0.5), axes=axes["projection"])
+        self.keys, self.projection = keys, projection
 
     @property
     def router(self) -> RouterParameters:
@@ -67,13 +95,13 @@ class LayerBasis(nnx.Module):
 class Basis(nnx.Module):
     """A basis for several stacks of linear layers.
 
-    `layers` names each stack by the path of its layer and gives (depth, inputs, outputs). The basis knows nothing
-    else of the model: `adapters` returns, by the same paths, what each layer is to add.
+    `layers` gives each stack's shape by the path of its layer. The basis knows nothing else of the model: `adapters`
+    returns, by the same paths, what each layer is to add.
     """
 
-    def __init__(self, config: BasisConfig, layers: Mapping[str, tuple[int, int, int]], *, rngs: nnx.Rngs):
+    def __init__(self, config: BasisConfig, layers: Mapping[str, AdaptedLayer], *, rngs: nnx.Rngs):
         self.config = config
-        self.layers = nnx.Dict({path: LayerBasis(config, *shape, rngs=rngs) for path, shape in layers.items()})
+        self.layers = nnx.Dict({path: LayerBasis(config, shape, rngs=rngs) for path, shape in layers.items()})
 
     def coefficients(self, query_bq: jax.Array | None = None, batch: int = 1) -> dict[str, jax.Array] | None:
         """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers make them of their
@@ -204,7 +232,8 @@ class Basis(nnx.Module):
             if axes != {"a": 4, "b": 4}:
                 raise UserError(f"the basis of {path} has no arrays a [l, n, i, r] and b [l, n, r, o]; give both")
         shapes = {
-            path: (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3]) for path, parts in arrays.items()
+            path: LayerShape(parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
+            for path, parts in arrays.items()
         }
         basis = nnx.eval_shape(lambda: cls(config, shapes, rngs=nnx.Rngs(0)))
         for path, parts in arrays.items():

@@ -55,7 +55,7 @@ class Routed:
                 f"({self.query_mode}); use the image encoder and query mode that it was trained with"
             )
         # Rows are few, projections many: rows travel, and every device works with its share of k.
-        query_bq = sharding.constrain(query_bq, "data", None)
+        query_bq = sharding.constrain(query_bq, "vectors", None)
 
         def stack(keys_lnk, projection_lkq):
             c = jax.vmap(lambda keys, projection: self.router(query_bq, keys, projection))(keys_lnk, projection_lkq)

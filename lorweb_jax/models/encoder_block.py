@@ -43,10 +43,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Sizes, causal: bool = False, *, rngs: nnx.Rngs):
         self.heads, self.causal = config.num_attention_heads, causal
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, role="any", rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size, role="any", rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size, role="any", rngs=rngs)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, role="any", rngs=rngs)
 
     def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         q, k, v = (
@@ -61,8 +61,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: Sizes, activation: Activation, *, rngs: nnx.Rngs):
         self.activation = activation
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, role="any", rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, role="any", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))

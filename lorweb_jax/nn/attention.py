@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
@@ -18,6 +17,7 @@ from lorweb_jax.nn import sharding
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 # Values of this name may be kept for the backward pass (layers.REMAT_POLICIES).
 SAVED = "attention"
+_AXES = ("batch", None, "heads", None)  # of q, k, v
 _LANES = 128  # sequence lengths of the TPU kernel's blocks are multiples of this
 
 
@@ -26,7 +26,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax
 
     implementation: one of IMPLEMENTATIONS but "auto", which `resolve` turns into one of the others.
     """
-    q, k, v = (sharding.constrain(x, "batch", None, "tensor", None) for x in (q, k, v))
+    q, k, v = (sharding.constrain(x, *_AXES) for x in (q, k, v))
     if implementation == "pallas":
         return _pallas(q, k, v)
     if implementation == "xla":
@@ -127,17 +127,7 @@ def _pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _splash(q, k, v)
-    split = P(
-        *(
-            axes and (axes if len(axes) > 1 else axes[0])
-            for axes in (
-                sharding.dividing(mesh, q.shape[0], sharding.BATCH),
-                None,
-                sharding.dividing(mesh, q.shape[2], "tensor"),
-                None,
-            )
-        )
-    )
+    split = sharding.spec(mesh, _AXES, q.shape)
     return jax.shard_map(_splash, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
 

@@ -29,13 +29,17 @@ class Scale(Weight):
     """What a quantised kernel is multiplied by; kept in the dtype it was made in, whatever weights are stored in."""
 
 
+# Logical axes (sharding.py) of weights that any axis of which may be split: convolutions, tables of embeddings.
+_ANY = ("inputs", "outputs")
+
 _lecun = jax.nn.initializers.lecun_normal()
 
 
 class Linear(nnx.Module):
     """y = x W (+ bias) (+ adapter(x)); kernel [i, o], bias [o].
 
-    `quantization`, one of quantization.KINDS: the kernel holds 8-bit codes, and scale [1, o] what multiplies them.
+    role: of sharding.ROLES, how the layer is split over devices. quantization: one of quantization.KINDS; the kernel
+    holds 8-bit codes, and scale [1, o] what multiplies them.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        role: str,
         bias: bool = True,
         init=_lecun,
         quantization: str = "none",
@@ -51,9 +56,10 @@ class Linear(nnx.Module):
         kernel, scale = init(rngs.params(), (in_features, out_features), jnp.float32), None
         if quantization != "none":
             kernel, scale = quantize(kernel, quantization)
-        self.kernel = Weight(kernel)
-        self.scale = None if scale is None else Scale(scale)
-        self.bias = Weight(jnp.zeros((out_features,), jnp.float32)) if bias else None
+        kernel_axes, bias_axes = sharding.linear_axes(role)
+        self.kernel = Weight(kernel, axes=kernel_axes)
+        self.scale = None if scale is None else Scale(scale, axes=kernel_axes)
+        self.bias = Weight(jnp.zeros((out_features,), jnp.float32), axes=bias_axes) if bias else None
 
     def __call__(self, x: jax.Array, adapter: Adapter | None = None, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] or [b, i] -> [b, s, o] or [b, o]."""
@@ -79,7 +85,8 @@ class Conv(nnx.Module):
         self.kernel = Weight(
             jax.nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)(
                 rngs.params(), (size, size, in_features, out_features), jnp.float32
-            )
+            ),
+            axes=_ANY,
         )
         self.bias = Weight(jnp.zeros((out_features,), jnp.float32))
 
@@ -101,7 +108,7 @@ class Embedding(nnx.Module):
     """Rows of a table by integer id; embedding [v, d]."""
 
     def __init__(self, count: int, features: int, *, rngs: nnx.Rngs):
-        self.embedding = Weight(0.02 * jax.random.normal(rngs.params(), (count, features), jnp.float32))
+        self.embedding = Weight(0.02 * jax.random.normal(rngs.params(), (count, features), jnp.float32), axes=_ANY)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return jnp.take(self.embedding[...], ids, axis=0)

@@ -1,18 +1,20 @@
 """Where arrays live: the device mesh, and the one place that says which array is split over which of its axes.
 
-The mesh has three axes. "data" and "fsdp" share the batch between them; parameters and optimizer states are copied
+The mesh has three axes. "data" and "fsdp" share the batch between them; parameters and optimizer states are replicated
 along "data" and split along "fsdp", to be gathered where they are used; "tensor" splits the features and attention
-heads of every layer, activations included. Rules name the axes of an array that a mesh axis may split, best first;
-an array none of whose axes divides is copied.
+heads of every layer, activations included.
+
+Arrays name their axes: activations where they are made (`constrain`), parameters in their Variable's metadata
+(`variable_axes`), by the role of the layer that they belong to (ROLES). RULES says what each name means on a mesh.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,32 +24,80 @@ from lorweb_jax.common.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that share the batch
 
-# Linear layers whose outputs are heads or hidden features: split by output. Those that follow: split by input.
-_COLUMN = r"(to_q|to_k|to_v|add_[qkv]_proj|net_0_proj|proj_mlp)"
-_ROW = r"(to_out_0|to_add_out|net_2|single_transformer_blocks\.proj_out)"
-# Applied to one vector an example, for all blocks at once: computed where the weights are, never gathered.
-_MODULATION = r"norm(1|1_context)?\.linear"
+# Logical names of an array's axes, counted from the last one; None: whole on every device. A stack's axis l, and what
+# else comes before the named axes, is whole too.
+Axes = tuple[str | None, ...]
 
-# (pattern searched in a dotted path, {mesh axis: array axes that it may split, best first}); the first that matches
-# counts. Array axes are counted from the end where a stack adds a leading axis l. Letters as in method.md.
-PARAMETER_RULES: tuple[tuple[str, dict[str, tuple[int, ...]]], ...] = (
-    # basis: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q]
-    (rf"basis\..*{_ROW}\.a$", {"tensor": (-2,), "fsdp": (-3, -2, -1)}),
-    (r"basis\..*\.a$", {"tensor": (-3, -2), "fsdp": (-3, -2, -1)}),
-    (rf"basis\..*{_ROW}\.b$", {"tensor": (-3, -1), "fsdp": (-3, -1, -2)}),
-    (r"basis\..*\.b$", {"tensor": (-1,), "fsdp": (-3, -1, -2)}),
-    # the router's are split by k: a score is a sum over k, and sums of [l, b, n] are all that has to travel
-    (r"basis\..*\.keys$", {"fsdp": (-1, -2), "tensor": (-1,)}),
-    (r"basis\..*\.projection$", {"fsdp": (-2, -1), "tensor": (-2,)}),
-    # linear layers [l, i, o] or [i, o]; the scale of a quantised kernel is [l, 1, o]
-    (rf"{_MODULATION}\.(kernel|scale)", {"fsdp": (-1,), "tensor": (-1,)}),
-    (rf"{_COLUMN}\.(kernel|scale)", {"tensor": (-1,), "fsdp": (-2, -1)}),
-    (rf"{_ROW}\.(kernel|scale)", {"tensor": (-2,), "fsdp": (-1, -2)}),
-    (rf"{_COLUMN}\.bias", {"tensor": (-1,)}),
-    # all else of two axes or more: encoders, autoencoder, embedders
-    (r"(^|\.)(kernel|embedding)$", {"fsdp": (-2, -1), "tensor": (-1, -2)}),
-    (r"", {}),
+# (logical axis, mesh axis that splits it), best first: a mesh axis splits the first axis of an array that it is listed
+# with and that it divides, once. Where two split the same axis, the first is the outer one.
+RULES: tuple[tuple[str, str], ...] = (
+    # activations and what is added to them: examples; vectors that stand for an example each, few, which travel to
+    # the weights; attention heads; hidden features of an MLP
+    ("batch", "data"),
+    ("batch", "fsdp"),
+    ("vectors", "data"),
+    ("heads", "tensor"),
+    ("hidden", "tensor"),
+    # router: a score is a sum over k, and sums of [l, b, n] are all that has to travel
+    ("key", "fsdp"),
+    ("key", "tensor"),
+    # a modulation's outputs: computed where the weights are, which are never gathered
+    ("modulation", "fsdp"),
+    ("modulation", "tensor"),
+    # kernels and what is low-rank beside them: "parallel" is the side of heads or hidden features, "model" the other,
+    # and "features" the same of an adapter, which has few members at times
+    ("parallel", "tensor"),
+    ("members", "tensor"),
+    ("members", "fsdp"),
+    ("model", "fsdp"),
+    ("features", "tensor"),
+    ("features", "fsdp"),
+    ("parallel", "fsdp"),
+    ("query", "fsdp"),
+    ("rank", "fsdp"),
+    # layers with no such sides
+    ("inputs", "fsdp"),
+    ("outputs", "fsdp"),
+    ("outputs", "tensor"),
+    ("inputs", "tensor"),
 )
+
+
+class Role(NamedTuple):
+    """Logical axes of a linear layer's kernel [i, o] (its quantised scale [1, o] has the same), of its bias [o], and of
+    the input and output of an adapter of the layer."""
+
+    inputs: str
+    outputs: str
+    bias: str | None = None
+    adapter: tuple[str, str] = ("features", "parallel")
+
+
+# The roles of models/backbone.py, and "any" of layers that nothing is known of: those of encoders and autoencoder, and
+# of a basis read from a file.
+ROLES = {
+    "column": Role("model", "parallel", "hidden"),
+    "row": Role("parallel", "model", adapter=("parallel", "features")),
+    "modulation": Role("model", "modulation"),
+    **dict.fromkeys(("embedder", "vector", "output", "any"), Role("inputs", "outputs", adapter=("inputs", "outputs"))),
+}
+
+
+def linear_axes(role: str) -> tuple[Axes, Axes]:
+    """(axes of the kernel, of the bias) of a linear layer. KeyError for a role that ROLES lacks."""
+    inputs, outputs, bias, _ = ROLES[role]
+    return (inputs, outputs), (bias,)
+
+
+def basis_axes(role: str) -> dict[str, Axes]:
+    """Of a basis for a layer of this role: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q]."""
+    inputs, outputs = ROLES[role].adapter
+    return {
+        "a": ("members", inputs, "rank"),
+        "b": ("members", "rank", outputs),
+        "keys": ("members", "key"),
+        "projection": ("key", "query"),
+    }
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -108,35 +158,37 @@ def batch_shares(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def parameter_spec(mesh: Mesh | jax.sharding.AbstractMesh, path: str, shape: Sequence[int]) -> P:
-    """How the parameter (or its optimizer state) of this dotted path and shape is split."""
-    rule = next(rule for pattern, rule in PARAMETER_RULES if re.search(pattern, path))
+def spec(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes, shape: Sequence[int]) -> P:
+    """How an array of this shape and these axes is split (RULES)."""
     split: list[tuple[str, ...]] = [()] * len(shape)
-    for name, axes in rule.items():
-        size = mesh.shape[name]
-        for axis in axes:
-            if size > 1 and -axis <= len(shape):
-                held = size * math.prod(mesh.shape[other] for other in split[axis])
-                if shape[axis] % held == 0:
-                    split[axis] += (name,)
-                    break
+    # Fewer axes than names: an optimizer's state that has lost the leading ones.
+    named = {len(shape) - at: name for at, name in enumerate(reversed(axes), 1) if name and at <= len(shape)}
+    unused = {name for name in AXES if mesh.shape[name] > 1}
+    for logical, name in RULES:
+        for at, axis in named.items():
+            parts = mesh.shape[name] * math.prod(mesh.shape[other] for other in split[at])
+            if axis == logical and name in unused and shape[at] % parts == 0:
+                split[at] += (name,)
+                unused.remove(name)
     return P(*(names if len(names) > 1 else (names[0] if names else None) for names in split))
 
 
-def parameter_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
-    return NamedSharding(mesh, parameter_spec(mesh, path, shape))
+def variable_axes(variable: nnx.Variable) -> Axes:
+    """A parameter's logical axes: its metadata `axes`; whole where it has none, as norms' scales and biases."""
+    return variable.get_metadata("axes", ())
 
 
-def place(mesh: Mesh, shapes: Any) -> Any:
+def place(mesh: Mesh, shapes: Any, axes: Mapping[str, Axes]) -> Any:
     """Shapes with their shardings, of a tree that holds dicts {dotted path: shape}: parameters, optimizer states.
 
-    A leaf that is not in such a dict (a count) is copied to all devices.
+    axes: by dotted path. A leaf that is not in such a dict, and a scalar (a count), is replicated. KeyError for a path
+    without axes.
     """
 
     def placed(path, leaf):
-        named = path and isinstance(path[-1], jax.tree_util.DictKey)
-        where = parameter_sharding(mesh, path[-1].key, leaf.shape) if named else NamedSharding(mesh, P())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        named = path and isinstance(path[-1], jax.tree_util.DictKey) and leaf.ndim
+        split = spec(mesh, axes[path[-1].key], leaf.shape) if named else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, split))
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
 
@@ -176,7 +228,7 @@ def put(array: Any, where: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Whole on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -191,47 +243,48 @@ ANY = P.UNCONSTRAINED  # in `constrain`: whatever the partitioner likes best
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """x, an array inside a jitted function, split over the mesh of the context as named, axis by axis.
+    """x, an array inside a jitted function, split over the mesh of the context as its axes are named.
 
-    Each entry is "batch" (split over data and fsdp), a mesh axis or a tuple of them, None (not split) or ANY. Mesh
-    axes that don't divide the array's axis are left out; without a mesh in the context, x is returned as it is.
+    Each entry is a logical axis of RULES, None (not split), ANY, or a tuple of mesh axes. Mesh axes that don't divide
+    the array's axis are left out; without a mesh in the context, x is returned as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = P(
-        *(
-            axis if axis in (None, ANY) else dividing(mesh, size, BATCH if axis == "batch" else axis)
-            for axis, size in zip(axes, x.shape, strict=True)
-        )
-    )
-    return jax.lax.with_sharding_constraint(x, spec)
+    named = spec(mesh, tuple(axis if isinstance(axis, str) else None for axis in axes), x.shape)
+    entries = [
+        ANY if axis is ANY else _dividing(mesh, size, axis) if isinstance(axis, tuple) else split
+        for axis, size, split in zip(axes, x.shape, named, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
-def dividing(mesh, size: int, names: str | tuple[str, ...]) -> tuple[str, ...] | None:
+def _dividing(mesh, size: int, names: tuple[str, ...]) -> tuple[str, ...] | None:
     kept: tuple[str, ...] = ()
-    for name in (names,) if isinstance(names, str) else names:
+    for name in names:
         if size % (mesh.shape[name] * math.prod(mesh.shape[other] for other in kept)) == 0:
             kept += (name,)
     return kept or None
 
 
-def gathered(parameters: Any, within: str) -> Any:
-    """Parameters of one block of the stack `within`, [i, o] and the like, whole along fsdp: what a scan's step uses.
+def gathered(parameters: nnx.State) -> nnx.State:
+    """Parameters of one block, [i, o] and the like, whole along fsdp: what a scan's step uses.
 
     Saying so keeps the gathering inside the scan, one block at a time, and in the dtype that the weights are stored
-    in. Takes a tree whose paths are those of the rules (an nnx.State); a no-op without a mesh in the context.
+    in; a no-op without a mesh in the context.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return parameters
 
-    def whole(path, leaf):
-        name = ".".join([within, *(str(getattr(key, "key", getattr(key, "name", key))) for key in path)])
-        spec = parameter_spec(mesh, name.removesuffix(".value"), leaf.shape)
-        return jax.lax.with_sharding_constraint(leaf, P(*(_without(names, "fsdp") for names in spec)))
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        array = variable.get_value()
+        split = spec(mesh, variable_axes(variable), array.shape)
+        return variable.replace(
+            jax.lax.with_sharding_constraint(array, P(*(_without(names, "fsdp") for names in split)))
+        )
 
-    return jax.tree_util.tree_map_with_path(whole, parameters)
+    return jax.tree.map(whole, parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _without(names: Any, name: str) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.adapters.basis import AdaptedLayer, BasisConfig
 from lorweb_jax.adapters.formats.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.adapters.formats.identify import lora_scheme
 from lorweb_jax.adapters.formats.lora_read import read_lora
@@ -27,14 +27,14 @@ _PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|proje
 
 
 def load_basis(
-    path: str | Path, layers: Mapping[str, tuple[int, int, int]], config_path: str | Path | None = None
+    path: str | Path, layers: Mapping[str, AdaptedLayer], config_path: str | Path | None = None
 ) -> tuple[BasisConfig, Arrays]:
     """What `Basis.from_arrays` takes: (config, {path: {"a" [l,n,i,r], "b" [l,n,r,o], "keys" [l,n,k], "projection"
     [l,k,q]}}).
 
     path: a published basis (its file, or a folder with the file and config.yaml), an ordinary LoRA's file (a basis
     of one member with the coefficient 1), the folder of a training run, or a Hub name of such files.
-    layers: {path: (l, i, o)} of the model's linear layers, which the basis must fit. Raises UserError if it holds none
+    layers: of the model by path, which the basis must fit (`Backbone.adapted`). Raises UserError if it holds none
     of these, or a basis of another model.
     """
     path = existing_basis(path)

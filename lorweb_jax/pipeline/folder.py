@@ -17,8 +17,11 @@ from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
 from lorweb_jax.files.sharded_loading import load_sharded
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
+from lorweb_jax.models.backbone import Backbone
 from lorweb_jax.models.clip.folder import ClipText, open_clip_text, text_config
-from lorweb_jax.models.flux1.model import Flux, FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.encoder import ImageEncoderFolder, existing_encoder, open_image_encoder
 from lorweb_jax.models.image_encoder.identity import require_same
@@ -85,6 +88,11 @@ class PipelineFolder:
                     f"{self.folder / part} gives the transformer {found} values a token ({name}), but "
                     f"transformer/config.json has {field} {wanted}; take all parts from one pipeline"
                 )
+
+    @property
+    def backbone(self) -> Backbone:
+        """The record of its transformer."""
+        return backbone(self.flux_config)
 
     @property
     def text_tokens(self) -> int:
@@ -160,7 +168,7 @@ class PipelineFolder:
         """
         # Made even if it is left out, then dropped: it tells the query's width, and random keys are drawn in order.
         encoder = self.encoder.make(rngs) if self.encoder else None
-        made = Basis(self.complete(basis, encoder), block_linears(self.flux_config), rngs=rngs) if basis else None
+        made = Basis(self.complete(basis, encoder), self.backbone.adapted, rngs=rngs) if basis else None
         makers = {
             "transformer": lambda: Flux(
                 self.flux_config, remat=remat, attention=attention, unroll=unroll, quantization=quantization, rngs=rngs

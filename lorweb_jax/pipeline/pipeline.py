@@ -22,7 +22,6 @@ from lorweb_jax.adapters.formats.lora_file import TruncationError
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.images.grid import condition_grid, stretched
-from lorweb_jax.models.flux1.model import block_linears
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.sharding import to_host
@@ -81,7 +80,7 @@ class Pipeline:
         config: the published basis's config.yaml, where it doesn't lie beside it. Weights are shared, not copied.
         Raises UserError for a basis that doesn't fit the transformer or the image encoder.
         """
-        layers, source = block_linears(self.folder.flux_config), None
+        layers, source = self.folder.backbone.adapted, None
         if isinstance(basis, Basis):
             require_fits(basis.to_arrays(), layers, "the basis")
         else:
@@ -241,7 +240,7 @@ class Pipeline:
         lora_file.write_lora. Raises UserError for a mix of another basis, another suffix, rank, dtype, alpha or
         names, numbers that are not finite in the dtype, and where the file can't be written.
         """
-        layers = block_linears(self.folder.flux_config)
+        layers = self.folder.backbone.adapted
         return saving.save_lora(
             self._basis(), mix, layers, path, self.source, rank=rank, dtype=dtype, alpha=alpha, names=names
         )

@@ -15,7 +15,8 @@ from lorweb_jax.files.conversion import FINISHED, Progress, Run, check, one_sent
 from lorweb_jax.files.safetensors_io import Spec, index_of, shards_of, write_json, write_sharded
 from lorweb_jax.files.state import require_equal
 from lorweb_jax.files.table import Layout, RowRange, Stored, tensors_of
-from lorweb_jax.pipeline.sources import KINDS, LAYOUTS, Source, recognise, recognise_all
+from lorweb_jax.models.flux1.record import LAYOUTS
+from lorweb_jax.pipeline.sources import KINDS, Source, recognise, recognise_all
 
 __all__ = [
     "KINDS",

@@ -6,7 +6,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.models.autoencoder.model import VAEConfig
 from lorweb_jax.models.clip.towers import CLIPTextConfig, ClipVision, CLIPVisionConfig
-from lorweb_jax.models.flux1.model import FluxConfig
+from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.image_encoder.encoder import ImageEncoderFolder, open_image_encoder
 from lorweb_jax.models.image_encoder.processor import ImageProcessor
 from lorweb_jax.models.t5.model import T5Config

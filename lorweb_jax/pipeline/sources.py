@@ -16,10 +16,9 @@ from lorweb_jax.files.state import shapes
 from lorweb_jax.files.table import Row
 from lorweb_jax.models.autoencoder import table as vae_table
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
-from lorweb_jax.models.flux1 import table as flux_table
-from lorweb_jax.models.flux1.model import Flux, FluxConfig
-
-LAYOUTS = ("diffusers", "black_forest")
+from lorweb_jax.models.flux1.config import FluxConfig, black_forest_config
+from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 
 
 class Kind(NamedTuple):
@@ -45,8 +44,8 @@ KINDS = {
     "transformer": Kind(
         FluxConfig.from_json,
         lambda config: shapes(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0))),
-        lambda config, layout: flux_table.DIFFUSERS if layout == "diffusers" else flux_table.BLACK_FOREST,
-        flux_table.black_forest_config,
+        lambda config, layout: backbone(FluxConfig.from_json(config)).table(layout),
+        black_forest_config,
         {"diffusers": "single_transformer_blocks.", "black_forest": "single_blocks."},
         ("", "model.diffusion_model.", "diffusion_model.", "transformer."),
         "flux1-kontext.safetensors",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import grid_size, scanned_linears, tokens
+from lorweb_jax.planning.shapes import grid_size, tokens
 from lorweb_jax.planning.work import carried
 
 # Vectors of width d a token, in the compute dtype; fitted to the TPU compiler's temporaries, as the next.
@@ -41,15 +41,14 @@ class Estimate:
 def estimate(program: Program, kept: float) -> Estimate:
     """kept: see `kept_by_example`."""
     job, mesh = program.job, program.mesh
-    flux, vae = job.folder.flux_config, job.folder.vae_config
+    backbone, vae = job.folder.backbone, job.folder.vae_config
     local = -(-program.batch // batch_shares(mesh))
     sequence = 2 * tokens(job) + job.folder.text_tokens
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
-    block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * flux.features * itemsize / tensor
-    # At the last single block going forward, or the first going backward, most is kept.
-    weights = sum(
-        i * o for path, (_, i, o) in scanned_linears(flux).items() if path.startswith("single_transformer_blocks.")
-    )
+    block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * backbone.features * itemsize / tensor
+    # At the last block going forward, or the first going backward, most is kept.
+    last, _ = [stack for stack in backbone.stacks if stack[1]][-1]
+    weights = sum(layer.inputs * layer.outputs for layer in backbone.scanned.values() if layer.stack == last)
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
     pixels = local * math.prod(grid_size(job.config))  # of the targets; the conditions follow them
     images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0

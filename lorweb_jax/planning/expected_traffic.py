@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import scanned_linears, tokens
+from lorweb_jax.planning.shapes import tokens
 
 
 def expected_traffic(program: Program) -> dict[str, Traffic]:
@@ -12,36 +12,34 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
 
     Modulations, router and encoders are left out: little travels for them."""
     job, mesh = program.job, program.mesh
-    flux, itemsize = job.folder.flux_config, jnp.dtype(job.config.compute_dtype).itemsize
+    backbone, itemsize = job.folder.backbone, jnp.dtype(job.config.compute_dtype).itemsize
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     training = program.what == "train"
     # Going backward a block's weights are gathered once, even if its forward pass is recomputed.
     passes = 2 if training else program.steps
     found: dict[str, Traffic] = {}
-    linears = scanned_linears(flux)
-    low_rank = sum(program.groups["basis"][f"basis.layers.{path}.{part}"].size for path in linears for part in "ab")
+    low_rank = sum(
+        program.groups["basis"][f"basis.layers.{path}.{part}"].size for path in backbone.scanned for part in "ab"
+    )
 
     if fsdp > 1:
         base = program.groups["base"]
-        kernels = [base[f"transformer.{path}.kernel"] for path in linears]
+        kernels = [base[f"transformer.{path}.kernel"] for path in backbone.scanned]
         whole = low_rank * itemsize + sum(shape.size * shape.dtype.itemsize for shape in kernels)
-        found["all-gather"] = Traffic(
-            passes * (flux.num_layers + flux.num_single_layers), passes * whole / tensor * (fsdp - 1) / fsdp
-        )
+        found["all-gather"] = Traffic(passes * backbone.blocks, passes * whole / tensor * (fsdp - 1) / fsdp)
     reduced = Traffic()
     if training and data * fsdp > 1:
-        reduced = Traffic(
-            flux.num_layers + flux.num_single_layers, 2 * low_rank * itemsize / tensor * (1 - 1 / (data * fsdp))
-        )
+        reduced = Traffic(backbone.blocks, 2 * low_rank * itemsize / tensor * (1 - 1 / (data * fsdp)))
     if tensor > 1:
-        # After each product whose inputs are split: two of them in a double block, one in a single block; as many
-        # going backward.
+        # After each product whose inputs are split, as many going backward; those of the text beside the image's.
         local = program.batch // (data * fsdp) if program.batch % (data * fsdp) == 0 else program.batch
-        rows = local * (2 * tokens(job) + job.folder.text_tokens)
-        times = (passes + (training and job.config.remat != "none")) * (2 * flux.num_layers + flux.num_single_layers)
-        reduced = Traffic(
-            reduced.count + times, reduced.sent + times * 2 * rows * flux.features * itemsize * (tensor - 1) / tensor
+        times = passes + (training and job.config.remat != "none")
+        rows = [layer for layer in backbone.scanned.values() if layer.role == "row"]
+        count = times * sum(layer.depth for layer in rows if layer.stream != "text")
+        outputs = times * sum(
+            layer.depth * layer.rows(2 * tokens(job), job.folder.text_tokens) * layer.outputs for layer in rows
         )
+        reduced = Traffic(reduced.count + count, reduced.sent + 2 * local * outputs * itemsize * (tensor - 1) / tensor)
     if reduced.count:
         found["all-reduce"] = reduced
     return found

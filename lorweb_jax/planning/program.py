@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorweb_jax.jobs.basis import BasisJob
-from lorweb_jax.models.flux1.model import block_linears
 from lorweb_jax.nn import sharding
 from lorweb_jax.planning import shapes as planned
 from lorweb_jax.training.optimizer import make_optimizer
@@ -106,7 +105,7 @@ def sample_program(job: BasisJob, mesh: Mesh) -> Program:
         query = jax.ShapeDtypeStruct((b, planned.query_width(job)), jnp.float32, sharding=split)
     groups = {"base": frozen, "basis": basis, "batch": inputs}
     if folded:
-        groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in block_linears(flux)}
+        groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in job.folder.backbone.adapted}
     sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
     part = Part(jax.jit(sample), (basis, frozen, inputs, query, sigmas))
     return Program("sample", job, mesh, (part,), groups, {}, b, steps)

@@ -5,7 +5,7 @@ import dataclasses
 from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.chips import Chip
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import device_bytes, scanned_linears
+from lorweb_jax.planning.shapes import device_bytes
 from lorweb_jax.planning.work import Work
 
 
@@ -42,7 +42,7 @@ def memory_bytes(program: Program) -> float:
     if program.what == "train":
         passes = 2 if program.job.config.remat == "none" else 3
     base, basis = program.groups["base"], program.groups["basis"]
-    kernels = {f"transformer.{path}.kernel" for path in scanned_linears(program.job.folder.flux_config)}
+    kernels = {f"transformer.{path}.kernel" for path in program.job.folder.backbone.scanned}
     whole = sum(base[path].size * base[path].dtype.itemsize for path in kernels) / program.mesh.shape["tensor"]
     once = device_bytes(
         [shape for path, shape in base.items() if path.startswith("transformer.") and path not in kernels]

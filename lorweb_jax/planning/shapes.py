@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from lorweb_jax.adapters.basis import BasisConfig
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.jobs.basis import BasisJob
-from lorweb_jax.models.flux1.model import FluxConfig, LinearShape, block_linears
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import resolve
@@ -65,7 +64,7 @@ def grid_size(config) -> tuple[int, int]:
 def tokens(job: BasisJob) -> int:
     """Noisy tokens of a grid; there are as many of its condition."""
     height, width = grid_size(job.config)
-    return height * width // (2 * job.folder.vae_config.downscale) ** 2
+    return height * width // (job.folder.backbone.latents.patch * job.folder.vae_config.downscale) ** 2
 
 
 def batch_shapes(job: BasisJob, mesh: Mesh) -> Shapes:
@@ -99,11 +98,6 @@ def prompt_shapes(job: BasisJob, b: int) -> dict[str, tuple[tuple[int, ...], np.
 def query_width(job: BasisJob) -> int:
     encoder = nnx.eval_shape(lambda: job.folder.encoder.make(nnx.Rngs(0)))
     return queries.query_dim(job.basis_config.query_mode, encoder)
-
-
-def scanned_linears(flux: FluxConfig) -> dict[str, LinearShape]:
-    """The linear layers that each block runs: all but the modulations, which are made for all blocks beforehand."""
-    return {path: shape for path, shape in block_linears(flux).items() if "norm" not in path}
 
 
 def device_bytes(shapes) -> int:

@@ -40,7 +40,7 @@ def model_flops(program: Program) -> float:
     job, folder, basis = program.job, program.job.folder, program.job.basis_config
     text, sequence = folder.text_tokens, 2 * tokens(job)
     kind = "basis" if program.what == "train" else "forward"
-    flops = base_flops(kind, folder.flux_config, program.batch, sequence, text)
+    flops = base_flops(kind, folder.backbone, program.batch, sequence, text)
     if "folded weights" not in program.groups:
         routed = basis.coefficients.from_images
         # The router's products, for one vector an example: none where coefficients are fixed, and left out where
@@ -51,10 +51,7 @@ def model_flops(program: Program) -> float:
             key_dim=basis.key_dim if routed else 0,
             query_dim=query_width(job) if routed else 0,
         )
-        setting = SimpleNamespace(
-            model=folder.flux_config, basis=sizes, batch=program.batch, tokens=sequence, text_tokens=text
-        )
-        flops += basis_flops(kind, setting)
+        flops += basis_flops(kind, folder.backbone, sizes, program.batch, sequence, text)
     return flops * program.steps
 
 

@@ -11,7 +11,8 @@ from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import Schedule, train_timesteps, train_weights
 from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
 from lorweb_jax.models.clip.towers import ClipText, CLIPTextConfig
-from lorweb_jax.models.flux1.model import Flux, FluxConfig, Modulations
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.model import Flux, Modulations
 from lorweb_jax.models.t5.model import T5Config, T5Encoder
 
 

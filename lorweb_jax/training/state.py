@@ -124,7 +124,13 @@ def _shapes(part: dict[str, tuple[tuple, nnx.Variable]], mesh: Mesh, dtype: Any)
     return sharding.place(
         mesh,
         {name: jax.ShapeDtypeStruct(variable.shape, _stored(variable, dtype)) for name, (_, variable) in part.items()},
+        _axes(part),
     )
+
+
+def _axes(part: dict[str, tuple[tuple, nnx.Variable]]) -> dict[str, sharding.Axes]:
+    """Logical axes by dotted path."""
+    return {name: sharding.variable_axes(variable) for name, (_, variable) in part.items()}
 
 
 def _stored(variable: nnx.Variable, dtype: Any) -> np.dtype:
@@ -162,7 +168,7 @@ def state_shapes(
         partition.trainable_shapes(mesh),
         partition.constant_shapes(mesh),
     )
-    return sharding.place(mesh, shapes)
+    return sharding.place(mesh, shapes, _axes(partition.trainable | partition.constants))
 
 
 def initial_state(

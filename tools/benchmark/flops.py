@@ -20,5 +20,6 @@ def step_flops(row: BenchmarkRow) -> int:
     """FLOPs of one step of a row of the table."""
     setting = row.setting
     base, added = _COUNTED[_TORCH[setting.what] if row.torch else row.kind]
-    shape = (setting.batch, setting.tokens, setting.text_tokens)
-    return base_flops(base, setting.model, *shape) + (basis_flops(added, setting) if added else 0)
+    sizes = (setting.batch, setting.tokens, setting.text_tokens)
+    total = base_flops(base, setting.backbone, *sizes)
+    return total + (basis_flops(added, setting.backbone, setting.basis, *sizes) if added else 0)

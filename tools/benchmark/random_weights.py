@@ -17,7 +17,7 @@ from flax import nnx
 from benchmark.setting import Setting
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.files.state import build, shapes
-from lorweb_jax.models.flux1.model import Flux, block_linears
+from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.nn.quantization import quantize
 
 _SMALL = 2**22  # numbers; numpy has nothing to compile for each shape
@@ -96,7 +96,8 @@ def random_basis(setting: Setting, dtype: str) -> Basis:
     config = setting.basis
     n, r, k, q = config.size, config.rank, config.key_dim, config.query_dim
     arrays, seeds = {}, itertools.count()
-    for path, (l, i, o) in block_linears(setting.model).items():
+    for path, layer in setting.backbone.adapted.items():
+        l, i, o = layer.depth, layer.inputs, layer.outputs
         arrays[path] = {
             "a": normal(next(seeds), (l, n, i, r), dtype, i**-0.5),
             "b": normal(next(seeds), (l, n, r, o), dtype, 0.02),

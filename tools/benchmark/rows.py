@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmark.setting import Setting
-from lorweb_jax.models.flux1.model import block_linears
 
 # Kinds of row by what is measured, in the order of the table. "weights" is what torch's training rows do too; "inputs"
 # goes backward through the frozen model without a basis, so that what "basis" takes longer is the basis's own.
@@ -122,7 +121,7 @@ def memory_needed(rows: Sequence[BenchmarkRow]) -> float:
     for row in rows:
         setting = row.setting
         wide = 2 if setting.dtype == "bfloat16" else 4
-        weights = sum(depth * i * o for depth, i, o in block_linears(setting.model).values())
+        weights = sum(layer.weights for layer in setting.backbone.adapted.values())
         total += weights * (1 if setting.quantization != "none" and not row.torch else wide)
         total += weights * wide * (_COPIES[row.kind] - 1)
     return total

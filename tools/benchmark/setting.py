@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 from lorweb_jax.adapters.basis import BasisConfig
-from lorweb_jax.models.flux1.model import FluxConfig
+from lorweb_jax.models.backbone import Backbone
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
 
 SIZES = {
     # The small base of configs/base_transformer.py.
@@ -59,6 +61,10 @@ class Setting:
     @property
     def model(self) -> FluxConfig:
         return SIZES[self.size]
+
+    @property
+    def backbone(self) -> Backbone:
+        return backbone(self.model)
 
     @property
     def basis(self) -> BasisConfig:

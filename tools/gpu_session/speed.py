@@ -30,7 +30,7 @@ from benchmark.random_weights import inputs, normal, random_basis, random_flux  
 from benchmark.setting import DEFAULTS, Setting  # noqa: E402
 from lorweb_jax.adapters.mixture import LowRankMix  # noqa: E402
 from lorweb_jax.common.command_line import Parser, nonempty_path
-from lorweb_jax.models.flux1.model import Flux, block_linears  # noqa: E402
+from lorweb_jax.models.flux1.model import Flux  # noqa: E402
 from lorweb_jax.nn import layers  # noqa: E402
 from lorweb_jax.planning.flops import base_flops, basis_flops  # noqa: E402
 
@@ -222,19 +222,20 @@ def mixes_of(setting):
     S = jax.ShapeDtypeStruct
     return {
         path: LowRankMix(
-            S((l, c.size, i, c.rank), setting.dtype),
-            S((l, c.size, c.rank, o), setting.dtype),
-            S((l, setting.batch, c.size), jnp.float32),
+            S((layer.depth, c.size, layer.inputs, c.rank), setting.dtype),
+            S((layer.depth, c.size, c.rank, layer.outputs), setting.dtype),
+            S((layer.depth, setting.batch, c.size), jnp.float32),
             c.scale,
         )
-        for path, (l, i, o) in block_linears(setting.model).items()
+        for path, layer in setting.backbone.adapted.items()
     }
 
 
 def trainables(setting):
     c, S = setting.basis, jax.ShapeDtypeStruct
     trainable = {}
-    for path, (l, i, o) in block_linears(setting.model).items():
+    for path, layer in setting.backbone.adapted.items():
+        l, i, o = layer.depth, layer.inputs, layer.outputs
         trainable |= {
             f"{path}.a": S((l, c.size, i, c.rank), jnp.float32),
             f"{path}.b": S((l, c.size, c.rank, o), jnp.float32),
@@ -275,9 +276,10 @@ def main():
     results.put("machine", "device", f"{device.device_kind}, jax {jax.__version__}, {os.cpu_count()} cores")
 
     sample, train = setting_of(args, "sample"), setting_of(args, "train")
-    flops = base_flops("velocity", sample.model, sample.batch, sample.tokens, sample.text_tokens)
-    train_flops = base_flops("basis", train.model, train.batch, train.tokens, train.text_tokens) + basis_flops(
-        "basis", train
+    flops = base_flops("velocity", sample.backbone, sample.batch, sample.tokens, sample.text_tokens)
+    sizes = (train.batch, train.tokens, train.text_tokens)
+    train_flops = base_flops("basis", train.backbone, *sizes) + basis_flops(
+        "basis", train.backbone, train.basis, *sizes
     )
     programs = plan(sample, train, flops, train_flops)
     making = threading.Thread(target=make_weights, args=(sample,))

@@ -81,7 +81,7 @@ def _split_proj_out():
         shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
         normed = modulate(x, shift, scale)
         hidden = gelu(self.proj_mlp(normed, add.get("proj_mlp"), text_tokens))
-        hidden = sharding.constrain(hidden, "batch", None, "tensor")
+        hidden = sharding.constrain(hidden, "batch", None, "hidden")
         attended = self.attn(normed, rope, add, text_tokens)
         kernel = self.proj_out.kernel[...].astype(x.dtype)
         d = attended.shape[-1]

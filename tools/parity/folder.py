@@ -75,20 +75,22 @@ class RecordedModels:
     @functools.cached_property
     def transformer(self):
         from lorweb_jax.files.state import build
-        from lorweb_jax.models.flux1.model import Flux, FluxConfig
+        from lorweb_jax.models.flux1.config import FluxConfig
+        from lorweb_jax.models.flux1.model import Flux
         from lorweb_jax.pipeline.pretrained import load_transformer
 
         config, parameters = load_transformer(self.part("transformer"), np.float32)
         return build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), parameters)
 
     @property
-    def block_linears(self) -> dict | None:
-        """{path: (l, i, o)} of the transformer's layers, which a basis must fit; None without a transformer."""
-        from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+    def layers(self) -> dict | None:
+        """The transformer's layers that a basis may adapt, which it must fit; None without a transformer."""
+        from lorweb_jax.models.flux1.config import FluxConfig
+        from lorweb_jax.models.flux1.record import backbone
 
         try:
             path = self.part("transformer") / "config.json"
-            return block_linears(FluxConfig.from_json(read_json(path), path))
+            return backbone(FluxConfig.from_json(read_json(path), path)).adapted
         except Absent:
             return None
 
@@ -181,7 +183,7 @@ class Bases:
             config_file.write_text(yaml.safe_dump({"config": {"process": [{"network": network}]}}))
             for stem in (name, f"{name}_fp16"):
                 if stem in files:
-                    config, arrays = read_basis(files[stem], config_file, self._models.block_linears)
+                    config, arrays = read_basis(files[stem], config_file, self._models.layers)
                     read[stem] = arrays
                     written = Path(folder) / stem / "basis.safetensors"
                     report.compare(

@@ -14,7 +14,8 @@ from tabulate import tabulate
 
 from lorweb_jax.images.grid import condition_grid
 from lorweb_jax.images.io import read_image
-from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import quantization
 from lorweb_jax.pipeline.pipeline import Pipeline
 from parity.report import errors
@@ -68,7 +69,7 @@ def _squares(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def random_layers(tokens: int = 64) -> dict[str, np.ndarray]:
     """{size: [ways]}: errors of layers of FLUX.1 Kontext's sizes, with normal weights and inputs."""
-    sizes = sorted({(shape.inputs, shape.outputs) for shape in block_linears(FluxConfig()).values()})
+    sizes = sorted({(shape.inputs, shape.outputs) for shape in backbone(FluxConfig()).adapted.values()})
     measure, found = jax.jit(_squares), {}
     for i, o in sizes:
         keys = jax.random.split(jax.random.key(i * o))
@@ -98,7 +99,7 @@ def real_layers(folder: Path, example: Path) -> tuple[dict[str, np.ndarray], dic
     The input is the analogy a, a2, b of the folder `example` at four noise levels, without a basis.
     """
     full = Pipeline.load(folder)
-    sums = {path: np.zeros(1 + len(WAYS)) for path in block_linears(full.folder.flux_config)}
+    sums = {path: np.zeros(1 + len(WAYS)) for path in full.folder.backbone.adapted}
 
     def probe(path: str) -> _Probe:
         kernel, names = full.model.transformer, path.split(".")

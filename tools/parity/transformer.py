@@ -68,19 +68,19 @@ def trace(model: Flux, inputs: Inputs, adapters: dict) -> dict[str, jax.Array]:
     rope = rotary(jnp.concatenate([inputs.text_ids_t3, inputs.image_ids_s3]), model.config.axes_dims_rope)
     found |= {f"pos_embed.{index}": jnp.repeat(part, 2, axis=-1) for index, part in enumerate(rope)}
     for index, (block, add) in enumerate(_blocks(model, "transformer_blocks", adapters, found)):
-        image, text = block(image, text, _modulations(block, vector, add), rope, add)
+        image, text = block(image, text, _modulations(model, "transformer_blocks", block, vector, add), rope, add)
         found[f"transformer_blocks.{index}.0"], found[f"transformer_blocks.{index}.1"] = text, image
     x = jnp.concatenate([text, image], axis=1)
     for index, (block, add) in enumerate(_blocks(model, "single_transformer_blocks", adapters, found)):
         x = found[f"single_transformer_blocks.{index}"] = block(
-            x, _modulations(block, vector, add), rope, add, text.shape[1]
+            x, _modulations(model, "single_transformer_blocks", block, vector, add), rope, add, text.shape[1]
         )
     found["norm_out"] = model.norm_out(x[:, text.shape[1] :], model.norm_out.vectors(vector))
     return found
 
 
-def _modulations(block, vector_bd: jax.Array, add: dict) -> dict[str, jax.Array]:
-    return {name: getattr(block, name)(vector_bd, add.get(f"{name}.linear")) for name in block.MODULATIONS}
+def _modulations(model: Flux, stack: str, block, vector_bd: jax.Array, add: dict) -> dict[str, jax.Array]:
+    return {name: getattr(block, name)(vector_bd, add.get(f"{name}.linear")) for name in model.modulation_names(stack)}
 
 
 def _blocks(model: Flux, stack: str, adapters: dict, found: dict):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import yaml
 
+from lorweb_jax.adapters.basis import AdaptedLayer
 from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.adapters.formats import identify
 from lorweb_jax.adapters.formats.layer_names import layer_name, split_layer_name, stack_blocks
@@ -91,13 +92,13 @@ _KNOWN = {field.name for field in dataclasses.fields(_Kwargs)}
 
 
 def read_basis(
-    path: str | Path, config_path: str | Path | None = None, layers: Mapping[str, tuple[int, int, int]] | None = None
+    path: str | Path, config_path: str | Path | None = None, layers: Mapping[str, AdaptedLayer] | None = None
 ) -> tuple[BasisConfig, Arrays]:
     """(config, {path: {"a" [l,n,i,r], "b" [l,n,r,o], "keys" [l,n,k], "projection" [l,k,q]}}) in the file's dtype.
 
     path: the .safetensors file, or a folder that holds one. config_path: its config.yaml, by default beside the file;
     without one, sizes come from the tensors, the published defaults fill the rest, and a sentence on stderr says so.
-    layers: {path: (l, i, o)} of the model it must fit. Raises UserError that names the layer, what it has and what it
+    layers: of the model it must fit, by path. Raises UserError that names the layer, what it has and what it
     should have.
     """
     checkpoint = Checkpoint(path)
@@ -246,8 +247,8 @@ def config_from_tensors(arrays: Arrays) -> BasisConfig:
     return BasisConfig(**sizes)
 
 
-def require_fits(arrays: Arrays, layers: Mapping[str, tuple[int, int, int]], what: str) -> None:
-    """UserError that names the first layer whose depth or widths are not the model's {path: (l, i, o)}."""
+def require_fits(arrays: Arrays, layers: Mapping[str, AdaptedLayer], what: str) -> None:
+    """UserError that names the first layer whose depth or widths are not the model's."""
     for path, parts in arrays.items():
         if path not in layers:
             raise UserError(
@@ -255,7 +256,7 @@ def require_fits(arrays: Arrays, layers: Mapping[str, tuple[int, int, int]], wha
                 "the model that it was trained on"
             )
         found = (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
-        expected = tuple(layers[path])
+        expected = (layers[path].depth, layers[path].inputs, layers[path].outputs)
         if found != expected:
             blocks = "{} blocks of width {} -> {}".format
             raise UserError(

@@ -5,9 +5,10 @@ import re
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.models.flux1.table import BLOCK_LAYERS
+from lorweb_jax.models.flux1.record import LAYERS
 
-_PATHS = {name: path for path, name in BLOCK_LAYERS.items()}
+_NAMES = {layer.path: layer.names["diffusers"].key for layer in LAYERS if layer.stack}
+_PATHS = {name: path for path, name in _NAMES.items()}
 
 
 def layer_name(path: str, block: int) -> str:
@@ -15,7 +16,7 @@ def layer_name(path: str, block: int) -> str:
 
     The path itself, of a layer that the model doesn't have.
     """
-    return BLOCK_LAYERS.get(path, path).replace("{l}", str(block))
+    return _NAMES.get(path, path).replace("{l}", str(block))
 
 
 def split_layer_name(name: str) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorweb_jax.adapters.basis import AdaptedLayer
 from lorweb_jax.adapters.formats import lora_names
 from lorweb_jax.adapters.formats.layer_names import layer_name
 from lorweb_jax.common.errors import UserError
@@ -98,13 +99,13 @@ def write_lora(
     dtype: Any = np.float32,
     alpha: bool | float = False,
     names: str = "diffusers",
-    layers: Mapping[str, tuple[int, int, int]] | None = None,
+    layers: Mapping[str, AdaptedLayer] | None = None,
 ) -> None:
     """Write an ordinary LoRA in `dtype`.
 
     alpha: True stores alpha = R with every layer; a number stores that and divides B by alpha / R, so that the update
     stays the same. kohya's names always have an alpha. names: one of NAMES. In kohya's and ComfyUI's, layers are fused
-    as in Black Forest Labs' files; layers, {path: (l, i, o)} of the model, tells the widths of parts without an update.
+    as in Black Forest Labs' files; layers, of the model by path, tells the widths of parts without an update.
     Raises UserError for numbers beyond the range of `dtype`, and for an alpha that leaves B no precision in it.
     """
     if names not in NAMES:
@@ -139,7 +140,7 @@ def _require_precision(tensors: Mapping[str, np.ndarray], alpha: bool | float, d
 
 
 def _named(
-    factors: Mapping[str, Factors], names: str, layers: Mapping[str, tuple[int, int, int]]
+    factors: Mapping[str, Factors], names: str, layers: Mapping[str, AdaptedLayer]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(layer's name in the file, a [i, R], b [R, o]) of every layer."""
     if names == "diffusers":
@@ -159,12 +160,12 @@ def _named(
             )
 
 
-def _width(path: str, factors: Mapping[str, Factors], layers: Mapping[str, tuple[int, int, int]]) -> int:
+def _width(path: str, factors: Mapping[str, Factors], layers: Mapping[str, AdaptedLayer]) -> int:
     if path in factors:
         return factors[path].b.shape[2]
     if path not in layers:
         raise UserError(f"{path} has no update, and its width isn't known; name the model, or write diffusers' names")
-    return layers[path][2]
+    return layers[path].outputs
 
 
 def _fused(parts: list[tuple[np.ndarray, np.ndarray] | None], widths: list[int]) -> tuple[np.ndarray, np.ndarray]:

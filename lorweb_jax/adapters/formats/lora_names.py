@@ -1,14 +1,14 @@
 """The names that LoRA files for FLUX.1 use: which program's they are, which of our layers each means, what isn't read.
 
 A key is PREFIX module "." PART, such as `lora_unet_` `double_blocks_0_img_attn_qkv` `.` `lora_down.weight`. One table
-for each of the three; the layers themselves stand in flux_table.py.
+for each of the three; the layers themselves stand in models/flux1/record.py.
 """
 
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lorweb_jax.models.flux1.table import LINEARS
+from lorweb_jax.models.flux1.record import DOUBLE, LAYERS, SINGLE
 
 # How a key begins -> whose names these are; the longest that fits counts.
 PREFIXES = {
@@ -99,14 +99,14 @@ single_blocks.{l}.processor.proj_lora    proj_out
 def _modules() -> dict[str, list[str]]:
     """Every name of a layer -> our stacked paths that it stands for, in the order of B's rows."""
     modules: dict[str, list[str]] = {}
-    for ours, diffusers, black_forest in LINEARS:
-        modules[diffusers] = [ours]
-        modules.setdefault(black_forest, []).append(ours)
+    for layer in sorted(LAYERS, key=lambda layer: layer.names["black_forest"].part):
+        modules[layer.names["diffusers"].key] = [layer.path]
+        modules.setdefault(layer.names["black_forest"].key, []).append(layer.path)
     for name, paths in list(modules.items()):
         if len(paths) > 1:  # OneTrainer cuts fused layers up: img_attn.qkv.0 is q
             modules |= {f"{name}.{index}": [path] for index, path in enumerate(paths)}
     for name, *layers in _XLABS:
-        stack = "transformer_blocks" if name.startswith("double") else "single_transformer_blocks"
+        stack = DOUBLE if name.startswith("double") else SINGLE
         modules[name] = [f"{stack}.{layer}" for layer in layers]
     return modules
 
@@ -208,5 +208,5 @@ _FLAT_OUTSIDE = {_flat(name) for name in _OUTSIDE}
 def fused(paths: Iterable[str]) -> list[tuple[str, list[str]]]:
     """[(Black Forest Labs' name with "{l}", the paths that it stands for, in order)] where any of `paths` is."""
     wanted = set(paths)
-    names = dict.fromkeys(name for _, _, name in LINEARS if "{l}" in name)
+    names = dict.fromkeys(layer.names["black_forest"].key for layer in LAYERS if layer.stack)
     return [(name, _INSIDE[name]) for name in names if wanted & set(_INSIDE[name])]

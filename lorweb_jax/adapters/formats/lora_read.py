@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorweb_jax.adapters.basis import AdaptedLayer
 from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.adapters.formats import lora_names
 from lorweb_jax.adapters.formats.layer_names import layer_name
@@ -15,7 +16,7 @@ from lorweb_jax.common.schema import shown
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.safetensors_io import FLOATS
 
-Layers = Mapping[str, tuple[int, int, int]]  # {path: (l, i, o)}
+Layers = Mapping[str, AdaptedLayer]  # by path
 # What an update by B A leaves out, which trainers write as zeros where it wasn't trained.
 _MAY_BE_ZERO = ("a LoRA bias", "whole weights", "whole differences of weights")
 
@@ -66,7 +67,7 @@ def _stacked(
     rank = max(a.shape[0] for a, _ in updates.values())
     arrays: dict[str, dict[str, np.ndarray]] = {}
     for (path, block), (a, b) in updates.items():
-        depth, i, o = layers[path]
+        depth, i, o = layers[path].depth, layers[path].inputs, layers[path].outputs
         if path not in arrays:
             arrays[path] = {
                 "a": np.zeros((depth, 1, i, rank), np.float32),
@@ -84,14 +85,14 @@ class _Layer:
         self.name, self.place, self.keys, self.adapters = name, place, {}, set()
 
     def widths(self, layers: Layers) -> list[int]:
-        return [layers[path][2] for path in self.place.paths if path in layers]
+        return [layers[path].outputs for path in self.place.paths if path in layers]
 
     def read(
         self, checkpoint: Checkpoint, where: lora_names.Place, layers: Layers
     ) -> tuple[int, np.ndarray, np.ndarray]:
         """(R, a [R, i], b [o, R]), float32."""
         file = checkpoint.files[0]
-        if any(path not in layers or where.block >= layers[path][0] for path in where.paths):
+        if any(path not in layers or where.block >= layers[path].depth for path in where.paths):
             raise UserError(
                 f"{file} adapts {_told(self.name)}, which the model hasn't got; use the LoRA with its own model"
             )
@@ -101,7 +102,7 @@ class _Layer:
                 f"({_told(next(iter(self.keys.values())))}); download it again"
             )
         a, b = (_flat(checkpoint.shapes[self.keys[side]]) for side in ("down", "up"))
-        i, o = layers[where.paths[0]][1], sum(self.widths(layers))
+        i, o = layers[where.paths[0]].inputs, sum(self.widths(layers))
         if len(a) != 2 or len(b) != 2 or a[1] != i or b[0] != o or a[0] != b[1] or not a[0]:
             raise UserError(
                 f"{file}: {_told(self.name)} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] "

@@ -133,10 +133,10 @@ class Attention(nnx.Module):
 
     def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(features, groups, rngs=rngs)
-        self.to_q = Linear(features, features, rngs=rngs)
-        self.to_k = Linear(features, features, rngs=rngs)
-        self.to_v = Linear(features, features, rngs=rngs)
-        self.to_out_0 = Linear(features, features, rngs=rngs)
+        self.to_q = Linear(features, features, role="any", rngs=rngs)
+        self.to_k = Linear(features, features, role="any", rngs=rngs)
+        self.to_v = Linear(features, features, role="any", rngs=rngs)
+        self.to_out_0 = Linear(features, features, role="any", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape

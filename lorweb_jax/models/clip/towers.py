@@ -132,7 +132,7 @@ class ClipVision(nnx.Module):
         self.pre_layernorm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
         self.layers = _blocks(config, causal=False, rngs=rngs)
         self.post_layernorm = LayerNorm(width, eps=config.layer_norm_eps, rngs=rngs)
-        self.visual_projection = Linear(width, config.projection_dim, bias=False, rngs=rngs)
+        self.visual_projection = Linear(width, config.projection_dim, bias=False, role="any", rngs=rngs)
 
     @property
     def embedding_width(self) -> int:
@@ -166,7 +166,8 @@ class Patches(nnx.Module):
         self.kernel = Weight(
             jax.nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)(
                 rngs.params(), (size, size, channels, width), jnp.float32
-            )
+            ),
+            axes=("inputs", "outputs"),
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

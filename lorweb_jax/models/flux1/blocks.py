@@ -1,13 +1,15 @@
 """FLUX's two kinds of block and its last layer, each reading like its equations.
 
-`add` is a dictionary from the name of a linear layer in the block to what is added to that layer's product. `mod` holds
-the block's modulation vectors [b, count·d] by the name of the layer that made them (flux.Flux.modulations).
+`linear` makes a block's linear layer of a given name, as the record says (record.py). `add` is a dictionary from the
+name of a linear layer in the block to what is added to that layer's product. `mod` holds the block's modulation vectors
+[b, count·d] by the name of the layer that computed them (Flux.modulations).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorweb_jax.models.backbone import MakeLinear
 from lorweb_jax.models.flux1.embeddings import rotate
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import attend
@@ -27,26 +29,24 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Modulation(nnx.Module):
-    """`count` vectors [b, d], side by side, from the conditioning vector [b, d]."""
+    """Several vectors [b, d], side by side, from the conditioning vector [b, d]."""
 
-    def __init__(self, features: int, count: int, quantization: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, name: str):
         # Zero at the start, so that a block trained from scratch begins as the identity (adaLN-Zero).
-        self.linear = Linear(
-            features, count * features, init=jax.nn.initializers.zeros, quantization=quantization, rngs=rngs
-        )
+        self.linear = linear(f"{name}.linear", init=jax.nn.initializers.zeros)
 
     def __call__(self, vector_bd: jax.Array, adapter: Adapter | None = None) -> jax.Array:
         return self.linear(jax.nn.silu(vector_bd), adapter)
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, features: int, quantization: str, *, rngs: nnx.Rngs):
-        self.net_0_proj = Linear(features, 4 * features, quantization=quantization, rngs=rngs)
-        self.net_2 = Linear(4 * features, features, quantization=quantization, rngs=rngs)
+    def __init__(self, linear: MakeLinear, name: str):
+        self.net_0_proj = linear(f"{name}.net_0_proj")
+        self.net_2 = linear(f"{name}.net_2")
 
     def __call__(self, x: jax.Array, add: Additions, name: str) -> jax.Array:
         hidden = gelu(self.net_0_proj(x, add.get(f"{name}.net_0_proj")))
-        hidden = sharding.constrain(hidden, "batch", None, "tensor")
+        hidden = sharding.constrain(hidden, "batch", None, "hidden")
         return self.net_2(hidden, add.get(f"{name}.net_2"))
 
 
@@ -65,12 +65,12 @@ class JointAttention(nnx.Module):
     norm_added_q: RMSNorm
     norm_added_k: RMSNorm
 
-    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
         self.heads, self.implementation = heads, implementation
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out_0", "to_add_out"):
-            setattr(self, name, Linear(features, features, quantization=quantization, rngs=rngs))
+            setattr(self, name, linear(f"attn.{name}"))
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            setattr(self, name, RMSNorm(features // heads, rngs=rngs))
+            setattr(self, name, RMSNorm(head_dim, rngs=rngs))
 
     def __call__(self, image: jax.Array, text: jax.Array, rope, add: Additions) -> tuple[jax.Array, jax.Array]:
         def project(x, name):
@@ -91,14 +91,12 @@ class JointAttention(nnx.Module):
 class DoubleBlock(nnx.Module):
     """One double-stream block: image and text have weights of their own and meet in attention."""
 
-    MODULATIONS = ("norm1", "norm1_context")
-
-    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
-        self.norm1 = Modulation(features, 6, quantization, rngs=rngs)
-        self.norm1_context = Modulation(features, 6, quantization, rngs=rngs)
-        self.attn = JointAttention(features, heads, implementation, quantization, rngs=rngs)
-        self.ff = FeedForward(features, quantization, rngs=rngs)
-        self.ff_context = FeedForward(features, quantization, rngs=rngs)
+    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
+        self.norm1 = Modulation(linear, "norm1")
+        self.norm1_context = Modulation(linear, "norm1_context")
+        self.attn = JointAttention(linear, heads, head_dim, implementation, rngs=rngs)
+        self.ff = FeedForward(linear, "ff")
+        self.ff_context = FeedForward(linear, "ff_context")
 
     def __call__(self, image: jax.Array, text: jax.Array, mod: Modulations, rope, add: Additions):
         """image [b, s, d], text [b, t, d] -> the same."""
@@ -123,12 +121,12 @@ class DoubleBlock(nnx.Module):
 class SelfAttention(nnx.Module):
     """Attention of the single-stream blocks; its output projection is part of the block's `proj_out`."""
 
-    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
         self.heads, self.implementation = heads, implementation
         for name in ("to_q", "to_k", "to_v"):
-            setattr(self, name, Linear(features, features, quantization=quantization, rngs=rngs))
-        self.norm_q = RMSNorm(features // heads, rngs=rngs)
-        self.norm_k = RMSNorm(features // heads, rngs=rngs)
+            setattr(self, name, linear(f"attn.{name}"))
+        self.norm_q = RMSNorm(head_dim, rngs=rngs)
+        self.norm_k = RMSNorm(head_dim, rngs=rngs)
 
     def __call__(self, x: jax.Array, rope, add: Additions, text_tokens: int) -> jax.Array:
         def project(name):
@@ -142,20 +140,18 @@ class SelfAttention(nnx.Module):
 class SingleBlock(nnx.Module):
     """One single-stream block on the joined sequence: attention and MLP side by side, then one projection."""
 
-    MODULATIONS = ("norm",)
-
-    def __init__(self, features: int, heads: int, implementation: str, quantization: str, *, rngs: nnx.Rngs):
-        self.norm = Modulation(features, 3, quantization, rngs=rngs)
-        self.attn = SelfAttention(features, heads, implementation, quantization, rngs=rngs)
-        self.proj_mlp = Linear(features, 4 * features, quantization=quantization, rngs=rngs)
-        self.proj_out = Linear(5 * features, features, quantization=quantization, rngs=rngs)
+    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
+        self.norm = Modulation(linear, "norm")
+        self.attn = SelfAttention(linear, heads, head_dim, implementation, rngs=rngs)
+        self.proj_mlp = linear("proj_mlp")
+        self.proj_out = linear("proj_out")
 
     def __call__(self, x: jax.Array, mod: Modulations, rope, add: Additions, text_tokens: int) -> jax.Array:
         """x [b, t + s, d], text first -> the same."""
         shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
         normed = modulate(x, shift, scale)
         hidden = gelu(self.proj_mlp(normed, add.get("proj_mlp"), text_tokens))
-        hidden = sharding.constrain(hidden, "batch", None, "tensor")
+        hidden = sharding.constrain(hidden, "batch", None, "hidden")
         joined = jnp.concatenate([self.attn(normed, rope, add, text_tokens), hidden], axis=-1)
         return x + gate[:, None] * self.proj_out(joined, add.get("proj_out"), text_tokens)
 
@@ -163,8 +159,8 @@ class SingleBlock(nnx.Module):
 class OutputNorm(nnx.Module):
     """The last modulation; diffusers keeps scale before shift here, the reverse of every block."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
-        self.linear = Linear(features, 2 * features, init=jax.nn.initializers.zeros, rngs=rngs)
+    def __init__(self, linear: MakeLinear):
+        self.linear = linear("norm_out.linear", init=jax.nn.initializers.zeros)
 
     def vectors(self, vector_bd: jax.Array) -> jax.Array:
         """[b, 2d]"""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorweb_jax.nn.layers import Linear
+from lorweb_jax.models.backbone import MakeLinear
 
 SINUSOID_WIDTH = 256
 
@@ -35,9 +35,9 @@ def _frequencies(count: int, max_period: float) -> np.ndarray:
 class TwoLayers(nnx.Module):
     """linear_2(silu(linear_1(x)))."""
 
-    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
-        self.linear_1 = Linear(in_features, features, rngs=rngs)
-        self.linear_2 = Linear(features, features, rngs=rngs)
+    def __init__(self, linear: MakeLinear, name: str):
+        self.linear_1 = linear(f"{name}.linear_1")
+        self.linear_2 = linear(f"{name}.linear_2")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -46,10 +46,10 @@ class TwoLayers(nnx.Module):
 class TimeTextEmbedding(nnx.Module):
     """The vector that modulates every block: timestep + guidance + pooled text."""
 
-    def __init__(self, pooled_features: int, features: int, guidance: bool, *, rngs: nnx.Rngs):
-        self.timestep_embedder = TwoLayers(SINUSOID_WIDTH, features, rngs=rngs)
-        self.guidance_embedder = TwoLayers(SINUSOID_WIDTH, features, rngs=rngs) if guidance else None
-        self.text_embedder = TwoLayers(pooled_features, features, rngs=rngs)
+    def __init__(self, linear: MakeLinear, guidance: bool):
+        self.timestep_embedder = TwoLayers(linear, "time_text_embed.timestep_embedder")
+        self.guidance_embedder = TwoLayers(linear, "time_text_embed.guidance_embedder") if guidance else None
+        self.text_embedder = TwoLayers(linear, "time_text_embed.text_embedder")
 
     def __call__(
         self, timestep_b: jax.Array, guidance_b: jax.Array | None, pooled_bp: jax.Array, round_to_bfloat16: bool = False

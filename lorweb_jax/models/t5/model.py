@@ -113,10 +113,10 @@ class SelfAttention(nnx.Module):
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
         query_init = jax.nn.initializers.normal((config.d_model * config.d_kv) ** -0.5)
-        self.q = Linear(config.d_model, inner, bias=False, init=query_init, rngs=rngs)
-        self.k = Linear(config.d_model, inner, bias=False, rngs=rngs)
-        self.v = Linear(config.d_model, inner, bias=False, rngs=rngs)
-        self.o = Linear(inner, config.d_model, bias=False, rngs=rngs)
+        self.q = Linear(config.d_model, inner, bias=False, init=query_init, role="any", rngs=rngs)
+        self.k = Linear(config.d_model, inner, bias=False, role="any", rngs=rngs)
+        self.v = Linear(config.d_model, inner, bias=False, role="any", rngs=rngs)
+        self.o = Linear(inner, config.d_model, bias=False, role="any", rngs=rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """x [b, t, d], bias [1 or b, h, t, t] float32 -> [b, t, d]."""
@@ -133,11 +133,11 @@ class FeedForward(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.gated = config.gated
         if self.gated:
-            self.wi_0 = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
-            self.wi_1 = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
+            self.wi_0 = Linear(config.d_model, config.d_ff, bias=False, role="any", rngs=rngs)
+            self.wi_1 = Linear(config.d_model, config.d_ff, bias=False, role="any", rngs=rngs)
         else:
-            self.wi = Linear(config.d_model, config.d_ff, bias=False, rngs=rngs)
-        self.wo = Linear(config.d_ff, config.d_model, bias=False, rngs=rngs)
+            self.wi = Linear(config.d_model, config.d_ff, bias=False, role="any", rngs=rngs)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False, role="any", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.gated:

@@ -50,7 +50,7 @@ class ClipPair(nnx.Module):
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.vision = ClipVision(vision, rngs=rngs)
         self.text = ClipText(text, rngs=rngs)
-        self.text_projection = Linear(text.hidden_size, vision.projection_dim, bias=False, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, vision.projection_dim, bias=False, role="any", rngs=rngs)
         # of captions, instructions and kinds
         self.log_scales = Weight(jnp.full((3,), np.log(1 / 0.07), jnp.float32))
 
