@@ -15,7 +15,7 @@ from golden import golden_dir
 from lorweb_jax.adapters.basis import Basis, BasisConfig, LayerShape
 from lorweb_jax.adapters.coefficients import Internal
 from lorweb_jax.adapters.formats.basis_file import layer_name, read_basis
-from lorweb_jax.adapters.mixture import LowRankMix
+from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.adapters.router import Router, internal_query
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.models.flux1.record import backbone
@@ -205,7 +205,7 @@ def test_the_einsum_and_its_gradients():
         t = "s" * len(s)
 
         def update(x, a, b, c):
-            return LowRankMix(a, b, c, 0.5)(x)
+            return LowRankAdapter(a, b, c, 0.5)(x)
 
         arguments = [jnp.asarray(values[name], jnp.float32) for name in "xabc"]
         found, pullback = jax.vjp(update, *arguments)

@@ -12,7 +12,7 @@ from flax import nnx
 from lorweb_jax.adapters.coefficients import Fixed, Internal, Routed, RouterParameters
 from lorweb_jax.adapters.config import BasisConfig
 from lorweb_jax.adapters.mix import Mix
-from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
+from lorweb_jax.adapters.mixture import LowRankAdapter, RoutedAdapter
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
 from lorweb_jax.settings.rules import Whole, as_value, shown
@@ -104,8 +104,8 @@ class Basis(nnx.Module):
         self.layers = nnx.Dict({path: LayerBasis(config, shape, rngs=rngs) for path, shape in layers.items()})
 
     def coefficients(self, query_bq: jax.Array | None = None, batch: int = 1) -> dict[str, jax.Array] | None:
-        """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers make them of their
-        own input (query "internal").
+        """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers compute them from
+        their own input (query "internal").
 
         query_bq: the external query [b, q] or [b, tokens, width], of use to a routed basis. batch: b, where there is no
         query. Raises UserError for a query of the wrong width.
@@ -132,10 +132,10 @@ class Basis(nnx.Module):
     def _same_for_all_blocks(self, c_bn: jax.Array) -> dict[str, jax.Array]:
         return {path: jnp.repeat(c_bn[None], layer.a.shape[0], axis=0) for path, layer in self.layers.items()}
 
-    def adapters(self, coefficients: Mapping[str, jax.Array] | None) -> dict[str, LowRankMix | RoutedMix]:
-        """What each stack of layers adds to its output, for the c [l, b, n] of `coefficients` or `named`.
+    def adapters(self, coefficients: Mapping[str, jax.Array] | None) -> dict[str, LowRankAdapter | RoutedAdapter]:
+        """The adapter of each stack of layers, for the c [l, b, n] of `coefficients` or `named`.
 
-        None, as `coefficients` returns it, lets layers make them of their own input.
+        coefficients: None, as `coefficients` returns it for an internal query, lets layers compute their own.
         """
         scale = self.config.scale
         if coefficients is None:
@@ -143,11 +143,11 @@ class Basis(nnx.Module):
             if not isinstance(internal, Internal):
                 raise UserError("the coefficients of this basis are known in advance; give those of `coefficients`")
             return {
-                path: RoutedMix(layer.a[...], layer.b[...], *layer.router, scale, internal)
+                path: RoutedAdapter(layer.a[...], layer.b[...], *layer.router, scale, internal)
                 for path, layer in self.layers.items()
             }
         return {
-            path: LowRankMix(layer.a[...], layer.b[...], coefficients[path], scale)
+            path: LowRankAdapter(layer.a[...], layer.b[...], coefficients[path], scale)
             for path, layer in self.layers.items()
         }
 
@@ -179,10 +179,10 @@ class Basis(nnx.Module):
     def _fitting(self, mix: Mix) -> Mix:
         shapes = {path: (layer.a.shape[0], self.config.size) for path, layer in self.layers.items()}
         for path, shape in shapes.items():
-            found = mix.coefficients[path].shape if path in mix.coefficients else None
-            if found != shape:
+            actual = mix.coefficients[path].shape if path in mix.coefficients else None
+            if actual != shape:
                 raise UserError(
-                    f"the coefficients don't fit the basis: of {path} there are {list(found) if found else 'none'}, "
+                    f"the coefficients don't fit the basis: of {path} there are {list(actual) if actual else 'none'}, "
                     f"{list(shape)} were expected; give all {len(shapes)} paths, as in `Mix.coefficients`"
                 )
         if more := mix.coefficients.keys() - shapes.keys():
@@ -193,9 +193,9 @@ class Basis(nnx.Module):
         return mix
 
     def fingerprint(self) -> str:
-        """A short hash of some numbers of every member in every layer, which no other training leaves as they are.
+        """A short hash of a sample of each member's A and B in every layer; any training changes it.
 
-        A basis keeps it through files in float32; rounded to another dtype it counts as another basis.
+        A basis keeps its fingerprint through files in float32. Rounded to another dtype it counts as another basis.
         """
         digest = hashlib.sha256()
         arrays = {path: {"a": layer.a[...], "b": layer.b[...]} for path, layer in self.layers.items()}
@@ -224,12 +224,8 @@ class Basis(nnx.Module):
                 "least one layer; give these"
             )
         for path, parts in arrays.items():
-            axes = (
-                {name: getattr(parts.get(name), "ndim", None) for name in ("a", "b")}
-                if isinstance(parts, Mapping)
-                else {}
-            )
-            if axes != {"a": 4, "b": 4}:
+            ranks = [getattr(parts.get(name), "ndim", None) for name in "ab"] if isinstance(parts, Mapping) else []
+            if ranks != [4, 4]:
                 raise UserError(f"the basis of {path} has no arrays a [l, n, i, r] and b [l, n, r, o]; give both")
         shapes = {
             path: LayerShape(parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
@@ -241,9 +237,9 @@ class Basis(nnx.Module):
             for name, param in vars(layer).items():
                 if isinstance(param, _PARAMS):
                     if name not in parts or tuple(parts[name].shape) != tuple(param.shape):
-                        found = tuple(parts[name].shape) if name in parts else "nothing"
+                        actual = tuple(parts[name].shape) if name in parts else "nothing"
                         raise UserError(
-                            f"the basis of {path} has {found} as {name}; its config asks for "
+                            f"the basis of {path} has {actual} as {name}; its config asks for "
                             f"{tuple(param.shape)}; use the config that belongs to this file"
                         )
                     dtype = jnp.float32 if isinstance(param, FrozenBasisParam) else None

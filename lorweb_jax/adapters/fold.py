@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorweb_jax.adapters.mixture import LowRankMix
+from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import Linear, Scale
 
@@ -21,7 +21,7 @@ def layer_at(module: nnx.Module, path: str) -> Linear:
     return functools.reduce(getattr, path.split("."), module)
 
 
-def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
+def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
     """A module whose linear layers, by path, have the updates added to their kernels; all else is `module`'s own.
 
     Every mix must be of one example (coeff [l, 1, n]). Kernels keep their dtype; the sum is computed in float32, one
@@ -43,7 +43,7 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankMix]) -> nnx.Module:
 
 
 @jax.jit
-def _updated(kernel_lio: jax.Array, mix: LowRankMix) -> jax.Array:
+def _updated(kernel_lio: jax.Array, mix: LowRankAdapter) -> jax.Array:
     def one_layer(layer):
         kernel_io, mix = layer
         [c] = mix.scale * mix.coeff_bn

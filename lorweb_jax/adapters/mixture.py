@@ -1,5 +1,5 @@
-"""Adapters of linear layers: low-rank updates, mixed by coefficients that are known in advance (LowRankMix) or that the
-layer's own input decides (RoutedMix).
+"""Adapters of linear layers: low-rank updates, mixed by coefficients that are known in advance (LowRankAdapter) or that the
+layer's own input decides (RoutedAdapter).
 
 Both are pytrees. Of a stack of layers every array has a leading axis l, which the scan over blocks takes off.
 """
@@ -15,7 +15,7 @@ from lorweb_jax.nn import sharding
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRankMix:
+class LowRankAdapter:
     """Eq. 4 (method.md §3), scale · Σ_n c_n · (x A_n) B_n: each example of a batch with its own coefficients c, the
     same for all its tokens."""
 
@@ -38,8 +38,8 @@ class LowRankMix:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RoutedMix:
-    """A LowRankMix whose coefficients are computed from the layer's own input (the internal query)."""
+class RoutedAdapter:
+    """A LowRankAdapter whose coefficients are computed from the layer's own input (the internal query)."""
 
     a_nir: jax.Array
     b_nro: jax.Array
@@ -54,4 +54,4 @@ class RoutedMix:
 
     def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
-        return LowRankMix(self.a_nir, self.b_nro, self.coefficients(x, text_tokens), self.scale)(x)
+        return LowRankAdapter(self.a_nir, self.b_nro, self.coefficients(x, text_tokens), self.scale)(x)

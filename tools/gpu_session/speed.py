@@ -28,7 +28,7 @@ from variants import POLICIES, applied  # noqa: E402
 from benchmark import ceilings, ours  # noqa: E402
 from benchmark.random_weights import inputs, normal, random_basis, random_flux  # noqa: E402
 from benchmark.setting import DEFAULTS, Setting  # noqa: E402
-from lorweb_jax.adapters.mixture import LowRankMix  # noqa: E402
+from lorweb_jax.adapters.mixture import LowRankAdapter  # noqa: E402
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.models.flux1.model import Flux  # noqa: E402
 from lorweb_jax.nn import layers  # noqa: E402
@@ -221,7 +221,7 @@ def mixes_of(setting):
     c = setting.basis
     S = jax.ShapeDtypeStruct
     return {
-        path: LowRankMix(
+        path: LowRankAdapter(
             S((layer.depth, c.size, layer.inputs, c.rank), setting.dtype),
             S((layer.depth, c.size, c.rank, layer.outputs), setting.dtype),
             S((layer.depth, setting.batch, c.size), jnp.float32),

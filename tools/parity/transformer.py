@@ -11,7 +11,7 @@ from flax import nnx
 
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.formats.layer_names import layer_name, split_layer_name
-from lorweb_jax.adapters.mixture import LowRankMix, RoutedMix
+from lorweb_jax.adapters.mixture import LowRankAdapter, RoutedAdapter
 from lorweb_jax.models.flux1.embeddings import rotary
 from lorweb_jax.models.flux1.model import Flux
 from parity.folder import Bases, RecordedBasis, RecordedModels, Recording
@@ -37,7 +37,7 @@ def velocity(model: Flux, inputs: Inputs, adapters: dict | None) -> jax.Array:
     return model(*inputs, adapters=adapters)
 
 
-def adapters_of(basis: Basis, query: np.ndarray | None) -> dict[str, LowRankMix | RoutedMix]:
+def adapters_of(basis: Basis, query: np.ndarray | None) -> dict[str, LowRankAdapter | RoutedAdapter]:
     """What a basis adds for a recorded external query [b, tokens, width]."""
     if basis.config.coefficients.from_images and query is None:
         raise Absent("the recording has no external_query")
@@ -89,7 +89,7 @@ def _blocks(model: Flux, stack: str, adapters: dict, found: dict):
 
     def recorded(mix, name):
         def add(x, text_tokens):
-            if isinstance(mix, RoutedMix):
+            if isinstance(mix, RoutedAdapter):
                 found[f"mix/{name}"] = mix.coefficients(x, text_tokens)
             return mix(x, text_tokens)
 

@@ -104,9 +104,9 @@ def read_basis(
     checkpoint = Checkpoint(path)
     arrays = _read_arrays(checkpoint)
     file = checkpoint.files[0]
-    found = Path(config_path) if config_path else file.with_name("config.yaml")
-    if config_path or os.path.lexists(found):  # a link to nothing is no basis without a config
-        config = config_from_network(read_network(found), arrays, str(found))
+    beside = Path(config_path) if config_path else file.with_name("config.yaml")
+    if config_path or os.path.lexists(beside):  # a link to nothing is no basis without a config
+        config = config_from_network(read_network(beside), arrays, str(beside))
     else:
         config = config_from_tensors(arrays)
         print(
@@ -171,10 +171,10 @@ def write_basis(
 
 def _describes(config_file: Path, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> bool:
     try:
-        found = config_from_network(read_network(config_file), arrays)
+        stated = config_from_network(read_network(config_file), arrays)
     except UserError:
         return False
-    return found == dataclasses.replace(config, scale=1.0, encoder=publishable(config.encoder), encoder_sketch="")
+    return stated == dataclasses.replace(config, scale=1.0, encoder=publishable(config.encoder), encoder_sketch="")
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
@@ -187,30 +187,30 @@ def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str =
 
     Raises UserError for unknown network_kwargs and where a size disagrees with the tensors.
     """
-    given = checked(dict(network), _Network, f"{where}: config.process[0].network")
-    if unknown := sorted(set(given.network_kwargs) - _KNOWN):
+    outer = checked(dict(network), _Network, f"{where}: config.process[0].network")
+    if unknown := sorted(set(outer.network_kwargs) - _KNOWN):
         raise UserError(
             f"{where} has unknown network_kwargs {', '.join(map(shown, unknown))}; known are "
             f"{', '.join(sorted(_KNOWN))}: remove what this basis doesn't need"
         )
-    kwargs = checked(given.network_kwargs, _Kwargs, f"{where}: config.process[0].network.network_kwargs")
+    kwargs = checked(outer.network_kwargs, _Kwargs, f"{where}: config.process[0].network.network_kwargs")
     sizes = _sizes(arrays)
-    fields = {ours: found for theirs, ours in _SAME.items() if (found := getattr(kwargs, theirs)) is not None}
-    fields["rank"] = given.linear
+    fields = {ours: value for theirs, ours in _SAME.items() if (value := getattr(kwargs, theirs)) is not None}
+    fields["rank"] = outer.linear
     fields["activation"] = "tanh" if kwargs.lora_softmax is False else "softmax"
     fields["query"] = "internal" if kwargs.external_query is False else "external"
     if fields["query"] == "external" and "query_mode" in fields:
         queries.query_mode(fields["query_mode"])  # refuses an unknown one
     fields["projection"] = fields.get("projection") or "linear"
-    for name, found in (
+    for name, actual in (
         ("rank", sizes["rank"]),
         ("size", sizes["size"]),
         ("key_dim", sizes["key_dim"]),
         ("projection", sizes["projection"]),
     ):
-        if fields.setdefault(name, found) != found:
+        if fields.setdefault(name, actual) != actual:
             raise UserError(
-                f"{where} says {name} = {fields[name]}, but the tensors have {found}; "
+                f"{where} says {name} = {fields[name]}, but the tensors have {actual}; "
                 "use the config.yaml that belongs to this file"
             )
     fields["query_dim"] = sizes["query_dim"] if fields["query"] == "external" else None
@@ -255,12 +255,12 @@ def require_fits(arrays: Arrays, layers: Mapping[str, AdaptedLayer], what: str) 
                 f"{what} adapts {layer_name(path, 0)}, which the model hasn't got; use the basis with "
                 "the model that it was trained on"
             )
-        found = (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
+        actual = (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
         expected = (layers[path].depth, layers[path].inputs, layers[path].outputs)
-        if found != expected:
+        if actual != expected:
             blocks = "{} blocks of width {} -> {}".format
             raise UserError(
-                f"{what}: {layer_name(path, 0)} has {blocks(*found)}, the model has {blocks(*expected)}; "
+                f"{what}: {layer_name(path, 0)} has {blocks(*actual)}, the model has {blocks(*expected)}; "
                 "use the basis with the model that it was trained on"
             )
 
@@ -277,9 +277,9 @@ def _read_arrays(checkpoint: Checkpoint) -> Arrays:
         )
         place = split_layer_name(layer.removeprefix(_PREFIX)) if layer and layer.startswith(_PREFIX) else None
         if place is None:
-            told = identify.by_names(checkpoint, flux=True)
-            if told and told[0] != identify.BASIS:
-                raise UserError(f"{checkpoint.path} is {told[0]}, not {identify.BASIS}; {told[1]}")
+            kind = identify.by_names(checkpoint, flux=True)
+            if kind and kind[0] != identify.BASIS:
+                raise UserError(f"{checkpoint.path} is {kind[0]}, not {identify.BASIS}; {kind[1]}")
             raise UserError(
                 f"{checkpoint.path} holds {shown(key)}, which is not a key of the published basis format "
                 "(transformer.<layer>.lora_A, …); give a LoRWeB basis"
@@ -296,11 +296,11 @@ def _read_arrays(checkpoint: Checkpoint) -> Arrays:
 
 def _require_consistent(arrays: Arrays, what: str) -> None:
     """Every layer has all parts and agrees with itself; n, r and k are the same in all layers."""
-    wanted = {part for parts in arrays.values() for part in parts} | {"a", "b", "keys"}
+    expected = {part for parts in arrays.values() for part in parts} | {"a", "b", "keys"}
     reference = None
     for path, parts in arrays.items():
         name = layer_name(path, 0)
-        if absent := [_SUFFIXES[part] for part in _SUFFIXES if part in wanted and part not in parts]:
+        if absent := [_SUFFIXES[part] for part in _SUFFIXES if part in expected and part not in parts]:
             raise UserError(f"{what}: {name} has no {absent[0]}; every layer needs one: download the file again")
         letters = {"a": "lnir", "b": "lnro", "keys": "lnk", "projection": "lkq"}
         sizes: dict[str, int] = {}

@@ -71,10 +71,10 @@ def by_names(names: Collection[str], flux: bool = False) -> tuple[str, str] | No
 
 
 def _search(marks: Mapping[str, tuple[str, str]], names: Collection[str]) -> tuple[str, str] | None:
-    for mark, told in marks.items():
+    for mark, answer in marks.items():
         pattern = re.compile(mark)
         if any(pattern.search(name) for name in names):
-            return told
+            return answer
     return None
 
 

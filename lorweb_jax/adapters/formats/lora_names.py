@@ -207,6 +207,6 @@ _FLAT_OUTSIDE = {_flat(name) for name in _OUTSIDE}
 
 def fused(paths: Iterable[str]) -> list[tuple[str, list[str]]]:
     """[(Black Forest Labs' name with "{l}", the paths that it stands for, in order)] where any of `paths` is."""
-    wanted = set(paths)
+    present = set(paths)
     names = dict.fromkeys(layer.names["black_forest"].key for layer in LAYERS if layer.stack)
-    return [(name, _INSIDE[name]) for name in names if wanted & set(_INSIDE[name])]
+    return [(name, _INSIDE[name]) for name in names if present & set(_INSIDE[name])]

@@ -32,11 +32,11 @@ def read_lora(path: str | Path, layers: Layers) -> tuple[BasisConfig, dict[str, 
     finite.
     """
     checkpoint = Checkpoint(path)
-    found = _Found(checkpoint)
-    scales = Scales(checkpoint, "PEFT's" in found.schemes)
+    contents = _Contents(checkpoint)
+    scales = Scales(checkpoint, "PEFT's" in contents.schemes)
     updates: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
     ranks = []
-    for (_, module), layer in found.layers.items():
+    for (_, module), layer in contents.layers.items():
         where, widths = layer.place, layer.widths(layers)
         rank, a, b = layer.read(checkpoint, where, layers)
         ranks.append(rank)
@@ -44,12 +44,12 @@ def read_lora(path: str | Path, layers: Layers) -> tuple[BasisConfig, dict[str, 
         for own, part in zip(where.paths, np.split(b, np.cumsum(widths)[:-1])):
             if (own, where.block) in updates:
                 raise UserError(
-                    f"{found.file} holds two updates of {layer_name(own, where.block)}, in the names of "
-                    f"two programs ({_told(layer.keys['down'])}); remove one of them"
+                    f"{contents.file} holds two updates of {layer_name(own, where.block)}, in the names of "
+                    f"two programs ({_shown(layer.keys['down'])}); remove one of them"
                 )
             updates[own, where.block] = _needed(a, part) if len(widths) > 1 else (a, part)
-    with_alpha = sum("alpha" in layer.keys for layer in found.layers.values())
-    for note in [*scales.say(ranks, with_alpha, len(ranks)), *found.left_out()]:
+    with_alpha = sum("alpha" in layer.keys for layer in contents.layers.values())
+    for note in [*scales.say(ranks, with_alpha, len(ranks)), *contents.left_out()]:
         say(note)
     return _stacked(updates, layers)
 
@@ -94,24 +94,24 @@ class _Layer:
         file = checkpoint.files[0]
         if any(path not in layers or where.block >= layers[path].depth for path in where.paths):
             raise UserError(
-                f"{file} adapts {_told(self.name)}, which the model hasn't got; use the LoRA with its own model"
+                f"{file} adapts {_shown(self.name)}, which the model hasn't got; use the LoRA with its own model"
             )
         if not {"down", "up"} <= set(self.keys):
             raise UserError(
-                f"{file} holds only one of the two factors of {_told(self.name)} "
-                f"({_told(next(iter(self.keys.values())))}); download it again"
+                f"{file} holds only one of the two factors of {_shown(self.name)} "
+                f"({_shown(next(iter(self.keys.values())))}); download it again"
             )
         a, b = (_flat(checkpoint.shapes[self.keys[side]]) for side in ("down", "up"))
         i, o = layers[where.paths[0]].inputs, sum(self.widths(layers))
         if len(a) != 2 or len(b) != 2 or a[1] != i or b[0] != o or a[0] != b[1] or not a[0]:
             raise UserError(
-                f"{file}: {_told(self.name)} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] "
+                f"{file}: {_shown(self.name)} has lora_A {list(a)} and lora_B {list(b)}, expected [R, {i}] "
                 f"and [{o}, R]; use the LoRA with its own model"
             )
         return a[0], finite(checkpoint, self.keys["down"]).reshape(a), finite(checkpoint, self.keys["up"]).reshape(b)
 
 
-def _told(key: str) -> str:
+def _shown(key: str) -> str:
     """A key as a message shows it; whatever is in it, it stays one line."""
     return key if key.isascii() and key.isprintable() and len(key) < 200 else shown(key)
 
@@ -125,16 +125,16 @@ def finite(checkpoint: Checkpoint, key: str) -> np.ndarray:
     """A tensor of floating-point numbers in float32. UserError for others, and where one is not finite."""
     if checkpoint.dtype(key) not in FLOATS:
         raise UserError(
-            f"{checkpoint.files[0]}: {_told(key)} holds numbers of type {checkpoint.dtype(key).name}, "
+            f"{checkpoint.files[0]}: {_shown(key)} holds numbers of type {checkpoint.dtype(key).name}, "
             "expected floating point; give an ordinary LoRA"
         )
     with np.errstate(over="ignore"):  # told by the line that follows
         array = checkpoint.read(key).astype(np.float32)
-    require_finite(array, f"{checkpoint.files[0]}: {_told(key)} in float32", "train it again")
+    require_finite(array, f"{checkpoint.files[0]}: {_shown(key)} in float32", "train it again")
     return array
 
 
-class _Found:
+class _Contents:
     """What a file holds by its keys: layers inside the blocks, and what beside. UserError for what isn't read here."""
 
     def __init__(self, checkpoint: Checkpoint):
@@ -174,7 +174,7 @@ class _Found:
             )
         if key.role in layer.keys:
             raise UserError(
-                f"{self.file} holds both {_told(layer.keys[key.role])} and {_told(name)}; remove one of them"
+                f"{self.file} holds both {_shown(layer.keys[key.role])} and {_shown(name)}; remove one of them"
             )
         layer.keys[key.role] = name
 
@@ -183,17 +183,17 @@ class _Found:
         if (others or unknown) and (model := lora_names.other_model(self.checkpoint)):
             raise UserError(
                 f"{self.file} is a LoRA for {model} "
-                f"({_told((unknown or next(iter(others.values())))[0])}); give one for FLUX.1"
+                f"({_shown((unknown or next(iter(others.values())))[0])}); give one for FLUX.1"
             )
         for kind, keys in others.items():
             if not (kind in _MAY_BE_ZERO and all(not finite(self.checkpoint, key).any() for key in keys)):
                 raise UserError(
-                    f"{self.file} holds {kind} ({_told(keys[0])}), which isn't read here; give an ordinary "
+                    f"{self.file} holds {kind} ({_shown(keys[0])}), which isn't read here; give an ordinary "
                     "LoRA, whose layers are two factors each"
                 )
         if unknown:
             raise UserError(
-                f"{self.file} is a LoRA in {whose} names that adapts {_told(unknown[0])}, which FLUX.1 "
+                f"{self.file} is a LoRA in {whose} names that adapts {_shown(unknown[0])}, which FLUX.1 "
                 "hasn't got; use it with its own model"
             )
         if not self.layers:

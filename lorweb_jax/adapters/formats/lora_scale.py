@@ -73,10 +73,12 @@ class Scales:
             source = f"{file}: {HEADER} in its header"
             if len(text) > _LONGEST:
                 raise UserError(f"{source} has {len(text):,} characters; download the file again")
-            held = checked(parse_json(text, source), dict[str, Any], source)
-            own = {name.removeprefix(_COMPONENT): value for name, value in held.items() if name.startswith(_COMPONENT)}
-            if own or "r" in held:
-                return _checked(own or held, source), source
+            values = checked(parse_json(text, source), dict[str, Any], source)
+            own = {
+                name.removeprefix(_COMPONENT): value for name, value in values.items() if name.startswith(_COMPONENT)
+            }
+            if own or "r" in values:
+                return _checked(own or values, source), source
         beside = file.with_name(BESIDE)
         if not beside.exists():
             return None, ""
@@ -87,18 +89,18 @@ class Scales:
 
     def of(self, module: str, rank: int, alpha_key: str | None) -> float:
         """The scale of a layer by its name in the file, without prefix; alpha_key: its `.alpha` tensor, if any."""
-        told = self._told(module, rank) if self.settings else None
+        stated = self._stated(module, rank) if self.settings else None
         if alpha_key is None:
-            return 1.0 if told is None else told
+            return 1.0 if stated is None else stated
         scale = self._alpha(alpha_key) / rank
-        if told is not None and not math.isclose(told, scale, rel_tol=1e-3):
+        if stated is not None and not math.isclose(stated, scale, rel_tol=1e-3):
             raise UserError(
                 f"{self.checkpoint.files[0]}: by {shown(alpha_key)} the scale of {shown(module)} is "
-                f"{scale:.6g}, by {self.source} it is {told:.6g}; remove the one that is wrong"
+                f"{scale:.6g}, by {self.source} it is {stated:.6g}; remove the one that is wrong"
             )
         return scale
 
-    def _told(self, module: str, rank: int) -> float:
+    def _stated(self, module: str, rank: int) -> float:
         settings = self.settings
         r = _of_pattern(settings.rank_pattern, module, settings.r, self.source)
         if r != rank:
@@ -137,18 +139,18 @@ class Scales:
         return notes
 
 
-def _checked(held: Mapping[str, Any], source: str) -> Settings:
-    settings = checked(dict(held), Settings, source)
+def _checked(values: Mapping[str, Any], source: str) -> Settings:
+    settings = checked(dict(values), Settings, source)
     if settings.peft_type not in (None, "LORA"):
         raise UserError(
             f"{source} says that this is a {shown(settings.peft_type)}, which isn't read here; give an ordinary LoRA"
         )
-    if unread := [(field, words) for field, words in _UNREAD.items() if held.get(field)]:
+    if unread := [(field, words) for field, words in _UNREAD.items() if values.get(field)]:
         field, words = unread[0]
         raise UserError(f"{source} has {field} set ({words}), which isn't read here; give an ordinary LoRA")
-    if held.get("bias") not in (None, "none"):
+    if values.get("bias") not in (None, "none"):
         raise UserError(
-            f"{source} has bias {shown(held['bias'])}: biases were trained too, which isn't read here; "
+            f"{source} has bias {shown(values['bias'])}: biases were trained too, which isn't read here; "
             "give an ordinary LoRA"
         )
     start = str(settings.init_lora_weights).lower()
