@@ -132,9 +132,9 @@ def require_class(values: dict[str, Any], name: str, source: str | Path) -> None
         )
 
 
-def given(found: Any, kind: type) -> Any:
+def as_dataclass(values: Any, kind: type) -> Any:
     """The dataclass `kind` from another one that has its fields, such as a file's with more of them."""
-    return kind(**{field.name: getattr(found, field.name) for field in dataclasses.fields(kind)})
+    return kind(**{field.name: getattr(values, field.name) for field in dataclasses.fields(kind)})
 
 
 _AGAIN = "correct it or download it again"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import Between, checked, given, require_class
+from lorweb_jax.common.schema import Between, as_dataclass, checked, require_class
 
 TRAIN_STEPS = 1000
 
@@ -33,7 +33,7 @@ class Schedule:
         """From diffusers' scheduler_config.json, called `source` in messages. UserError for a wrong type or size, or
         another schedule than FLUX's."""
         require_class(values, "FlowMatchEulerDiscreteScheduler", source)
-        return given(checked(values, _ScheduleFile, source), cls)
+        return as_dataclass(checked(values, _ScheduleFile, source), cls)
 
     def shift(self, tokens: int) -> float:
         """mu, linear in the number of noisy tokens."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import Between, Pixels, Width, checked, given, require_class
+from lorweb_jax.common.schema import Between, Pixels, Width, as_dataclass, checked, require_class
 from lorweb_jax.nn.layers import Conv, Linear, Weight
 
 
@@ -52,7 +52,7 @@ class VAEConfig:
         as diffusers has it. UserError for a wrong type or size, or an autoencoder of another kind."""
         require_class(config, "AutoencoderKL", source)
         stated = {name: value for name, value in config.items() if value is not None}
-        return given(checked(stated, _VAEFile, source), cls)
+        return as_dataclass(checked(stated, _VAEFile, source), cls)
 
     def to_json(self) -> dict[str, Any]:
         """The contents of diffusers' vae/config.json."""

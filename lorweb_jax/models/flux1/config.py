@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import Between, Blocks, Heads, Width, checked, given, require_class
+from lorweb_jax.common.schema import Between, Blocks, Heads, Width, as_dataclass, checked, require_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FluxConfig:
                 f"{source}: out_channels is {found.out_channels} and in_channels {found.in_channels}; only "
                 "as many output as input channels are supported: use a FLUX.1 Kontext folder"
             )
-        return given(found, cls)
+        return as_dataclass(found, cls)
 
     def to_json(self) -> dict[str, Any]:
         """What diffusers' config.json holds."""

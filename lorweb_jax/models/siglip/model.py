@@ -14,7 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import Between, Blocks, Epsilon, Heads, Pixels, Width, checked, given, read_json, shown
+from lorweb_jax.common.schema import (
+    Between,
+    Blocks,
+    Epsilon,
+    Heads,
+    Pixels,
+    Width,
+    as_dataclass,
+    checked,
+    read_json,
+    shown,
+)
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.state import build, shapes
 from lorweb_jax.files.table import CONV, LINEAR, Row, Stored
@@ -48,7 +59,7 @@ class SiglipConfig:
                 f"{folder} holds a model of type {shown(data.get('model_type'))}, expected a SigLIP of fixed "
                 "resolution; give a folder like siglip2-base-patch16-224"
             )
-        return given(checked(data.get("vision_config", data), _SiglipFile, path), cls)
+        return as_dataclass(checked(data.get("vision_config", data), _SiglipFile, path), cls)
 
 
 @dataclass(frozen=True)

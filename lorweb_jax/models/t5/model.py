@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import Between, Blocks, Epsilon, Heads, Width, Words, checked, given, read_json
+from lorweb_jax.common.schema import Between, Blocks, Epsilon, Heads, Width, Words, as_dataclass, checked, read_json
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.state import build, shapes
 from lorweb_jax.files.table import LINEAR, Row, Stored
@@ -65,7 +65,7 @@ class T5Config:
                     f"{source}: {name} is {stated}, but feed_forward_proj is {found.feed_forward_proj}; use "
                     "a T5 or T5 v1.1 text encoder"
                 )
-        return given(found, cls)
+        return as_dataclass(found, cls)
 
     def to_json(self) -> dict[str, Any]:
         """The config.json that transformers' T5EncoderModel reads."""
