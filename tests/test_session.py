@@ -123,7 +123,7 @@ def test_true_guidance_of_a_batch_of_analogies(pipeline, analogy):
     options = dict(steps=2, true_guidance=2.5, negative_prompt="blurry", noise=None)
     analogies = [(a, a2, b), (a[::-1], a2, b)]
     together = pipeline.edit_batch(analogies, ["a frame", ""], **options)
-    noise = edit_request(pipeline.folder.vae_config, analogies, ["", ""], {})[1].noise
+    noise = edit_request(pipeline.folder, analogies, ["", ""], {})[1].noise
     for i, prompt in enumerate(("a frame", "")):
         alone = pipeline.edit(*analogies[i], prompt, folded=True, **options | {"noise": noise[i : i + 1]})
         assert apart(together[i], alone) <= 1
@@ -132,7 +132,7 @@ def test_true_guidance_of_a_batch_of_analogies(pipeline, analogy):
 
 def test_passes_that_are_not_needed_are_not_run(base):
     def passes(**sampling):
-        request = generation_request(base.folder.vae_config, ["one", "two"], None, sampling, (64, 64))
+        request = generation_request(base.folder, ["one", "two"], None, sampling, (64, 64))
         return request.passes
 
     for scale, texts in ((1, ["one", "two"]), (0, ["bad", "bad"]), (3, ["one", "two", "bad", "bad"])):
@@ -177,7 +177,7 @@ def test_a_lora_takes_part_in_generation(lora, base, analogy):
 
 def test_sizes_of_what_is_generated(base, capsys):
     def sizes(images=None, **options):
-        request = generation_request(base.folder.vae_config, ["x"], images, {}, **options)
+        request = generation_request(base.folder, ["x"], images, {}, **options)
         return request.size, [image.shape[1:3] for image in request.references], request.noise.shape
 
     image = np.zeros((50, 70, 3), np.uint8)

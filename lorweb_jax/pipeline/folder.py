@@ -15,7 +15,6 @@ from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.schema import read_json
 from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
 from lorweb_jax.files.sharded_loading import load_sharded
-from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
 from lorweb_jax.models.backbone import Backbone
 from lorweb_jax.models.clip.folder import ClipText, open_clip_text, text_config
@@ -63,7 +62,7 @@ class PipelineFolder:
         self.flux_config = self._read(FluxConfig, "transformer")
         self.vae_config = self._read(VAEConfig, "vae")
         self.t5_config = self._read(T5Config, "text_encoder_2")
-        self.schedule = self._read(Schedule, "scheduler", "scheduler_config.json")
+        self.schedule = self._read(self.backbone.schedule, "scheduler", "scheduler_config.json")
         self._require_widths()
         beside = self.folder / "clip_vision"
         self.encoder_folder = existing_encoder(image_encoder) if image_encoder else beside if beside.is_dir() else None
@@ -179,6 +178,7 @@ class PipelineFolder:
             "image_encoder": lambda: encoder,
         }
         return AnalogyModel(
+            backbone=self.backbone,
             **{name: make() if name in parts else None for name, make in makers.items()},
             basis=made,
             processor=self.encoder.processor if self.encoder else None,

@@ -12,7 +12,7 @@ from flax import nnx
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.flow.sampling import SINGLE, Combine, Velocity, euler, euler_step
 from lorweb_jax.images.levels import to_float
-from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
+from lorweb_jax.models.backbone import Backbone
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.processor import ImageProcessor
 from lorweb_jax.nn.layers import Adapter
@@ -22,7 +22,7 @@ _PARTS = {"transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder
 
 
 class AnalogyModel(nnx.Module):
-    """The frozen parts of a FLUX Kontext pipeline and, where there is one, a basis.
+    """The frozen parts of a pipeline and, where there is one, a basis. What differs between backbones is in `backbone`.
 
     Parts that a use doesn't need may be None. `dtype` is what the transformer and the text encoders compute in; the
     autoencoder and the router compute in float32.
@@ -31,6 +31,7 @@ class AnalogyModel(nnx.Module):
     def __init__(
         self,
         *,
+        backbone: Backbone,
         transformer: nnx.Module | None,
         vae: nnx.Module,
         text_encoder: nnx.Module | None,
@@ -43,12 +44,15 @@ class AnalogyModel(nnx.Module):
         self.transformer, self.vae = transformer, vae
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.image_encoder, self.basis = image_encoder, basis
-        self.processor, self.dtype = processor, jnp.dtype(dtype)
+        self.backbone, self.processor, self.dtype = backbone, processor, jnp.dtype(dtype)
 
     def replace(self, **parts: nnx.Module | None) -> "AnalogyModel":
         """The model with other parts; the rest is shared."""
         return AnalogyModel(
-            **{name: getattr(self, name) for name in _PARTS} | parts, processor=self.processor, dtype=self.dtype
+            **{name: getattr(self, name) for name in _PARTS} | parts,
+            backbone=self.backbone,
+            processor=self.processor,
+            dtype=self.dtype,
         )
 
     def only(self, *parts: str) -> "AnalogyModel":
@@ -59,7 +63,7 @@ class AnalogyModel(nnx.Module):
     def prompt(self, clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Token ids [b, 77] and [b, t] -> text [b, t, j] and pooled [b, p]."""
         with jax.named_scope("text"):
-            return self.text_encoder_2(t5_ids, dtype=self.dtype), self.text_encoder(clip_ids).astype(self.dtype)
+            return self.backbone.text((self.text_encoder, self.text_encoder_2), (clip_ids, t5_ids), self.dtype)
 
     def latents(self, images: jax.Array) -> jax.Array:
         """uint8 images [b, H, W, 3] -> latents float32 [b, H/f, W/f, c], the mode of the autoencoder's posterior."""
@@ -67,14 +71,14 @@ class AnalogyModel(nnx.Module):
             return self.vae.latents(to_float(images))
 
     def tokens(self, images: jax.Array) -> jax.Array:
-        """uint8 images [b, H, W, 3] -> packed latents float32 [b, s, 4c]."""
-        return pack(self.latents(images))
+        """uint8 images [b, H, W, 3] -> packed latents float32 [b, s, c]."""
+        with jax.named_scope("encode"):
+            return self.backbone.latents.encode(self.vae, to_float(images))
 
     def images(self, tokens_bsc: jax.Array, height: int, width: int) -> jax.Array:
         """Packed latents -> images [b, height, width, 3] in −1..1."""
-        factor = self.vae.config.downscale
         with jax.named_scope("decode"):
-            return self.vae.image(unpack(tokens_bsc, height // factor, width // factor))
+            return self.backbone.latents.decode(self.vae, tokens_bsc, height, width)
 
     def query(self, views: jax.Array) -> jax.Array:
         """What the image encoder says of an analogy: views uint8 [b, v, h, w, 3] (queries.views) -> [b, q]."""
@@ -117,16 +121,10 @@ class AnalogyModel(nnx.Module):
         if references_bsc is not None:
             hidden = jnp.concatenate([noisy_bsc, references_bsc], axis=1)
             sizes += [size] if reference_sizes is None else reference_sizes
-        # Kontext's rotary positions (t, y, x): t tells the images apart, 0 the noisy one, 1, 2, … the references.
-        ids = jnp.concatenate(
-            [
-                position_ids(*(side // self.vae.config.downscale for side in each), image)
-                for image, each in enumerate(sizes)
-            ]
-        )
-        velocity = self.transformer.velocity(
-            hidden.astype(self.dtype), text, modulations, ids, text_ids(text.shape[1]), adapters
-        )
+        latents = [tuple(side // self.vae.config.downscale for side in each) for each in sizes]
+        ids = jnp.concatenate([self.backbone.position_ids(*each, image) for image, each in enumerate(latents)])
+        text_ids = self.backbone.text_ids(text.shape[1])
+        velocity = self.transformer.velocity(hidden.astype(self.dtype), text, modulations, ids, text_ids, adapters)
         return velocity[:, : noisy_bsc.shape[1]].astype(jnp.float32)
 
     def step_modulations(

@@ -167,7 +167,7 @@ class Pipeline:
         and several are not folded.
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
-        conditions, request = edit_request(self.folder.vae_config, conditions, prompts, sampling, max_size)
+        conditions, request = edit_request(self.folder, conditions, prompts, sampling, max_size)
         if folded is None and len(conditions) > 1:
             folded = False
         with self._open(conditions, mix, folded, use_basis) as session:
@@ -203,7 +203,7 @@ class Pipeline:
     ) -> list[np.ndarray]:
         """One image for each prompt, all at once. images: for each a reference or a sequence of them, as many and of
         the same sizes for all. See `generate`. Raises UserError as `edit_batch` does."""
-        request = generation_request(self.folder.vae_config, prompts, images, sampling, size, max_size)
+        request = generation_request(self.folder, prompts, images, sampling, size, max_size)
         with self.session() as session:
             return session.generated(request)
 

@@ -10,9 +10,9 @@ import numpy as np
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.finite import require_finite
 from lorweb_jax.flow.sampling import SINGLE, Combine, TrueGuidance
-from lorweb_jax.images.grid import condition_grid, fit_to_model, stretched, within
-from lorweb_jax.models.autoencoder.model import VAEConfig
+from lorweb_jax.images.grid import fit_to_model, stretched, within
 from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, as_analogies, as_prompts, as_references, as_size
+from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import Size
 from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, Flag, as_value
 from lorweb_jax.settings.seeds import random_key
@@ -94,9 +94,9 @@ class Request:
 
 
 def edit_request(
-    vae: VAEConfig, conditions: Any, prompts: Any, sampling: Mapping[str, Any], max_size: int | None = None
+    folder: PipelineFolder, conditions: Any, prompts: Any, sampling: Mapping[str, Any], max_size: int | None = None
 ) -> tuple[list[Images], Request]:
-    """The analogies (a, a′, b) as uint8 images, and the request whose reference is their condition grid.
+    """The analogies (a, a′, b) as uint8 images, and the request that shows them as references, such as FLUX.1's grid.
 
     Says what is resized or stretched. Raises UserError for arguments of another kind or range, and for analogies whose
     grids differ in size.
@@ -105,16 +105,19 @@ def edit_request(
     max_size = _max_size(max_size)
     conditions = as_analogies(conditions)
     prompts = as_prompts(prompts, len(conditions))
-    grids = _fitted([condition_grid(*images, max_size) for images in conditions], "grid")
+    shown = [folder.backbone.references.images(*images, max_size) for images in conditions]
+    references = [_fitted(column, "grid") for column in zip(*shown)]
     for sentence in stretched(conditions):
         say(sentence)
-    _require_one_size(grids, "the analogies give grids", "edit them one by one, or resize the first images alike")
-    size = grids[0].shape[:2]
-    return conditions, Request(prompts, [np.stack(grids)], size, _noise(vae, sampling, len(grids), size), sampling)
+    for column in references:
+        _require_one_size(column, "the analogies give grids", "edit them one by one, or resize the first images alike")
+    size = references[0][0].shape[:2]
+    noise = _noise(folder, sampling, len(conditions), size)
+    return conditions, Request(prompts, [np.stack(column) for column in references], size, noise, sampling)
 
 
 def generation_request(
-    vae: VAEConfig,
+    folder: PipelineFolder,
     prompts: Any,
     images: Any,
     sampling: Mapping[str, Any],
@@ -145,9 +148,10 @@ def generation_request(
     elif references:
         size = references[0].shape[1:3]
     else:
-        side = vae.sample_size if max_size is None else min(vae.sample_size, max_size // 16 * 16)
+        trained = folder.vae_config.sample_size
+        side = max(16, min(trained, max_size or trained) // 16 * 16)
         size = side, side
-    return Request(prompts, references, size, _noise(vae, sampling, len(prompts), size), sampling)
+    return Request(prompts, references, size, _noise(folder, sampling, len(prompts), size), sampling)
 
 
 def _max_size(max_size: Any) -> int | None:
@@ -168,9 +172,10 @@ def _require_one_size(images: Sequence[np.ndarray], what: str, remedy: str) -> N
         raise UserError(f"{what} of different sizes {sorted(sizes)}; {remedy}")
 
 
-def _noise(vae: VAEConfig, sampling: Sampling, batch: int, size: Size) -> np.ndarray:
+def _noise(folder: PipelineFolder, sampling: Sampling, batch: int, size: Size) -> np.ndarray:
     """Packed latents [b, s, c] for images of `size` in pixels; UserError where `sampling.noise` is anything else."""
-    shape = (batch, size[0] * size[1] // (2 * vae.downscale) ** 2, 4 * vae.latent_channels)
+    vae, patch = folder.vae_config, folder.backbone.latents.patch
+    shape = (batch, size[0] * size[1] // (patch * vae.downscale) ** 2, patch**2 * vae.latent_channels)
     if sampling.noise is None:
         key = random_key(sampling.seed)
         return np.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:]) for i in range(batch)])

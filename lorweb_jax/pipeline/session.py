@@ -17,7 +17,6 @@ import numpy as np
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.fold import fold, layer_at
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.images.grid import bottom_right
 from lorweb_jax.nn.layers import Adapter
 from lorweb_jax.pipeline.arguments import Images
 from lorweb_jax.pipeline.request import Request, edit_request, generation_request
@@ -58,7 +57,7 @@ class Session:
         self, conditions: Sequence[Images], prompts: Sequence[str], *, max_size: int | None = None, **sampling
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once, all by this session's mix; as `Pipeline.edit_batch`."""
-        _, request = edit_request(self._pipeline.folder.vae_config, conditions, prompts, sampling, max_size)
+        _, request = edit_request(self._pipeline.folder, conditions, prompts, sampling, max_size)
         return self.edited(request)
 
     def generate(
@@ -84,12 +83,12 @@ class Session:
         **sampling,
     ) -> list[np.ndarray]:
         """One image for each prompt; as `Pipeline.generate_batch`."""
-        request = generation_request(self._pipeline.folder.vae_config, prompts, images, sampling, size, max_size)
+        request = generation_request(self._pipeline.folder, prompts, images, sampling, size, max_size)
         return self.generated(request)
 
     def edited(self, request: Request) -> list[np.ndarray]:
         """b′ of the analogies of an edit_request."""
-        return [bottom_right(image) for image in self._images(request)]
+        return [self._pipeline.folder.backbone.references.result(image) for image in self._images(request)]
 
     def generated(self, request: Request) -> list[np.ndarray]:
         """The images of a generation_request."""
