@@ -1,5 +1,5 @@
-"""Adapters of linear layers: low-rank updates, mixed by coefficients that are known in advance (LowRankAdapter) or that the
-layer's own input decides (RoutedAdapter).
+"""Adapters of linear layers: low-rank updates, mixed by coefficients that are known in advance (LowRankAdapter) or that
+the layer's own input decides (RoutedAdapter).
 
 Both are pytrees. Of a stack of layers every array has a leading axis l, which the scan over blocks takes off.
 """
