@@ -77,15 +77,15 @@ class PipelineFolder:
     def _require_widths(self) -> None:
         """UserError for parts of different pipelines."""
         flux, text = self.flux_config, self.clip_text_config()
-        for part, name, found, field, wanted in (
+        for part, name, width, field, expected in (
             ("vae", "latent_channels", 4 * self.vae_config.latent_channels, "in_channels", flux.in_channels),
             ("text_encoder_2", "d_model", self.t5_config.d_model, "joint_attention_dim", flux.joint_attention_dim),
             ("text_encoder", "hidden_size", text.hidden_size, "pooled_projection_dim", flux.pooled_projection_dim),
         ):
-            if found != wanted:
+            if width != expected:
                 raise UserError(
-                    f"{self.folder / part} gives the transformer {found} values a token ({name}), but "
-                    f"transformer/config.json has {field} {wanted}; take all parts from one pipeline"
+                    f"{self.folder / part} gives the transformer {width} values a token ({name}), but "
+                    f"transformer/config.json has {field} {expected}; take all parts from one pipeline"
                 )
 
     @property
@@ -115,10 +115,10 @@ class PipelineFolder:
                 f"{self.folder / 'tokenizer'} gives {ids[0].shape[1]} tokens a text, but text_encoder takes "
                 f"{clip.max_position_embeddings}; take both from one pipeline"
             )
-        for found, part, config in zip(ids, ("tokenizer", "tokenizer_2"), (clip, self.t5_config)):
-            if found.size and found.max() >= config.vocab_size:
+        for numbers, part, config in zip(ids, ("tokenizer", "tokenizer_2"), (clip, self.t5_config)):
+            if numbers.size and numbers.max() >= config.vocab_size:
                 raise UserError(
-                    f"{self.folder / part} gives the number {found.max()}, but its text encoder knows "
+                    f"{self.folder / part} gives the number {numbers.max()}, but its text encoder knows "
                     f"{config.vocab_size} tokens; take both from one pipeline"
                 )
         return ids
@@ -163,11 +163,11 @@ class PipelineFolder:
     ) -> AnalogyModel:
         """The model with fresh weights; `basis.query_dim` None takes the image encoder's width. May be traced.
 
-        parts: of MODEL_PARTS those that are made; the others are None. The other options are Flux's.
+        parts: those of MODEL_PARTS that it has; the others are None. The other options are Flux's.
         """
-        # Made even if it is left out, then dropped: it tells the query's width, and random keys are drawn in order.
+        # Built even if it is left out: its width is the query's, and the keys of later parts are drawn after its own.
         encoder = self.encoder.make(rngs) if self.encoder else None
-        made = Basis(self.complete(basis, encoder), self.backbone.adapted, rngs=rngs) if basis else None
+        adapters = Basis(self.complete(basis, encoder), self.backbone.adapted, rngs=rngs) if basis else None
         makers = {
             "transformer": lambda: Flux(
                 self.flux_config, remat=remat, attention=attention, unroll=unroll, quantization=quantization, rngs=rngs
@@ -180,7 +180,7 @@ class PipelineFolder:
         return AnalogyModel(
             backbone=self.backbone,
             **{name: make() if name in parts else None for name, make in makers.items()},
-            basis=made,
+            basis=adapters,
             processor=self.encoder.processor if self.encoder else None,
             dtype=dtype,
         )
@@ -211,9 +211,9 @@ class PipelineFolder:
     def read(self, shapes: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Any]:
         """Frozen weights by their path in the model.
 
-        shapes: with dtype and sharding, of those that are wanted; they are read straight into their places (see
-        placed.place), and parts of the pipeline that don't occur are not opened. None: all of them, as arrays of this
-        host in the files' dtypes.
+        shapes: of those to read, with dtype and sharding: each device reads its own share (see load_sharded), and parts
+        of the pipeline of which nothing is to be read are not opened. None: all, as arrays of this host in the files'
+        dtypes.
         """
         parts = {
             "transformer": lambda: open_model(self.folder / "transformer", "transformer")[1],
@@ -223,19 +223,19 @@ class PipelineFolder:
         }
         if self.encoder:
             parts["image_encoder"] = self.encoder.open
-        held: dict[str, Any] = {}
+        weights: dict[str, Any] = {}
         for part, open_part in parts.items():
             if shapes is None:
-                found = open_part().load()
+                arrays = open_part().load()
             else:
-                wanted = {
+                targets = {
                     path.removeprefix(f"{part}."): shape
                     for path, shape in shapes.items()
                     if path.startswith(f"{part}.")
                 }
-                found = load_sharded(open_part(), wanted) if wanted else {}
-            held |= {f"{part}.{path}": array for path, array in found.items()}
-        return held
+                arrays = load_sharded(open_part(), targets) if targets else {}
+            weights |= {f"{part}.{path}": array for path, array in arrays.items()}
+        return weights
 
 
 def _shortened(text: str, longest: int = 80) -> str:

@@ -178,16 +178,16 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[Checkpoin
     Returns what was found to be as it was written. Raises UserError for any difference, or if no checksums are there.
     """
     path = Path(path)
-    found = [
+    paths = [
         each
         for each in (path, *sorted(path.glob("*")))
         if (each.is_dir() or each.suffix == ".safetensors" and each.exists()) and _checksums(each).exists()
     ]
-    if not found:
+    if not paths:
         raise UserError(
             f"{path} has no {_checksums(path).name}, which converting writes; give what convert_flux_weights.py wrote"
         )
-    checkpoints = [Checkpoint(each) for each in found]
-    for each, checkpoint in zip(found, checkpoints):
+    checkpoints = [Checkpoint(each) for each in paths]
+    for each, checkpoint in zip(paths, checkpoints):
         check(checkpoint, read_json(_checksums(each)), progress)
     return checkpoints

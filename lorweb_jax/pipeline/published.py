@@ -31,9 +31,9 @@ def open_pipeline(folder: str, image_encoder: str = "") -> PipelineFolder:
         )
     if Path(folder).is_dir():
         there = not image_encoder or Path(image_encoder).is_dir()
-        opened = PipelineFolder(folder, image_encoder if there else None)
-        opened.encoder = opened.encoder if there else _image_encoder("")
-        return opened
+        pipeline = PipelineFolder(folder, image_encoder if there else None)
+        pipeline.encoder = pipeline.encoder if there else _image_encoder("")
+        return pipeline
     if Path(folder).name != PIPELINE:
         raise UserError(
             f"there is no pipeline {folder}; set --config.pipeline to a folder, or to {PIPELINE}, whose "

@@ -86,7 +86,7 @@ class Source(NamedTuple):
     checkpoint: Checkpoint
 
 
-class Found(NamedTuple):
+class Contents(NamedTuple):
     """The models of FLUX in a file, and what else it holds, in words."""
 
     sources: list[Source]
@@ -104,8 +104,8 @@ def recognise(path: str | Path, config_path: str | Path | None = None) -> Source
     return sources[0]
 
 
-def recognise_all(path: str | Path, config_paths: Sequence[str | Path] = ()) -> Found:
-    """What `path` (a safetensors or GGUF file, or a folder with config.json) holds, told by its tensors' names.
+def recognise_all(path: str | Path, config_paths: Sequence[str | Path] = ()) -> Contents:
+    """What `path` (a safetensors or GGUF file, or a folder with config.json) holds, by its tensors' names.
 
     All-in-one checkpoints hold both models and more. fp8 weights with scales are multiplied by them, packed ones
     unpacked, when they are read. A model's config is that of `config_paths` with its class, or config.json in the
@@ -113,8 +113,8 @@ def recognise_all(path: str | Path, config_paths: Sequence[str | Path] = ()) -> 
     Raises UserError, which says what else it is, if the files are not a FLUX transformer or autoencoder.
     """
     checkpoint, what = _open(Path(path))
-    if told := identify.not_flux(checkpoint):
-        raise UserError(f"{path} is {told[0]}, not a FLUX transformer or autoencoder; {told[1]}")
+    if other := identify.not_flux(checkpoint):
+        raise UserError(f"{path} is {other[0]}, not a FLUX transformer or autoencoder; {other[1]}")
     parts = [
         (kind, layout, prefix)
         for kind, model in KINDS.items()
@@ -126,8 +126,8 @@ def recognise_all(path: str | Path, config_paths: Sequence[str | Path] = ()) -> 
         raise _unknown(path, checkpoint, what)
     if len({kind for kind, *_ in parts}) < len(parts):
         raise UserError(f"{path} holds two FLUX {parts[0][0]}s; keep one of them in a file of its own")
-    taken = {key for _, _, prefix in parts for key in checkpoint if key.startswith(prefix)}
-    rest = [key for key in checkpoint if key not in taken and key != MARKER]
+    of_models = {key for _, _, prefix in parts for key in checkpoint if key.startswith(prefix)}
+    rest = [key for key in checkpoint if key not in of_models and key != MARKER]
     whole = len(parts) > 1 or bool(rest)
     configs = [(file, read_json(file)) for file in config_paths]
     sources = []
@@ -135,7 +135,7 @@ def recognise_all(path: str | Path, config_paths: Sequence[str | Path] = ()) -> 
         group = unscaled(checkpoint.below(prefix))
         where = f"{path}, an all-in-one checkpoint: its {kind}" if whole else f"{path}: the FLUX {kind}"
         sources.append(Source(kind, layout, _config(kind, layout, group, where, configs, len(parts)), group))
-    return Found(sources, _in_words(rest))
+    return Contents(sources, _in_words(rest))
 
 
 def _open(path: Path) -> tuple[Checkpoint, str]:
@@ -152,8 +152,8 @@ def _open(path: Path) -> tuple[Checkpoint, str]:
 
 
 def _unknown(path: str | Path, checkpoint: Checkpoint, what: str) -> UserError:
-    if told := identify.by_names(checkpoint):
-        return UserError(f"{path} is {told[0]}, not a FLUX transformer or autoencoder; {told[1]}")
+    if other := identify.by_names(checkpoint):
+        return UserError(f"{path} is {other[0]}, not a FLUX transformer or autoencoder; {other[1]}")
     first = shown(next(iter(checkpoint))) if checkpoint else "none at all"
     return UserError(
         f"{path} holds {len(checkpoint)} tensors{what} ({first}, …), which are not a FLUX transformer's "
@@ -166,30 +166,30 @@ def _config(
     layout: str,
     checkpoint: Checkpoint,
     where: str,
-    given: Sequence[tuple[str | Path, dict[str, Any]]],
+    configs: Sequence[tuple[str | Path, dict[str, Any]]],
     models: int,
 ) -> dict[str, Any]:
-    for file, config in given:
+    for file, config in configs:
         name = config.get("_class_name")
         if name == KINDS[kind].class_name or name is None and models == 1:
-            return _made_sense_of(kind, config, file)
-        if models == len(given) == 1:
+            return _checked(kind, config, file)
+        if models == len(configs) == 1:
             raise UserError(
                 f"{file} is the config of {shown(name)}, and {where} needs one of "
                 f"{KINDS[kind].class_name}; give the config that belongs to it"
             )
     if layout == "black_forest":
-        return _made_sense_of(kind, KINDS[kind].infer_config(checkpoint.shapes, where), where)
+        return _checked(kind, KINDS[kind].infer_config(checkpoint.shapes, where), where)
     beside = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path.with_name("config.json")
     if not beside.exists():
         raise UserError(
             f"{where} is in diffusers' layout, whose sizes stand in a config.json, and {beside} does not "
             "exist; put it there, or name it with --model-config"
         )
-    return _made_sense_of(kind, read_json(beside), beside)
+    return _checked(kind, read_json(beside), beside)
 
 
-def _made_sense_of(kind: str, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
+def _checked(kind: str, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
     KINDS[kind].sizes(config, source)
     return config
 
