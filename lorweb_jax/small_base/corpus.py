@@ -23,7 +23,8 @@ PHOTOGRAPHS = 0.08  # their share of what is drawn; they are few
 
 
 def some(drawings: DrawingSets, signs: int) -> DrawingSets:
-    """As many signs that every style has, held out and not, with all their drawings, and as many photographs."""
+    """A small subset: of the training and of the held-out part each, `signs` signs that exist in every style, with their
+    drawings in all of these, and `signs` photographs."""
     photographs = drawings.set_of == SETS.index("photograph")
     styles = [i for i, name in enumerate(SETS) if name != "photograph"]
     everywhere = (drawings.twins[:, styles] >= 0).all(1) & (drawings.set_of == styles[0])
