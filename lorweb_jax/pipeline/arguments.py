@@ -65,8 +65,10 @@ def as_prompts(value: Any, count: int | None = None) -> list[str]:
 
 
 def as_size(value: Any) -> tuple[int, int]:
-    """(width, height) of an image to make -> (height, width), shrunk to multiples of 16, which it says; UserError for
-    everything else than two numbers in SIDE."""
+    """(width, height) of an image to make, in pixels -> (height, width).
+
+    Sides are rounded down to multiples of 16, which it says. UserError for anything but two whole numbers in SIDE.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise UserError(f"the size is {shown(value)}; give (width, height) in pixels", 2)
     sides = [as_value(side, name, SIDE) for side, name in zip(value, ("the width", "the height"))]
@@ -77,13 +79,16 @@ def as_size(value: Any) -> tuple[int, int]:
 
 
 def as_references(value: Any, count: int) -> list[list[np.ndarray]]:
-    """For each of `count` prompts its reference images, uint8 [H, W, 3], as many for each: of None none, else of an
-    image or a sequence of images for each prompt. UserError, which names the image, for everything else."""
+    """Of each of `count` prompts its reference images, uint8 [H, W, 3], as many of each.
+
+    value: for each prompt an image or a sequence of images; None for none. UserError, which names the image, for
+    anything else.
+    """
     if value is None:
         return [[] for _ in range(count)]
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
-        found = f"{len(value)}" if isinstance(value, Sequence) and not isinstance(value, str) else shown(type(value))
-        raise UserError(f"the images are {found} and there are {count} prompts; give a list with an image for each")
+        kind = shown(type(value)) if isinstance(value, str) or not isinstance(value, Sequence) else len(value)
+        raise UserError(f"the images are {kind} and there are {count} prompts; give a list with an image for each")
     rows = []
     for number, images in enumerate(value):
         of = f" of prompt {number}" if count > 1 else ""
