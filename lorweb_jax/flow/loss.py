@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Noised(NamedTuple):
@@ -21,7 +22,9 @@ def add_noise(x0_bsc: jax.Array, noise_bsc: jax.Array, time_b: jax.Array) -> jax
     return (1.0 - t) * x0_bsc + t * noise_bsc
 
 
-def draw(key: jax.Array, x0_bsc: jax.Array, timesteps: jax.Array, weights: jax.Array) -> Noised:
+def draw(
+    key: jax.Array, x0_bsc: jax.Array, timesteps: jax.Array | np.ndarray, weights: jax.Array | np.ndarray
+) -> Noised:
     """Noise x0 by a Gaussian ε, each example at a t of its own.
 
     timesteps: [1000], in 1..1000, drawn from uniformly by index; t is a thousandth of them. weights: [1000], the loss's

@@ -5,6 +5,8 @@ the same latents alone as within a canvas (the consistency term), so that each d
 laid side by side.
 """
 
+import operator
+from functools import reduce
 from typing import Any
 
 import jax
@@ -83,11 +85,10 @@ def autoencoder_loss(
 
     mean, logvar = encode(canvas)
     tiled_mean, tiled_logvar = (canvases(x) for x in encode(quadrants(canvas)))
-    kl = (
-        0.5
-        * sum((jnp.square(m) + jnp.exp(v) - 1 - v).mean() for m, v in ((mean, logvar), (tiled_mean, tiled_logvar)))
-        / 2
+    whole, parted = (
+        (jnp.square(m) + jnp.exp(v) - 1 - v).mean() for m, v in ((mean, logvar), (tiled_mean, tiled_logvar))
     )
+    kl = 0.5 * (whole + parted) / 2
     consistency = jnp.square(mean - tiled_mean).mean()
 
     # Every other canvas is decoded from its quadrants' latents; one half of the batch is decoded whole, the
@@ -98,5 +99,5 @@ def autoencoder_loss(
     half = canvas.shape[0] // 2
     result = jnp.concatenate([decode(z[:half]), canvases(decode(quadrants(z[half:])))])
     parts = image_loss(result, canvas) | {"kl": kl, "consistency": consistency}
-    loss = sum(weights[name] * value for name, value in parts.items())
+    loss = reduce(operator.add, [weights[name] * value for name, value in parts.items()])
     return loss, parts | {"psnr": 10 * jnp.log10(4 / parts["squared"])}

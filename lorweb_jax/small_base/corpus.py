@@ -79,13 +79,17 @@ def make_corpus(drawings: DrawingSets, captions: Captions, variants: int, held_o
     if not counts.all():
         raise ValueError(f"no drawing has a twin in {list(STYLES)[int(counts.argmin())]}")
     padded = np.stack([np.resize(part, counts.max()) for part in members])
-    as_int = (with_variants(shown), with_variants(shaped), shown, padded, counts, twins)
     return Corpus(
-        *(array.astype(np.int32) for array in as_int),
-        np.tile(is_photograph, variants),
-        np.array([False, *(operation.needs_shape for operation in OPERATIONS.values())]),
-        captions.start,
-        captions.count,
+        edited=with_variants(shown).astype(np.int32),
+        shaped=with_variants(shaped).astype(np.int32),
+        shown=shown.astype(np.int32),
+        members=padded.astype(np.int32),
+        counts=counts.astype(np.int32),
+        twins=twins.astype(np.int32),
+        photograph=np.tile(is_photograph, variants),
+        needs_shape=np.array([False, *(operation.needs_shape for operation in OPERATIONS.values())]),
+        caption_start=captions.start,
+        caption_count=captions.count,
     )
 
 

@@ -1,9 +1,12 @@
 """The small base's transformer with its text encoders, and the loss that trains them together."""
 
+import operator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lorweb_jax.flow.loss import draw
@@ -68,15 +71,15 @@ class Editor(nnx.Module):
 
 def part_of(modulations: Modulations, start: int, stop: int) -> Modulations:
     """The modulations of examples start … stop."""
-    stacks = jax.tree.map(lambda x: x[:, start:stop], (modulations.double, modulations.single))
-    return Modulations(*stacks, modulations.output[start:stop])
+    double, single = jax.tree.map(lambda x: x[:, start:stop], (modulations.double, modulations.single))
+    return Modulations(double, single, modulations.output[start:stop])
 
 
 def flow_loss(
     model: Editor,
     batch: dict[str, dict[str, jax.Array]],
-    clip_ids: jax.Array,
-    t5_ids: jax.Array,
+    clip_ids: jax.Array | np.ndarray,
+    t5_ids: jax.Array | np.ndarray,
     key: jax.Array,
     config,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -107,7 +110,7 @@ def flow_loss(
         errors[name] = (jnp.square(v - known.target_bsc).mean((1, 2)) * known.weight_b).mean()
         start = stop
     total = sum(config.form_weights[name] for name in errors)
-    return sum(config.form_weights[name] / total * error for name, error in errors.items()), errors
+    return reduce(operator.add, [config.form_weights[name] / total * errors[name] for name in errors]), errors
 
 
 def sample(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS, STYLE_WORDS, DrawingSets, with_article
 from lorweb_jax.data.embedded.operations import LAST_ONLY, OPERATIONS, STYLES, on_white
 from lorweb_jax.evaluation.lpips import lpips
@@ -96,7 +97,7 @@ def _cell(drawings, indices, of, family, count, random) -> list[Edit]:
         if len(edits) == count:
             break
         name, sentences = goals[len(edits) % len(goals)]
-        index, *others = random.choice(indices, 3, replace=len(indices) < 3)
+        index, first, second = random.choice(indices, 3, replace=len(indices) < 3)
         rgba = drawings.images[index]
         if family == STYLE:
             twin = drawings.twins[index, SETS.index(name)]
@@ -107,9 +108,8 @@ def _cell(drawings, indices, of, family, count, random) -> list[Edit]:
         if np.abs(truth.astype(int) - b).mean() < LEAST_CHANGE:
             continue
         sentence = sentences[len(edits) // len(goals) % 2]
-        edits.append(
-            Edit(family, of, LAST_ONLY.format(sentence), tuple(on_white(drawings.images[i]) for i in others), b, truth)
-        )
+        others = on_white(drawings.images[first]), on_white(drawings.images[second])
+        edits.append(Edit(family, of, LAST_ONLY.format(sentence), others, b, truth))
     return edits
 
 
@@ -171,7 +171,8 @@ def draw(
     it."""
     batch, latents = min(batch, len(captions)), _latents(pipeline, side)
     if noise is None:
-        noise = [jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), latents) for i in range(len(captions))]
+        keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(captions))]
+        noise = np.stack([jax.random.normal(key, latents) for key in keys])
     images: list[np.ndarray] = []
     for start in range(0, len(captions), batch):
         part = range(start, min(start + batch, len(captions)))
@@ -182,7 +183,7 @@ def draw(
             steps=steps,
             guidance=guidance,
             true_guidance=cfg,
-            noise=np.stack([noise[i] for i in padded]),
+            noise=noise[np.array(padded)],
         )[: len(part)]
     return images
 
@@ -230,6 +231,8 @@ def nearest_kinds(
 
 def embed(pipeline: Pipeline, images: Sequence[np.ndarray], batch: int = 100) -> np.ndarray:
     encoder, embeddings, batch = pipeline.image_encoder, [], min(batch, len(images))
+    if encoder is None:
+        raise UserError("the pipeline has no image encoder to compare drawings with; give it a clip_vision folder")
     for start in range(0, len(images), batch):
         part = list(images[start : start + batch])
         embeddings.append(encoder.embed(part + part[:1] * (batch - len(part)))[: len(part)])

@@ -7,8 +7,10 @@ noto style") among all instructions, so that the difference of two embeddings en
 and a plain image with its kind ("a fruit") among all kinds.
 """
 
+import operator
 import tempfile
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,10 +96,8 @@ def make_sentences(drawings: DrawingSets) -> Sentences:
             ids([s for edit in EDITS for s in edit.specific]).reshape(len(EDITS), 2, -1),
             ids(FAMILIES),
             ids(kind_texts),
-            *(
-                np.array([row.index(x) for x in of], np.int32)
-                for row, of in ((names, drawings.names), (kind_names, kinds))
-            ),
+            np.array([names.index(name) for name in drawings.names], np.int32),
+            np.array([kind_names.index(kind) for kind in kinds], np.int32),
             words,
         )
 
@@ -191,7 +191,7 @@ class Edited(NumberedBatches):
 def edited(drawings: DrawingSets, drawing: int, edit: int) -> np.ndarray:
     """uint8 [h, w, 3]: the drawing after edit number `edit`."""
     if edit < len(OPERATIONS):
-        return EDITS[edit].apply(drawings.images[drawing])
+        return list(OPERATIONS.values())[edit].apply(drawings.images[drawing])
     return on_white(drawings.images[drawings.twins[drawing, STYLE_SETS[edit - len(OPERATIONS)]]])
 
 
@@ -242,7 +242,7 @@ def pair_loss(
         "family": cross_entropy(edit_scale * differences @ vague.T, jnp.asarray(FAMILY_OF)[edits]),
         "kind": cross_entropy(kind_scale * unit(per_drawing[:, 0]) @ kinds.T, jnp.asarray(sentences.kind_of)[drawing]),
     }
-    loss = sum(weights[name] * value for name, value in parts.items())
+    loss = reduce(operator.add, [weights[name] * value for name, value in parts.items()])
     return loss, parts | {
         "captions_right": (logits.argmax(1) == own).mean(),
         "edits_right": (edit_logits.argmax(1) == edits).mean(),

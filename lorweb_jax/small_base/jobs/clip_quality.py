@@ -6,6 +6,7 @@ moves, compared with the mean direction of each operation on training drawings.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def sample(drawings: DrawingSets, of: int, held_out: bool, count: int) -> Drawin
     return drawings.chosen(np.random.default_rng(0).permutation(indices)[:count])
 
 
-def confused_operations(job, model: nnx.Module, drawings: int) -> np.ndarray:
+def confused_operations(job, model, drawings: int) -> np.ndarray:
     """[operations, operations]: the share of held-out drawings on which an operation (row) is taken for another."""
     train, held_out = (
         embeddings(model.vision, job.processor, sample(job.drawings, 0, part, drawings)) for part in (False, True)
@@ -89,7 +90,7 @@ def quality(
 
     Prototypes are the mean directions on `train` training drawings, spread over the sets of drawings.
     """
-    result = {"operations": len(NAMES), "families": len(FAMILIES)}
+    result: dict[str, Any] = {"operations": len(NAMES), "families": len(FAMILIES)}
     sets = range(len(SETS) - 1)
     trained = np.concatenate(
         [embeddings(vision, processor, sample(drawings, of, False, train // len(sets))) for of in sets]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -130,7 +131,7 @@ def write_autoencoder(workdir: Path, job: BaseVAE, model: AutoencoderKL, scale: 
     for name, plain in (("plain", 1.0), ("edited", 0.0)):
         examples = job._held_out(batch=60, plain=plain)
         quality[f"psnr_held_out_{name}"] = psnr(to_uint8(_reconstruct(model, to_float(examples))), examples)
-        single = np.asarray(quadrants(examples))
+        single = np.asarray(quadrants(jnp.asarray(examples)))
         quality[f"psnr_held_out_{name}_single"] = psnr(to_uint8(_reconstruct(model, to_float(single))), single)
     write_json(workdir / "quality.json", quality)
     print(json.dumps(quality, indent=1))
