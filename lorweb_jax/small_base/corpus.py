@@ -23,7 +23,7 @@ PHOTOGRAPHS = 0.08  # their share of what is drawn; they are few
 
 
 def some(drawings: DrawingSets, signs: int) -> DrawingSets:
-    """A small subset: of the training and of the held-out part each, `signs` signs that exist in every style, with their
+    """A small subset: of the training and of the held-out part each, `signs` signs that exist in all styles, with their
     drawings in all of these, and `signs` photographs."""
     photographs = drawings.set_of == SETS.index("photograph")
     styles = [i for i, name in enumerate(SETS) if name != "photograph"]
