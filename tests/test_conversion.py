@@ -80,7 +80,7 @@ def test_goes_on_after_kills(layout, whole, tmp_path):
             convert(tmp_path, layout, progress=progress)
         assert 0 <= size - progress.first <= 8_000 * len(files)  # their headers
         assert not loads(tmp_path)
-    assert len(files) == (2 if layout == "diffusers" else 0)
+    assert bool(files) == (layout == "diffusers")  # the other layout is a single file
     assert content(convert(tmp_path, layout)) == whole[layout]
     assert not list(tmp_path.rglob("*partial*")) and not list(tmp_path.rglob(".lock"))
     assert not list(tmp_path.rglob(conversion.FINISHED))
@@ -95,7 +95,7 @@ def test_goes_on_after_sigkill(whole, tmp_path):
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     partial = tmp_path / "transformer.partial"
     files = {file.name: file.stat() for file in partial.glob("*.safetensors")}
-    assert len(files) == 3 and len(list(partial.glob("*.safetensors.*.partial"))) == 1
+    assert len(files) > 1 and len(list(partial.glob("*.safetensors.*.partial"))) == 1
     assert content(convert(tmp_path)) == whole["diffusers"]
     # Finished shards are the files that the killed process wrote, untouched.
     assert all(
@@ -106,20 +106,21 @@ def test_goes_on_after_sigkill(whole, tmp_path):
 
 
 def test_only_files_that_are_recorded_and_whole_are_kept(whole, tmp_path):
-    """Of three finished files one is cut short, another isn't in finished.json: as if killed between its rename and the
+    """Of the finished files one is cut short, another isn't in finished.json: as if killed between its rename and the
     record. Both are written again."""
     with pytest.raises(Killed):
         convert(tmp_path, progress=kill_at(3_500_000))
     partial = tmp_path / "transformer.partial"
-    first, second, third = sorted(partial.glob("*.safetensors"))
+    first, second, *others = sorted(partial.glob("*.safetensors"))
+    assert others
     with open(first, "r+b") as stream:
         stream.truncate(600_000)
     finished = json.loads((partial / conversion.FINISHED).read_text())
     del finished["files"][second.name]
     (partial / conversion.FINISHED).write_text(json.dumps(finished))
-    size, progress = third.stat().st_size, kill_at(1 << 40)
+    size, progress = sum(file.stat().st_size for file in others), kill_at(1 << 40)
     assert content(convert(tmp_path, progress=progress)) == whole["diffusers"]
-    assert size - 8_000 < progress.first < size
+    assert size - 8_000 * len(others) < progress.first < size  # their headers
 
 
 def test_a_file_of_another_task_that_was_never_recorded_is_no_part_of_the_result(whole, tmp_path):
