@@ -5,6 +5,7 @@
 #   launch/local.sh 2 --config=configs/basis.py:smoke --workdir=runs/two
 #
 # LORWEB_LOCAL_DEVICES   CPU devices of each process; 1 by default
+# JAX_COORDINATOR_PORT   port of process 0; a free one by default
 # PYTHON                 which Python; .venv/bin/python if there is one
 #
 # Lines are marked with the number of their process. Ctrl-C or SIGTERM reaches all processes: the run writes a

@@ -1,8 +1,8 @@
-"""The end of a run of several processes: one that is gone, an error, a stop, and the regular one.
+"""How the processes of a run end together: after one has died, on an error, on SIGTERM, or at the regular end.
 
-jax's coordination service finds out that a process is gone (heartbeats; native_log.py has its words). All else is said
-in its key-value store, which every process watches: the first entry under END ends all of them, also those whose main
-thread waits in a collective.
+jax's coordination service detects by heartbeats that a process has died, and ends the others; native_log.py turns its
+log entry into a sentence. Errors and stops travel through its key-value store. A thread of every process waits for the
+first entry under END, which ends all of them, even where the main thread is blocked in a collective.
 """
 
 import contextlib
@@ -27,10 +27,11 @@ _HOUR, _DAY = 3_600_000, 86_400_000  # ms
 
 
 class Coordination:
-    """What one process of a run says to the others and hears from them."""
+    """One process's connection to the others of its run."""
 
     def __init__(self, address: str, count: int, index: int, patience: int, silence: int):
-        """Seconds: patience for all processes to start, silence after which one counts as gone."""
+        """address: host:port of process 0. patience: seconds in which all processes have to start. silence: seconds
+        without a heartbeat after which a process counts as gone."""
         self.address, self.count, self.index = address, count, index
         self.patience, self.silence = patience, silence
         self.hosts: dict[int, str] = {}  # of all processes, once they have met
@@ -42,7 +43,10 @@ class Coordination:
         self.log = NativeLog(self._lost)
 
     def meet(self, options: Mapping[str, Any]) -> None:
-        """Compare the processes' options, and watch for the end from now on. UserError if they differ."""
+        """Wait for all processes, compare their options with process 0's, and watch for the end from now on.
+
+        Call it once jax.distributed is initialised. UserError, with status 2, if the options differ.
+        """
         # No public interface to the key-value store; orbax uses this one too.
         from jax._src import distributed
 
@@ -65,7 +69,7 @@ class Coordination:
             )
 
     def finish(self) -> None:
-        """Wait for all processes to call this, and disconnect them."""
+        """Wait until all processes have called this, then disconnect."""
         import jax
 
         self.client.wait_at_barrier("lorweb/finished", _DAY)
@@ -78,13 +82,13 @@ class Coordination:
         self.log.close()
 
     def leave(self, sentence: str) -> None:
-        """End all processes soon, with the status of a stopped run; process 0 prints the sentence."""
+        """Ask all processes, this one too, to end with the status of a stopped run; process 0 prints the sentence."""
         self._say_end({"stopped": sentence})
 
     def end(self, error: BaseException) -> NoReturn:
-        """Show an error of this process and end all; or end for another process's reason, where that is first."""
+        """Show this process's error and end all processes. Where another one has ended the run already, show that."""
         if _of_a_lost_connection(error):
-            # Perhaps since another process is gone; then heartbeats will say which, and _lost ends this one.
+            # Another process may have died. Wait for the heartbeats to tell which; then _lost ends this process.
             time.sleep(1.5 * self.silence + 5.0)
         self._ending.acquire()
         sys.stdout.flush()
@@ -167,7 +171,7 @@ class Coordination:
         self._exit(status)
 
     def _exit(self, status: int) -> NoReturn:
-        """End the process whatever its other threads are in; process 0 once the others have gone, if they do."""
+        """End the process whatever its threads are doing; process 0, which runs the service, after the others."""
         end = time.monotonic() + LAST
         client = self.client
         with contextlib.suppress(Exception):
@@ -181,7 +185,7 @@ class Coordination:
 
 
 def _of_a_lost_connection(error: BaseException | None) -> bool:
-    """Whether an error may come of a collective or barrier that failed, or was raised because of that."""
+    """Whether a failed collective or barrier may be the cause of an error."""
     codes = "UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED"  # of absl; jax's classes for them vary
     while error is not None and not re.match(rf"({codes}): ", str(error)):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -1,18 +1,18 @@
 """Several processes as one run, on one or many hosts: how they find each other, start together and end together.
 
-jax.distributed connects them. Who they are is found out by jax's cluster detection (Slurm, Cloud TPU, Kubernetes,
-Open MPI), or said by environment variables, which come first:
+jax.distributed connects them. jax detects Slurm, Cloud TPU, Open MPI and Kubernetes (this one with the package
+kubernetes); environment variables override what it detects:
 
-    JAX_COORDINATOR_ADDRESS      host:port of process 0, whose port all other processes must reach
-    JAX_NUM_PROCESSES            1 for a run of one process wherever it is started
-    JAX_PROCESS_ID               from 0
-    JAX_LOCAL_DEVICE_IDS         which of this host's devices are this process's, such as 0,1; default: all, but one
-                                 for each process where Slurm starts several a host
-    LORWEB_START_TIMEOUT         seconds in which all processes have to start, 300
-    LORWEB_HEARTBEAT_TIMEOUT     seconds without a sign of life after which a process counts as gone, 60
+    JAX_COORDINATOR_ADDRESS      host:port of process 0; all other processes must reach that port
+    JAX_NUM_PROCESSES            number of processes; 1 stands for a run of one process in any cluster
+    JAX_PROCESS_ID               number of this process, from 0
+    JAX_LOCAL_DEVICE_IDS         devices of this host that this process uses, such as 0,1; by default all of them, or
+                                 one each where Slurm starts several processes on a host
+    LORWEB_START_TIMEOUT         seconds in which all processes have to start, 300 by default
+    LORWEB_HEARTBEAT_TIMEOUT     seconds without a heartbeat after which a process counts as gone, 60 by default
 
-A run of one process opens no port. The coordination service authenticates nobody: its port should be reachable only
-from the hosts of the run.
+A run of one process opens no port. jax's coordination service, in process 0, does not authenticate: only the hosts of
+the run should be able to reach its port.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ class Place:
 
 
 def find_place() -> Place | None:
-    """This process's place according to environment and cluster; None for a run of one process.
+    """This process's place, from the environment and the cluster; None for a run of one process.
 
-    UserError for a contradictory environment, or a cluster that cannot be asked.
+    UserError for contradictory variables, or if the cluster detection fails.
     """
     address, *numbers = [os.environ.get(name) or None for name in EXPLICIT]
     try:
@@ -81,7 +81,7 @@ def _contradiction() -> UserError:
 
 
 def _ask_cluster(address: str | None, count: int | None, index: int | None) -> tuple:
-    """What is None of the three, and ids of devices, by jax's cluster detection."""
+    """The three, those that are None detected by jax, and the ids of this process's devices (None: all)."""
     # initialize() detects as well, but only while it starts the service, which a single process has no use for.
     from jax._src.clusters import ClusterEnv
 
@@ -104,7 +104,7 @@ def _ask_cluster(address: str | None, count: int | None, index: int | None) -> t
 
 
 def timeout(name: str) -> int:
-    """Seconds, from the environment. UserError for what is no whole number above 0."""
+    """Seconds of an environment variable, or its default. UserError unless it is a positive integer."""
     text = os.environ.get(name) or {"LORWEB_START_TIMEOUT": "300", "LORWEB_HEARTBEAT_TIMEOUT": "60"}[name]
     if not text.isdecimal() or int(text) == 0:
         raise UserError(f"{name} is {text!r}; give a whole number of seconds, 1 or more", 2)
@@ -113,12 +113,13 @@ def timeout(name: str) -> int:
 
 @contextlib.contextmanager
 def joined(options: Mapping[str, Any]) -> Iterator[None]:
-    """Within it, all processes of the run are one jax program; nothing happens where there is one process only.
+    """Context in which all processes of the run are one jax program; it does nothing for a run of one process.
 
-    options: by name, what must be the same in all processes (the config's fields, the run folder).
+    options: {name: value} that must be equal in all processes (the config's fields, the run folder).
 
-    Call it before jax looks for devices. Only process 0 prints; errors are shown by the process that has them, and
-    end all. Leaving it waits for the others. UserError if they don't start in time or if options differ.
+    Enter it before jax initialises its backends. Only process 0 prints. An exception in any process is shown by that
+    process and ends all of them. The context exits once all processes have reached its end. UserError, with status 1
+    or 2, if a process cannot join or if options differ.
     """
     global others
     place = find_place()

@@ -1,4 +1,4 @@
-"""What jax's coordination service logs before it aborts a process, read so that a sentence can take its place.
+"""Replaces what jax's coordination service logs before it aborts a process by a sentence.
 
 When another process of a run is gone, or a process cannot join, jax's C++ client writes a fatal log entry to standard
 error and calls abort(). Its Python callback for this (`missed_heartbeat_callback`) cannot be used: in jaxlib 0.10.2 the
@@ -27,10 +27,12 @@ _FATAL = b"Terminating process because the JAX distributed service detected fata
 
 
 class NativeLog:
-    """Standard error of the C++ libraries. Everything passes through, but entries of the coordination service wait."""
+    """A pipe in the place of standard error. All text passes through it; entries of the coordination service are held
+    back for HOLD seconds, and dropped if the process ends within them."""
 
     def __init__(self, on_fatal: Callable[[str], None]):
-        """on_fatal: called with the status in a fatal entry, from a thread of its own. It has to end the process."""
+        """on_fatal(status): called from another thread with the text of a fatal entry's absl::Status; it must end the
+        process within 6 s."""
         self.on_fatal = on_fatal
         self.stderr = os.dup(2)
         self._pipe, write = os.pipe()
@@ -45,13 +47,13 @@ class NativeLog:
 
     @contextlib.contextmanager
     def python_bypasses(self) -> Iterator[None]:
-        """Within it sys.stderr writes to the standard error that this process was started with."""
+        """Context in which sys.stderr writes to the original standard error."""
         with open(self.stderr, "w", buffering=1, errors="backslashreplace", closefd=False) as stream:
             with contextlib.redirect_stderr(stream), patient_output():
                 yield
 
     def close(self) -> None:
-        """Standard error is what it was, and so is abort()."""
+        """Restore standard error and the handling of SIGABRT."""
         self._libc.signal(signal.SIGABRT, None)
         os.dup2(self.stderr, 2)
         self._thread.join(1.0)

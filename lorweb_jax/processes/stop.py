@@ -1,9 +1,9 @@
 """Stopping on SIGTERM (preemption), in time and at the same step in all processes of a run.
 
-The loop ends after the step it is in, with a checkpoint; several processes agree on the step by jax's preemption sync
-point. Where there is nothing to save (before the first step is done, after the last checkpoint) the run ends at once;
-and where the loop can't be reached in time (a program is being compiled, pictures are made), it ends without a
-checkpoint, rather than be killed.
+The loop saves a checkpoint after the current step and ends; several processes agree on the step by jax's preemption
+sync point. While there is nothing to save (before the end of the first step, after the last checkpoint) the run ends
+at once. If the loop does not reach the end of a step in time (it compiles, or makes pictures), the run ends without a
+checkpoint, before the cluster kills it.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ _listening: set["StopRequest"] = set()
 
 
 class StopRequest:
-    """Whether SIGTERM has come, to this or to another process of the run; made in the main thread."""
+    """Whether this or another process of the run has received SIGTERM. Create it in the main thread."""
 
-    def __init__(self, steps: int, goes_on: Callable[[], str]):
-        """steps: of the whole run; goes_on() says from where the run would go on."""
-        self.steps, self.goes_on, self.others = steps, goes_on, distributed.others
+    def __init__(self, goes_on: Callable[[], str]):
+        """goes_on(): from which step the run would go on, as part of a sentence."""
+        self.goes_on, self.others = goes_on, distributed.others
         self.asked, self.done = False, 0
         self.at_stake = False  # whether a step was done since the last complete checkpoint
         self.safe = threading.Event()  # the loop has taken over, and saves
@@ -45,7 +45,7 @@ class StopRequest:
         threading.Thread(target=self._wait, daemon=True).start()
 
     def after(self, done: int) -> bool:
-        """Whether the run stops now that `done` steps are done; the same answer in all processes."""
+        """Whether the run stops after step `done`; the same in all processes, which call it after every step."""
         with self.lock:
             self.done, self.at_stake = done, True
             stopping = self.asked
@@ -58,7 +58,7 @@ class StopRequest:
         return stopping
 
     def saved(self) -> None:
-        """All is saved: from now on the run may end at any moment."""
+        """Say that everything is saved: from now on the run may end at any moment."""
         with self.lock:
             self.at_stake = False
         if self.asked:
@@ -104,7 +104,7 @@ class StopRequest:
 
 
 def _forget_in_child() -> None:
-    """A forked process (a reader of images) has the parent's handler and wakeup: being ended is its own affair."""
+    """A forked process (a reader of images) must not stop the run on SIGTERM: it restores the default handler."""
     if _listening:
         with contextlib.suppress(ValueError):  # not the main thread: then no handler runs either
             signal.set_wakeup_fd(-1)

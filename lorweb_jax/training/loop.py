@@ -45,7 +45,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
     with contextlib.ExitStack() as closing:
         if config.compile_cache:
             closing.enter_context(compile_cache(workdir.parent / FOLDER))
-        stop = StopRequest(config.train.steps, lambda: goes_on(workdir))
+        stop = StopRequest(lambda: goes_on(workdir))
         closing.callback(stop.close)
         closing.enter_context(owned(workdir))
         job = make_job(config)
