@@ -4,11 +4,13 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.fold import fold
 from lorweb_jax.models.backbone import Backbone, Latents, Linear, References
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux
@@ -142,7 +144,13 @@ def klein() -> Backbone:
         position_ids=position_ids,
         text_ids=lambda tokens: np.stack([*[np.zeros(tokens)] * 3, np.arange(tokens)], -1),
         text=lambda encoders, ids, dtype: (encoders[0](ids[0], dtype), None),
-        latents=Latents(lambda vae, images: vae(images), lambda vae, tokens, height, width: vae(tokens), patch=2),
+        latents=Latents(
+            encode=lambda vae, images: vae(images),
+            decode=lambda vae, latents: vae(latents),
+            pack=lambda latents: latents.reshape(len(latents), -1, CHANNELS),
+            unpack=lambda tokens, height, width: tokens.reshape(len(tokens), height, width, -1),
+            patch=2,
+        ),
         references=References(lambda a, a2, b, max_size=None: [a, a2, b], lambda image: image),
         schedule=type("KleinSchedule", (), {}),
     )
@@ -210,6 +218,22 @@ def test_weights_of_another_backbone_are_split_by_role():
     layer = record.maker("single_transformer_blocks", rngs=nnx.Rngs(0))("attn.to_out")
     assert sharding.variable_axes(layer.kernel) == axes["single_transformer_blocks.attn.to_out.kernel"]
     assert layer.kernel.shape == (4 * D, D) and layer.bias is None
+
+
+def test_a_mix_is_folded_into_a_layer_outside_the_stacks():
+    """Into one of depth 1, as a shared modulation is: W + Σ_n c_n A_n B_n by numpy in float64, to 1e-6."""
+    record, path = klein(), "double_modulation_img.linear"
+    module = nnx.Dict(layer=record.maker(rngs=nnx.Rngs(0))(path))
+    basis = Basis(BasisConfig(size=4, rank=2, key_dim=8, query_dim=12), {path: record.adapted[path]}, rngs=nnx.Rngs(1))
+    random = np.random.default_rng(0)
+    basis.layers[path].b.set_value(jnp.asarray(random.normal(size=(1, 4, 2, 6 * D)), jnp.float32))
+    c = random.normal(size=(1, 1, 4)).astype(np.float32)
+    folded = fold(module, {"layer": basis.adapters({path: jnp.asarray(c)})[path]})
+    a, b = (np.asarray(getattr(basis.layers[path], name)[0], np.float64) for name in "ab")
+    update = np.einsum("n,nir,nro->io", c[0, 0].astype(np.float64), a, b)
+    expected = np.asarray(module.layer.kernel[...], np.float64) + update
+    assert folded.layer.kernel.shape == (D, 6 * D)
+    np.testing.assert_allclose(folded.layer.kernel[...], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_planning_reads_another_backbone():

@@ -11,7 +11,7 @@ from golden import golden_dir
 from lorweb_jax.flow.loss import add_noise, draw, weighted_mse
 from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import Schedule, bell_weights, train_timesteps, train_weights
-from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
+from lorweb_jax.models.flux1.packing import pack, position_ids, text_ids, unpack
 
 TOLERANCE = 1e-6
 

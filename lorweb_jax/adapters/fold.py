@@ -24,7 +24,8 @@ def layer_at(module: nnx.Module, path: str) -> Linear:
 def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
     """A module whose linear layers, by path, have the updates added to their kernels; all else is `module`'s own.
 
-    Every mix must be of one example (coeff [l, 1, n]). Kernels keep their dtype; the sum is computed in float32, one
+    Every mix must be of one example (coeff [l, 1, n]), l = 1 for a layer outside the stacks, whose kernel is [i, o].
+    Kernels keep their dtype; the sum is computed in float32, one
     layer at a time, so that beside the new kernels a single layer's update is held. Raises UserError for 8-bit
     kernels, whose codes are coarser than the update: see `can_fold`.
     """
@@ -38,7 +39,9 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
     folded = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     for path, mix in mixes.items():
         layer = layer_at(folded, path)
-        layer.kernel.set_value(_updated(layer.kernel[...], mix))
+        kernel = layer.kernel[...]
+        kernel_lio = kernel.reshape(-1, *kernel.shape[-2:])
+        layer.kernel.set_value(_updated(kernel_lio, mix).reshape(kernel.shape))
     return folded
 
 

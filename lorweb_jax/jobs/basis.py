@@ -26,7 +26,6 @@ from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
 from lorweb_jax.images.plots import heat_map
-from lorweb_jax.models.autoencoder.packing import pack
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.identity import identity
 from lorweb_jax.nn import quantization, sharding
@@ -190,7 +189,7 @@ class BasisJob(Job):
         return encoded
 
     def loss(self, model, batch, key):
-        x0, condition = (pack(batch["latents"][:, image]) for image in (0, 1))
+        x0, condition = (model.backbone.latents.pack(batch["latents"][:, image]) for image in (0, 1))
         noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
         height, width = (side * self.folder.vae_config.downscale for side in batch["latents"].shape[2:4])
         guidance = jnp.full(x0.shape[:1], self.config.guidance)

@@ -92,20 +92,23 @@ class Linear:
 class Latents(NamedTuple):
     """How images become tokens, given the pipeline's autoencoder.
 
-    encode: (autoencoder, images float [b, H, W, 3] in −1..1) -> tokens float32 [b, s, c]
-    decode: (autoencoder, tokens, height, width) -> images float [b, height, width, 3]
-    patch: a token is patch x patch latents
+    encode: (autoencoder, images float [b, H, W, 3] in −1..1) -> latents float32 [b, h, w, c]
+    decode: (autoencoder, latents) -> images in −1..1
+    pack: latents -> tokens [b, h·w/patch², patch²·c]; a token is patch x patch latents
+    unpack: (tokens, h, w) -> latents
     """
 
-    encode: Callable[[nnx.Module, jax.Array], jax.Array]
-    decode: Callable[[nnx.Module, jax.Array, int, int], jax.Array]
+    encode: Callable[[Any, jax.Array], jax.Array]
+    decode: Callable[[Any, jax.Array], jax.Array]
+    pack: Callable[[jax.Array], jax.Array]
+    unpack: Callable[[jax.Array, int, int], jax.Array]
     patch: int
 
 
 class References(NamedTuple):
     """How an analogy is shown to the backbone.
 
-    images: (a, a2, b, max_size) -> the reference images, uint8 [H, W, 3] each
+    images: (a, a2, b, max_size) -> the reference images, uint8 [H, W, 3] each; the result has the last one's size
     result: the image that was drawn -> b′
     """
 
@@ -123,7 +126,7 @@ class Backbone:
     position_ids: (height, width, image) -> ids [s, axes] of the tokens of an image of height x width latents; image 0
     is the one that is drawn, 1, 2 … are references. text_ids: (t) -> ids [t, axes].
     text: (text encoders, their token ids [b, …], dtype) -> (text [b, t, j], pooled text [b, p] or None).
-    schedule: the class of its noise schedule, read from scheduler_config.json.
+    schedule: the class of its noise schedule, which reads scheduler_config.json (`from_json`).
     """
 
     name: str

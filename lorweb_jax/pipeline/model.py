@@ -68,17 +68,17 @@ class AnalogyModel(nnx.Module):
     def latents(self, images: jax.Array) -> jax.Array:
         """uint8 images [b, H, W, 3] -> latents float32 [b, H/f, W/f, c], the mode of the autoencoder's posterior."""
         with jax.named_scope("encode"):
-            return self.vae.latents(to_float(images))
+            return self.backbone.latents.encode(self.vae, to_float(images))
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """uint8 images [b, H, W, 3] -> packed latents float32 [b, s, c]."""
-        with jax.named_scope("encode"):
-            return self.backbone.latents.encode(self.vae, to_float(images))
+        return self.backbone.latents.pack(self.latents(images))
 
     def images(self, tokens_bsc: jax.Array, height: int, width: int) -> jax.Array:
         """Packed latents -> images [b, height, width, 3] in −1..1."""
+        codec, factor = self.backbone.latents, self.vae.config.downscale
         with jax.named_scope("decode"):
-            return self.backbone.latents.decode(self.vae, tokens_bsc, height, width)
+            return codec.decode(self.vae, codec.unpack(tokens_bsc, height // factor, width // factor))
 
     def query(self, views: jax.Array) -> jax.Array:
         """What the image encoder says of an analogy: views uint8 [b, v, h, w, 3] (queries.views) -> [b, q]."""

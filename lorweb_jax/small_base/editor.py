@@ -12,10 +12,11 @@ from flax import nnx
 from lorweb_jax.flow.loss import draw
 from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import Schedule, train_timesteps, train_weights
-from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
 from lorweb_jax.models.clip.towers import ClipText, CLIPTextConfig
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux, Modulations
+from lorweb_jax.models.flux1.packing import pack, position_ids, text_ids, unpack
+from lorweb_jax.models.flux1.record import encode_text
 from lorweb_jax.models.t5.model import T5Config, T5Encoder
 
 
@@ -55,7 +56,8 @@ class Editor(nnx.Module):
 
     def prompt(self, clip_ids: jax.Array, t5_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Token ids [b, t] -> text [b, t, j] and pooled [b, p]."""
-        return self.text_encoder_2(t5_ids, dtype=self.dtype), self.text_encoder(clip_ids).astype(self.dtype)
+        encoders = (self.text_encoder, self.text_encoder_2)
+        return encode_text(encoders, (clip_ids, t5_ids), self.dtype)
 
     def velocity(
         self, tokens: jax.Array, condition: jax.Array | None, text: jax.Array, modulations: Modulations, side: int

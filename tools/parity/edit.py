@@ -11,7 +11,7 @@ from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import TRAIN_STEPS
 from lorweb_jax.images.grid import bottom_right, condition_grid
 from lorweb_jax.images.levels import to_uint8
-from lorweb_jax.models.autoencoder.packing import position_ids, text_ids
+from lorweb_jax.models.flux1.packing import position_ids, text_ids
 from lorweb_jax.models.tokenizers.folder import tokenize_clip, tokenize_t5
 from parity.folder import Bases, RecordedModels, Recording
 from parity.images import deviation

@@ -7,7 +7,7 @@ import numpy as np
 
 from lorweb_jax.flow.loss import add_noise, weighted_mse
 from lorweb_jax.flow.schedule import TRAIN_STEPS, bell_weights
-from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
+from lorweb_jax.models.flux1.packing import pack, position_ids, text_ids, unpack
 from parity.folder import Bases, RecordedModels, Recording, groups
 from parity.report import GRADIENT, OUTPUT, Comparison
 from parity.transformer import Inputs, adapters_of, gradient_of, loss_and_gradients, velocity

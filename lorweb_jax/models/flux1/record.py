@@ -14,10 +14,11 @@ import jax
 from lorweb_jax.files.table import Row
 from lorweb_jax.flow.schedule import Schedule
 from lorweb_jax.images.grid import bottom_right, condition_grid
-from lorweb_jax.models.autoencoder.packing import pack, position_ids, text_ids, unpack
+from lorweb_jax.models.autoencoder.model import AutoencoderKL
 from lorweb_jax.models.backbone import Backbone, Latents, Linear, Name, References, Role, Stream
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.embeddings import SINUSOID_WIDTH
+from lorweb_jax.models.flux1.packing import PATCH, pack, position_ids, text_ids, unpack
 
 LAYOUTS = ("diffusers", "black_forest")
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -132,19 +133,10 @@ def _norms(layout: str) -> list[Row]:
     return rows
 
 
-def _text(encoders: tuple[Any, Any], ids: tuple[jax.Array, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
+def encode_text(encoders: tuple[Any, Any], ids: tuple[jax.Array, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """CLIP's and T5's token ids [b, 77] and [b, t] -> T5's hidden states [b, t, j], and CLIP's pooled text [b, p]."""
     (clip, t5), (clip_ids, t5_ids) = encoders, ids
     return t5(t5_ids, dtype=dtype), clip(clip_ids).astype(dtype)
-
-
-def _encode(autoencoder: Any, images: jax.Array) -> jax.Array:
-    return pack(autoencoder.latents(images))
-
-
-def _decode(autoencoder: Any, tokens_bsc: jax.Array, height: int, width: int) -> jax.Array:
-    factor = autoencoder.config.downscale
-    return autoencoder.image(unpack(tokens_bsc, height // factor, width // factor))
 
 
 def _grid(a, a2, b, max_size: int | None = None) -> list:
@@ -190,8 +182,8 @@ def backbone(config: FluxConfig) -> Backbone:
         other_rows=_norms,
         position_ids=position_ids,
         text_ids=text_ids,
-        text=_text,
-        latents=Latents(_encode, _decode, patch=2),
+        text=encode_text,
+        latents=Latents(AutoencoderKL.latents, AutoencoderKL.image, pack, unpack, PATCH),
         references=References(_grid, bottom_right),
         schedule=Schedule,
     )

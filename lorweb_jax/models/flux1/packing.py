@@ -1,7 +1,9 @@
-"""Latents to tokens and back: 2x2 patches of NHWC latents, channel order as in diffusers."""
+"""Latents to tokens and back: 2x2 patches of NHWC latents, channel order as in diffusers; the tokens' position ids."""
 
 import jax
 import jax.numpy as jnp
+
+PATCH = 2
 
 
 def pack(latents_bhwc: jax.Array) -> jax.Array:
