@@ -1,6 +1,7 @@
 """The plan of the package: which of its folders may import which."""
 
 import ast
+import sys
 from pathlib import Path
 
 import lorweb_jax
@@ -80,6 +81,35 @@ def test_every_folder_is_installed():
     """setuptools leaves out a folder without __init__.py, and every file that isn't Python."""
     for file in (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         assert file.suffix == ".py" and (file.parent / "__init__.py").exists(), file
+
+
+def at_import(file: Path) -> set[str]:
+    """Modules that a file imports when it is imported itself."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_the_model_needs_jax_flax_optax_numpy_alone():
+    """FLUX.1, a basis and the sampler, all that they import in turn: an accelerator's machine may have no more."""
+    waiting = {PACKAGE / f"{name}.py" for name in ("models/flux1/model", "adapters/basis", "adapters/fold")}
+    waiting |= set((PACKAGE / "nn").glob("*.py")) | set((PACKAGE / "flow").glob("*.py"))
+    done, foreign = set(), set()
+    while waiting:
+        file = waiting.pop()
+        done.add(file)
+        for module in at_import(file):
+            first, *rest = module.split(".")
+            if first != "lorweb_jax":
+                foreign.add(first)
+            elif (path := PACKAGE.joinpath(*rest).with_suffix(".py")).exists() and path not in done:
+                waiting.add(path)
+    # ml_dtypes comes with jax.
+    assert foreign - set(sys.stdlib_module_names) <= {"jax", "flax", "optax", "numpy", "safetensors", "ml_dtypes"}
 
 
 def test_nothing_imports_torch():

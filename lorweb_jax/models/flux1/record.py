@@ -13,7 +13,6 @@ import jax
 
 from lorweb_jax.files.table import Row
 from lorweb_jax.flow.schedule import Schedule
-from lorweb_jax.images.grid import bottom_right, condition_grid
 from lorweb_jax.models.autoencoder.model import AutoencoderKL
 from lorweb_jax.models.backbone import Backbone, Latents, Linear, Name, References, Role, Stream
 from lorweb_jax.models.flux1.config import FluxConfig
@@ -141,7 +140,16 @@ def encode_text(encoders: tuple[Any, Any], ids: tuple[jax.Array, jax.Array], dty
 
 def _grid(a, a2, b, max_size: int | None = None) -> list:
     """Kontext is shown one image, the grid [a, a′; b, b]."""
+    from lorweb_jax.images.grid import condition_grid  # Pillow, which the model itself does without
+
     return [condition_grid(a, a2, b, max_size)]
+
+
+def _quadrant(image: Any) -> Any:
+    """The grid's quadrant b′."""
+    from lorweb_jax.images.grid import bottom_right
+
+    return bottom_right(image)
 
 
 @functools.cache
@@ -184,6 +192,6 @@ def backbone(config: FluxConfig) -> Backbone:
         text_ids=text_ids,
         text=encode_text,
         latents=Latents(AutoencoderKL.latents, AutoencoderKL.image, pack, unpack, PATCH),
-        references=References(_grid, bottom_right),
+        references=References(_grid, _quadrant),
         schedule=Schedule,
     )
