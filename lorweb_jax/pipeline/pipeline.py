@@ -240,10 +240,8 @@ class Pipeline:
         lora_file.write_lora. Raises UserError for a mix of another basis, another suffix, rank, dtype, alpha or
         names, numbers that are not finite in the dtype, and where the file can't be written.
         """
-        layers = self.folder.backbone.adapted
-        return saving.save_lora(
-            self._basis(), mix, layers, path, self.source, rank=rank, dtype=dtype, alpha=alpha, names=names
-        )
+        basis, layers = self._basis(), self.folder.backbone.adapted
+        return saving.save_lora(basis, mix, layers, path, self.source, rank=rank, dtype=dtype, alpha=alpha, names=names)
 
     def _open(self, conditions: list[Images], mix: Mix | None, folded: bool | None, use_basis: bool) -> Session:
         """A session for these analogies, or for any where the mix doesn't depend on them."""
