@@ -102,7 +102,7 @@ class BasisJob(Job):
 
     @property
     def attention_heads(self) -> list[int]:
-        return [self.folder.flux_config.num_attention_heads]
+        return [self.folder.backbone.heads]
 
     @property
     def sampling(self) -> dict:

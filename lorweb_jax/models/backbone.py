@@ -17,7 +17,6 @@ from flax import nnx
 
 from lorweb_jax.files.table import LINEAR, Row
 from lorweb_jax.nn import layers as nn_layers
-from lorweb_jax.nn import sharding
 
 # (name, **options of nn.layers.Linear) -> the layer of a model or block that has this name.
 MakeLinear = Callable[..., nn_layers.Linear]
@@ -82,12 +81,6 @@ class Linear:
         """How many vectors of an example it is applied to, for so many image and text tokens."""
         return {"image": tokens, "text": text, "joint": tokens + text, "vector": 1}[self.stream]
 
-    def axes(self) -> dict[str, sharding.Axes]:
-        """{parameter's path: its logical axes}, of the kernel, a quantised kernel's scale, and the bias."""
-        kernel, bias = sharding.linear_axes(self.role)
-        named = {"kernel": kernel, "scale": kernel} | ({"bias": bias} if self.bias else {})
-        return {f"{self.path}.{name}": axes for name, axes in named.items()}
-
 
 class Latents(NamedTuple):
     """How images become tokens, given the pipeline's autoencoder.
@@ -120,16 +113,15 @@ class References(NamedTuple):
 class Backbone:
     """A backbone of certain sizes.
 
-    name: as people call it. features: the width d of its tokens. heads: of attention, in every block. stacks: (path,
-    l) of each stack, in the order in which tokens pass them. other_rows: (layout of files) -> rows of the parameters
-    that belong to no linear layer, such as norms' scales.
+    features: the width d of its tokens. heads: of attention, in every block. stacks: (path, l) of each stack, in the
+    order in which tokens pass them. other_rows: (layout of files) -> rows of the parameters that belong to no linear
+    layer, such as norms' scales.
     position_ids: (height, width, image) -> ids [s, axes] of the tokens of an image of height x width latents; image 0
     is the one that is drawn, 1, 2 … are references. text_ids: (t) -> ids [t, axes].
     text: (text encoders, their token ids [b, …], dtype) -> (text [b, t, j], pooled text [b, p] or None).
     schedule: the class of its noise schedule, which reads scheduler_config.json (`from_json`).
     """
 
-    name: str
     features: int
     heads: int
     stacks: tuple[tuple[str, int], ...]
@@ -169,10 +161,6 @@ class Backbone:
             for path, layer in self.linears.items()
             if layer.stack == stack and layer.modulation
         )
-
-    def axes(self) -> dict[str, sharding.Axes]:
-        """{path: logical axes} of the parameters of all linear layers."""
-        return {path: axes for layer in self.layers for path, axes in layer.axes().items()}
 
     def table(self, layout: str) -> list[Row]:
         """The weight table of a layout: a Row for each kernel and bias, then `other_rows`."""

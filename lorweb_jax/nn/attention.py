@@ -81,15 +81,15 @@ def choose(implementation: str, shape: tuple[int, int, int, int], dtype: jnp.dty
     )
     if implementation != "auto" or len(possible) == 1:
         return name
-    found = fastest(shape, dtype, backward)
-    index = np.int32(possible.index(next(iter(found), name)))
+    seconds_of = fastest(shape, dtype, backward)
+    index = np.int32(possible.index(next(iter(seconds_of), name)))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         index = multihost_utils.broadcast_one_to_all(index)
     print(
         f"attention: {possible[int(index)]} ("
-        + ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in found.items())
+        + ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in seconds_of.items())
         + ")",
         flush=True,
     )
@@ -101,7 +101,7 @@ def fastest(shape: tuple[int, int, int, int], dtype: jnp.dtype, backward: bool, 
 
     An implementation that fails there (too old a library, too little memory) is left out.
     """
-    found = {}
+    seconds_of = {}
     for name in candidates(jax.default_backend(), dtype, shape[-1]):
 
         def run(q, k, v, name=name):
@@ -116,10 +116,10 @@ def fastest(shape: tuple[int, int, int, int], dtype: jnp.dtype, backward: bool, 
                 start = time.perf_counter()
                 jax.block_until_ready(step(q, k, v))
                 seconds.append(time.perf_counter() - start)
-            found[name] = min(seconds)
+            seconds_of[name] = min(seconds)
         except Exception:  # jax raises whatever the library below it does
             continue
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(seconds_of.items(), key=lambda item: item[1]))
 
 
 def _pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -34,8 +34,8 @@ class _Instruction:
         return re.findall(r"%([\w.-]+(?:#\d+)*)", self.rest.split("), ")[0])
 
     def attribute(self, name: str) -> str | None:
-        found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
-        return found and found.group(1)
+        match = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
+        return match and match.group(1)
 
 
 @dataclasses.dataclass
@@ -88,8 +88,8 @@ def added(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
     """Of several programs together."""
     total: dict[str, Traffic] = collections.defaultdict(Traffic)
     for part in parts:
-        for kind, found in part.items():
-            total[kind].add(found.count, found.sent, found.at_least)
+        for kind, traffic in part.items():
+            total[kind].add(traffic.count, traffic.sent, traffic.at_least)
     return {kind: total[kind] for kind in KINDS if kind in total}
 
 
@@ -100,8 +100,8 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         if head := _COMPUTATION.match(line):
             current = computations.setdefault(head.group(2), [])
             entry = head.group(2) if head.group(1) else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            root, name, shape, opcode, rest = found.groups()
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            root, name, shape, opcode, rest = match.groups()
             current.append(_Instruction(name, shape, opcode, rest, bool(root)))
     return computations, entry
 
@@ -150,23 +150,23 @@ def _bytes(shape: str) -> float:
 
 def _group(rest: str, devices: int) -> int:
     """Devices of a group, from any of the forms in which HLO writes groups; all of them where it says nothing."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(found.group(1).split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(match.group(1).split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(match.group(2))
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match.group(1)))
         # An axis, or a part 'name':(before)size of one.
         return math.prod(
-            int(part or sizes[name]) for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found.group(2))
+            int(part or sizes[name]) for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2))
         )
     return devices
 
 
 def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
     """How often a loop runs: what the compiler says, or counted from 0 by its step to its bound; None if neither."""
-    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(found.group(1))
+    if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(match.group(1))
     condition = {instruction.name: instruction for instruction in computations.get(loop.attribute("condition"), ())}
     body = {instruction.name: instruction for instruction in computations.get(loop.attribute("body"), ())}
     root = next((instruction for instruction in condition.values() if instruction.root), None)
@@ -194,5 +194,5 @@ def _place(operand: str, instructions: dict[str, _Instruction]) -> int | None:
 
 
 def _constant(instruction: _Instruction | None) -> int | None:
-    found = re.match(r"(\d+)\)", instruction.rest) if instruction and instruction.opcode == "constant" else None
-    return int(found.group(1)) if found else None
+    match = re.match(r"(\d+)\)", instruction.rest) if instruction and instruction.opcode == "constant" else None
+    return int(match.group(1)) if match else None

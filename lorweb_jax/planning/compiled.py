@@ -48,11 +48,11 @@ def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platf
     clock, cores = time.perf_counter(), time.process_time()
     with jax.set_mesh(program.mesh):
         lowered = [part.lower(lowering_platforms=(platform,)) for part in traced]
-    made = side_by_side([functools.partial(_compile, part, program.mesh.size) for part in lowered])
+    parts = side_by_side([functools.partial(_compile, part, program.mesh.size) for part in lowered])
     took = time.perf_counter() - clock, time.process_time() - cores
-    if failed := [part for part in made if isinstance(part, str)]:
-        return max((_too_large(message, *took) for message in failed), key=lambda found: found.needed)
-    memory = [part.memory for part in made]
+    if failed := [part for part in parts if isinstance(part, str)]:
+        return max((_too_large(message, *took) for message in failed), key=lambda complaint: complaint.needed)
+    memory = [part.memory for part in parts]
     most = max(memory, key=lambda part: part.temp_size_in_bytes + _results(part))
     return Compiled(
         *took,
@@ -60,8 +60,8 @@ def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platf
         temporaries=most.temp_size_in_bytes,
         results=_results(most),
         code=sum(part.generated_code_size_in_bytes for part in memory),
-        traffic=collectives.added(part.traffic for part in made),
-        text="\n".join(part.text for part in made),
+        traffic=collectives.added(part.traffic for part in parts),
+        text="\n".join(part.text for part in parts),
     )
 
 
@@ -76,7 +76,7 @@ def _results(memory) -> int:
 
 
 def _compile(lowered: jax.stages.Lowered, devices: int) -> _Part | str:
-    """What the compiler made, or its complaint."""
+    """The compiled program's figures, or the compiler's complaint."""
     with tempfile.TemporaryDirectory(prefix="lorweb_plan_") as dump:
         try:
             # Dumped rather than asked of the result: libtpu 0.0.52 can't always read its own programs back (an "async
@@ -91,10 +91,10 @@ def _compile(lowered: jax.stages.Lowered, devices: int) -> _Part | str:
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:
     # "the total memory required for HLO temporaries (23.88G) exceeds available HBM (15.75G)": arguments are in it.
     size = r"\(([\d.]+)([KMGT]?)\)"
-    found = re.search(rf"total memory required[^(]*{size} exceeds available HBM {size}", message)
-    if not found:
+    match = re.search(rf"total memory required[^(]*{size} exceeds available HBM {size}", message)
+    if not match:
         raise UserError("the compiler failed: " + message.strip().splitlines()[0])
-    needed, needed_unit, capacity, capacity_unit = found.groups()
+    needed, needed_unit, capacity, capacity_unit = match.groups()
     return Compiled(
         seconds,
         core_seconds,

@@ -17,7 +17,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     training = program.what == "train"
     # Going backward a block's weights are gathered once, even if its forward pass is recomputed.
     passes = 2 if training else program.steps
-    found: dict[str, Traffic] = {}
+    traffic: dict[str, Traffic] = {}
     low_rank = sum(
         program.groups["basis"][f"basis.layers.{path}.{part}"].size for path in backbone.scanned for part in "ab"
     )
@@ -26,7 +26,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
         base = program.groups["base"]
         kernels = [base[f"transformer.{path}.kernel"] for path in backbone.scanned]
         whole = low_rank * itemsize + sum(shape.size * shape.dtype.itemsize for shape in kernels)
-        found["all-gather"] = Traffic(passes * backbone.blocks, passes * whole / tensor * (fsdp - 1) / fsdp)
+        traffic["all-gather"] = Traffic(passes * backbone.blocks, passes * whole / tensor * (fsdp - 1) / fsdp)
     reduced = Traffic()
     if training and data * fsdp > 1:
         reduced = Traffic(backbone.blocks, 2 * low_rank * itemsize / tensor * (1 - 1 / (data * fsdp)))
@@ -41,5 +41,5 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
         )
         reduced = Traffic(reduced.count + count, reduced.sent + 2 * local * outputs * itemsize * (tensor - 1) / tensor)
     if reduced.count:
-        found["all-reduce"] = reduced
-    return found
+        traffic["all-reduce"] = reduced
+    return traffic

@@ -28,16 +28,16 @@ def suggestions(config, plan: Plan) -> list[Change]:
     estimator = _Estimator(plan)
     # What the estimate misses now, it is taken to miss then.
     offset = plan.peak - estimator.bytes(config)
-    found, together, nearest = [], {}, None
+    sufficient, together, nearest = [], {}, None
     for values in _candidates(config, plan):
         change = Change(values, estimator.changed(config, values) + offset)
         if change.peak <= plan.capacity:
-            found.append(change)
-        elif not found and change.peak < plan.peak:
+            sufficient.append(change)
+        elif not sufficient and change.peak < plan.peak:
             joint = Change(together | values, estimator.changed(config, together | values) + offset)
             if nearest is None or joint.peak < nearest.peak:
                 nearest, together = joint, joint.values
-    return found or ([nearest] if nearest else [])
+    return sufficient or ([nearest] if nearest else [])
 
 
 def faster(config, plan: Plan) -> list[Change]:

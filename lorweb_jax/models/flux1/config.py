@@ -42,13 +42,13 @@ class FluxConfig:
         Raises UserError for a wrong type or size, and where it asks for something FLUX Kontext hasn't got.
         """
         require_class(values, "FluxTransformer2DModel", source)
-        found = checked(values, _FluxFile, source)
-        if found.out_channels not in (None, found.in_channels):
+        sizes = checked(values, _FluxFile, source)
+        if sizes.out_channels not in (None, sizes.in_channels):
             raise UserError(
-                f"{source}: out_channels is {found.out_channels} and in_channels {found.in_channels}; only "
+                f"{source}: out_channels is {sizes.out_channels} and in_channels {sizes.in_channels}; only "
                 "as many output as input channels are supported: use a FLUX.1 Kontext folder"
             )
-        return as_dataclass(found, cls)
+        return as_dataclass(sizes, cls)
 
     def to_json(self) -> dict[str, Any]:
         """What diffusers' config.json holds."""

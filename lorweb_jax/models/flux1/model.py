@@ -138,19 +138,19 @@ class Flux(nnx.Module):
     ) -> jax.Array:
         """`__call__` for modulations that are known."""
 
-        def placed(x):
+        def by_example(x):
             return sharding.constrain(x, "batch", None, None)
 
-        image, text = placed(self.x_embedder(hidden_bsc)), placed(self.context_embedder(text_btj))
+        image, text = by_example(self.x_embedder(hidden_bsc)), by_example(self.context_embedder(text_btj))
         rope = rotary(jnp.concatenate([text_ids_t3, image_ids_s3]), self.config.axes_dims_rope)
         length = text.shape[1]
 
         def double(block, streams, slices):
             image, text = block(*streams, slices[0], rope, slices[1])
-            return placed(image), placed(text)
+            return by_example(image), by_example(text)
 
         def single(block, x, slices):
-            return placed(block(x, slices[0], rope, slices[1], length))
+            return by_example(block(x, slices[0], rope, slices[1], length))
 
         def scan(stack, body, carry, mods):
             known = self.modulation_names(stack)

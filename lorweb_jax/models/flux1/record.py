@@ -168,7 +168,6 @@ def backbone(config: FluxConfig) -> Backbone:
         return int(text[:-1] or 1) * sizes[text[-1]]
 
     return Backbone(
-        name="FLUX.1",
         features=config.features,
         heads=config.num_attention_heads,
         stacks=((DOUBLE, config.num_layers), (SINGLE, config.num_single_layers)),
