@@ -30,6 +30,16 @@ def drawing_pack(tmp_path_factory):
     return make_pack(tmp_path_factory.mktemp("packages"))
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Without most of XLA's optimizations, for modules whose tests compile much and compute little."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_addoption(parser):
     parser.addoption("--mutations", type=int, help="of each reader in test_mutations.py; default: a few")
     parser.addoption("--mutation-seed", type=int, default=0, help="what they are drawn from")

@@ -81,6 +81,7 @@ def test_equals_golden():
         assert error <= TOLERANCE, name
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_remat_policies_and_unrolling_give_the_same_gradients():
     config = FluxConfig(
         in_channels=8,

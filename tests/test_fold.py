@@ -15,6 +15,7 @@ from lorweb_jax.models.flux1.record import backbone
 tiny = pytest.importorskip("tiny_flux")  # torch and diffusers
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 CONFIG = BasisConfig(size=4, rank=3, key_dim=8, heads=2, query_dim=10)
 
 
