@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from lorweb_jax.adapters.basis import LayerShape
 from lorweb_jax.adapters.formats.basis_file import config_from_network, read_network
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.checkpoint import Checkpoint, read_all
@@ -247,5 +248,5 @@ def test_reported_inputs(tmp_path):
         config_from_network(read_network(BAD / "heads_is_text.yaml"), arrays)
     # alpha [1] of two ranks, all A and B ones: 1/2 · (1 + 1).
     layer = "single_transformer_blocks.attn.to_v"
-    _, found = load_basis(BAD / "alpha_shape_1.safetensors", {layer: (3, 128, 128)})
+    _, found = load_basis(BAD / "alpha_shape_1.safetensors", {layer: LayerShape(3, 128, 128)})
     assert (found[layer]["a"][0, 0] @ found[layer]["b"][0, 0] == 1).all() and not found[layer]["b"][1:].any()
