@@ -30,9 +30,9 @@ def drawing_pack(tmp_path_factory):
     return make_pack(tmp_path_factory.mktemp("packages"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_compiles():
-    """Without most of XLA's optimizations, for modules whose tests compile much and compute little."""
+    """Without most of XLA's optimizations, for tests that compile much and compute little."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)

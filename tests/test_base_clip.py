@@ -80,6 +80,7 @@ def test_joined_captions_are_the_tokenizers_own(tmp_path):
     assert (expected[:, joined.shape[1] :] == words - 1).all()
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_the_loss_of_one_batch_falls(config, job):
     batch, key = next(job.data(config)), jax.random.key(0)
     graphdef, state = nnx.split(job.build(nnx.Rngs(0)))
