@@ -134,12 +134,12 @@ def test_one_member_is_an_ordinary_lora(layers, transformer, tmp_path):
     pytest.importorskip("peft")
     rng = np.random.default_rng(0)
     tensors = {}
-    for path, (depth, i, o) in layers.items():
-        for block in range(depth):
+    for path, layer in layers.items():
+        for block in range(layer.depth):
             name = "transformer." + lora_file.layer_name(path, block)
             tensors |= {
-                f"{name}.lora_A.weight": rng.normal(size=(3, i)).astype(np.float32) * i**-0.5,
-                f"{name}.lora_B.weight": rng.normal(size=(o, 3)).astype(np.float32) * 0.2,
+                f"{name}.lora_A.weight": rng.normal(size=(3, layer.inputs)).astype(np.float32) * layer.inputs**-0.5,
+                f"{name}.lora_B.weight": rng.normal(size=(layer.outputs, 3)).astype(np.float32) * 0.2,
                 f"{name}.alpha": np.array(1.5, np.float32),
             }
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
