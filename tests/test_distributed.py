@@ -180,7 +180,7 @@ run_command(command)
     def end(self) -> tuple[int, str]:
         """Exit status and standard error."""
         try:
-            errors = self.run.communicate(timeout=60)[1]
+            errors = self.run.communicate(timeout=300)[1]
         finally:
             self.run.kill()
         return self.run.returncode, errors
