@@ -16,7 +16,7 @@ from flax import nnx
 from PIL import Image
 
 from configs import basis as basis_config
-from lorweb_jax.adapters.basis import BasisConfig
+from lorweb_jax.adapters.basis import BasisConfig, LayerShape
 from lorweb_jax.adapters.formats.basis_file import read_basis
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
@@ -106,7 +106,7 @@ def test_exported_basis_is_the_checkpoints(run):
     """float16 of what the newest checkpoint holds, and the router's config with it."""
     folder, _ = run
     layers = {
-        path: (parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
+        path: LayerShape(parts["a"].shape[0], parts["a"].shape[2], parts["b"].shape[3])
         for path, parts in read_basis(folder / "export" / "basis.safetensors")[1].items()
     }
     config, trained = load_basis(folder, layers)
