@@ -27,7 +27,7 @@ class Profiler:
         """Within it, step `number` is done (from 1): what is traced of it carries this number."""
         if number in self.steps and not self.tracing:
             with report_only("the profile"):
-                jax.profiler.start_trace(self.workdir, profiler_options=_options())
+                jax.profiler.start_trace(self.workdir)
                 self.tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -48,11 +48,3 @@ class Profiler:
             self.tracing = False
             with report_only("the profile"):
                 jax.profiler.stop_trace()
-
-
-def _options() -> jax.profiler.ProfileOptions:
-    """Without a trace of Python's own calls, which hooks into every thread of the process: beside other libraries'
-    threads that has ended in a crash. Steps and the parts of a program are traced without it."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    return options
