@@ -81,19 +81,23 @@ TEXT_ENCODERS = {
     "bundle_emb.": "learned words",
 }
 
-# XLabs' names; A's are shared by q, k and v, whose B's follow one another.
-_XLABS = [
-    line.split()
-    for line in """
+
+def _processors() -> dict[str, list[str]]:
+    stacks = {"double": DOUBLE, "single": SINGLE}
+    rows = [line.split() for line in _XLABS.splitlines() if line]
+    return {name: [f"{stacks[name[:6]]}.{layer}" for layer in layers] for name, *layers in rows}
+
+
+_XLABS = """
 double_blocks.{l}.processor.qkv_lora1    attn.to_q      attn.to_k      attn.to_v
 double_blocks.{l}.processor.qkv_lora2    attn.add_q_proj  attn.add_k_proj  attn.add_v_proj
 double_blocks.{l}.processor.proj_lora1   attn.to_out_0
 double_blocks.{l}.processor.proj_lora2   attn.to_add_out
 single_blocks.{l}.processor.qkv_lora     attn.to_q      attn.to_k      attn.to_v
 single_blocks.{l}.processor.proj_lora    proj_out
-""".splitlines()
-    if line
-]
+"""
+# XLabs' names -> our paths; A's are shared by q, k and v, whose B's follow one another.
+PROCESSORS = _processors()
 
 
 def _modules() -> dict[str, list[str]]:
@@ -105,10 +109,7 @@ def _modules() -> dict[str, list[str]]:
     for name, paths in list(modules.items()):
         if len(paths) > 1:  # OneTrainer cuts fused layers up: img_attn.qkv.0 is q
             modules |= {f"{name}.{index}": [path] for index, path in enumerate(paths)}
-    for name, *layers in _XLABS:
-        stack = DOUBLE if name.startswith("double") else SINGLE
-        modules[name] = [f"{stack}.{layer}" for layer in layers]
-    return modules
+    return modules | dict(PROCESSORS)
 
 
 _MODULES = _modules()

@@ -1,0 +1,134 @@
+"""The two adapters of Pair Customization (method.md §7): which layers they are on, and how they begin.
+
+Content and style are members of one stacked basis whose coefficients are chosen by name. Their A's are rows of one
+orthonormal matrix and stay as they are; a block that has only one of the two has a free A, which is trained.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from lorweb_jax.common.errors import UserError
+
+MEMBERS = ("content", "style")
+
+
+def orthonormal_rows(gaussian: np.ndarray, ranks: Sequence[int]) -> list[np.ndarray]:
+    """From a square Gaussian [i, i]: A [r, i] for each of the ranks, consecutive rows of its Q (G = Q R).
+
+    Signs are as LAPACK gives them, so that a recorded Gaussian gives the recorded rows. Raises UserError for ranks that
+    need more rows than there are.
+    """
+    width = gaussian.shape[1]
+    require_ranks(ranks, width)
+    return _cut(np.linalg.qr(np.asarray(gaussian, np.float32))[0], ranks)
+
+
+def fresh_rows(rng: np.random.Generator, width: int, ranks: Sequence[int]) -> list[np.ndarray]:
+    """A [r, i] for each of the ranks, float32: all rows together are orthonormal. Costs a reduced QR in float64.
+
+    Raises UserError for ranks that need more rows than there are.
+    """
+    require_ranks(ranks, width)
+    columns = np.linalg.qr(rng.standard_normal((width, sum(ranks))))[0]
+    return _cut(columns.T.astype(np.float32), ranks)
+
+
+def free_rows(rng: np.random.Generator, width: int, rank: int) -> np.ndarray:
+    """A [r, i] of a block that has one adapter only: N(0, 1/r²), float32; it is trained."""
+    return (rng.standard_normal((rank, width)) / rank).astype(np.float32)
+
+
+def require_ranks(ranks: Sequence[int], width: int) -> None:
+    """UserError unless so many orthonormal rows fit into the layer's input."""
+    if sum(ranks) > width:
+        raise UserError(
+            f"the ranks {' and '.join(map(str, ranks))} need {sum(ranks)} orthonormal rows, but a layer's input is only "
+            f"{width} wide; choose ranks whose sum is at most {width}",
+            2,
+        )
+
+
+def _cut(rows: np.ndarray, ranks: Sequence[int]) -> list[np.ndarray]:
+    ends = np.cumsum(ranks)
+    return [np.ascontiguousarray(rows[end - rank : end]) for rank, end in zip(ranks, ends)]
+
+
+# Lists of blocks by name; ranges of single blocks, counted within the single blocks of FLUX.1 (0 to 37), as later work
+# reports content and style to live in them.
+BLOCKS = {
+    "all": lambda depth: range(depth),
+    "none": lambda depth: range(0),
+    "even": lambda depth: range(0, depth, 2),
+    "odd": lambda depth: range(1, depth, 2),
+}
+
+
+def parse_blocks(text: str | Sequence[int], depth: int, name: str) -> tuple[int, ...]:
+    """Indices of blocks from "all", "none", "even", "odd", or a list like "0-10,12" or (0, 1, 2).
+
+    Raises UserError, which calls the list `name`, for anything else and for blocks that the model doesn't have.
+    """
+    if isinstance(text, str) and text in BLOCKS:
+        return tuple(BLOCKS[text](depth))
+    try:
+        indices = sorted({index for part in _parts(text) for index in part})
+    except (TypeError, ValueError):
+        indices = None
+    if indices is None:
+        raise UserError(f"{name} is {text!r}; give one of {', '.join(BLOCKS)}, or indices such as 0-10,12", 2)
+    if indices and not 0 <= indices[0] <= indices[-1] < depth:
+        raise UserError(
+            f"{name} names block {indices[-1] if indices[0] >= 0 else indices[0]}, but there are {depth}, "
+            f"counted from 0; leave it out",
+            2,
+        )
+    return tuple(indices)
+
+
+def _parts(text: str | Iterable[int]) -> Iterable[range]:
+    for part in text.split(",") if isinstance(text, str) else text:
+        first, _, last = str(part).strip().partition("-")
+        yield range(int(first), int(last or first) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One adapter: a {path: [l, r, i]}, b {path: [l, r, o]}, float32, for stacks of layers; `blocks` {path: the l's that
+    it is on}, elsewhere a and b are zero."""
+
+    a: Mapping[str, np.ndarray]
+    b: Mapping[str, np.ndarray]
+    blocks: Mapping[str, tuple[int, ...]]
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.a.values())).shape[1]
+
+
+def stack(members: Sequence[Member], layers: Mapping[str, tuple[int, int, int]]) -> dict[str, dict[str, np.ndarray]]:
+    """Members as the arrays of one basis, {path: {"a" [l, n, i, r], "b" [l, n, r, o]}}: r is the largest rank, lower ranks
+    and absent blocks are filled up with zeros. layers: {path: (l, i, o)} of the model."""
+    rank, size = max(member.rank for member in members), len(members)
+    arrays = {}
+    for path in dict.fromkeys(path for member in members for path in member.a):
+        depth, i, o = layers[path]
+        a, b = np.zeros((depth, size, i, rank), np.float32), np.zeros((depth, size, rank, o), np.float32)
+        for number, member in enumerate(members):
+            if path in member.a:
+                a[:, number, :, : member.rank] = member.a[path].transpose(0, 2, 1)
+                b[:, number, : member.rank] = member.b[path]
+        arrays[path] = {"a": a, "b": b}
+    return arrays
+
+
+def unstack(
+    arrays: Mapping[str, Mapping[str, np.ndarray]], number: int, rank: int, blocks: Mapping[str, tuple[int, ...]]
+) -> Member:
+    """The member of this number, with its own rank and blocks: the inverse of `stack`."""
+    return Member(
+        {path: np.asarray(arrays[path]["a"])[:, number, :, :rank].transpose(0, 2, 1) for path in blocks},
+        {path: np.asarray(arrays[path]["b"])[:, number, :rank] for path in blocks},
+        dict(blocks),
+    )
