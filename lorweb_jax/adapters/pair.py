@@ -1,11 +1,12 @@
 """The two adapters of Pair Customization (method.md §7): which layers they are on, and how they begin.
 
 Content and style are members of one stacked basis whose coefficients are chosen by name. Their A's are rows of one
-orthonormal matrix and stay as they are; a block that has only one of the two has a free A, which is trained.
+orthonormal matrix and stay as they are; a block with only one of the two has a free A, which is trained.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -55,9 +56,8 @@ def _cut(rows: np.ndarray, ranks: Sequence[int]) -> list[np.ndarray]:
     return [np.ascontiguousarray(rows[end - rank : end]) for rank, end in zip(ranks, ends)]
 
 
-# Lists of blocks by name; ranges of single blocks, counted within the single blocks of FLUX.1 (0 to 37), as later work
-# reports content and style to live in them.
-BLOCKS = {
+# Lists of blocks by name.
+BLOCKS: dict[str, Callable[[int], range]] = {
     "all": lambda depth: range(depth),
     "none": lambda depth: range(0),
     "even": lambda depth: range(0, depth, 2),
@@ -66,37 +66,30 @@ BLOCKS = {
 
 
 def parse_blocks(text: str | Sequence[int], depth: int, name: str) -> tuple[int, ...]:
-    """Indices of blocks from "all", "none", "even", "odd", or a list like "0-10,12" or (0, 1, 2).
+    """Indices of blocks from a key of BLOCKS, or from a list like "0-10,12" or (0, 1, 2).
 
     Raises UserError, which calls the list `name`, for anything else and for blocks that the model doesn't have.
     """
     if isinstance(text, str) and text in BLOCKS:
         return tuple(BLOCKS[text](depth))
-    try:
-        indices = sorted({index for part in _parts(text) for index in part})
-    except (TypeError, ValueError):
-        indices = None
-    if indices is None:
+    parts = [str(part).strip() for part in (text.split(",") if isinstance(text, str) else text)]
+    if not all(re.fullmatch(r"\d+(-\d+)?", part) for part in parts):
         raise UserError(f"{name} is {text!r}; give one of {', '.join(BLOCKS)}, or indices such as 0-10,12", 2)
-    if indices and not 0 <= indices[0] <= indices[-1] < depth:
+    ends = [[int(end) for end in part.split("-")] for part in parts]
+    indices = sorted({index for first, *last in ends for index in range(first, (last or [first])[0] + 1)})
+    if indices and indices[-1] >= depth:
         raise UserError(
-            f"{name} names block {indices[-1] if indices[0] >= 0 else indices[0]}, but there are {depth}, "
-            f"counted from 0; leave it out",
-            2,
+            f"{name} names block {indices[-1]}, but there are {depth}, counted from 0; give smaller indices", 2
         )
     return tuple(indices)
 
 
-def _parts(text: str | Iterable[int]) -> Iterable[range]:
-    for part in text.split(",") if isinstance(text, str) else text:
-        first, _, last = str(part).strip().partition("-")
-        yield range(int(first), int(last or first) + 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One adapter: a {path: [l, r, i]}, b {path: [l, r, o]}, float32, for stacks of layers; `blocks` {path: the l's that
-    it is on}, elsewhere a and b are zero."""
+    """One adapter: a {path: [l, r, i]} and b {path: [l, r, o]} of stacks of layers, float32.
+
+    blocks: {path: indices of the blocks that it is on}; elsewhere a and b are zero.
+    """
 
     a: Mapping[str, np.ndarray]
     b: Mapping[str, np.ndarray]
@@ -108,8 +101,10 @@ class Member:
 
 
 def stack(members: Sequence[Member], layers: Mapping[str, tuple[int, int, int]]) -> dict[str, dict[str, np.ndarray]]:
-    """Members as the arrays of one basis, {path: {"a" [l, n, i, r], "b" [l, n, r, o]}}: r is the largest rank, lower ranks
-    and absent blocks are filled up with zeros. layers: {path: (l, i, o)} of the model."""
+    """Members as the arrays of one basis, {path: {"a" [l, n, i, r], "b" [l, n, r, o]}}, float32.
+
+    r is the largest rank; lower ranks and absent blocks are padded with zeros. layers: {path: (l, i, o)} of the model.
+    """
     rank, size = max(member.rank for member in members), len(members)
     arrays = {}
     for path in dict.fromkeys(path for member in members for path in member.a):

@@ -1,7 +1,7 @@
 """The published files of Pair Customization (method.md §7): one adapter, content or style, in XLabs' layout.
 
-Keys are `<processor>.down.weight` [r, i] and `<processor>.up.weight` [o, r], with no metadata and no alpha (scale 1). q, k
-and v of a stream share their A, and their B's rows follow one another; blocks without keys have no adapter.
+Keys are `<processor>.down.weight` [r, i] and `<processor>.up.weight` [o, r], without metadata and alpha (scale 1). q, k and
+v of a stream share their A, and their B's rows follow one another; blocks without keys have no adapter.
 """
 
 from collections.abc import Mapping
@@ -79,8 +79,8 @@ def read_member(path: str | Path, layers: Layers) -> Member:
 def write_member(path: str | Path, member: Member, dtype: Any = np.float32) -> None:
     """Write an adapter in `dtype`, as the published training does: the same member gives the same bytes.
 
-    Raises UserError where q, k and v of a block don't share their A, which this format can't hold, and for numbers that
-    are not finite in `dtype`.
+    Raises UserError where q, k and v of a block don't share their A, which this format can't hold, and for numbers
+    that are not finite in `dtype`.
     """
     tensors = {}
     for name, paths in lora_names.PROCESSORS.items():

@@ -1,0 +1,200 @@
+"""Pair Customization: how its adapters begin, its files, its augmentation (tests/golden/pair/README.md)."""
+
+import json
+
+import numpy as np
+import pytest
+from compare import relative
+from golden import golden_dir
+
+from lorweb_jax.adapters import pair
+from lorweb_jax.adapters.basis import Basis, BasisConfig
+from lorweb_jax.adapters.formats import pair_file
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.data import pair as pair_data
+from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+
+FOLDER = golden_dir() / "pair"
+LAYERS = block_linears(
+    FluxConfig.from_json(json.loads((golden_dir() / "tiny_pipeline" / "transformer" / "config.json").read_text()))
+)
+RATIOS = {"16:9": "16:9", "default": "as it is", "1:1": "1:1", "4:3": "4:3"}
+
+
+# How the adapters begin
+
+
+@pytest.mark.parametrize("case", ["w24_seed42_r4_4", "w128_seed42_r4_4", "w40_seed7_r20_20"])
+def test_rows_of_a_recorded_gaussian(case):
+    recorded = np.load(FOLDER / "qr.npz")
+    ranks = [len(recorded[f"{case}/A_{name}"]) for name in pair.MEMBERS]
+    for rows, name in zip(pair.orthonormal_rows(recorded[f"{case}/G"], ranks), pair.MEMBERS):
+        assert np.abs(rows - recorded[f"{case}/A_{name}"]).max() < 5e-6
+
+
+def test_fresh_rows_are_orthonormal_and_seeded():
+    a = np.concatenate(pair.fresh_rows(np.random.default_rng(3), 640, (32, 8)))
+    assert a.dtype == np.float32 and a.shape == (40, 640)
+    assert np.abs(a.astype(np.float64) @ a.T.astype(np.float64) - np.eye(40)).max() < 1e-5
+    assert np.array_equal(a, np.concatenate(pair.fresh_rows(np.random.default_rng(3), 640, (32, 8))))
+
+
+def test_free_rows_have_the_variance_of_their_rank():
+    rows = pair.free_rows(np.random.default_rng(0), 20_000, 4)
+    assert rows.shape == (4, 20_000) and rows.std() == pytest.approx(1 / 4, rel=0.02)
+
+
+def test_ranks_beyond_the_width_are_refused():
+    for make in (
+        lambda: pair.fresh_rows(np.random.default_rng(0), 40, (20, 21)),
+        lambda: pair.orthonormal_rows(np.zeros((40, 40), np.float32), (20, 21)),
+    ):
+        with pytest.raises(UserError, match="20 and 21 need 41 orthonormal rows.* 40 wide.*at most 40"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("even", (0, 2, 4)),
+        ("odd", (1, 3)),
+        ("all", (0, 1, 2, 3, 4)),
+        ("none", ()),
+        ("0-2,4", (0, 1, 2, 4)),
+        ((3, 1), (1, 3)),
+    ],
+)
+def test_lists_of_blocks(text, expected):
+    assert pair.parse_blocks(text, 5, "pair.content") == expected
+
+
+@pytest.mark.parametrize("text", ["evens", "1-", "0-9", "-1", (5,), "2,x"])
+def test_lists_that_name_no_blocks_are_refused(text):
+    with pytest.raises(UserError, match=r"pair\.content"):
+        pair.parse_blocks(text, 5, "pair.content")
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["content_a", "style_a", "style_b", "content_d", "style_d"])
+def test_published_files_are_written_byte_for_byte(name, tmp_path):
+    file = FOLDER / f"{name}.safetensors"
+    pair_file.write_member(tmp_path / "x.safetensors", pair_file.read_member(file, LAYERS))
+    assert (tmp_path / "x.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_stacking_members_of_unequal_rank_is_undone():
+    members = [
+        pair_file.read_member(FOLDER / f"{name}.safetensors", LAYERS) for name in ("style_a", "style_b", "style_d")
+    ]
+    arrays = pair.stack(members, LAYERS)
+    for number, member in enumerate(members):
+        back = pair.unstack(arrays, number, member.rank, member.blocks)
+        assert back.rank == member.rank and back.blocks == member.blocks
+        for path in member.blocks:
+            assert np.array_equal(back.a[path], member.a[path]) and np.array_equal(back.b[path], member.b[path])
+
+
+def test_a_member_whose_q_and_k_differ_in_a_is_refused(tmp_path):
+    member = pair_file.read_member(FOLDER / "style_a.safetensors", LAYERS)
+    member.a["transformer_blocks.attn.to_k"][1, 0, 0] += 1
+    with pytest.raises(UserError, match=r"transformer_blocks\.1\.attn\.to_k has another A"):
+        pair_file.write_member(tmp_path / "x.safetensors", member)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_are_refused(tmp_path):
+    narrow = {path: (l, i // 2, o) for path, (l, i, o) in LAYERS.items()}
+    with pytest.raises(UserError, match="expected down .*use the file with its own model"):
+        pair_file.read_member(FOLDER / "style_a.safetensors", narrow)
+    with pytest.raises(UserError, match="no adapter of Pair Customization"):
+        pair_file.read_member(golden_dir() / "basis_a.safetensors", LAYERS)
+
+
+# On the transformer
+
+
+@pytest.fixture(scope="module")
+def flux():
+    from lorweb_jax import Pipeline
+
+    return Pipeline.load(golden_dir() / "tiny_pipeline").model.transformer
+
+
+@pytest.mark.parametrize("case", ["a", "d"])
+def test_velocities_equal_the_recorded_ones(flux, case):
+    import jax
+    import jax.numpy as jnp
+
+    recorded = np.load(FOLDER / f"forward_{case}.npz")
+    members = [pair_file.read_member(FOLDER / f"{name}_{case}.safetensors", LAYERS) for name in pair.MEMBERS]
+    config = BasisConfig(size=2, rank=4, query="fixed", query_dim=None)
+    basis = Basis.from_arrays(config, pair.stack(members, LAYERS))
+    rows = {"none": (0, 0), "content": (1, 0), "style": (0, 1), "both": (1, 1), "style_scale0.5": (0, 0.5)}
+
+    @jax.jit
+    def velocity(model, hidden, ids, coefficients):
+        adapters = basis.adapters(
+            {
+                path: jnp.broadcast_to(coefficients, (layer.b.shape[0], hidden.shape[0], 2))
+                for path, layer in basis.layers.items()
+            }
+        )
+        inputs = ("encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+        return model(hidden, *(jnp.asarray(recorded[name]) for name in inputs), ids, recorded["txt_ids"], adapters)
+
+    hidden, ids = recorded["hidden_states"], recorded["img_ids"]
+    with_condition = (
+        np.concatenate([hidden, recorded["cond_hidden_states"]], axis=1),
+        np.concatenate([ids, recorded["cond_img_ids"]]),
+    )
+    checked = 0
+    for prefix, tokens in {"": (hidden, ids), "cond/": with_condition}.items():
+        for name, row in rows.items():
+            if prefix + name in recorded:
+                found = velocity(flux, *map(jnp.asarray, tokens), jnp.asarray(row, jnp.float32))[:, : hidden.shape[1]]
+                assert relative(found, recorded[prefix + name]) < 1e-5, prefix + name
+                checked += 1
+    assert checked == 9
+
+
+# Images
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_augmented_images_equal_the_recorded_ones(k):
+    recorded = np.load(FOLDER / "augment.npz")
+    crop = tuple(recorded[f"{k}/crop_top_left_height_width"].tolist())
+    drawn = pair_data.Draw(RATIOS[str(recorded[f"{k}/ratio"])], crop, bool(recorded[f"{k}/flip"]))
+    for name in ("content", "style"):
+        image = pair_data.augment(recorded[f"{name}_image"], drawn, int(recorded["size"]))
+        assert np.abs(image.transpose(2, 0, 1) - recorded[f"{k}/{name}"]).max() < 2e-6
+
+
+def test_the_centred_crop_is_the_recorded_one():
+    recorded = np.load(FOLDER / "augment.npz")
+    shape = recorded["content_image"].shape
+    resized = pair_data.resized_shape(shape, "as it is", int(recorded["size"]))
+    crop = pair_data.largest_crop(resized, shape[1] / shape[0])
+    assert crop == tuple(recorded["1/crop_top_left_height_width"])
+
+
+def test_draws():
+    """Ratios and flips uniform, areas uniform over 0.75 to 1 where a crop fits, crops inside the image; seeded."""
+    shape, size = (512, 512, 3), 512
+    draws = [pair_data.draw(np.random.default_rng(seed), shape, size) for seed in range(2000)]
+    assert draws[:5] == [pair_data.draw(np.random.default_rng(seed), shape, size) for seed in range(5)]
+    counts = {ratio: sum(draw.ratio == ratio for draw in draws) for ratio in pair_data.RATIOS}
+    assert min(counts.values()) > 430 and abs(sum(draw.flip for draw in draws) - 1000) < 100
+    areas = np.array([draw.crop[2] * draw.crop[3] / 512**2 for draw in draws if draw.ratio == "1:1"])
+    assert 0.745 < areas.min() and areas.max() <= 1 and areas.mean() == pytest.approx(0.875, abs=0.01)
+    for draw in draws:
+        height, width = pair_data.resized_shape(shape, draw.ratio, size)
+        top, left, h, w = draw.crop
+        assert 0 <= top <= height - h and 0 <= left <= width - w
+
+
+def test_an_image_too_narrow_is_refused():
+    with pytest.raises(UserError, match="a side shorter than 32 pixels"):
+        pair_data.resized_shape((20, 200, 3), "as it is", 64)
