@@ -1,7 +1,7 @@
 """The published files of Pair Customization (method.md §7): one adapter, content or style, in XLabs' layout.
 
-Keys are `<processor>.down.weight` [r, i] and `<processor>.up.weight` [o, r], without metadata and alpha (scale 1). q, k and
-v of a stream share their A, and their B's rows follow one another; blocks without keys have no adapter.
+Keys are `<processor>.down.weight` [r, i] and `<processor>.up.weight` [o, r], without metadata or alpha (scale 1). q, k
+and v of a stream share their A, and their B's rows follow one another; blocks without keys have no adapter.
 """
 
 from collections.abc import Mapping
