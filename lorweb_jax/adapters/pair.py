@@ -45,8 +45,8 @@ def require_ranks(ranks: Sequence[int], width: int) -> None:
     """UserError unless so many orthonormal rows fit into the layer's input."""
     if sum(ranks) > width:
         raise UserError(
-            f"the ranks {' and '.join(map(str, ranks))} need {sum(ranks)} orthonormal rows, but a layer's input is only "
-            f"{width} wide; choose ranks whose sum is at most {width}",
+            f"the ranks {' and '.join(map(str, ranks))} need {sum(ranks)} orthonormal rows, but a layer's input is "
+            f"only {width} wide; choose ranks whose sum is at most {width}",
             2,
         )
 

@@ -78,3 +78,19 @@ def bell_weights() -> np.ndarray:
 def train_weights(name: str) -> np.ndarray:
     """Loss weights by the index of the timestep: "bell" (the published recipe) or "uniform"."""
     return {"bell": bell_weights, "uniform": lambda: np.ones(TRAIN_STEPS, np.float32)}[name]()
+
+
+PAIR_SHIFT = 1.15  # mu of Pair Customization's training, whatever the resolution
+
+
+def pair_times() -> np.ndarray:
+    """The 1000 times t that training on an image pair draws from, uniformly by index: from 1 to 0 (method.md §7)."""
+    s = 1 - np.arange(TRAIN_STEPS) / (TRAIN_STEPS - 1)
+    shift = np.exp(PAIR_SHIFT)
+    return (shift * s / (shift * s + 1 - s)).astype(np.float32)
+
+
+def published_tokens(height: int, width: int) -> int:
+    """The number of tokens that Pair Customization's published sampler shifts its times by, for an image in pixels: a
+    64th of what there are (method.md §7)."""
+    return (height // 8) * (width // 8) // 256

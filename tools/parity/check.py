@@ -10,6 +10,7 @@ from parity.edit import check_edit
 from parity.flow import check_scheduler
 from parity.folder import Bases, RecordedModels, read_recording
 from parity.images import check_external_query, check_grid
+from parity.pair.check import check_pair
 from parity.report import Comparison
 from parity.training import check_train_step
 from parity.transformer import check_case
@@ -17,17 +18,24 @@ from parity.transformer import check_case
 
 def check_folder(folder: Path, pipeline_folder: Path | None = None) -> int:
     """Check everything found in `folder`, print the lines, and return the exit status (1: a failure, or nothing
-    found). The pipeline is folder/tiny_pipeline where none is given. Raises UserError if a folder isn't there."""
+    found). The pipeline is folder/tiny_pipeline where none is given, or beside the folder for recordings of Pair
+    Customization. Raises UserError if a folder isn't there."""
     if pipeline_folder is not None:
         pipeline_folder = resolve(pipeline_folder, PIPELINE_FILES, "the folder of the models", ("transformer",))
     for path in (folder, pipeline_folder):
         if path is not None and not path.is_dir():
             raise UserError(f"{path} is not a folder; give an existing one")
-    if pipeline_folder is None and (folder / "tiny_pipeline").is_dir():
-        pipeline_folder = folder / "tiny_pipeline"
+    of_pair = (folder / "cases.json").is_file()
+    if pipeline_folder is None:
+        # Recordings of Pair Customization lie beside the models that they were made with.
+        there = [place / "tiny_pipeline" for place in (folder, *([folder.parent] if of_pair else []))]
+        pipeline_folder = next((place for place in there if place.is_dir()), None)
     report, models = Comparison(), RecordedModels(pipeline_folder)
     # Hardware with narrower matrix units (TF32, bfloat16 passes) is asked for full float32 products.
     with jax.default_matmul_precision("highest"):
+        if of_pair:
+            check_pair(report, folder, models, lambda path, check: _check_file(report, path, check, ()))
+            return report.summary()
         bases = Bases(folder, models, report)
         kinds = [
             ("grid.npz", check_grid, ()),

@@ -89,8 +89,8 @@ def write_member(path: str | Path, member: Member, dtype: Any = np.float32) -> N
             for part, down in zip(paths, downs):
                 if not np.array_equal(down, downs[0]):
                     raise UserError(
-                        f"{layer_name(part, block)} has another A than {layer_name(paths[0], block)}; in this format q, "
-                        "k and v share one; export an ordinary LoRA instead"
+                        f"{layer_name(part, block)} has another A than {layer_name(paths[0], block)}; in this format "
+                        "q, k and v share one; export an ordinary LoRA instead"
                     )
             where = name.replace("{l}", str(block))
             tensors[where + _DOWN] = downs[0].astype(dtype)

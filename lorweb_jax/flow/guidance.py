@@ -1,0 +1,37 @@
+"""Style guidance: how the velocities of one step's passes become one (method.md §7; Pair Customization, Eq. 11)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StyleGuidance:
+    """v0(∅) + cfg · (v0(c) − v0(∅)) + Σ_j strength_j · (v_j(c_j) − v0(c)), of 2 + S passes in this order:
+
+    the base with the prompt c, the base with the negative prompt ∅, then each style by itself with its own prompt c_j.
+    Strengths may be negative; where all are 0, the result is that of classifier-free guidance to the bit.
+
+    cfg: scale of classifier-free guidance. strengths: [S].
+    """
+
+    cfg: float | jax.Array
+    strengths: jax.Array
+
+    @classmethod
+    def of(cls, cfg: float, strengths: Sequence[float]) -> "StyleGuidance":
+        return cls(jnp.float32(cfg), jnp.asarray(strengths, jnp.float32))
+
+    @property
+    def passes(self) -> int:
+        return 2 + self.strengths.shape[0]
+
+    def __call__(self, velocity_pbsc: jax.Array) -> jax.Array:
+        prompt, negative, *styles = velocity_pbsc
+        velocity = negative + self.cfg * (prompt - negative)
+        for strength, style in zip(self.strengths, styles, strict=True):
+            velocity = velocity + strength * (style - prompt)
+        return velocity
