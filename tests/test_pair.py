@@ -1,5 +1,6 @@
 """Pair Customization: how its adapters begin, its files, its augmentation (tests/golden/pair/README.md)."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,12 +13,13 @@ from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.adapters.formats import pair_file
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data import pair as pair_data
-from lorweb_jax.models.flux1.model import FluxConfig, block_linears
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
 
 FOLDER = golden_dir() / "pair"
-LAYERS = block_linears(
+LAYERS = backbone(
     FluxConfig.from_json(json.loads((golden_dir() / "tiny_pipeline" / "transformer" / "config.json").read_text()))
-)
+).adapted
 RATIOS = {"16:9": "16:9", "default": "as it is", "1:1": "1:1", "4:3": "4:3"}
 
 
@@ -105,7 +107,7 @@ def test_a_member_whose_q_and_k_differ_in_a_is_refused(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    narrow = {path: (l, i // 2, o) for path, (l, i, o) in LAYERS.items()}
+    narrow = {path: dataclasses.replace(layer, inputs=layer.inputs // 2) for path, layer in LAYERS.items()}
     with pytest.raises(UserError, match="expected down .*use the file with its own model"):
         pair_file.read_member(FOLDER / "style_a.safetensors", narrow)
     with pytest.raises(UserError, match="no adapter of Pair Customization"):

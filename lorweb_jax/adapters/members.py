@@ -12,10 +12,9 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.adapters import pair
-from lorweb_jax.adapters.basis import BasisParam, FrozenBasisParam
-from lorweb_jax.adapters.mixture import LowRankMix
+from lorweb_jax.adapters.basis import AdaptedLayer, BasisParam, FrozenBasisParam
+from lorweb_jax.adapters.mixture import LowRankAdapter
 
-Layers = Mapping[str, tuple[int, int, int]]  # {path of a stack of layers: (l, i, o)}
 Blocks = Mapping[str, tuple[int, ...]]  # {stack of blocks: indices}; a stack's name is how its layers' paths begin
 
 
@@ -51,18 +50,22 @@ class GroupOfLayers(nnx.Module):
 class Members(nnx.Module):
     """Low-rank adapters by name, on the same layers of a model.
 
-    layers: of the model. groups: paths of layers that share their input and their A. ranks: {name: r}. blocks: {name:
-    Blocks}. A's and B's are zero until `fill` gives them values.
+    layers: of the model, by path. groups: paths of layers that share their input and their A. ranks: {name: r}.
+    blocks: {name: Blocks}. A's and B's are zero until `fill` gives them values.
     """
 
     def __init__(
-        self, layers: Layers, groups: Sequence[tuple[str, ...]], ranks: Mapping[str, int], blocks: Mapping[str, Blocks]
+        self,
+        layers: Mapping[str, AdaptedLayer],
+        groups: Sequence[tuple[str, ...]],
+        ranks: Mapping[str, int],
+        blocks: Mapping[str, Blocks],
     ):
         self.groups = {paths: tuple(layers[path] for path in paths) for paths in groups}
         self.names, self.rank = tuple(ranks), max(ranks.values())
         self.members = nnx.Dict({name: nnx.Dict({}) for name in ranks})
         for name, rank in ranks.items():
-            for paths, shapes in self.groups.items():
+            for paths, parts in self.groups.items():
                 stack = paths[0].partition(".")[0]
                 own = blocks[name].get(stack, ())
                 others = {block for other in ranks if other != name for block in blocks[other].get(stack, ())}
@@ -71,16 +74,16 @@ class Members(nnx.Module):
                         tuple(block for block in own if block in others),
                         tuple(block for block in own if block not in others),
                         rank,
-                        shapes[0][1],
-                        sum(outputs for *_, outputs in shapes),
+                        parts[0].inputs,
+                        sum(part.outputs for part in parts),
                     )
 
-    def adapters(self, coefficients_bn: jax.Array) -> dict[str, LowRankMix]:
+    def adapters(self, coefficients_bn: jax.Array) -> dict[str, LowRankAdapter]:
         """What each stack of layers adds, for a row of coefficients, in the order of `names`, for each example."""
         adapters = {}
-        for paths, shapes in self.groups.items():
-            depth, inputs, _ = shapes[0]
-            widths = [outputs for *_, outputs in shapes]
+        for paths, layers in self.groups.items():
+            depth, inputs = layers[0].depth, layers[0].inputs
+            widths = [layer.outputs for layer in layers]
             parts = [
                 self.members[name][paths[0]].stacked(depth, self.rank)
                 if paths[0] in self.members[name]
@@ -90,7 +93,7 @@ class Members(nnx.Module):
             a, b = (jnp.stack(side, axis=1) for side in zip(*parts))
             c = jnp.broadcast_to(coefficients_bn, (depth, *coefficients_bn.shape))
             for path, own in zip(paths, jnp.split(b, np.cumsum(widths)[:-1], axis=-1)):
-                adapters[path] = LowRankMix(a, own, c)
+                adapters[path] = LowRankAdapter(a, own, c)
         return adapters
 
     def row(self, weights: Mapping[str, float], batch: int = 1) -> jax.Array:
@@ -113,11 +116,11 @@ class Members(nnx.Module):
     def member(self, name: str) -> pair.Member:
         """One member as files hold it."""
         a, b, blocks = {}, {}, {}
-        for paths, shapes in self.groups.items():
+        for paths, layers in self.groups.items():
             if paths[0] in self.members[name]:
                 group = self.members[name][paths[0]]
-                stacked_a, stacked_b = group.stacked(shapes[0][0], group.b.shape[1])
-                cuts = np.cumsum([outputs for *_, outputs in shapes])[:-1]
+                stacked_a, stacked_b = group.stacked(layers[0].depth, group.b.shape[1])
+                cuts = np.cumsum([layer.outputs for layer in layers])[:-1]
                 for path, own in zip(paths, np.split(np.asarray(stacked_b), cuts, axis=-1)):
                     a[path], b[path] = np.asarray(stacked_a).transpose(0, 2, 1), own
                     blocks[path] = tuple(sorted(group.blocks))

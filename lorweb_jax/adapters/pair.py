@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lorweb_jax.adapters.basis import AdaptedLayer
 from lorweb_jax.common.errors import UserError
 
 MEMBERS = ("content", "style")
@@ -100,16 +101,17 @@ class Member:
         return next(iter(self.a.values())).shape[1]
 
 
-def stack(members: Sequence[Member], layers: Mapping[str, tuple[int, int, int]]) -> dict[str, dict[str, np.ndarray]]:
+def stack(members: Sequence[Member], layers: Mapping[str, AdaptedLayer]) -> dict[str, dict[str, np.ndarray]]:
     """Members as the arrays of one basis, {path: {"a" [l, n, i, r], "b" [l, n, r, o]}}, float32.
 
-    r is the largest rank; lower ranks and absent blocks are padded with zeros. layers: {path: (l, i, o)} of the model.
+    r is the largest rank; lower ranks and absent blocks are padded with zeros. layers: of the model, by path.
     """
     rank, size = max(member.rank for member in members), len(members)
     arrays = {}
     for path in dict.fromkeys(path for member in members for path in member.a):
-        depth, i, o = layers[path]
-        a, b = np.zeros((depth, size, i, rank), np.float32), np.zeros((depth, size, rank, o), np.float32)
+        layer = layers[path]
+        a = np.zeros((layer.depth, size, layer.inputs, rank), np.float32)
+        b = np.zeros((layer.depth, size, rank, layer.outputs), np.float32)
         for number, member in enumerate(members):
             if path in member.a:
                 a[:, number, :, : member.rank] = member.a[path].transpose(0, 2, 1)

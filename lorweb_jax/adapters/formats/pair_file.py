@@ -12,20 +12,13 @@ import numpy as np
 
 from lorweb_jax.adapters.formats import lora_names
 from lorweb_jax.adapters.formats.layer_names import layer_name
-from lorweb_jax.adapters.formats.lora_read import finite
+from lorweb_jax.adapters.formats.lora_read import Layers, finite
 from lorweb_jax.adapters.pair import Member
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.safetensors_io import write
 
 _DOWN, _UP = ".down.weight", ".up.weight"
-Layers = Mapping[str, tuple[int, int, int]]  # {path: (l, i, o)}
-
-
-def pair_layers(layers: Layers) -> Layers:
-    """Of all the adapted layers of a model, those that Pair Customization adapts."""
-    wanted = {path for paths in lora_names.PROCESSORS.values() for path in paths}
-    return {path: shape for path, shape in layers.items() if path in wanted}
 
 
 def read_member(path: str | Path, layers: Layers) -> Member:
@@ -52,14 +45,14 @@ def read_member(path: str | Path, layers: Layers) -> Member:
     rank = min(ranks, default=0)
     a, b, blocks = {}, {}, {}
     for place, keys in places.items():
-        absent = [part for part in place.paths if part not in layers or place.block >= layers[part][0]]
+        absent = [part for part in place.paths if part not in layers or place.block >= layers[part].depth]
         if absent:
             raise UserError(
                 f"{file} adapts {layer_name(absent[0], place.block)}, which the model doesn't have; use the file with "
                 "its own model"
             )
-        widths = [layers[part][2] for part in place.paths]
-        inputs = layers[place.paths[0]][1]
+        widths = [layers[part].outputs for part in place.paths]
+        inputs = layers[place.paths[0]].inputs
         shapes = {role: list(checkpoint.shapes[key]) for role, key in keys.items()}
         expected = {"down": [rank, inputs], "up": [sum(widths), rank]}
         if shapes != expected:
@@ -69,9 +62,9 @@ def read_member(path: str | Path, layers: Layers) -> Member:
             )
         down, up = (finite(checkpoint, keys[role]) for role in ("down", "up"))
         for part, rows in zip(place.paths, np.split(up, np.cumsum(widths)[:-1])):
-            depth, i, o = layers[part]
-            a.setdefault(part, np.zeros((depth, rank, i), np.float32))[place.block] = down
-            b.setdefault(part, np.zeros((depth, rank, o), np.float32))[place.block] = rows.T
+            layer = layers[part]
+            a.setdefault(part, np.zeros((layer.depth, rank, layer.inputs), np.float32))[place.block] = down
+            b.setdefault(part, np.zeros((layer.depth, rank, layer.outputs), np.float32))[place.block] = rows.T
             blocks.setdefault(part, []).append(place.block)
     return Member(a, b, {part: tuple(sorted(indices)) for part, indices in blocks.items()})
 

@@ -30,9 +30,9 @@ class Adapters:
 
     @property
     def layers(self) -> dict:
-        if self.models.block_linears is None:
+        if self.models.layers is None:
             raise Absent("it needs a transformer; give --pipeline=FOLDER")
-        return self.models.block_linears
+        return self.models.layers
 
     def __getitem__(self, name: str) -> pair.Member:
         path = self.folder / f"{name}.safetensors"

@@ -205,7 +205,7 @@ def _optimizer(case: dict) -> optax.GradientTransformation:
 
 def _start(data: Recording, case: dict, models: RecordedModels) -> Members:
     """Members with the recorded A's, and B's where they don't begin at zero."""
-    members = names.empty_members(case, models.block_linears)
+    members = names.empty_members(case, models.layers)
     for which in pair.MEMBERS:
         member = members.member(which)
         member = pair.Member(
