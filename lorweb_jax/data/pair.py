@@ -83,10 +83,8 @@ def resized_shape(shape: tuple[int, ...], ratio: str, long_edge: int) -> tuple[i
 def _centred(shape: tuple[int, ...], ratio: str) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the centred crop to a ratio."""
     height, width = shape[:2]
-    if RATIOS[ratio] is None:
-        return 0, 0, width, height
-    across, down = RATIOS[ratio]
-    if width / height > across / down:
+    across, down = RATIOS[ratio] or (width, height)
+    if width * down > height * across:
         w, h = int(height * across / down), height
     else:
         w, h = width, int(width / (across / down))
@@ -99,11 +97,11 @@ def _shapes(shape: tuple[int, ...], ratio: str, long_edge: int) -> list[tuple[in
     left, top, right, bottom = _centred(shape, ratio)
     width, height = right - left, bottom - top
     scale = long_edge / max(width, height)
-    first = [long_edge if side == max(width, height) else int(side * scale) for side in (height, width)]
-    second = [side // MULTIPLE * MULTIPLE for side in first]
-    if min(second) == 0:
+    h, w = (long_edge if side == max(width, height) else int(side * scale) for side in (height, width))
+    even = h // MULTIPLE * MULTIPLE, w // MULTIPLE * MULTIPLE
+    if min(even) == 0:
         raise UserError(
             f"an image of {width}x{height} pixels, resized to a long edge of {long_edge}, has a side shorter than "
             f"{MULTIPLE} pixels; give a larger long edge or an image of another ratio"
         )
-    return [tuple(first), tuple(second)]
+    return [(h, w), even]

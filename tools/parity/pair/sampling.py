@@ -9,7 +9,7 @@ import numpy as np
 from lorweb_jax.flow.guidance import StyleGuidance
 from lorweb_jax.flow.sampling import euler
 from lorweb_jax.flow.schedule import pair_times, published_tokens
-from lorweb_jax.models.autoencoder.packing import position_ids, text_ids
+from lorweb_jax.models.flux1.packing import position_ids, text_ids
 from lorweb_jax.models.tokenizers.folder import tokenize_clip, tokenize_t5
 from parity.folder import RecordedModels, Recording
 from parity.pair.adapters import Adapters, weighted
