@@ -83,7 +83,10 @@ def resized_shape(shape: tuple[int, ...], ratio: str, long_edge: int) -> tuple[i
 def _centred(shape: tuple[int, ...], ratio: str) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the centred crop to a ratio."""
     height, width = shape[:2]
-    across, down = RATIOS[ratio] or (width, height)
+    chosen = RATIOS[ratio]
+    if chosen is None:
+        return 0, 0, width, height
+    across, down = chosen
     if width * down > height * across:
         w, h = int(height * across / down), height
     else:
