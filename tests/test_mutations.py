@@ -83,7 +83,7 @@ class Reader:
     count: int = 100
 
 
-def replicated(*names: str) -> Callable[[Path], Path]:
+def copied(*names: str) -> Callable[[Path], Path]:
     """Copies files (or folders) of the small pipeline; the first one is to be damaged."""
 
     def make(folder: Path) -> Path:
@@ -193,7 +193,7 @@ def right_config(kind: type, name: str, **defaults: Any) -> Callable[[Path, Any]
 
 def config(kind: type, part: str, name: str = "config.json", **defaults: Any) -> Reader:
     return Reader(
-        replicated(f"{part}/{name}"),
+        copied(f"{part}/{name}"),
         mutations.of_json,
         lambda folder: kind.from_json(read_json(folder / name), folder),
         right_config(kind, name, **defaults),
@@ -631,7 +631,7 @@ def right_single_file(folder: Path, result: tuple) -> bool:
 def opened(kind: str, part: str, open_part: Callable[[Path], Any]) -> Reader:
     """A config with its weights: whatever the config's check lets through must fit them."""
     return Reader(
-        replicated(f"{part}/config.json", f"{part}/{kind}.safetensors"),
+        copied(f"{part}/config.json", f"{part}/{kind}.safetensors"),
         mutations.of_json,
         lambda folder: sorted(open_part(folder)[1].layout.tensors.items()),
         count=3,
@@ -659,14 +659,14 @@ READERS = {
     "t5 config": config(T5Config, "text_encoder_2", feed_forward_proj="relu"),
     "schedule": config(Schedule, "scheduler", "scheduler_config.json"),
     "clip text config": Reader(
-        replicated("text_encoder/config.json"),
+        copied("text_encoder/config.json"),
         mutations.of_json,
         clip.text_config,
         right_config(clip.CLIPTextConfig, "config.json"),
         200,
     ),
     "clip vision config": Reader(
-        replicated("clip_vision/config.json"),
+        copied("clip_vision/config.json"),
         mutations.of_json,
         clip.vision_config,
         right_config(clip.CLIPVisionConfig, "config.json"),
@@ -680,14 +680,14 @@ READERS = {
         150,
     ),
     "image encoder's folder": Reader(
-        replicated("clip_vision/config.json", "clip_vision/preprocessor_config.json"),
+        copied("clip_vision/config.json", "clip_vision/preprocessor_config.json"),
         mutations.of_json,
         lambda folder: repr(open_image_encoder(folder).processor),
         lambda folder, result: True,
         100,
     ),
     "preprocessor": Reader(
-        replicated("clip_vision/preprocessor_config.json"),
+        copied("clip_vision/preprocessor_config.json"),
         mutations.of_json,
         ImageProcessor.from_folder,
         right_processor,

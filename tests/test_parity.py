@@ -28,7 +28,7 @@ def tool(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment)
 
 
-def replicated(folder: Path, *names: str) -> Path:
+def copied(folder: Path, *names: str) -> Path:
     for name in names:
         shutil.copy(golden_dir() / name, folder / name)
     return folder
@@ -78,6 +78,22 @@ def test_golden_data_pass():
     assert all("external_query" in line or "loss weighting" in line for line in lines if "deviates" in line)
 
 
+def test_recordings_of_pair_customization_pass(tmp_path, checked):
+    """With the models beside the folder; and a changed number is seen in each kind of file."""
+    status, lines = checked(golden_dir() / "pair")
+    assert status == 0, [line for line in lines if "FAIL" in line]
+    kinds = {line.split()[0] for line in lines[:-1] if line.endswith(" ok")}
+    files = {f"{name}.safetensors" for name in ("content_a", "content_d", "style_a", "style_b", "style_d")}
+    assert kinds == {"qr", "augment", "schedule", "forward_d", "train_b"} | files
+    for name, key in (("forward_d", "cond/both"), ("train_b", "it1/style/loss"), ("augment", "2/style")):
+        for copied in ("cases.json", f"{name}.npz", "content_d.safetensors", "style_d.safetensors"):
+            shutil.copy(golden_dir() / "pair" / copied, tmp_path / copied)
+        changed(tmp_path / f"{name}.npz", key, lambda array: array + np.float32(1e-3) * np.abs(array).max())
+        status = check_folder(tmp_path, golden_dir() / "tiny_pipeline")
+        assert status == 1
+        (tmp_path / f"{name}.npz").unlink()
+
+
 def test_help_and_missing_folder(tmp_path):
     done = tool("--help")
     assert done.returncode == 0 and "relative error" in done.stdout and "--pipeline" in done.stdout
@@ -108,7 +124,7 @@ def test_an_empty_folder_fails(tmp_path, checked):
 )
 def test_file_sets_alone(names, passed, not_checked, tmp_path, checked):
     """Without models or bases, what needs none is checked, and a line says what the rest needs."""
-    status, lines = checked(replicated(tmp_path, *names))
+    status, lines = checked(copied(tmp_path, *names))
     assert lines[-1] == f"{passed} passed, 0 failed" and status == int(passed == 0)
     for part in not_checked:
         assert any(part in line and "not checked: " in line for line in lines), part
@@ -119,7 +135,7 @@ def one_bit_off(grid):
 
 
 def test_wrong_numbers_fail(tmp_path, checked):
-    replicated(tmp_path, "grid.npz", "scheduler.npz")
+    copied(tmp_path, "grid.npz", "scheduler.npz")
     changed(tmp_path / "grid.npz", "square/grid_max64", one_bit_off)
     changed(tmp_path / "scheduler.npz", "n4_L64/sigmas", lambda sigmas: sigmas * np.float32(1 + 1e-5))
     changed(tmp_path / "scheduler.npz", "n28_L64/sigmas", lambda sigmas: sigmas[:-1])
@@ -133,7 +149,7 @@ def test_wrong_numbers_fail(tmp_path, checked):
 
 
 def test_bad_files_are_one_line_each(tmp_path, checked):
-    replicated(tmp_path, "grid.npz", "case_c.npz", "configs.json", "basis_c.safetensors")
+    copied(tmp_path, "grid.npz", "case_c.npz", "configs.json", "basis_c.safetensors")
     for name in ("case_c.npz", "basis_c.safetensors"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:30_000])
     (tmp_path / "train_step.npz").write_bytes(b"not a zip file")

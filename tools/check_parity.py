@@ -5,10 +5,14 @@ product shows here as a FAIL. Everything is computed in float32.
 
   tools/check_parity.py tests/golden
   tools/check_parity.py recordings --pipeline=some/pipeline_folder
+  tools/check_parity.py tests/golden/pair
 
 DIR may hold any of these, in the formats of tests/golden/README.md: configs.json with basis_*.safetensors and
 case_*.npz; train_step.npz; scheduler.npz; grid.npz; external_query.npz; e2e_*.npz (each stage is computed from that
 stage's recorded input). train_step and e2e recordings are read with basis a, or with the only basis there is.
+A folder with a cases.json holds recordings of Pair Customization, in the formats of tests/golden/pair/README.md: adapter
+files, qr.npz, augment.npz, schedule.npz, forward_*.npz, train_*.npz, sample_*.npz, e2e_style.npz, with the tolerances that
+are stated there.
 
 Each line gives a quantity's name, its largest absolute error, its relative error, the tolerance, and ok or FAIL. The
 relative error is ||ours - theirs|| / ||theirs|| (Euclidean norm over the whole array). Tolerances: 1e-5 for outputs and
@@ -34,7 +38,7 @@ def main() -> int:
         metavar="FOLDER",
         type=nonempty_path,
         help="the models that the recordings were made with, in diffusers layout "
-        "(default: DIR/tiny_pipeline if it is there)",
+        "(default: DIR/tiny_pipeline if it is there; for Pair Customization also the one beside DIR)",
     )
     args = parser.parse_args()
     # After the arguments, so that --help answers at once.
