@@ -10,9 +10,9 @@ product shows here as a FAIL. Everything is computed in float32.
 DIR may hold any of these, in the formats of tests/golden/README.md: configs.json with basis_*.safetensors and
 case_*.npz; train_step.npz; scheduler.npz; grid.npz; external_query.npz; e2e_*.npz (each stage is computed from that
 stage's recorded input). train_step and e2e recordings are read with basis a, or with the only basis there is.
-A folder with a cases.json holds recordings of Pair Customization, in the formats of tests/golden/pair/README.md: adapter
-files, qr.npz, augment.npz, schedule.npz, forward_*.npz, train_*.npz, sample_*.npz, e2e_style.npz, with the tolerances that
-are stated there.
+A folder with a cases.json holds recordings of Pair Customization, in the formats of tests/golden/pair/README.md and
+with the tolerances that are stated there: adapter files, qr.npz, augment.npz, schedule.npz, forward_*.npz, train_*.npz,
+sample_*.npz, e2e_style.npz.
 
 Each line gives a quantity's name, its largest absolute error, its relative error, the tolerance, and ok or FAIL. The
 relative error is ||ours - theirs|| / ||theirs|| (Euclidean norm over the whole array). Tolerances: 1e-5 for outputs and
