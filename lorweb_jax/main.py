@@ -69,7 +69,7 @@ def read_config(file: str):
     name, *variant = file.split(":", 1)
     path = Path(name)
     if not path.is_file():
-        there = ", ".join(sorted(str(near) for near in path.parent.glob("*.py")))
+        there = ", ".join(sorted(str(near) for near in path.parent.glob("[!_]*.py")))
         hint = f"there are: {there}" if there else "take one of those in configs/ of the repository"
         raise UserError(f"there is no config file {path}; {hint}", code=2)
     try:

@@ -341,3 +341,14 @@ def test_texts_of_an_ascii_command_line():
     seen = "cadre doré 😀".encode().decode("ascii", "surrogateescape")
     assert as_text(seen, "x") == "cadre doré 😀"
     assert as_text("dor\udce9", "x") == "dor\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_option_that_there_is_not(pipeline):
+    """Told with the nearest name, for every way of sampling."""
+    image = np.zeros((32, 32, 3), np.uint8)
+    for make in (
+        lambda: pipeline.edit(image, image, image, stepz=2),
+        lambda: pipeline.generate("a frame", image, stepz=2),
+    ):
+        with pytest.raises(UserError, match="no option stepz for sampling; near it: steps"):
+            make()

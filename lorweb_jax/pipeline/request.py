@@ -1,6 +1,7 @@
 """What is to be sampled: texts, reference images and settings, all checked before any work."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,15 @@ class Request:
         return self.prompts + negative, TrueGuidance(np.float32(scale))
 
 
+def as_sampling(options: Mapping[str, Any]) -> Sampling:
+    """UserError for an option that there isn't, with those that there are."""
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    if unknown := [name for name in options if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1) or [", ".join(known)]
+        raise UserError(f"there is no option {unknown[0]} for sampling; near it: {near[0]}", 2)
+    return Sampling(**options)
+
+
 def edit_request(
     folder: PipelineFolder, conditions: Any, prompts: Any, sampling: Mapping[str, Any], max_size: int | None = None
 ) -> tuple[list[Images], Request]:
@@ -101,7 +111,7 @@ def edit_request(
     Says what is resized or stretched. Raises UserError for arguments of another kind or range, and for analogies whose
     grids differ in size.
     """
-    sampling = Sampling(**sampling)
+    sampling = as_sampling(sampling)
     max_size = _max_size(max_size)
     conditions = as_analogies(conditions)
     prompts = as_prompts(prompts, len(conditions))
@@ -130,7 +140,7 @@ def generation_request(
     size: (width, height) of the result; by default that of the first reference, or the autoencoder's own. Raises
     UserError as `edit_request` does.
     """
-    sampling = Sampling(**{"guidance": 3.5} | dict(sampling))
+    sampling = as_sampling({"guidance": 3.5} | dict(sampling))
     max_size = _max_size(max_size)
     prompts = as_prompts(prompts)
     if not prompts:

@@ -76,7 +76,7 @@ def _gpus(name: str, shape: str) -> Target:
     kind, count = re.fullmatch(r"(.*?)(?:x(\d+))?", shape).groups()
     if kind not in GPUS:
         raise UserError(
-            f"the GPU {kind!r} of topology {name!r} is not known; give one of {', '.join(GPUS)}, and how "
+            f"the GPU {(kind or shape)!r} of topology {name!r} is not known; give one of {', '.join(GPUS)}, and how "
             "many, as in gpu:h100x8",
             2,
         )
