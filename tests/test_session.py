@@ -220,9 +220,9 @@ def test_bad_generations(base, said, prompts, images, options):
 
 
 def test_bad_sessions(pipeline, base, mix):
-    with pytest.raises(UserError, match="chosen by an analogy; give one"):
+    with pytest.raises(UserError, match="chooses its mix by an analogy"):
         pipeline.session()
-    with pytest.raises(UserError, match="chosen by an analogy; give one"):
+    with pytest.raises(UserError, match="chooses its mix by an analogy"):
         pipeline.generate("x", size=(64, 64))
     with pytest.raises(UserError, match="no basis is attached"):
         base.session(mix)

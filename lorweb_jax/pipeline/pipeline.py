@@ -258,7 +258,8 @@ class Pipeline:
             coefficients = self._coefficients(conditions)
         else:
             raise UserError(
-                "the mix of this basis is chosen by an analogy; give one, such as pipeline.coefficients(a, a2, b)"
+                "this basis chooses its mix by an analogy; edit one (a, a2, b), open a session with a mix such as "
+                "pipeline.coefficients(a, a2, b), or leave the basis out"
             )
         one = coefficients is not None and all(c.shape[1] == 1 for c in coefficients.values())
         if folded and basis is not None and not one:
