@@ -11,8 +11,11 @@ import line_job
 import pytest
 from jax import monitoring
 
+from configs.basis import get_config as basis_config
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.jobs import make_job
 from lorweb_jax.nn import sharding
+from lorweb_jax.settings.config import check
 from lorweb_jax.settings.rules import Steps, steps_of
 from lorweb_jax.training.compile_cache import FOLDER
 from lorweb_jax.training.loop import train
@@ -119,3 +122,11 @@ def test_steps_of_a_profile():
     assert [list(steps_of(text)) for text in ("", "5", "5-7")] == [[], [5], [5, 6, 7]]
     for text in ("0", "5-", "-5", "7-5", "a", "5-7-9", "05", "5:7", " 5", "٥", 5, None):
         assert not rule.takes(text), text
+
+
+def test_a_profile_of_steps_that_never_come_is_refused():
+    config = basis_config()
+    config.profile, config.train.steps = "3-7", 5
+    config.optimizer.warmup = 0
+    with pytest.raises(UserError, match="config.profile is '3-7'; it must be of steps up to config.train.steps, .* 5"):
+        check(config)

@@ -111,14 +111,18 @@ class Session:
         self._model, self._basis, self._own = None, None, ()
 
     def __enter__(self) -> Session:
+        self._require_open()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _images(self, request: Request) -> np.ndarray:
+    def _require_open(self) -> None:
         if self._model is None:
             raise UserError("the session is closed; open another one with the pipeline's `session`")
+
+    def _images(self, request: Request) -> np.ndarray:
+        self._require_open()
         texts, combine = request.passes
         text = self._pipeline.prompt(texts)
         adapters = self._adapters(combine.passes)

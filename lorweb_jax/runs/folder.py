@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from jax.experimental import multihost_utils
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.locks import NO_LOCKS
+from lorweb_jax.common.locks import acquire
 from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.schema import read_json
 from lorweb_jax.runs.checkpoints import complete_steps
@@ -83,21 +83,14 @@ def owned(workdir: Path) -> Iterator[None]:
 def _lock(workdir: Path) -> FileLock:
     """The folder's lock, acquired; the file then names this process."""
     path = workdir / LOCK
-    lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
-        taken = False
-    except Timeout:
-        taken = True
+        lock, acquired = acquire(path, wait=False)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(
-                f"the run folder {workdir} can't be locked ({error.strerror}); choose another with --workdir"
-            ) from None
-        taken = _runs(
-            _owner(path)
-        )  # a file system without locks: whoever stands in the file and isn't known to be dead
-    if taken:
+        raise UserError(
+            f"the run folder {workdir} can't be locked ({error.strerror}); choose another with --workdir"
+        ) from None
+    # Without locks the folder is that of whoever the file names and isn't known to be dead.
+    if acquired is False or (acquired is None and _runs(_owner(path))):
         owner = _owner(path)
         who = (
             f"process {owner['pid']} on {owner['host']}, since {owner['since']}"

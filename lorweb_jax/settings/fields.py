@@ -31,6 +31,7 @@ from lorweb_jax.settings.rules import (
     Steps,
     Whole,
     shown,
+    steps_of,
 )
 
 _COUNT = Whole(1, 10**9)  # of steps
@@ -234,6 +235,10 @@ def _training(values: Values) -> None:
             "optimizer.warmup",
             values["optimizer.warmup"],
             f"at least 0 and below config.train.steps, which is {values['train.steps']}",
+        )
+    if (profiled := steps_of(values["profile"])) and profiled[-1] > values["train.steps"]:
+        raise refused(
+            "profile", values["profile"], f"of steps up to config.train.steps, which is {values['train.steps']}"
         )
     moments, name = values["optimizer.moments"], values["optimizer.name"]
     if moments != "float32" and name != "adamw":
