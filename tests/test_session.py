@@ -96,8 +96,9 @@ def test_a_session_folds_once_and_frees_its_weights(pipeline, analogy, mix, monk
     assert apart(two[1], two[0]) > 1
     # The pipeline's own weights are as they were.
     np.testing.assert_array_equal(pipeline.edit(a, a2, b, steps=2, folded=False), before)
-    with pytest.raises(UserError, match="session is closed"):
-        session.edit(a, a2, b, steps=1)
+    for use in (lambda: session.edit(a, a2, b, steps=1), session.__enter__):
+        with pytest.raises(UserError, match="session is closed"):
+            use()
 
 
 def test_an_edit_leaves_no_folded_weights(pipeline, analogy):
