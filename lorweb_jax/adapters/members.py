@@ -14,6 +14,7 @@ from flax import nnx
 from lorweb_jax.adapters import pair
 from lorweb_jax.adapters.basis import AdaptedLayer, BasisParam, FrozenBasisParam
 from lorweb_jax.adapters.mixture import LowRankAdapter
+from lorweb_jax.nn import sharding
 
 Blocks = Mapping[str, tuple[int, ...]]  # {stack of blocks: indices}; a stack's name is how its layers' paths begin
 
@@ -27,9 +28,14 @@ class GroupOfLayers(nnx.Module):
 
     def __init__(self, shared: tuple[int, ...], free: tuple[int, ...], rank: int, inputs: int, outputs: int):
         self.shared, self.free = shared, free
-        self.a = FrozenBasisParam(jnp.zeros((len(shared), inputs, rank), jnp.float32)) if shared else None
-        self.free_a = BasisParam(jnp.zeros((len(free), inputs, rank), jnp.float32)) if free else None
-        self.b = BasisParam(jnp.zeros((len(shared) + len(free), rank, outputs), jnp.float32))
+
+        def zeros(kind: type[nnx.Variable], *shape: int, axes: tuple[str | None, ...]) -> nnx.Variable:
+            return kind(jnp.zeros(shape, jnp.float32), axes=axes)
+
+        # Split by rank alone: the parts that q, k and v have of b are cut out of its last axis.
+        self.a = zeros(FrozenBasisParam, len(shared), inputs, rank, axes=(None, "rank")) if shared else None
+        self.free_a = zeros(BasisParam, len(free), inputs, rank, axes=(None, "rank")) if free else None
+        self.b = zeros(BasisParam, len(shared) + len(free), rank, outputs, axes=("rank", None))
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -51,7 +57,8 @@ class Members(nnx.Module):
     """Low-rank adapters by name, on the same layers of a model.
 
     layers: of the model, by path. groups: paths of layers that share their input and their A. ranks: {name: r}.
-    blocks: {name: Blocks}. A's and B's are zero until `fill` gives them values.
+    blocks: {name: Blocks}. orthogonal: False makes every A free, also where members share a block. A's and B's are zero
+    until `fill` gives them values.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Members(nnx.Module):
         groups: Sequence[tuple[str, ...]],
         ranks: Mapping[str, int],
         blocks: Mapping[str, Blocks],
+        orthogonal: bool = True,
     ):
         self.groups = {paths: tuple(layers[path] for path in paths) for paths in groups}
         self.names, self.rank = tuple(ranks), max(ranks.values())
@@ -69,14 +77,30 @@ class Members(nnx.Module):
                 stack = paths[0].partition(".")[0]
                 own = blocks[name].get(stack, ())
                 others = {block for other in ranks if other != name for block in blocks[other].get(stack, ())}
+                shared = tuple(block for block in own if orthogonal and block in others)
                 if own:
                     self.members[name][paths[0]] = GroupOfLayers(
-                        tuple(block for block in own if block in others),
-                        tuple(block for block in own if block not in others),
+                        shared,
+                        tuple(block for block in own if block not in shared),
                         rank,
                         parts[0].inputs,
                         sum(part.outputs for part in parts),
                     )
+
+    def parameters(self) -> dict[tuple[str, str, str], nnx.Variable]:
+        """{(member, path of the first layer of a group, "a", "free_a" or "b"): its parameter}."""
+        return {
+            (name, path, part): getattr(group, part)
+            for name, groups in self.members.items()
+            for path, group in groups.items()
+            for part in ("a", "free_a", "b")
+            if getattr(group, part) is not None
+        }
+
+    @property
+    def shared_widths(self) -> list[int]:
+        """Widths of the inputs of layers whose A's are orthonormal to another member's, ascending."""
+        return sorted({variable.shape[1] for (_, _, part), variable in self.parameters().items() if part == "a"})
 
     def adapters(self, coefficients_bn: jax.Array) -> dict[str, LowRankAdapter]:
         """What each stack of layers adds, for a row of coefficients, in the order of `names`, for each example."""
@@ -121,8 +145,8 @@ class Members(nnx.Module):
                 group = self.members[name][paths[0]]
                 stacked_a, stacked_b = group.stacked(layers[0].depth, group.b.shape[1])
                 cuts = np.cumsum([layer.outputs for layer in layers])[:-1]
-                for path, own in zip(paths, np.split(np.asarray(stacked_b), cuts, axis=-1)):
-                    a[path], b[path] = np.asarray(stacked_a).transpose(0, 2, 1), own
+                for path, own in zip(paths, np.split(sharding.to_host(stacked_b), cuts, axis=-1)):
+                    a[path], b[path] = sharding.to_host(stacked_a).transpose(0, 2, 1), own
                     blocks[path] = tuple(sorted(group.blocks))
         return pair.Member(a, b, blocks)
 

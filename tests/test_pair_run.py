@@ -1,0 +1,84 @@
+"""A run of Pair Customization read from its folder: its members and words, and what is refused."""
+
+import json
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from golden import golden_dir
+
+from lorweb_jax.adapters.formats.pair_file import read_member
+from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
+from lorweb_jax.pipeline.pair_run import make_members, members_of_run, words_of_run
+from lorweb_jax.runs import checksums
+
+FOLDER = golden_dir() / "pair"
+LAYERS = backbone(
+    FluxConfig.from_json(json.loads((golden_dir() / "tiny_pipeline" / "transformer" / "config.json").read_text()))
+).adapted
+BLOCKS = {f"{kind}_{member}": "all" for kind in ("double", "single") for member in ("content", "style")}
+PAIR = {"content_rank": 4, "style_rank": 3, "orthogonal": True, **BLOCKS}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's folder with one checkpoint, that holds the adapters content_a and style_b."""
+    members = make_members(PAIR, LAYERS)
+    for name, file in (("content", "content_a"), ("style", "style_b")):
+        members.fill(name, read_member(FOLDER / f"{file}.safetensors", LAYERS))
+    arrays = {".".join(("members", *key)): np.asarray(value[...]) for key, value in members.parameters().items()}
+    parts = {
+        part: {name: array for name, array in arrays.items() if name.endswith(".a") == frozen}
+        for part, frozen in (("trainable", False), ("constants", True))
+    }
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(7, args=ocp.args.Composite(state=ocp.args.StandardSave(parts)))
+    checksums.write(tmp_path / "checkpoints" / "7")
+    config = {
+        "job": "pair",
+        "train": {"ema": 0.0},
+        "pair": PAIR,
+        "data": {"caption": "a sbu dog", "style_words": "in pastels"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_members_and_words_of_a_run(workdir):
+    members = members_of_run(workdir, LAYERS)
+    assert list(members) == ["content", "style"] and members_of_run(workdir, LAYERS, step=7).keys() == members.keys()
+    for name, file in (("content", "content_a"), ("style", "style_b")):
+        expected = read_member(FOLDER / f"{file}.safetensors", LAYERS)
+        assert members[name].blocks == expected.blocks and members[name].rank == expected.rank
+        for path in expected.a:
+            np.testing.assert_array_equal(members[name].a[path], expected.a[path])
+            np.testing.assert_array_equal(members[name].b[path], expected.b[path])
+    words = words_of_run(workdir)
+    assert words == ("a sbu dog", "in pastels") and words.stylised == "a sbu dog in pastels"
+
+
+def test_runs_that_hold_no_such_pair_are_refused(workdir):
+    with pytest.raises(UserError, match=r"no checkpoint of step 8; it has \[7\]"):
+        members_of_run(workdir, LAYERS, step=8)
+    other = FluxConfig(num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=128)
+    with pytest.raises(
+        UserError, match=r"has \[3, 128, 4\] as content\.single_transformer_blocks\.attn.*give the base model"
+    ):
+        members_of_run(workdir, backbone(other).adapted)
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"job": "basis"}))
+    for read in (words_of_run, lambda folder: members_of_run(folder, LAYERS)):
+        with pytest.raises(UserError, match="is a run of the job 'basis', which trains no pair"):
+            read(workdir)
+
+
+def test_members_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="ranks 100 and 29 need 129 orthonormal rows.*only 128 wide"):
+        make_members(PAIR | {"content_rank": 100, "style_rank": 29}, LAYERS)
+    make_members(PAIR | {"content_rank": 100, "style_rank": 29, "orthogonal": False}, LAYERS)
+    with pytest.raises(UserError, match="config.pair.single_style names block 7, but there are 3"):
+        make_members(PAIR | {"single_style": "7"}, LAYERS)
+    with pytest.raises(UserError, match="names no block for either adapter"):
+        make_members(PAIR | dict.fromkeys(BLOCKS, "none"), LAYERS)
