@@ -36,7 +36,9 @@ def default():
         size=64,  # side of a quadrant, pixels
         vae="runs/base_vae/vae",
         variants=2,  # of each drawing: as it is, and in other colours
+        encoded=0,  # signs that are trained on, with a sixth as many held out; 0 takes all
         text_tokens=20,  # length that captions are padded to
+        spatial=0.25,  # share of edits chosen of those that move what is drawn; others are of all kinds
         style=0.12,  # share of edits that draw the same thing in another set's style
         last_only=0.4,  # share of canvases of which only the last drawing is to change
         edited_before=0.5,  # share of the other drawings on those canvases that come edited already
@@ -46,6 +48,8 @@ def default():
         caption_drop=0.05,  # share of captions left out: for guidance without a classifier
         condition_drop=0.12,  # share of text to image that shows an edit's result under its instruction
     )
+
+    config.initial = ""  # a folder of transformer, text_encoder and text_encoder_2 to start from
 
     # A group of examples, of which a batch has config.train.batch: edits of canvases and of single drawings, text to
     # image at a drawing's and at the canvas's size. And what each form weighs in the loss.

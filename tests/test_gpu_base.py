@@ -172,6 +172,7 @@ def test_fewer_variants_in_the_same_shapes(script):
         np.arange(6).reshape(3, 2),
         np.zeros(3, bool),
         np.zeros(4, bool),
+        np.array([1, 3]),
         np.arange(3),
         np.arange(3),
     )
@@ -184,6 +185,7 @@ def test_fewer_variants_in_the_same_shapes(script):
         np.zeros((6, 2), int),
         np.zeros(6, bool),
         np.zeros(4, bool),
+        np.array([1, 3]),
         np.arange(3),
         np.arange(3),
     )

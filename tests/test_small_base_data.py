@@ -9,11 +9,19 @@ import pytest
 from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS, DrawingSets
 from lorweb_jax.data.embedded.operations import LAST_ONLY, OPERATIONS, STYLES
 from lorweb_jax.small_base.captions import Captions
-from lorweb_jax.small_base.corpus import draw_batch, draw_canvases, draw_edits, look_up, make_corpus
+from lorweb_jax.small_base.corpus import SPATIAL, draw_batch, draw_canvases, draw_edits, look_up, make_corpus, spread
 
 SIGNS, PHOTOGRAPHS, N = 20, 6, 400
 SHARES = SimpleNamespace(
-    style=0.4, last_only=0.5, edited_before=0.5, twice=0.5, vague=0.2, silent=0.1, caption_drop=0.1, condition_drop=0.3
+    spatial=0.3,
+    style=0.4,
+    last_only=0.5,
+    edited_before=0.5,
+    twice=0.5,
+    vague=0.2,
+    silent=0.1,
+    caption_drop=0.1,
+    condition_drop=0.3,
 )
 
 
@@ -154,3 +162,26 @@ def test_latents_are_those_of_what_was_drawn(corpus, drawings, captions):
     for form in found:
         for name, array in found[form].items():
             np.testing.assert_array_equal(array, again[form][name])
+
+
+@pytest.mark.parametrize("signs, kept", [(0, SIGNS), (6, 6 + 1), (13, 13 + 3), (99, SIGNS)])
+def test_some_signs_in_all_sets_and_more_take_in_fewer(drawings, captions, signs, kept):
+    """Training signs and a sixth as many held-out ones (of four), whole; batches show nothing else."""
+    among = spread(drawings, signs)
+    photographs = drawings.set_of == PHOTOGRAPH
+    assert among[photographs].all() and among[~photographs].sum() == kept * (len(SETS) - 1)
+    assert not (among & ~spread(drawings, signs + 1 if signs else 0)).any()
+    corpus = make_corpus(drawings, captions, 2, among=among)
+    edits = drawn(corpus, 4)
+    for picture in (edits.before, edits.after):
+        assert set(np.unique(picture.drawing % len(drawings))) <= set(np.flatnonzero(among & ~drawings.held_out))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_edits_moves_what_is_drawn(drawings, captions, share):
+    corpus = make_corpus(drawings, captions, 1)
+    edits = drawn(corpus, 1, spatial=share, style=0, silent=0)
+    families = [list(OPERATIONS.values())[i - 1].family for i in edits.after.operation[:, 0]]
+    of_all = np.mean([operation.family in SPATIAL for operation in OPERATIONS.values()])
+    found = np.mean([family in SPATIAL for family in families])
+    assert found == pytest.approx(share + (1 - share) * of_all, abs=0.08 if share < 1 else 0)

@@ -34,6 +34,7 @@ _MAY_CHANGE = frozenset(
         "data.workers",
         "profile",
         "compile_cache",
+        "data.encoded",  # more drawings, as there is time to encode them
     }
 )
 

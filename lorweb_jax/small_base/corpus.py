@@ -19,6 +19,7 @@ from lorweb_jax.small_base.captions import Captions
 # Colours are permuted and sides swapped, which the words for colours and sides don't mind: an instruction names the
 # result's colour, never the drawing's.
 VARIANTS = (lambda rgba: rgba, lambda rgba: rgba[..., :, ::-1, :][..., [1, 2, 0, 3]])
+SPATIAL = ("flip", "rotate", "shift", "size", "squash", "repeat", "mirror")  # families that move what is drawn
 PHOTOGRAPHS = 0.08  # their share of what is drawn; they are few
 
 
@@ -38,6 +39,17 @@ def some(drawings: DrawingSets, signs: int) -> DrawingSets:
     )
 
 
+def spread(drawings: DrawingSets, signs: int) -> np.ndarray:
+    """bool [D]: the drawings of `signs` training signs and a sixth as many held-out ones, of all groups, and all
+    photographs; of all signs for 0. More signs take in those of fewer."""
+    chosen = drawings.set_of == SETS.index("photograph")
+    codes = np.array(drawings.codes)
+    for held_out, count in ((False, signs), (True, -(-signs // 6))):
+        there = np.unique(codes[(drawings.held_out == held_out) & (drawings.set_of != SETS.index("photograph"))])
+        chosen |= np.isin(codes, np.random.default_rng(0).permutation(there)[: count or None])
+    return chosen
+
+
 class Corpus(NamedTuple):
     """Arrays that say what may be drawn. D drawings, V·D with their variants, which follow them; S styles.
 
@@ -52,14 +64,18 @@ class Corpus(NamedTuple):
     twins: Any  # int32 [V·D, S]
     photograph: Any  # bool [V·D]
     needs_shape: Any  # bool [1 + operations]; 0 is the plain drawing
+    spatial: Any  # int32 [·] operations that move what is drawn, counted from 1
     caption_start: Any  # int32 [D] rows of the captions
     caption_count: Any  # int32 [D]
 
 
-def make_corpus(drawings: DrawingSets, captions: Captions, variants: int, held_out: bool = False) -> Corpus:
-    """The corpus of the held-out drawings or of the training ones."""
+def make_corpus(
+    drawings: DrawingSets, captions: Captions, variants: int, held_out: bool = False, among: np.ndarray | None = None
+) -> Corpus:
+    """The corpus of the held-out drawings or of the training ones; only of those in `among` (bool [D]), which holds
+    a sign in all sets or in none."""
     total = len(drawings.names)
-    chosen = np.flatnonzero(drawings.held_out == held_out)
+    chosen = np.flatnonzero((drawings.held_out == held_out) & (True if among is None else among))
     is_photograph = drawings.set_of == SETS.index("photograph")
     photographs, shaped = (chosen[is_photograph[chosen] == kind] for kind in (True, False))
     # As many copies of the photographs as give them their share.
@@ -88,6 +104,9 @@ def make_corpus(drawings: DrawingSets, captions: Captions, variants: int, held_o
         twins=twins.astype(np.int32),
         photograph=np.tile(is_photograph, variants),
         needs_shape=np.array([False, *(operation.needs_shape for operation in OPERATIONS.values())]),
+        spatial=np.array(
+            [i for i, operation in enumerate(OPERATIONS.values(), 1) if operation.family in SPATIAL], np.int32
+        ),
         caption_start=captions.start,
         caption_count=captions.count,
     )
@@ -132,10 +151,10 @@ class Draws:
 
 def draw_edits(key: jax.Array, corpus: Corpus, n: int, k: int, shares) -> Edits:
     """n canvases of k = 4 drawings, or k = 1, before and after an edit. `shares`: see configs/base_transformer.py."""
-    draws = Draws(key, n, 9 + 5 * k)
+    draws = Draws(key, n, 11 + 5 * k)
     operations = len(corpus.needs_shape) - 1
     needs_shape, photograph = jnp.asarray(corpus.needs_shape), jnp.asarray(corpus.photograph)
-    wanted = 1 + draws.below(operations)
+    wanted = jnp.where(draws.happens(shares.spatial), draws.one_of(corpus.spatial), 1 + draws.below(operations))
     restyled, style = draws.happens(shares.style), draws.below(len(corpus.counts))
     member = jnp.asarray(corpus.members)[style[:, None], draws.below(jnp.asarray(corpus.counts)[style][:, None], k)]
     drawing = jnp.where(

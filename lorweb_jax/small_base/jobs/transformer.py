@@ -13,22 +13,23 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.data.embedded.bulk import operated
+from lorweb_jax.common.fingerprint import of_folders
+from lorweb_jax.data.embedded.bulk import operated_chunk
 from lorweb_jax.data.embedded.drawing_sets import DrawingSets, load_sets
 from lorweb_jax.data.embedded.operations import OPERATIONS
 from lorweb_jax.files.safetensors_io import write_json
-from lorweb_jax.files.state import build, flat_state
+from lorweb_jax.files.state import build, differences, flat_state
 from lorweb_jax.images.levels import to_float, to_uint8
 from lorweb_jax.images.pictures import sheet
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
-from lorweb_jax.models.clip.folder import save_clip
+from lorweb_jax.models.clip.folder import open_clip_text, save_clip
 from lorweb_jax.models.t5 import model as t5
 from lorweb_jax.nn.layers import Weight
 from lorweb_jax.nn.sharding import to_host
-from lorweb_jax.pipeline.pretrained import load_vae, save_folder, save_transformer
+from lorweb_jax.pipeline.pretrained import load_transformer, load_vae, save_folder, save_transformer
 from lorweb_jax.small_base.autoencoder import enlarged
 from lorweb_jax.small_base.captions import Captions
-from lorweb_jax.small_base.corpus import VARIANTS, Corpus, draw_batch, look_up, make_corpus, some
+from lorweb_jax.small_base.corpus import VARIANTS, Corpus, draw_batch, look_up, make_corpus, some, spread
 from lorweb_jax.small_base.editor import Editor, EditorConfig, editor_config, flow_loss, sample
 from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
 from lorweb_jax.training.job import Job, NumberedBatches
@@ -85,7 +86,8 @@ class BaseTransformer(Job):
             )
         vae_config, weights = load_vae(vae_folder)
         self.vae = build(lambda: AutoencoderKL(VAEConfig.from_json(vae_config), rngs=nnx.Rngs(0)), weights)
-        self.tables = latents_of(self.vae, weights, self.drawings, config.data)
+        self.encoded = spread(self.drawings, config.data.encoded)
+        self.tables = latents_of(self.vae, weights, self.drawings, config.data, self.encoded)
         self.captions = Captions([self.drawings.captions(i) for i in range(len(self.drawings))])
         with tempfile.TemporaryDirectory() as folder:
             vocabularies = self._tokenizers(Path(folder))
@@ -102,8 +104,23 @@ class BaseTransformer(Job):
     def build(self, rngs: nnx.Rngs) -> Editor:
         return Editor(self.editor_config, self.config.unroll, rngs=rngs)
 
+    def initial(self, shapes) -> dict[str, np.ndarray]:
+        """The weights in the parts of config.initial's folder, of all `shapes`; none where no folder is given."""
+        if not self.config.initial:
+            return {}
+        return {
+            name: np.asarray(array, np.float32)
+            for name, array in read_editor(Path(self.config.initial), self.editor_config, shapes).items()
+        }
+
+    def sources(self) -> dict[str, str]:
+        if not self.config.initial:
+            return {}
+        parts = ("transformer", "text_encoder", "text_encoder_2")
+        return {"initial": of_folders(Path(self.config.initial) / part for part in parts)}
+
     def batches(self, groups: int, seed: int, held_out: bool = False) -> LatentBatches:
-        corpus = make_corpus(self.drawings, self.captions, self.config.data.variants, held_out)
+        corpus = make_corpus(self.drawings, self.captions, self.config.data.variants, held_out, self.encoded)
         return LatentBatches(self.tables, corpus, groups, self.config, seed)
 
     def data(self, config) -> LatentBatches:
@@ -178,6 +195,25 @@ def write_editor(workdir: Path, config: EditorConfig, model: Editor) -> None:
     )
 
 
+def read_editor(folder: Path, config: EditorConfig, shapes) -> dict[str, np.ndarray]:
+    """What `write_editor` wrote, as float32 weights of the paths and shapes in `shapes`; UserError for other sizes."""
+    _, flux = load_transformer(folder / "transformer")
+    parts = {
+        "transformer": flux,
+        "text_encoder": open_clip_text(folder / "text_encoder")[1].load(),
+        "text_encoder_2": t5.open_t5(folder / "text_encoder_2")[1].load(),
+    }
+    weights = {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+    if lines := differences(
+        {name: array.shape for name, array in weights.items()}, {name: shape.shape for name, shape in shapes.items()}
+    ):
+        raise UserError(
+            f"the weights in {folder} don't fit the config ({lines[0]}); set config.transformer, text and "
+            "text_2 as their config.json say, or choose another config.initial"
+        )
+    return weights
+
+
 @nnx.jit(static_argnums=5)
 def _sample(model: Editor, noise, condition, clip_ids, t5_ids, steps):
     return sample(model, noise, condition, clip_ids, t5_ids, steps)
@@ -188,46 +224,48 @@ def _decode(vae: AutoencoderKL, latents: jax.Array) -> jax.Array:
     return vae.image(latents)
 
 
-def latents_of(vae: AutoencoderKL, weights, drawings: DrawingSets, data) -> tuple[np.ndarray, np.ndarray]:
+def latents_of(
+    vae: AutoencoderKL, weights, drawings: DrawingSets, data, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """float16 latents of all drawings: [variants · drawings, 1 + operations, h, w, c], plain and after each operation,
-    and of the plain drawings at the canvas's size [drawings, 2h, 2w, c]. Computed once for a given autoencoder (an
-    hour on two cores) and kept in the cache folder, row by row, so that a run that is stopped goes on."""
+    and of the plain drawings at the canvas's size [drawings, 2h, 2w, c]. Rows of drawings that aren't `wanted`
+    (bool [drawings]) may be zeros. Computed once for a given autoencoder (an hour on two cores for a variant of 10,000
+    drawings) and kept in the cache folder, row by row, so that a run that is stopped goes on, and one that wants more
+    drawings computes those alone."""
     key = hashlib.sha256(b"".join(np.ascontiguousarray(weights[name]).tobytes() for name in sorted(weights)))
     key.update(np.ascontiguousarray(drawings.images).tobytes() + repr((data.variants, list(OPERATIONS))).encode())
     names, total, side = ["", *OPERATIONS], len(drawings), data.size // 8
     shapes = {
-        "quadrants": (data.variants * total, len(names), side, side, 16),
-        "large": (total, 2 * side, 2 * side, 16),
+        "quadrants": ((data.variants * total, len(names), side, side, 16), np.float16),
+        "large": ((total, 2 * side, 2 * side, 16), np.float16),
+        "done": ((data.variants * total,), np.bool),
     }
     folder = Path(data.cache) / f"latents_{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.npy" for name in shapes}
-    if not (folder / "done").is_file():
-        tables = {
-            name: np.lib.format.open_memmap(paths[name], "r+" if paths[name].is_file() else "w+", np.float16, shape)
-            for name, shape in shapes.items()
-        }
-        counter = folder / "rows"
-        done = counter.read_bytes() if counter.is_file() else b""
-        first = int(done) if done.isdigit() and len(done) < 10 else 0
-        encode = nnx.jit(lambda vae, x: vae.latents(to_float(x)).astype(jnp.float16))
-        encode_large = nnx.jit(lambda vae, x: vae.latents(to_float(enlarged(x))).astype(jnp.float16))
-        for row in range(first, len(tables["quadrants"]), _ROWS):
-            chosen = np.arange(row, min(row + _ROWS, len(tables["quadrants"])))
-            images = np.stack([VARIANTS[i // total](drawings.images[i % total]) for i in chosen])
-            for start, stop, images_after in operated(images, names, processes=1):
-                latents = np.asarray(encode(vae, images_after.reshape(-1, *images_after.shape[2:])))
-                tables["quadrants"][chosen[start:stop]] = latents.reshape(stop - start, len(names), *latents.shape[1:])
-                plain = chosen[start:stop] < total
-                if plain.any():
-                    tables["large"][chosen[start:stop][plain]] = np.asarray(encode_large(vae, images_after[plain, 0]))
-            for table in tables.values():
-                table.flush()
-            counter.write_text(str(int(chosen[-1]) + 1))
-            print(f"\rlatents of {chosen[-1] + 1} of {len(tables['quadrants'])} drawings", end="", flush=True)
-        print()
-        (folder / "done").touch()
-    return tuple(np.load(path, mmap_mode="r") for path in paths.values())
+    # Files with holes: rows that nobody wants take no space.
+    quadrants, large, done = (
+        np.lib.format.open_memmap(path, "r+" if path.is_file() else "w+", dtype, shape)
+        for path, (shape, dtype) in ((folder / f"{name}.npy", of) for name, of in shapes.items())
+    )
+    encode = nnx.jit(lambda vae, x: vae.latents(to_float(x)).astype(jnp.float16))
+    encode_large = nnx.jit(lambda vae, x: vae.latents(to_float(enlarged(x))).astype(jnp.float16))
+    missing = np.flatnonzero(np.tile(wanted, data.variants) & ~done)
+    for start in range(0, len(missing), _ROWS):
+        chosen = missing[start : start + _ROWS]
+        images_after = operated_chunk(
+            np.stack([VARIANTS[i // total](drawings.images[i % total]) for i in chosen]), names
+        )
+        padded = np.resize(images_after, (_ROWS, *images_after.shape[1:]))  # one compilation
+        latents = np.asarray(encode(vae, padded.reshape(-1, *images_after.shape[2:])))
+        quadrants[chosen] = latents.reshape(_ROWS, len(names), *latents.shape[1:])[: len(chosen)]
+        if (plain := chosen < total).any():
+            large[chosen[plain]] = np.asarray(encode_large(vae, padded[:, 0]))[: len(chosen)][plain]
+        for table in (quadrants, large):
+            table.flush()
+        done[chosen] = True
+        print(f"\rlatents of {start + len(chosen)} of {len(missing)} drawings", end="", flush=True)
+    print(end="\n" if len(missing) else "")
+    return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("quadrants", "large"))
 
 
-_ROWS = 64  # drawings that are encoded between two notes of how far it is
+_ROWS = 4  # drawings that are encoded at once: larger batches leave the processor's cache
