@@ -12,6 +12,7 @@ _PUBLIC = {
     "Basis": "lorweb_jax.adapters.basis",
     "BasisConfig": "lorweb_jax.adapters.config",
     "Mix": "lorweb_jax.adapters.mix",
+    "Style": "lorweb_jax.pipeline.styles",
     "UserError": "lorweb_jax.common.errors",
     "read_image": "lorweb_jax.images.io",
     "write_image": "lorweb_jax.images.io",

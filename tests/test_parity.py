@@ -84,7 +84,7 @@ def test_recordings_of_pair_customization_pass(tmp_path, checked, quick_compiles
     assert status == 0, [line for line in lines if "FAIL" in line]
     kinds = {line.split()[0] for line in lines[:-1] if line.endswith(" ok")}
     files = {f"{name}.safetensors" for name in ("content_a", "content_d", "style_a", "style_b", "style_d")}
-    assert kinds == {"qr", "augment", "schedule", "forward_d", "train_b"} | files
+    assert kinds == {"qr", "augment", "schedule", "forward_d", "train_b", "sample_two", "e2e_style"} | files
     for name, key in (("forward_d", "cond/both"), ("augment", "2/style")):
         for copied in ("cases.json", f"{name}.npz", "content_d.safetensors", "style_d.safetensors"):
             shutil.copy(golden_dir() / "pair" / copied, tmp_path / copied)

@@ -12,6 +12,7 @@ from lorweb_jax import Pipeline, UserError
 from lorweb_jax.flow.sampling import TrueGuidance, euler
 from lorweb_jax.pipeline import session as sessions
 from lorweb_jax.pipeline.request import edit_request, generation_request
+from lorweb_jax.pipeline.stages import stages, texts
 
 FOLDER = golden_dir() / "tiny_pipeline"
 
@@ -134,12 +135,13 @@ def test_true_guidance_of_a_batch_of_analogies(pipeline, analogy):
 def test_passes_that_are_not_needed_are_not_run(base):
     def passes(**sampling):
         request = generation_request(base.folder, ["one", "two"], None, sampling, (64, 64))
-        return request.passes
+        [stage] = stages(request.sampling)
+        return [line for shown in stage.passes for line in texts(request, [], shown)], stage.combine
 
-    for scale, texts in ((1, ["one", "two"]), (0, ["bad", "bad"]), (3, ["one", "two", "bad", "bad"])):
+    for scale, lines in ((1, ["one", "two"]), (0, ["bad", "bad"]), (3, ["one", "two", "bad", "bad"])):
         negative = {"negative_prompt": "bad"} if scale != 1 else {}
         found, combine = passes(true_guidance=scale, **negative)
-        assert found == texts and 2 * combine.passes == len(texts)
+        assert found == lines and 2 * combine.passes == len(lines)
     assert passes(true_guidance=2.0)[0][2:] == ["", ""]
 
 

@@ -5,12 +5,14 @@ Both are pytrees. Of a stack of layers every array has a leading axis l, which t
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from lorweb_jax.adapters.coefficients import Internal
 from lorweb_jax.nn import sharding
+from lorweb_jax.nn.layers import Adapter
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +36,28 @@ class LowRankAdapter:
         # width n·r, as wide as the hardware likes. The updates A_n B_n [i, o] of the weights are never formed.
         h = jnp.einsum("b...i,nir->b...nr", x, a) * c[..., None]
         return jnp.einsum("b...nr,nro->b...o", h, b)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterSum:
+    """Several adapters of one layer, whose updates add up: such as a style's beside those of a basis."""
+
+    parts: tuple[Adapter, ...]
+
+    def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
+        """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
+        return sum(part(x, text_tokens) for part in self.parts)
+
+
+def added(one: Mapping[str, Adapter] | None, other: Mapping[str, Adapter] | None) -> dict[str, Adapter] | None:
+    """The adapters of both by path, summed where both adapt a layer; None where there are none at all."""
+    if one is None or other is None:
+        return one if other is None else dict(other)
+    return {
+        path: AdapterSum((one[path], other[path])) if path in one and path in other else one.get(path, other.get(path))
+        for path in {**one, **other}
+    }
 
 
 @jax.tree_util.register_dataclass

@@ -10,12 +10,11 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.finite import require_finite
-from lorweb_jax.flow.sampling import SINGLE, Combine, TrueGuidance
 from lorweb_jax.images.grid import fit_to_model, stretched, within
 from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, as_analogies, as_prompts, as_references, as_size
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import Size
-from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, Flag, as_value
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, STRENGTH, Flag, Whole, as_value, shown
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.settings.texts import as_text
 
@@ -30,6 +29,11 @@ class Sampling:
     true_guidance: scale of classifier-free guidance against `negative_prompt` (diffusers' true_cfg_scale), 0 to 100.
         Each step then runs the transformer on two rows an image; at 1 on the prompt alone, at 0 on the negative one.
     negative_prompt: what the image should not be; empty if it isn't given.
+    true_guidance_start: the step, counted from 0, from which `true_guidance` is in force; before it the prompt alone.
+    strengths: of a session's styles, one each, −1000 to 1000, in the place of their own; negative ones lead away.
+    style_start: the step from which the styles are in force; by default a fifth of the steps.
+    published_times: space the noise levels as Pair Customization's published sampler does, which counts a 64th of the
+        image's tokens.
     noise: packed latents [b, s, c] in the place of the seed's (diffusers' `latents`).
     round_to_bfloat16: round timestep and guidance as the published pipeline does in bfloat16, to compare with it.
     callback: callback(step, latents) after each step 0, 1, …, once the packed latents float32 [b, s, c] are computed.
@@ -41,6 +45,10 @@ class Sampling:
     seed: int = 0
     true_guidance: float = 1.0
     negative_prompt: str | None = None
+    true_guidance_start: int = 0
+    strengths: Sequence[float] | None = None
+    style_start: int | None = None
+    published_times: bool = False
     noise: np.ndarray | None = None
     round_to_bfloat16: bool = False
     callback: Callable[[int, jax.Array], Any] | None = None
@@ -51,9 +59,14 @@ class Sampling:
             ("guidance", GUIDANCE),
             ("true_guidance", GUIDANCE),
             ("round_to_bfloat16", Flag()),
+            ("published_times", Flag()),
         ):
             object.__setattr__(self, name, as_value(getattr(self, name), name, rule))
         random_key(self.seed)
+        for name in ("true_guidance_start", "style_start"):
+            self._check_start(name)
+        if self.strengths is not None:
+            object.__setattr__(self, "strengths", as_strengths(self.strengths))
         if self.negative_prompt is not None:
             object.__setattr__(self, "negative_prompt", as_text(self.negative_prompt, "negative_prompt"))
             if self.true_guidance == 1:
@@ -62,10 +75,35 @@ class Sampling:
                     "true_guidance such as 3",
                     2,
                 )
+        if self.true_guidance_start and self.true_guidance == 1:
+            raise UserError(
+                "true_guidance_start was given and true_guidance is 1, at which it changes nothing; give a "
+                "true_guidance such as 4",
+                2,
+            )
         if self.callback is not None and not callable(self.callback):
             raise UserError(
                 f"the callback is a {type(self.callback).__name__}; give a function of (step, latents), or leave it out"
             )
+
+    def _check_start(self, name: str) -> None:
+        if (start := getattr(self, name)) is None:
+            return
+        start = as_value(start, name, Whole(0, SAMPLING_STEPS.high))
+        if start >= self.steps:
+            raise UserError(
+                f"{name} is {start} and there are {self.steps} steps, counted from 0, so that it would never be "
+                f"reached; give at most {self.steps - 1}",
+                2,
+            )
+        object.__setattr__(self, name, start)
+
+
+def as_strengths(values: Any) -> tuple[float, ...]:
+    """Strengths of styles; UserError for anything but a sequence of numbers in STRENGTH."""
+    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
+        raise UserError(f"the strengths are {shown(values)}; give a list of numbers, one for each style", 2)
+    return tuple(float(as_value(value, "a style's strength", STRENGTH)) for value in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +119,6 @@ class Request:
     size: Size
     noise: np.ndarray
     sampling: Sampling
-
-    @property
-    def passes(self) -> tuple[list[str], Combine]:
-        """The texts of all passes that a step needs, pass after pass, and what makes one velocity of theirs."""
-        scale = self.sampling.true_guidance
-        negative = [self.sampling.negative_prompt or ""] * len(self.prompts)
-        if scale == 1:
-            return self.prompts, SINGLE
-        if scale == 0:
-            return negative, SINGLE
-        return self.prompts + negative, TrueGuidance(np.float32(scale))
 
 
 def as_sampling(options: Mapping[str, Any]) -> Sampling:

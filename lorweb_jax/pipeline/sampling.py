@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.flow.sampling import Combine
-from lorweb_jax.flow.schedule import Schedule
+from lorweb_jax.flow.schedule import Schedule, published_tokens
 from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.layers import Adapter
 from lorweb_jax.pipeline.model import AnalogyModel, Size
 from lorweb_jax.pipeline.request import Request
+from lorweb_jax.pipeline.stages import Stage
 
 Text = tuple[jax.Array, jax.Array]  # text [b, t, j], pooled [b, p]
 
@@ -33,24 +33,27 @@ class Embeddings(Protocol):
         """Condition grids uint8 [H, W, 3] -> external queries [b, q]."""
 
 
-def make_images(
-    model: AnalogyModel,
-    schedule: Schedule,
-    request: Request,
-    text: Text,
-    combine: Combine,
-    adapters: dict[str, Adapter] | None,
-) -> np.ndarray:
-    """uint8 [b, H, W, 3] of a request, whose `passes` gave `combine` and the texts.
+class Rows(NamedTuple):
+    """What the rows of a stage's batch have: texts, and what is beside the weights (None: nothing), of all passes."""
 
-    adapters: for all rows of all passes, or None. Raises UserError where the result is not finite, with the place.
+    stage: Stage
+    text: Text
+    adapters: dict[str, Adapter] | None
+
+
+def make_images(
+    model: AnalogyModel, schedule: Schedule, request: Request, text: Text, stages: Sequence[Rows]
+) -> np.ndarray:
+    """uint8 [b, H, W, 3] of a request, by its stages in order.
+
+    text: all texts that these have. Raises UserError where the result is not finite, with the place.
     """
     model, references, reference_sizes = model.only("transformer", "vae"), None, None
     if request.references:
         encoded = [_encode(model.only("vae"), jnp.asarray(image)) for image in request.references]
         references = jnp.concatenate(encoded, axis=1)
         reference_sizes = tuple(image.shape[1:3] for image in request.references)
-    tokens = _denoise(model, schedule, request, text, combine, adapters, references, reference_sizes)
+    tokens = _denoise(model, schedule, request, stages, references, reference_sizes)
     decoded = _decode(model.only("vae"), request.size, tokens)
     places = {"the text's embedding": text[0], "the text's pooled embedding": text[1]}
     if references is not None:
@@ -59,18 +62,21 @@ def make_images(
     return to_uint8(decoded)
 
 
-def _denoise(model, schedule, request, text, combine, adapters, references, reference_sizes) -> jax.Array:
-    """Packed latents [b, s, c] after all steps: one program, or one a step where there is a callback."""
-    sampling, noise = request.sampling, jnp.asarray(request.noise)
-    sigmas, guidance = schedule.sigmas(sampling.steps, noise.shape[1]), jnp.float32(sampling.guidance)
+def _denoise(model, schedule, request, stages, references, reference_sizes) -> jax.Array:
+    """Packed latents [b, s, c] after all steps: one program a stage, or one a step where there is a callback."""
+    sampling, z = request.sampling, jnp.asarray(request.noise)
+    tokens = published_tokens(*request.size) if sampling.published_times else z.shape[1]
+    sigmas, guidance = schedule.sigmas(sampling.steps, tokens), jnp.float32(sampling.guidance)
     shape = (request.size, reference_sizes, sampling.round_to_bfloat16)
-    if sampling.callback is None:
-        return _sample(model, shape, noise, references, text, guidance, jnp.asarray(sigmas), combine, adapters)
-    modulations = _modulations(model, shape, text, guidance, jnp.asarray(sigmas), adapters)
-    z = noise
-    for step, difference in enumerate(np.diff(sigmas)):
-        z = _step(model, shape, step, z, difference, modulations, references, text, combine, adapters)
-        sampling.callback(step, jax.block_until_ready(z))
+    for stage, text, adapters in stages:
+        levels, combine = sigmas[stage.first : stage.end + 1], stage.combine
+        if sampling.callback is None:
+            z = _sample(model, shape, z, references, text, guidance, jnp.asarray(levels), combine, adapters)
+            continue
+        modulations = _modulations(model, shape, text, guidance, jnp.asarray(levels), adapters)
+        for step, difference in enumerate(np.diff(levels)):
+            z = _step(model, shape, step, z, difference, modulations, references, text, combine, adapters)
+            sampling.callback(stage.first + step, jax.block_until_ready(z))
     return z
 
 

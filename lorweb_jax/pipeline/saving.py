@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorweb_jax.adapters import pair
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.formats.basis_file import write_basis
 from lorweb_jax.adapters.formats.lora_file import NAMES, TruncationError, mixed_factors, truncate, write_lora
@@ -53,6 +54,16 @@ def save_lora(
     with told_if_unwritable(path):
         write_lora(path, factors, dtype, alpha, names, layers)
     return error
+
+
+def mix_as_member(basis: Basis, mix: Mix) -> pair.Member:
+    """One mix as an adapter of rank n·r, exactly."""
+    factors = mixed_factors(_arrays(basis), basis.own(mix).coefficients, basis.config.scale)
+    return pair.Member(
+        {path: a.transpose(0, 2, 1) for path, (a, _) in factors.items()},
+        {path: b for path, (_, b) in factors.items()},
+        {path: tuple(range(len(a))) for path, (a, _) in factors.items()},
+    )
 
 
 def _target(path: Any, source: Path | None) -> Path:

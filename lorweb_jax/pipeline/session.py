@@ -16,11 +16,14 @@ import numpy as np
 
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.fold import fold, layer_at
+from lorweb_jax.adapters.mixture import added
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import Adapter
 from lorweb_jax.pipeline.arguments import Images
 from lorweb_jax.pipeline.request import Request, edit_request, generation_request
-from lorweb_jax.pipeline.sampling import make_images
+from lorweb_jax.pipeline.sampling import Rows, Text, make_images
+from lorweb_jax.pipeline.stages import stages, texts
+from lorweb_jax.pipeline.styles import SAMPLING_DEFAULTS, SIDE_DEFAULT, Style, Styles
 
 if TYPE_CHECKING:
     from lorweb_jax.pipeline.pipeline import Pipeline
@@ -31,16 +34,22 @@ class Session:
 
     A folded session holds weights beside the pipeline's: those kernels of the transformer that the basis adapts (23.7
     GB of FLUX.1 Kontext's 23.8 in bfloat16); all else is shared. Every step then costs what the base costs. A session
-    that isn't folded holds the coefficients alone. `close`, or the end of a `with` block, frees the weights at once;
+    that isn't folded holds the coefficients alone. Styles are always beside the weights. `close`, or the end of a `with` block, frees the weights at once;
     `nbytes` is their size.
     """
 
     def __init__(
-        self, pipeline: Pipeline, basis: Basis | None, coefficients: dict[str, jax.Array] | None, folded: bool
+        self,
+        pipeline: Pipeline,
+        basis: Basis | None,
+        coefficients: dict[str, jax.Array] | None,
+        folded: bool,
+        styles: Sequence[Style] = (),
     ):
         """basis: None for the base alone. coefficients: {path: c [l, b, n]} of each row of a batch, or of all rows
-        where b is 1; None where the layers' own inputs choose them. folded: b must be 1."""
+        where b is 1; None where the layers' own inputs choose them. folded: b must be 1. styles: what guides."""
         self._pipeline, self._basis, self._coefficients = pipeline, basis, coefficients
+        self._styles = Styles(styles, pipeline.folder.backbone.adapted) if styles else None
         self._model, self._own = pipeline.model, ()
         if folded:
             transformer = fold(pipeline.model.transformer, basis.adapters(coefficients))
@@ -57,7 +66,7 @@ class Session:
         self, conditions: Sequence[Images], prompts: Sequence[str], *, max_size: int | None = None, **sampling
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once, all by this session's mix; as `Pipeline.edit_batch`."""
-        _, request = edit_request(self._pipeline.folder, conditions, prompts, sampling, max_size)
+        _, request = edit_request(self._pipeline.folder, conditions, prompts, self._with_styles(sampling), max_size)
         return self.edited(request)
 
     def generate(
@@ -83,6 +92,9 @@ class Session:
         **sampling,
     ) -> list[np.ndarray]:
         """One image for each prompt; as `Pipeline.generate_batch`."""
+        if self._styles and images is None and max_size is None:
+            max_size = SIDE_DEFAULT
+        sampling = self._with_styles(sampling)
         request = generation_request(self._pipeline.folder, prompts, images, sampling, size, max_size)
         return self.generated(request)
 
@@ -121,15 +133,38 @@ class Session:
         if self._model is None:
             raise UserError("the session is closed; open another one with the pipeline's `session`")
 
+    def _with_styles(self, sampling: dict[str, Any]) -> dict[str, Any]:
+        """The options of a sampling, with the defaults of style guidance where there are styles."""
+        if self._styles:
+            return SAMPLING_DEFAULTS | sampling
+        if unused := [name for name in ("strengths", "style_start") if sampling.get(name) is not None]:
+            raise UserError(
+                f"{unused[0]} was given and there is no style; leave it out, or open the session with styles", 2
+            )
+        return sampling
+
     def _images(self, request: Request) -> np.ndarray:
         self._require_open()
-        texts, combine = request.passes
-        text = self._pipeline.prompt(texts)
-        adapters = self._adapters(combine.passes)
-        return make_images(self._model, self._pipeline.folder.schedule, request, text, combine, adapters)
+        strengths, words = [], []
+        if self._styles:
+            strengths, words = request.sampling.strengths or self._styles.strengths, self._styles.words
+            if len(strengths) != len(words):
+                raise UserError(f"{len(strengths)} strengths were given for {len(words)} styles; give one for each", 2)
+        batch, sections = len(request.prompts), stages(request.sampling, strengths)
+        shown = list(dict.fromkeys(each for stage in sections for each in stage.passes))
+        text = self._pipeline.prompt([line for each in shown for line in texts(request, words, each)])
+        rows = [
+            Rows(
+                stage,
+                _rows_of(text, [shown.index(each) for each in stage.passes], batch),
+                added(self._adapters(len(stage.passes)), self._styles and self._styles.adapters(stage.passes, batch)),
+            )
+            for stage in sections
+        ]
+        return make_images(self._model, self._pipeline.folder.schedule, request, text, rows)
 
     def _adapters(self, passes: int) -> dict[str, Adapter] | None:
-        """What is beside the weights, for the rows of all passes."""
+        """What the basis has beside the weights, for the rows of so many passes."""
         if self._basis is None:
             return None
         if self._coefficients is None:
@@ -137,3 +172,11 @@ class Session:
         return self._basis.adapters(
             {path: jnp.tile(c, (1, passes, 1)) if c.shape[1] > 1 else c for path, c in self._coefficients.items()}
         )
+
+
+def _rows_of(text: Text, passes: Sequence[int], batch: int) -> Text:
+    """The texts of these passes, of all that were encoded pass after pass."""
+    places = np.concatenate([np.arange(number * batch, (number + 1) * batch) for number in passes])
+    if len(places) == len(text[0]) and (places == np.arange(len(places))).all():
+        return text
+    return text[0][places], text[1][places]

@@ -155,6 +155,7 @@ Rule = Whole | Real | Choice | Flag | Folder | Several | Either | Steps
 
 SHARE = Real(0, 1)  # a probability
 GUIDANCE = Real(0, 100)
+STRENGTH = Real(-1000, 1000)  # of a style
 SAMPLING_STEPS = Whole(1, 1000)
 SHOWN_PER_TASK = Whole(1, 10**6)
 SHOWN_AT_ONCE = Whole(1, 65_536)

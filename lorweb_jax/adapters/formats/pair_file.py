@@ -21,6 +21,18 @@ from lorweb_jax.files.safetensors_io import write
 _DOWN, _UP = ".down.weight", ".up.weight"
 
 
+def is_published(checkpoint: Checkpoint) -> bool:
+    """Whether a file has the published layout: down and up of XLabs' processors, all of one rank, and no more.
+
+    XLabs' own LoRAs may have it too; nothing in a file tells them from an adapter of Pair Customization.
+    """
+    keys = [lora_names.parse(key) for key in checkpoint.shapes]
+    if not keys or not all(key and key.scheme == "XLabs'" and key.role in ("down", "up") for key in keys):
+        return False
+    ranks = {shape[0] if key.role == "down" else shape[-1] for key, shape in zip(keys, checkpoint.shapes.values())}
+    return len(ranks) == 1
+
+
 def read_member(path: str | Path, layers: Layers) -> Member:
     """An adapter's file; B [o, r] and A [r, i] as they are stored, converted to float32.
 

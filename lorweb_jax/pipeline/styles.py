@@ -1,0 +1,151 @@
+"""Styles for style guidance (method.md §7): from whatever holds an adapter, as members of one basis.
+
+style = pipeline.style("runs/pair", strength=6)
+write_image("dog.png", pipeline.stylize("a dog", style, seed=0))
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lorweb_jax.adapters import pair
+from lorweb_jax.adapters.basis import AdaptedLayer, Basis, BasisConfig
+from lorweb_jax.adapters.formats import identify
+from lorweb_jax.adapters.formats.lora_read import read_lora
+from lorweb_jax.adapters.formats.pair_file import is_published, read_member
+from lorweb_jax.common.errors import UserError, say
+from lorweb_jax.files.checkpoint import Checkpoint
+from lorweb_jax.files.hub_cache import existing
+from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.pipeline.stages import Pass
+from lorweb_jax.settings.rules import STRENGTH, as_value, shown
+from lorweb_jax.settings.texts import as_text
+
+STRENGTH_DEFAULT = 6.0  # of the published FLUX script
+# What sampling takes by default where there are styles: the published FLUX script's, but for its negative prompt.
+SAMPLING_DEFAULTS = {"steps": 50, "guidance": 1.0, "true_guidance": 4.0}
+SIDE_DEFAULT = 512  # pixels of a picture from text, unless the autoencoder was trained at less
+_STYLE_FILE = "style_lora.safetensors"  # of the published training
+_FILES = ("*.safetensors",)
+_BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Style:
+    """An adapter that pictures can be guided towards; `Pipeline.style` reads one.
+
+    member: the adapter. name: for labels. strength: λ, how far guidance goes; negative leads away from the style.
+    words: what follows the prompt in the style's own pass, such as "in watercolor style"; may be empty. weight: what
+    the adapter itself is multiplied by in that pass; 1 as it was trained, another thing than the strength.
+    Raises UserError for a strength or weight that isn't a number from −1000 to 1000.
+    """
+
+    member: pair.Member
+    name: str
+    strength: float = STRENGTH_DEFAULT
+    words: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", as_text(self.name, "a style's name"))
+        object.__setattr__(self, "words", as_text(self.words, "the style words").strip())
+        for field in ("strength", "weight"):
+            value = as_value(getattr(self, field), f"the {field} of the style {self.name}", STRENGTH)
+            object.__setattr__(self, field, float(value))
+
+
+def read_style(path: Path, layers: Mapping[str, AdaptedLayer]) -> tuple[pair.Member, str | None]:
+    """(the adapter, its style words if they are known) of a style.
+
+    path: a published style file or the folder it lies in, or the file of any ordinary LoRA, which is taken as a plain
+    style. Raises UserError for anything else, and for a file called content…: nothing in a content adapter tells it
+    from a style.
+    """
+    path = existing(path, _FILES, "the file of a style or of a LoRA, or the folder of a run of configs/pair.py")
+    if (path / _STYLE_FILE).is_file():
+        path /= _STYLE_FILE
+    if path.stem.lower().startswith("content"):
+        raise UserError(
+            f"{path} is by its name a content adapter, which isn't used in sampling; give the style that was trained "
+            "with it (or rename the file, if it is one)"
+        )
+    checkpoint = Checkpoint(path)
+    if is_published(checkpoint):
+        return read_member(path, layers), None
+    what = identify.by_names(checkpoint, flux=True)
+    if what and what[0] == identify.BASIS:
+        raise UserError(
+            f"{path} is {what[0]}, and a style is a single adapter; freeze what the basis says of an analogy with "
+            "python -m lorweb_jax.export lora, and give that file"
+        )
+    return member_of(*read_lora(path, layers)), None
+
+
+def member_of(config: BasisConfig, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> pair.Member:
+    """A basis of one member as an adapter; blocks that it leaves as they are have none."""
+    a = {path: parts["a"][:, 0].transpose(0, 2, 1) for path, parts in arrays.items()}
+    b = {path: parts["b"][:, 0] for path, parts in arrays.items()}
+    blocks = {path: tuple(np.flatnonzero(b[path].any(axis=(1, 2))).tolist()) for path in arrays}
+    kept = [path for path in arrays if blocks[path]] or list(arrays)
+    return pair.Member(*({path: part[path] for path in kept} for part in (a, b, blocks)))
+
+
+def as_styles(value: Style | Sequence[Style]) -> list[Style]:
+    """UserError for anything but one style or several."""
+    styles = [value] if isinstance(value, Style) else value
+    if not isinstance(styles, Sequence) or isinstance(styles, str) or not styles:
+        raise UserError(f"the styles are {shown(value)}; give one or several of `Pipeline.style`")
+    for style in styles:
+        if not isinstance(style, Style):
+            raise UserError(f"{shown(style)} is no style; read it by `Pipeline.style`")
+    return list(styles)
+
+
+class Styles:
+    """Styles as the members of one basis with fixed coefficients, whose rows of a batch have one of them or none."""
+
+    def __init__(self, styles: Sequence[Style], layers: Mapping[str, AdaptedLayer]):
+        """layers: of the model, by path."""
+        self.styles = list(styles)
+        weights = np.diag([style.weight for style in self.styles])
+        self.rows = unique_names([style.name for style in self.styles], taken=(_BASE,))
+        members = [style.member for style in self.styles]
+        config = BasisConfig(
+            size=len(members),
+            rank=max(member.rank for member in members),
+            query="fixed",
+            query_dim=None,
+            table={_BASE: np.zeros(len(members)), **dict(zip(self.rows, weights))},
+            frozen=("a", "b"),
+        )
+        self.basis = Basis.from_arrays(config, pair.stack(members, layers))
+
+    @property
+    def strengths(self) -> list[float]:
+        return [style.strength for style in self.styles]
+
+    @property
+    def words(self) -> list[str]:
+        return [style.words for style in self.styles]
+
+    def adapters(self, passes: Sequence[Pass], batch: int) -> dict[str, Adapter] | None:
+        """What is beside the weights for the rows of these passes, `batch` of each; None if none has a style."""
+        if not any(isinstance(shown, int) for shown in passes):
+            return None
+        names = [self.rows[shown] if isinstance(shown, int) else _BASE for shown in passes]
+        return self.basis.adapters(self.basis.named(np.repeat(names, batch).tolist()))
+
+
+def unique_names(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """The names, the second of one name as "name 2", and so on."""
+    unique = list(taken)
+    for name in names:
+        numbers = (f"{name} {number}" for number in range(2, 2 + len(unique)))
+        unique.append(name if name not in unique else next(free for free in numbers if free not in unique))
+    return unique[len(taken) :]
+
+
+def say_without_words(name: str) -> None:
+    say(f"{name} comes without style words: its own pass has the prompt as it is; give the words that it was made for")
