@@ -116,8 +116,8 @@ def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, 
     losses = []
     with jax.set_mesh(mesh):
         step = TrainStep(job, partition, optimizer, config, mesh, shapes)
-        for batch in batches():
-            state, metrics = step(state, frozen, sharding.put_batch(mesh, batch))
+        for number, batch in enumerate(batches()):
+            state, metrics = step(number, state, frozen, sharding.put_batch(mesh, batch))
             losses.append(float(metrics["loss"]))
     trainable = state.trainable
     share = {

@@ -62,7 +62,7 @@ def test_parts_of_a_step_have_names():
     shapes = state_shapes(job, partition, optimizer, config, mesh)
     step = TrainStep(job, partition, optimizer, config, mesh, shapes)
     batch = {"x": jax.ShapeDtypeStruct((8, 4), "float32")}
-    text = step.update.lower(shapes, partition.frozen_shapes(mesh, "float32"), batch).compile().as_text()
+    text = step.update().lower(shapes, partition.frozen_shapes(mesh, "float32"), batch).compile().as_text()
     for name in ("train/jvp(loss)", "train/optimizer", "average"):
         assert f"/{name}/" in text, name
 

@@ -25,7 +25,7 @@ from lorweb_jax.training.job import Phase
 from lorweb_jax.training.loop import train
 from lorweb_jax.training.optimizer import make_optimizer, make_schedule, moving_average
 from lorweb_jax.training.state import Partition, frozen_weights, initial_state, state_shapes
-from lorweb_jax.training.step import make_update
+from lorweb_jax.training.step import TrainStep, make_update
 
 LINE_JOB = str(Path(__file__).parent / "line_job.py")
 
@@ -218,6 +218,9 @@ class Two(nnx.Module):
 
 
 class TwoPhases(line_job.LineJob):
+    def __init__(self, start: int, joint: bool):
+        self.start, self.joint = start, joint
+
     def build(self, rngs):
         return Two(rngs)
 
@@ -233,36 +236,137 @@ class TwoPhases(line_job.LineJob):
         def product(model, batch, key):
             return (model.slope[...] * model.shift[...]).sum(), {"largest": model.shift[...].max()}
 
-        return [Phase("first", squares, nnx.PathContains("slope")), Phase("second", product, nnx.PathContains("shift"))]
+        return [
+            Phase("first", squares, nnx.PathContains("slope")),
+            Phase("second", product, nnx.PathContains("shift"), self.start),
+        ]
 
 
-def test_phases_follow_one_another_each_with_an_optimizer_of_its_own(tmp_path):
-    """Two steps by a float64 AdamW written out here: the second phase's gradient is the slope after the first's update,
-    clipped by itself; 1e-5 relative. And a whole run, with its log and checkpoint."""
+@pytest.mark.parametrize("start, joint", [(0, False), (2, False), (1, True)])
+def test_phases_follow_one_another_each_with_an_optimizer_of_its_own(tmp_path, start, joint):
+    """Four steps by a float64 AdamW written out here: the second phase's gradient is the slope after the first's
+    update, clipped by itself; or, jointly, before it, both clipped together. A phase that begins later begins its
+    moments and its count then. 1e-5 relative; and a whole run, with its log and checkpoint."""
     config = line_job.get_config()
-    config.train.steps = config.train.checkpoint_every = 2
-    job, partition, optimizer, shapes = parts_of(config, TwoPhases())
+    config.train.steps = config.train.checkpoint_every = 4
+    job, partition, optimizer, shapes = parts_of(config, TwoPhases(start, joint))
     assert shapes.optimizer.keys() == {"first", "second"}
     state = initial_state(job, partition, optimizer, config, shapes)
     values = {name: np.asarray(array, np.float64) for name, array in state.trainable.items()}
     moments = {name: [np.zeros(4), np.zeros(4)] for name in values}
-    for step, batch in zip(range(2), job.data(config)):
+    for step, batch in zip(range(4), job.data(config)):
         x = batch["x"].astype(np.float64)
-        for name in ("slope", "shift"):
-            error = values["slope"] * x + values["shift"] - 1
-            gradient = (2 * error * x).sum(0) if name == "slope" else values["slope"].copy()
-            gradient *= min(1.0, 1.0 / np.linalg.norm(gradient))
-            m, v = moments[name]
-            moments[name] = m, v = [0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2]
-            direction = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
-            values[name] -= 0.05 * (direction + 0.05 * values[name])
+        names = ("slope", "shift")[: 1 + (step >= start)]
+        before = dict(values)
+
+        def gradient(name, point, x=x):
+            error = point["slope"] * x + point["shift"] - 1
+            return (2 * error * x).sum(0) if name == "slope" else point["slope"].copy()
+
+        norm = np.linalg.norm([gradient(name, before) for name in names])
+        for name in names:
+            own = gradient(name, before if joint else values)
+            own *= min(1.0, 1.0 / (norm if joint else np.linalg.norm(own)))
+            count, (m, v) = step + 1 - start * (name == "shift"), moments[name]
+            moments[name] = m, v = [0.9 * m + 0.1 * own, 0.99 * v + 0.01 * own**2]
+            direction = m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.99**count)) + 1e-8)
+            values[name] = values[name] - 0.05 * (direction + 0.05 * values[name])
     train(config, tmp_path, lambda config: job)
     restored = restore_trainables(tmp_path)[0]
     for name, value in values.items():
         np.testing.assert_allclose(restored[name], value, rtol=1e-5, err_msg=name)
-    assert {"loss", "first/loss", "second/loss", "second/largest", "second/gradient_norm"} <= set(
-        (tmp_path / "log.txt").read_text().splitlines()[0].split()
-    )
+    lines = [set(line.split()) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    for step, line in enumerate(lines):
+        assert {"loss", "first/loss"} <= line and ("gradient_norm" in line) == joint
+        assert {"second/loss", "second/largest", "second/gradient_norm"} & line == (
+            {"second/loss", "second/largest", "second/gradient_norm"} if step >= start else set()
+        )
+
+
+def test_a_run_whose_second_phase_begins_within_an_interval_of_the_log_goes_on_exactly(tmp_path, monkeypatch):
+    """Broken off before the phase begins and after it; its metrics are means over the steps that it ran in."""
+    config = line_job.get_config()
+    config.train.steps, config.train.log_every, config.train.checkpoint_every = 6, 3, 2
+    job = TwoPhases(2, False)
+    train(config, tmp_path / "whole", lambda config: job)
+    real = line_job.Points.__next__
+    for last in (3, 5):
+
+        def next_batch(self, last=last):
+            if self.position == last:
+                raise KeyboardInterrupt
+            return real(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(line_job.Points, "__next__", next_batch)
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path / "run", lambda config: job)
+    assert train(config, tmp_path / "run", lambda config: job)
+    assert (tmp_path / "run/log.txt").read_bytes() == (tmp_path / "whole/log.txt").read_bytes()
+    whole, resumed = (restore_trainables(tmp_path / name)[0] for name in ("whole", "run"))
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name])
+
+
+def test_no_phase_in_the_first_step_is_refused(tmp_path):
+    job = TwoPhases(1, False)
+    later = [Phase("late", job.loss, start=1)]
+    job.phases = lambda: later
+    with pytest.raises(UserError, match="no phase of the job runs in step 0"):
+        train(line_job.get_config(), tmp_path, lambda config: job)
+
+
+class Encoded(line_job.LineJob):
+    """The line's loss, of what `encode` makes of each micro-batch."""
+
+    def encode(self, model, batch):
+        assert batch["x"].shape == (2, 4)
+        return {"x": batch["x"] * 2}
+
+
+def test_accumulated_gradients_are_the_mean_over_micro_batches():
+    """Two updates of four micro-batches by a float64 AdamW written out here, each with a key of its own; 1e-4
+    relative."""
+    config = line_job.get_config()
+    config.train.accumulate = 4
+    job, partition, optimizer, shapes = parts_of(config, Encoded())
+    step = TrainStep(job, partition, optimizer, config, sharding.make_mesh(config.mesh), shapes)
+    state = initial_state(job, partition, optimizer, config, shapes)
+    slope = np.asarray(state.trainable["slope"], np.float64)
+    mu, nu = np.zeros_like(slope), np.zeros_like(slope)
+    frozen = {"frozen.a.b": jnp.full(4, 0.5)}
+    for number, batch in zip(range(2), job.data(config)):
+        x = 2 * batch["x"].astype(np.float64)
+        losses, gradients = [], []
+        for part in range(4):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), number), part)
+            own = x[part::4]
+            noise = np.asarray(0.1 * jax.random.normal(key, own.shape), np.float64)
+            error = own @ slope + 0.5 - (own[:, ::-1] + noise)
+            losses.append(np.square(error).mean())
+            gradients.append(2 * own.T @ error / error.size)
+        gradient = np.mean(gradients, axis=0)
+        norm = np.linalg.norm(gradient)
+        state, metrics = step(number, state, frozen, {"x": jnp.asarray(batch["x"])})
+        assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+        assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
+        gradient *= min(1.0, 1.0 / norm)
+        mu, nu = 0.9 * mu + 0.1 * gradient, 0.99 * nu + 0.01 * gradient**2
+        unbiased = mu / (1 - 0.9 ** (number + 1)), nu / (1 - 0.99 ** (number + 1))
+        slope -= 0.05 * (unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8) + 0.05 * slope)
+        np.testing.assert_allclose(state.trainable["slope"], slope, rtol=1e-4)
+
+
+def test_micro_batches_that_do_not_divide_are_refused(tmp_path):
+    config = line_job.get_config()
+    config.train.accumulate = 3
+    with pytest.raises(
+        UserError, match="train.accumulate is 3; it must be a divisor of config.train.batch, which is 8"
+    ):
+        train(config, tmp_path, make_job)
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 1})
+    with pytest.raises(UserError, match="8, in 8 micro-batches, does not divide over 2 devices.*a multiple of 16"):
+        sharding.check_batch(8, mesh, 8)
 
 
 def test_schedules():

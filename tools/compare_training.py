@@ -96,7 +96,7 @@ def trained(config, name: str) -> Outcome:
         data = job.data(config)
         for index in range(steps):
             batch = next_batch(job, data, batch_size, mesh)
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(index, state, frozen, batch)
             losses.append(float(metrics["loss"]))
             start = start or time.perf_counter()  # the first step holds the compiler's time
             if (index + 1) % 20 == 0:

@@ -131,13 +131,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total])
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-    """UserError unless the batch divides over the mesh's data and fsdp axes."""
+def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """UserError unless each of `accumulate` micro-batches divides over the mesh's data and fsdp axes."""
     shares = batch_shares(mesh)
-    if batch % shares:
+    if batch % (shares * accumulate):
+        parts = f", in {accumulate} micro-batches," if accumulate > 1 else ""
         raise UserError(
-            f"a batch of {batch} does not divide over {shares} devices (data {mesh.shape['data']} × fsdp "
-            f"{mesh.shape['fsdp']}); set --config.train.batch to a multiple of {shares}, or let "
+            f"a batch of {batch}{parts} does not divide over {shares} devices (data {mesh.shape['data']} × fsdp "
+            f"{mesh.shape['fsdp']}); set --config.train.batch to a multiple of {shares * accumulate}, or let "
             "--config.mesh.tensor take more of the devices",
             2,
         )

@@ -50,7 +50,7 @@ class Program:
 def train_program(job: BasisJob, mesh: Mesh) -> Program:
     """One training step. UserError where batch or heads don't divide over the mesh."""
     config = job.config
-    sharding.check_batch(config.train.batch, mesh)
+    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     for heads in job.attention_heads:
         sharding.check_heads(heads, mesh)
     partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
@@ -65,7 +65,7 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
         "train",
         job,
         mesh,
-        (Part(step.encode, (frozen, batch)), Part(step.update, (state, frozen, encoded))),
+        (Part(step.encode, (frozen, batch)), Part(step.update(), (state, frozen, encoded))),
         {"base": frozen, "basis": basis, "optimizer": (state.optimizer, state.average), "batch": encoded},
         state.trainable,
         config.train.batch,

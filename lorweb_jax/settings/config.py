@@ -25,6 +25,7 @@ _MAY_CHANGE = frozenset(
         "train.checkpoint_every",
         "train.log_images_every",
         # where and how it is computed, as other hardware may need it
+        "train.accumulate",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
@@ -53,6 +54,7 @@ def base_config(job: str) -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 1000  # optimizer updates in all
     config.train.batch = 6  # examples a step, over all devices
+    config.train.accumulate = 1  # parts that a batch is computed in, one after another; their gradients are averaged
     config.train.log_every = 20  # steps between lines of metrics (each line is the mean since the last)
     config.train.checkpoint_every = 200
     config.train.log_images_every = 500

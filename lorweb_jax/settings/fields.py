@@ -48,6 +48,7 @@ COMMON: dict[str, Rule] = {
     "seed": SEED,
     "train.steps": _COUNT,
     "train.batch": BATCH,
+    "train.accumulate": BATCH,
     "train.log_every": _COUNT,
     "train.checkpoint_every": _COUNT,
     "train.log_images_every": _COUNT,
@@ -258,11 +259,18 @@ def _training(values: Values) -> None:
             2,
         )
     shares, batch = math.prod(sizes[axis] for axis in ("data", "fsdp") if sizes[axis] > 0), values["train.batch"]
-    if batch % shares:
+    if batch % (accumulate := values["train.accumulate"]):
+        raise refused(
+            "train.accumulate",
+            accumulate,
+            f"a divisor of config.train.batch, which is {batch}: micro-batches are of one size",
+        )
+    if batch // accumulate % shares:
         raise refused(
             "train.batch",
             batch,
-            f"a multiple of {shares}, the number of devices that config.mesh.data and .fsdp share it among",
+            f"a multiple of {shares * accumulate}, the number of devices that config.mesh.data and .fsdp share it "
+            "among" + f", times config.train.accumulate, {accumulate}" * (accumulate > 1),
         )
 
 
@@ -303,8 +311,13 @@ def _base_vae(values: Values) -> None:
                 values["model.norm_num_groups"],
                 f"a divisor of each of config.model.block_out_channels, such as {channels}",
             )
-    if values["train.batch"] % 2:
-        raise refused("train.batch", values["train.batch"], "even: half of a batch is decoded whole, half as quadrants")
+    if values["train.batch"] // values["train.accumulate"] % 2:
+        raise refused(
+            "train.batch",
+            values["train.batch"],
+            f"a multiple of {2 * values['train.accumulate']}: half of what is computed at once is decoded whole, half "
+            "as quadrants",
+        )
 
 
 def _base_clip(values: Values) -> None:

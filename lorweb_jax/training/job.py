@@ -61,12 +61,14 @@ class Phase:
     """One pass of a training step: a loss, and the trainables that are updated by its gradient.
 
     The phases of a step run one after another on the same batch and random key, each with the trainables as the phase
-    before left them, and with an optimizer state (gradient clipping included) of its own.
+    before left them (see `Job.joint`), and with an optimizer state (gradient clipping included) of its own. In steps
+    before `start` a phase isn't computed, and its optimizer state stays as it was initialised, step count included.
     """
 
     name: str  # of the optimizer state in the checkpoint, and of the metrics where there are several phases
     loss: Loss
     trains: nnx.filterlib.Filter = ...  # which of the trainables; all by default
+    start: int = 0  # the first step that it runs in, counted from 0
 
 
 class Job:
@@ -75,6 +77,10 @@ class Job:
     # Variables of this type (and its subclasses) are trained: they alone are differentiated, optimized,
     # averaged, checkpointed and exported. Every other Variable of the model is frozen.
     trainable: type[nnx.Variable]
+
+    # Whether the phases of a step all take their gradients at the point where the step began: the gradient of the sum
+    # of their losses, clipped by its norm as a whole, where no two phases train the same.
+    joint = False
 
     @property
     def trainable_filter(self) -> nnx.filterlib.Filter:
@@ -124,8 +130,8 @@ class Job:
         return batch
 
     def encode(self, model: nnx.Module, batch: Batch) -> Batch:
-        """On the devices before each step: arrays [b, …] that frozen parts alone make of the batch, such as latents of
-        images, to be added to it.
+        """On the devices before each step: arrays [b, …] that frozen parts alone make of the batch, or of one of its
+        micro-batches, such as latents of images, to be added to it.
 
         Traced, in a program of its own: it is compiled beside the step's, and nothing of it is kept for the backward
         pass. `model`'s trainables are mere shapes here; to use one is an error.
@@ -133,7 +139,8 @@ class Job:
         return {}
 
     def loss(self, model: nnx.Module, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(scalar loss, scalar metrics) of one batch; traced, differentiated; all randomness comes from `key`."""
+        """(scalar loss, scalar metrics), means over one batch, or over one micro-batch of it where
+        config.train.accumulate says so; traced, differentiated; all randomness comes from `key`."""
         raise NotImplementedError
 
     def phases(self) -> Sequence[Phase]:

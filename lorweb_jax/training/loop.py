@@ -41,7 +41,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
     """
     configs.check(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.train.batch, mesh)
+    sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     with contextlib.ExitStack() as closing:
         if config.compile_cache:
             closing.enter_context(compile_cache(workdir.parent / FOLDER))
@@ -91,7 +91,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
             done = step + 1
             with profiler.step(done):
                 batch = next_batch(job, data, config.train.batch, mesh)
-                state, metrics = train_step(state, frozen, batch)
+                state, metrics = train_step(step, state, frozen, batch)
             profiler.after(done, metrics)
             report.add(step, metrics)
             stopping = stop.after(done)

@@ -174,8 +174,9 @@ class Report:
     def write(self, steps_done: int, learning_rate: float) -> None:
         """Log the means since the last line, and show progress."""
         self.collect()
-        names = ["loss", *(name for name in self.means[0] if name != "loss")]
-        means = {name: float(np.mean([metrics[name] for metrics in self.means])) for name in names}
+        names = dict.fromkeys(["loss", *(name for metrics in self.means for name in metrics)])
+        # A phase that began meanwhile has metrics from then on.
+        means = {name: float(np.mean([metrics[name] for metrics in self.means if name in metrics])) for name in names}
         means["learning_rate"] = learning_rate
         self.means = []
         self._write("write_scalars", steps_done, means)
