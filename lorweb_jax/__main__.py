@@ -12,6 +12,7 @@ from lorweb_jax.common.errors import UserError, run_command
 # Subcommand -> the module of the package that runs it, as if by python -m.
 COMMANDS = {
     "edit": "edit",
+    "stylize": "stylize",
     "train": "main",
     "precompute": "precompute",
     "plan": "plan",

@@ -35,14 +35,7 @@ SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.edit", description=__doc__)
-    parser.add_argument(
-        "--pipeline",
-        type=nonempty_path,
-        default=SMALL_BASE,
-        required=not SMALL_BASE.is_dir(),
-        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
-        "black-forest-labs/FLUX.1-Kontext-dev (default: the small one of the repository)",
-    )
+    add_pipeline(parser)
     parser.add_argument(
         "--basis",
         type=nonempty_path,
@@ -65,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
-        type=_size,
+        type=size,
         metavar="WxH",
         help="without an analogy: pixels of the result (default: those of --image, or what the autoencoder was trained "
         "at)",
@@ -100,6 +93,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="fold the mix into the weights or apply it beside them (default: whichever is possible and faster)",
     )
+    add_model_options(parser)
+    return parser.parse_args(arguments)
+
+
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pipeline",
+        type=nonempty_path,
+        default=SMALL_BASE,
+        required=not SMALL_BASE.is_dir(),
+        help="folder of a FLUX.1 Kontext pipeline in diffusers' layout, or its Hub name, such as "
+        "black-forest-labs/FLUX.1-Kontext-dev (default: the small one of the repository)",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How the transformer computes."""
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -123,10 +133,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="round timestep and guidance as the published pipeline does, to compare pixel by pixel",
     )
-    return parser.parse_args(arguments)
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     """WxH -> (W, H)."""
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal()):
@@ -224,17 +233,17 @@ def main(arguments: list[str] | None = None) -> None:
     if args.guidance is not None:
         sampling["guidance"] = args.guidance
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    with _progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
+    with progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
         if analogies:
             results = pipeline.edit_batch(analogies, [args.prompt] * len(images), folded=folded, **sampling)
         else:
             with pipeline.session(folded=folded) as session:
                 results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
-    _write(outs, results, args.overwrite)
+    write_results(outs, results, args.overwrite)
 
 
 @contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int, Any], Any] | None]:
+def progress(steps: int) -> Iterator[Callable[[int, Any], Any] | None]:
     """A callback of the sampling that moves a bar on a terminal; None elsewhere, where all steps are one program."""
     if not sys.stdout.isatty():
         yield None
@@ -243,7 +252,7 @@ def _progress(steps: int) -> Iterator[Callable[[int, Any], Any] | None]:
         yield lambda step, latents: bar.update()
 
 
-def _write(paths: list[Path], results: list[np.ndarray], overwrite: bool) -> None:
+def write_results(paths: list[Path], results: list[np.ndarray], overwrite: bool) -> None:
     """Write every image that can be; UserError, at the end, for those that can't."""
     failed = []
     for path, result in zip(paths, results):

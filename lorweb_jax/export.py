@@ -13,7 +13,6 @@ LoRA's file in place of a basis, it writes that LoRA in another program's names.
 import argparse
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
@@ -128,8 +127,9 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     require_new_folder(args.out)
     from lorweb_jax.adapters.formats.basis_file import read_basis
     from lorweb_jax.pipeline.adapters import existing_basis, write_run
+    from lorweb_jax.pipeline.folder import model_layers
 
-    layers = _model_layers(args.pipeline) if args.pipeline else None
+    layers = model_layers(args.pipeline) if args.pipeline else None
     config, arrays = read_basis(existing_basis(args.basis), args.basis_config, layers)
     with told_if_unwritable(args.out):
         write_run(args.out, config, arrays)
@@ -147,8 +147,9 @@ def export_lora(args: argparse.Namespace) -> None:
     )
     from lorweb_jax.adapters.formats.lora_file import mixed_factors, truncate, write_lora
     from lorweb_jax.pipeline.adapters import load_basis
+    from lorweb_jax.pipeline.folder import model_layers
 
-    layers = _model_layers(args.pipeline)
+    layers = model_layers(args.pipeline)
     config, arrays = load_basis(args.basis, layers, args.basis_config)
     factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
     if args.rank is not None:
@@ -183,18 +184,6 @@ def _coefficients(args: argparse.Namespace, config, arrays) -> Mapping:
     images = [read_image(path) for path in (args.a, args.a2, args.b)]
     pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(Basis.from_arrays(config, arrays))
     return pipeline.coefficients(*images).coefficients
-
-
-def _model_layers(pipeline: Path) -> dict:
-    from lorweb_jax.common.schema import read_json
-    from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
-    from lorweb_jax.models.flux1.config import FluxConfig
-    from lorweb_jax.models.flux1.record import backbone
-
-    path = (
-        existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",)) / "transformer/config.json"
-    )
-    return backbone(FluxConfig.from_json(read_json(path), path)).adapted
 
 
 def _layers(arrays) -> int:

@@ -29,7 +29,18 @@ ORDER = (
     "jobs",
     "planning",
 )
-COMMANDS = {"__init__", "__main__", "main", "edit", "export", "evaluate", "plan", "precompute", "base_report"}
+COMMANDS = {
+    "__init__",
+    "__main__",
+    "main",
+    "edit",
+    "stylize",
+    "export",
+    "evaluate",
+    "plan",
+    "precompute",
+    "base_report",
+}
 
 
 def imported(file: Path) -> set[str]:

@@ -1,14 +1,16 @@
 """Style guidance through the public interface, against the recorded published sampler; the stylize command."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import relative
 from golden import golden_dir
 
-from lorweb_jax import Pipeline
+from lorweb_jax import Pipeline, UserError, read_image, stylize, write_image
 from lorweb_jax.pipeline.request import Sampling
 from lorweb_jax.pipeline.stages import NEGATIVE, PROMPT, stages
+from lorweb_jax.pipeline.styles import Styles
 
 FOLDER, PAIR = golden_dir() / "tiny_pipeline", golden_dir() / "pair"
 
@@ -110,8 +112,181 @@ def test_passes_that_are_not_needed_are_not_run():
     assert shown(steps=9, true_guidance=4, true_guidance_start=3) == [(0, 3, (p,)), (3, 9, (p, n))]
 
 
+# Small pictures and few programs: compiling is what takes time.
+OPTIONS = dict(size=(32, 32), steps=2, style_start=0)
+
+
 def test_no_strength_is_classifier_free_guidance_to_the_bit(base):
-    options = dict(size=(64, 48), steps=3, seed=4)
-    plain = base.generate("a dog", true_guidance=4, guidance=1.0, **options)
+    plain = base.generate("a dog", size=(32, 32), steps=2, true_guidance=4, guidance=1.0)
     style = base.style(PAIR / "style_a.safetensors", words="in ink", strength=0)
-    np.testing.assert_array_equal(base.stylize("a dog", style, style_start=1, **options), plain)
+    np.testing.assert_array_equal(base.stylize("a dog", style, **OPTIONS), plain)
+
+
+# Over images, several at once, at another weight
+
+
+def test_guidance_over_an_image_is_the_formula(base):
+    """One step, against separate forwards of the transformer, one adapter each: relative error 1e-5."""
+    random = np.random.default_rng(0)
+    image, noise = random.integers(0, 255, (32, 32, 3), np.uint8), random.normal(size=(1, 4, 64)).astype(np.float32)
+    styles = [base.style(PAIR / f"style_{name}.safetensors", words=name) for name in "ab"]
+    seen = []
+    base.stylize(
+        "a dog",
+        styles,
+        image,
+        steps=1,
+        style_start=0,
+        strengths=(3, -2),
+        noise=noise,
+        negative_prompt="blur",
+        callback=lambda step, z: seen.append(z),
+    )
+
+    @jax.jit
+    def velocity(model, text, pooled, adapters):
+        one = jnp.ones(1)
+        return model.velocity(noise, model.tokens(image[None]), text, pooled, one, one, (32, 32), adapters)
+
+    basis = Styles(styles, base.folder.backbone.adapted).basis
+    texts = base.prompt(["a dog", "blur", "a dog a", "a dog b"])
+    names = ["base", "base", "style_a", "style_b"]
+    prompt, negative, a, b = (
+        np.asarray(velocity(base.model, *(part[row : row + 1] for part in texts), basis.adapters(basis.named([name]))))
+        for row, name in enumerate(names)
+    )
+    expected = noise - (negative + 4 * (prompt - negative) + 3 * (a - prompt) - 2 * (b - prompt))
+    assert relative(seen[0], expected) <= 1e-5
+
+
+def test_several_at_once_are_each_alone(base):
+    style = base.style(PAIR / "style_a.safetensors", 2, "in ink")
+    noise = np.random.default_rng(1).normal(size=(2, 4, 64))
+    with base.session(styles=style) as session:
+        both = session.generate_batch(["a dog", "a cat"], noise=noise, **OPTIONS)
+        alone = session.generate("a cat", noise=noise[1:], **OPTIONS)
+    assert np.abs(alone.astype(int) - both[1]).max() <= 1 < np.abs(both[0].astype(int) - both[1]).max()
+
+
+def test_weight_of_the_adapter_is_not_its_strength(base):
+    """At strength 1 and without true guidance the result is that of the adapter, here at half its weight."""
+    style = base.style(PAIR / "style_a.safetensors", 1, "", weight=0.5)
+    found = base.stylize("a dog", style, true_guidance=1, **OPTIONS)
+    lora = base.attach(PAIR / "style_a.safetensors")
+    with lora.session(0.5 * lora.mix(0), folded=False) as session:
+        drawn = session.generate("a dog", size=(32, 32), steps=2, guidance=1.0)
+    assert np.abs(drawn.astype(int) - found).max() <= 1
+
+
+# The command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, base):
+    """Runs the command on the pipeline that was read already, in a folder of its own."""
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: base)
+    monkeypatch.chdir(tmp_path)
+    for name, shade in (("p.png", 90), ("q.png", 200)):
+        write_image(tmp_path / name, np.full((32, 32, 3), shade, np.uint8))
+
+    def run(*arguments, style=(f"{PAIR / 'style_a.safetensors'}:3:in ink",)):
+        stylize.main(
+            [*"--pipeline".split(), str(FOLDER), "--style", *style, *"--steps 2 --style-start 0".split(), *arguments]
+        )
+
+    return run
+
+
+def test_command_draws(command, base, tmp_path, capsys):
+    """As from Python; several prompts, an image, and a sheet."""
+    style = base.style(PAIR / "style_a.safetensors", 3, "in ink")
+    drawn = base.stylize("a dog", style, **OPTIONS)
+    command("--prompt", "a dog", "A cat, asleep!", "--size", "32x32", "--out", "made/")
+    np.testing.assert_array_equal(read_image("made/a-dog.png"), drawn)
+    assert sorted(path.name for path in tmp_path.glob("made/*")) == ["a-cat-asleep.png", "a-dog.png"]
+    command("--prompt", "a dog", "--image", "p.png", "--out", "styled/")
+    over = base.stylize("a dog", style, read_image("p.png"), **OPTIONS | {"size": None})
+    np.testing.assert_array_equal(read_image("styled/p.png"), over)
+    assert "wrote styled/p.png: 32x32 pixels" in capsys.readouterr().out
+    prompts = ("--prompt", "a dog", "A cat, asleep!")
+    command(*prompts, "--size", "32x32", "--out", "sheet.png", "--sheet", "--strength", "0", "3")
+    sheet = read_image("sheet.png")
+    assert sum(contains(sheet, image) for image in (drawn, read_image("made/a-cat-asleep.png"))) == 2
+    assert contains(sheet, base.stylize("a dog", style, strengths=[0], **OPTIONS))
+    assert not contains(sheet, over)
+
+
+def contains(sheet, image) -> bool:
+    """Whether a sheet shows a picture, enlarged three times as small ones are."""
+    enlarged = np.repeat(np.repeat(image, 3, 0), 3, 1)
+    height, width = (side - own + 1 for side, own in zip(sheet.shape, enlarged.shape[:2]))
+    corners = np.argwhere((sheet[:height, :width] == enlarged[0, 0]).all(axis=2))
+    return any((sheet[y : y + len(enlarged), x : x + enlarged.shape[1]] == enlarged).all() for y, x in corners)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "neither a prompt nor an image"),
+        (["--prompt", "x", "--strength", "much"], "--strength: invalid float value: 'much'"),
+        (["--prompt", "x", "--strength", "nan"], "strength is nan"),
+        (["--prompt", "x", "--strength", "1", "2"], "--sheet draws several"),
+        (["--prompt", "x", "--style", "f:much"], "the strength in 'f:much' is 'much', a number was expected"),
+        (
+            ["--prompt", "x", "--style-start", "2"],
+            "--style-start is 2, but the 2 steps are counted from 0; give 0 to 1",
+        ),
+        (["--prompt", "x", "--true-guidance-start", "-1"], "--true-guidance-start is -1"),
+        (["--prompt", "x", "--true-guidance", "1", "--negative-prompt", "y"], "--negative-prompt does nothing"),
+        (["--prompt", "x", "--true-guidance", "1", "--true-guidance-start", "1"], "start does nothing"),
+        (["--prompt", "x", "--true-guidance", "-1"], "--true-guidance is -1"),
+        (["--prompt", "x", "--weight", "inf"], "--weight is inf"),
+        (["--prompt", "x", "y", "z", "--image", "p.png", "q.png", "--out", "r/"], "3 prompts and 2 images"),
+        (["--prompt", "x", "y"], "2 images were given"),
+        (["--prompt", "x", "--out", "p.png", "--image", "p.png"], "one of the inputs"),
+        (["--prompt", "x", "--a", "p.png"], "--a2 and --b not given"),
+        (
+            ["--prompt", "x", "--style", "nowhere.safetensors"],
+            "there is no nowhere.safetensors; give the file of a style",
+        ),
+        (["--prompt", "x", "--style", str(PAIR / "content_a.safetensors")], "by its name a content adapter"),
+        (["--prompt", "x", "--style", str(golden_dir() / "basis_a.safetensors")], "is a LoRWeB basis, and a style is"),
+        (["--prompt", "x", "--style", str(FOLDER / "vae")], "vae is an autoencoder, and a style is a single adapter"),
+    ],
+)
+def test_bad_requests(command, tmp_path, arguments, said):
+    """One sentence, before the weights are loaded, and nothing is written."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=said) as caught:
+        command(*(arguments if "--out" in arguments else [*arguments, "--out", "x.png"]))
+    assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "said, options",
+    [
+        ("style_start is 4 and there are 4 steps", {"style_start": 4}),
+        ("style_start is -1", {"style_start": -1}),
+        ("2 strengths were given for 1 styles", {"strengths": [1, 2]}),
+        ("a style's strength is 'x'", {"strengths": ["x"]}),
+        ("the strengths are 3", {"strengths": 3}),
+        ("published_times is 1", {"published_times": 1}),
+        ("true_guidance_start was given and true_guidance is 1", {"true_guidance": 1, "true_guidance_start": 2}),
+    ],
+)
+def test_bad_options(base, said, options):
+    style = base.style(PAIR / "style_a.safetensors", words="")
+    with pytest.raises(UserError, match=said):
+        base.stylize("x", style, **{"size": (32, 32), "steps": 4} | options)
+
+
+def test_bad_styles(base, capsys):
+    for said, call in [
+        ("the strength of the style style_a is 'x'", lambda: base.style(PAIR / "style_a.safetensors", "x")),
+        ("'style' is no style", lambda: base.stylize("x", ["style"])),
+        ("there is no style", lambda: base.generate("x", strengths=[1])),
+        ("no basis is attached", lambda: base.style(base.attach(golden_dir() / "basis_a.safetensors").mix(0))),
+    ]:
+        with pytest.raises(UserError, match=said):
+            call()
+    assert "style_a.safetensors comes without style words" in capsys.readouterr().out

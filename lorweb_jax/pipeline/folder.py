@@ -16,7 +16,7 @@ from lorweb_jax.common.schema import read_json
 from lorweb_jax.files.hub_cache import PIPELINE_FILES, existing
 from lorweb_jax.files.sharded_loading import load_sharded
 from lorweb_jax.models.autoencoder.model import AutoencoderKL, VAEConfig
-from lorweb_jax.models.backbone import Backbone
+from lorweb_jax.models.backbone import Backbone, Linear
 from lorweb_jax.models.clip.folder import ClipText, open_clip_text, text_config
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux
@@ -41,6 +41,14 @@ MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "image_en
 # T5 instructions are padded to this in FLUX; a pipeline whose tokenizer says less was trained with less.
 MAX_TEXT_TOKENS = 512
 _REMEDY = "give a FLUX.1 Kontext pipeline in diffusers' layout"
+
+
+def model_layers(pipeline: str | Path) -> dict[str, Linear]:
+    """The layers that adapters may change, by path, of the transformer in a pipeline's folder; only its config.json is
+    read. UserError where there is none."""
+    folder = existing(pipeline, PIPELINE_FILES, "the folder of the base model", ("transformer",))
+    path = folder / "transformer/config.json"
+    return backbone(FluxConfig.from_json(read_json(path), path)).adapted
 
 
 class PipelineFolder:

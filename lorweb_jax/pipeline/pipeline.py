@@ -33,7 +33,7 @@ from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.request import edit_request, generation_request
 from lorweb_jax.pipeline.sampling import Embeddings, encode_prompt, encode_query, not_finite
 from lorweb_jax.pipeline.session import Session
-from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT, Style, as_styles, read_style, say_without_words
+from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT, Style, as_styles, load_style, with_defaults
 from lorweb_jax.settings.rules import Flag, as_value
 
 
@@ -160,18 +160,21 @@ class Pipeline:
         folded: bool | None = None,
         use_basis: bool = True,
         mix: Mix | None = None,
+        styles: Style | Sequence[Style] = (),
         **sampling,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
         use_basis False leaves the basis out. `mix` serves all of them; without it each has its router's coefficients,
-        and several are not folded.
+        and several are not folded. styles: guide all of them (see `session`).
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
+        styles = as_styles(styles)
+        sampling = with_defaults(sampling, styles)
         conditions, request = edit_request(self.folder, conditions, prompts, sampling, max_size)
         if folded is None and len(conditions) > 1:
             folded = False
-        with self._open(conditions, mix, folded, use_basis) as session:
+        with self._open(conditions, mix, folded, use_basis, styles) as session:
             return session.edited(request)
 
     def generate(
@@ -204,7 +207,7 @@ class Pipeline:
     ) -> list[np.ndarray]:
         """One image for each prompt, all at once. images: for each a reference or a sequence of them, as many and of
         the same sizes for all. See `generate`. Raises UserError as `edit_batch` does."""
-        request = generation_request(self.folder, prompts, images, sampling, size, max_size)
+        request = generation_request(self.folder, prompts, images, with_defaults(sampling, ()), size, max_size)
         with self.session() as session:
             return session.generated(request)
 
@@ -216,21 +219,21 @@ class Pipeline:
         *,
         name: str | None = None,
         weight: float = 1.0,
+        step: int | None = None,
     ) -> Style:
-        """A style for `stylize` and `session`: a published style file, or any ordinary LoRA's file.
+        """A style for `stylize` and `session`: of a run of configs/pair.py, a published style file (or the folder that
+        it lies in), or the file of any ordinary LoRA.
 
         source: or a mix of the attached basis, such as an analogy's `coefficients`; guidance then multiplies what the
-        analogy changes. words: what follows the prompt in the style's own pass. strength, weight, name: see Style.
-        Raises UserError for a file of another kind or of another model.
+        analogy changes. words: what follows the prompt in the style's own pass; a run knows its own. strength, weight,
+        name: see Style. step: which checkpoint of a run; by default the newest.
+        Raises UserError for a file of another kind or of another model, and for one that is called content….
         """
         layers = self.folder.backbone.adapted
         if isinstance(source, Mix):
             return Style(saving.mix_as_member(self._basis(), source), name or "mix", strength, words or "", weight)
         path = as_path(source, "the style")
-        member, known = read_style(path, layers)
-        if words is None and known is None:
-            say_without_words(str(path))
-        return Style(member, name or path.stem, strength, (words if words is not None else known) or "", weight)
+        return load_style(path, layers, strength, words, name=name, weight=weight, step=step)
 
     def stylize(
         self,
@@ -249,7 +252,7 @@ class Pipeline:
         1, true_guidance 4, and styles from a fifth of the steps on. To make several images, open a `session` with
         styles. Raises UserError as `edit_batch` does.
         """
-        with self.session(styles=as_styles(styles)) as session:
+        with self.session(styles=styles) as session:
             return session.generate(prompt, image, size=size, max_size=max_size, **sampling)
 
     def session(
@@ -267,7 +270,7 @@ class Pipeline:
         with the mix (method.md §7); its sampling then has the defaults of `stylize`. Raises UserError for a mix of
         another basis, and without a mix for a basis whose router asks for an analogy.
         """
-        return self._open([], mix, folded, use_basis, as_styles(styles) if styles else [])
+        return self._open([], mix, folded, use_basis, as_styles(styles))
 
     def save_basis(self, path: str | Path, dtype: str = "float16") -> None:
         """The attached basis in the published format: `path` (.safetensors) and config.yaml beside it.

@@ -23,7 +23,7 @@ from lorweb_jax.pipeline.arguments import Images
 from lorweb_jax.pipeline.request import Request, edit_request, generation_request
 from lorweb_jax.pipeline.sampling import Rows, Text, make_images
 from lorweb_jax.pipeline.stages import stages, texts
-from lorweb_jax.pipeline.styles import SAMPLING_DEFAULTS, SIDE_DEFAULT, Style, Styles
+from lorweb_jax.pipeline.styles import SIDE_DEFAULT, Style, Styles, with_defaults
 
 if TYPE_CHECKING:
     from lorweb_jax.pipeline.pipeline import Pipeline
@@ -66,7 +66,9 @@ class Session:
         self, conditions: Sequence[Images], prompts: Sequence[str], *, max_size: int | None = None, **sampling
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once, all by this session's mix; as `Pipeline.edit_batch`."""
-        _, request = edit_request(self._pipeline.folder, conditions, prompts, self._with_styles(sampling), max_size)
+        _, request = edit_request(
+            self._pipeline.folder, conditions, prompts, with_defaults(sampling, self._styles), max_size
+        )
         return self.edited(request)
 
     def generate(
@@ -94,7 +96,7 @@ class Session:
         """One image for each prompt; as `Pipeline.generate_batch`."""
         if self._styles and images is None and max_size is None:
             max_size = SIDE_DEFAULT
-        sampling = self._with_styles(sampling)
+        sampling = with_defaults(sampling, self._styles)
         request = generation_request(self._pipeline.folder, prompts, images, sampling, size, max_size)
         return self.generated(request)
 
@@ -132,16 +134,6 @@ class Session:
     def _require_open(self) -> None:
         if self._model is None:
             raise UserError("the session is closed; open another one with the pipeline's `session`")
-
-    def _with_styles(self, sampling: dict[str, Any]) -> dict[str, Any]:
-        """The options of a sampling, with the defaults of style guidance where there are styles."""
-        if self._styles:
-            return SAMPLING_DEFAULTS | sampling
-        if unused := [name for name in ("strengths", "style_start") if sampling.get(name) is not None]:
-            raise UserError(
-                f"{unused[0]} was given and there is no style; leave it out, or open the session with styles", 2
-            )
-        return sampling
 
     def _images(self, request: Request) -> np.ndarray:
         self._require_open()

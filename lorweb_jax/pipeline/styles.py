@@ -7,6 +7,7 @@ write_image("dog.png", pipeline.stylize("a dog", style, seed=0))
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.hub_cache import existing
 from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.pipeline.adapters import is_run
 from lorweb_jax.pipeline.stages import Pass
 from lorweb_jax.settings.rules import STRENGTH, as_value, shown
 from lorweb_jax.settings.texts import as_text
@@ -56,31 +58,55 @@ class Style:
             object.__setattr__(self, field, float(value))
 
 
-def read_style(path: Path, layers: Mapping[str, AdaptedLayer]) -> tuple[pair.Member, str | None]:
-    """(the adapter, its style words if they are known) of a style.
-
-    path: a published style file or the folder it lies in, or the file of any ordinary LoRA, which is taken as a plain
-    style. Raises UserError for anything else, and for a file called content…: nothing in a content adapter tells it
-    from a style.
-    """
+def load_style(
+    path: Path,
+    layers: Mapping[str, AdaptedLayer],
+    strength: float = STRENGTH_DEFAULT,
+    words: str | None = None,
+    *,
+    name: str | None = None,
+    weight: float = 1.0,
+    step: int | None = None,
+) -> Style:
+    """See Pipeline.style. layers: of the model, by path."""
     path = existing(path, _FILES, "the file of a style or of a LoRA, or the folder of a run of configs/pair.py")
-    if (path / _STYLE_FILE).is_file():
-        path /= _STYLE_FILE
+    member, known = _of_run(path, layers, step) if is_run(path) else (_of_file(path, layers), None)
+    if words is None and known is None:
+        say(
+            f"{path} comes without style words, so that its own pass has the prompt as it is; give the words that it "
+            "was trained with, if there were any"
+        )
+    return Style(member, name or path.stem, strength, (known if words is None else words) or "", weight)
+
+
+def _of_run(path: Path, layers: Mapping[str, AdaptedLayer], step: int | None) -> tuple[pair.Member, str]:
+    from lorweb_jax.pipeline.pair_run import members_of_run, words_of_run
+
+    members = members_of_run(path, layers, step)
+    if "style" not in members:
+        raise UserError(f"the run {path} has its style on no block; give a run that trained one")
+    return members["style"], words_of_run(path).style
+
+
+def _of_file(path: Path, layers: Mapping[str, AdaptedLayer]) -> pair.Member:
+    """UserError, beside what readers raise, for a file called content…: no number in it tells it from a style."""
+    for place in (path / _STYLE_FILE, path / "export" / _STYLE_FILE):
+        path = place if place.is_file() else path
     if path.stem.lower().startswith("content"):
         raise UserError(
             f"{path} is by its name a content adapter, which isn't used in sampling; give the style that was trained "
-            "with it (or rename the file, if it is one)"
+            "with it (or rename the file, if it is a style)"
         )
     checkpoint = Checkpoint(path)
     if is_published(checkpoint):
-        return read_member(path, layers), None
-    what = identify.by_names(checkpoint, flux=True)
-    if what and what[0] == identify.BASIS:
-        raise UserError(
-            f"{path} is {what[0]}, and a style is a single adapter; freeze what the basis says of an analogy with "
-            "python -m lorweb_jax.export lora, and give that file"
-        )
-    return member_of(*read_lora(path, layers)), None
+        return read_member(path, layers)
+    if identify.lora_scheme(checkpoint) is None:
+        what, _ = identify.by_names(checkpoint, flux=True) or ("no LoRA", "")
+        remedy = "give a style's file or a LoRA"
+        if what == identify.BASIS:
+            remedy = "freeze the mix of one analogy into a LoRA (python -m lorweb_jax.export lora), and give that"
+        raise UserError(f"{path} is {what}, and a style is a single adapter; {remedy}")
+    return member_of(*read_lora(path, layers))
 
 
 def member_of(config: BasisConfig, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> pair.Member:
@@ -93,9 +119,9 @@ def member_of(config: BasisConfig, arrays: Mapping[str, Mapping[str, np.ndarray]
 
 
 def as_styles(value: Style | Sequence[Style]) -> list[Style]:
-    """UserError for anything but one style or several."""
+    """One style or several, or none; UserError for anything else."""
     styles = [value] if isinstance(value, Style) else value
-    if not isinstance(styles, Sequence) or isinstance(styles, str) or not styles:
+    if not isinstance(styles, Sequence) or isinstance(styles, str):
         raise UserError(f"the styles are {shown(value)}; give one or several of `Pipeline.style`")
     for style in styles:
         if not isinstance(style, Style):
@@ -147,5 +173,13 @@ def unique_names(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
     return unique[len(taken) :]
 
 
-def say_without_words(name: str) -> None:
-    say(f"{name} comes without style words: its own pass has the prompt as it is; give the words that it was made for")
+def with_defaults(sampling: Mapping[str, Any], styles: Any) -> dict[str, Any]:
+    """The options of a sampling, with the defaults of style guidance where there are styles.
+
+    Raises UserError for options of styles where there are none.
+    """
+    if styles:
+        return SAMPLING_DEFAULTS | dict(sampling)
+    if unused := [name for name in ("strengths", "style_start") if sampling.get(name) is not None]:
+        raise UserError(f"{unused[0]} was given and there is no style; leave it out, or give styles", 2)
+    return dict(sampling)
