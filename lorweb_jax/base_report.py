@@ -54,8 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     from lorweb_jax.data.embedded.drawing_sets import load_sets
     from lorweb_jax.pipeline.pipeline import Pipeline
+    from lorweb_jax.processes.host_memory import keep_freed_memory
     from lorweb_jax.small_base.page import write_page
 
+    keep_freed_memory()
     drawings = load_sets(args.drawings)
     write_page(
         Pipeline.load(args.pipeline),

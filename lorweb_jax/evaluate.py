@@ -86,7 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     from lorweb_jax.evaluation.evaluate import read_samples
     from lorweb_jax.evaluation.methods import evaluate_pipeline
     from lorweb_jax.pipeline.pipeline import Pipeline
+    from lorweb_jax.processes.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     if missing := lpips.missing():
         raise UserError(missing)
     problems = Problems()

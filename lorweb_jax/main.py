@@ -111,8 +111,10 @@ def command() -> int:
     configs.check(config)
     with distributed.joined({"workdir": workdir, **dict(configs.fields(config))}):
         from lorweb_jax.jobs import make_job
+        from lorweb_jax.processes.host_memory import keep_freed_memory
         from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
 
+        keep_freed_memory()
         finished = train(config, workdir, make_job)
     return 0 if finished else stop_status()
 
