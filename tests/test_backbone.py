@@ -154,6 +154,7 @@ def klein() -> Backbone:
         text=lambda encoders, ids, dtype: (encoders[0](ids[0], dtype), None),
         latents=Latents(
             encode=lambda vae, images: vae(images),
+            posterior=lambda vae, images: (vae(images), vae(images)),
             decode=lambda vae, latents: vae(latents),
             pack=lambda latents: latents.reshape(len(latents), -1, CHANNELS),
             unpack=lambda tokens, height, width: tokens.reshape(len(tokens), height, width, -1),

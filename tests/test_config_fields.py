@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 VARIANTS = {
     "basis": ("", "kontext", "kontext_16", "tanh", "internal", "smoke"),
     "single_lora": ("", "kontext", "kontext_16", "smoke"),
+    "pair": ("", "kontext", "joint", "disjoint", "early_late", "smoke"),
     "base_vae": ("", "smoke"),
     "base_clip": ("", "smoke"),
     "base_transformer": ("", "smoke"),
@@ -61,12 +62,12 @@ SENSELESS = {
 }
 
 
-@pytest.mark.parametrize("config", ["basis:", "single_lora:", "base_vae:", "base_clip:", "base_transformer:"])
+@pytest.mark.parametrize("config", ["basis:", "pair:", "single_lora:", "base_vae:", "base_clip:", "base_transformer:"])
 def test_values_of_no_sense_for_every_field(config):
     fields, tried = values(made(config)), 0
     for name, default in fields.items():
         for value in SENSELESS[type(default)]:
-            if (name, value) != ("seed", 10**12):  # a good seed
+            if (name, value) not in (("seed", 10**12), ("evaluation.prompts", ["a", "b"])):  # good ones
                 refuse(fields, name, value)
                 tried += 1
     assert tried > 200
@@ -151,9 +152,19 @@ def test_values_beyond_the_range_of_a_basis(name, bad):
         ("base_transformer:", "data.variants", (0, 4)),
         ("base_transformer:", "evaluation.steps", (0,)),
         ("base_transformer:", "data.vae", ("",)),
+        ("pair:", "pair.content_rank", (0, 4097)),
+        ("pair:", "pair.single_style", ("", "evens", "1-", "-1", "2,x", "1,,2", [], [-1], ["1"], [True])),
+        ("pair:", "pair.style_start", (-1, 400, 10**6)),
+        ("pair:", "pair.times", ("all",)),
+        ("pair:", "data.caption", ("", "  ")),
+        ("pair:", "data.style_words", ("", "\t")),
+        ("pair:", "data.content", ("",)),
+        ("pair:", "data.long_edge", (0, 31)),
+        ("pair:", "evaluation.prompts", ([], [""], "cat")),
+        ("pair:", "train.accumulate", (0, 3)),
     ],
 )
-def test_values_beyond_the_range_of_the_small_base(config, name, bad):
+def test_values_beyond_the_range_of_other_jobs(config, name, bad):
     fields = values(made(config))
     for value in bad:
         refuse(fields, name, value)
@@ -181,6 +192,23 @@ def test_fields_that_do_not_go_together(changes, told):
     with pytest.raises(UserError, match=told) as caught:
         config_fields.check(values(made("basis:")) | changes)
     assert caught.value.code == 2
+
+
+def test_fields_of_a_pair_that_do_not_go_together():
+    fields, none = values(made("pair:")), {"pair.double_content": "none", "pair.single_content": "none"}
+    for changes, told in (
+        (none, "style_start is 150; it must be 0, as the content is on no block"),
+        (
+            none | {"pair.style_start": 0, "pair.double_style": "none", "pair.single_style": "none"},
+            "a list of blocks: neither",
+        ),
+        ({"mesh.data": 8, "train.accumulate": 2}, "train.batch is 8; it must be a multiple of 16.*accumulate, 2"),
+    ):
+        with pytest.raises(UserError, match=told):
+            config_fields.check(fields | changes)
+    config_fields.check(
+        fields | none | {"pair.style_start": 0, "pair.single_style": [3, 1], "pair.double_style": "0-1"}
+    )
 
 
 def test_a_field_that_is_missing():
@@ -221,6 +249,7 @@ def test_a_job_of_ones_own_checks_its_own_fields():
 
 
 def test_choices_are_those_of_the_code_that_reads_them():
+    from lorweb_jax.adapters import pair
     from lorweb_jax.flow.schedule import train_weights
     from lorweb_jax.jobs import JOBS
     from lorweb_jax.models.image_encoder.queries import QUERY_MODES
@@ -233,4 +262,5 @@ def test_choices_are_those_of_the_code_that_reads_them():
     assert (rules["quantization"].words, rules["attention"].words) == (quantization.KINDS, IMPLEMENTATIONS)
     assert set(rules["remat"].words) == set(REMAT_POLICIES)
     assert all(len(train_weights(name)) for name in rules["loss_weight"].words)
+    assert set(config_fields.BLOCKS) == set(pair.BLOCKS)
     assert config_fields.JOBS.keys() == JOBS.keys()

@@ -57,12 +57,16 @@ def _cut(rows: np.ndarray, ranks: Sequence[int]) -> list[np.ndarray]:
     return [np.ascontiguousarray(rows[end - rank : end]) for rank, end in zip(ranks, ends)]
 
 
-# Lists of blocks by name.
+# Lists of blocks by name. "early" and "late" are where SplitFlux (arXiv 2511.15258) finds content and style in FLUX.1,
+# blocks 20–29 and 30–57 of all. It counts from 1, the 19 double blocks first: its last is the 57th, the 38th single
+# block. So they are the single blocks 0–9 and 10–37, counted from 0; of another depth, as large a part.
 BLOCKS: dict[str, Callable[[int], range]] = {
     "all": lambda depth: range(depth),
     "none": lambda depth: range(0),
     "even": lambda depth: range(0, depth, 2),
     "odd": lambda depth: range(1, depth, 2),
+    "early": lambda depth: range(depth * 10 // 38),
+    "late": lambda depth: range(depth * 10 // 38, depth),
 }
 
 

@@ -7,6 +7,7 @@ from lorweb_jax.training.job import Job
 
 JOBS = {
     "basis": "lorweb_jax.jobs.basis:make",
+    "pair": "lorweb_jax.jobs.pair:make",
     "base_vae": "lorweb_jax.small_base.jobs.vae:make",
     "base_clip": "lorweb_jax.small_base.jobs.clip:make",
     "base_transformer": "lorweb_jax.small_base.jobs.transformer:make",

@@ -85,13 +85,15 @@ class Linear:
 class Latents(NamedTuple):
     """How images become tokens, given the pipeline's autoencoder.
 
-    encode: (autoencoder, images float [b, H, W, 3] in −1..1) -> latents float32 [b, h, w, c]
+    encode: (autoencoder, images float [b, H, W, 3] in −1..1) -> latents float32 [b, h, w, c], the posterior's mode
+    posterior: the same images -> (mean, standard deviation) of their latents, each float32 [b, h, w, c]
     decode: (autoencoder, latents) -> images in −1..1
     pack: latents -> tokens [b, h·w/patch², patch²·c]; a token is patch x patch latents
     unpack: (tokens, h, w) -> latents
     """
 
     encode: Callable[[Any, jax.Array], jax.Array]
+    posterior: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
     decode: Callable[[Any, jax.Array], jax.Array]
     pack: Callable[[jax.Array], jax.Array]
     unpack: Callable[[jax.Array, int, int], jax.Array]

@@ -25,8 +25,12 @@ class Weight(nnx.Variable):
     """A weight of a pretrained model: frozen, unless a training job names this type as its trainables."""
 
 
-class Scale(Weight):
-    """What a quantised kernel is multiplied by; kept in the dtype it was made in, whatever weights are stored in."""
+class Kept(Weight):
+    """A weight that is kept in the dtype it was made in, whatever weights are stored in."""
+
+
+class Scale(Kept):
+    """What a quantised kernel is multiplied by."""
 
 
 # Logical axes (sharding.py) of weights that any axis of which may be split: convolutions, tables of embeddings.

@@ -60,9 +60,10 @@ def precompute(config) -> None:
 def _captions(scope: Scope) -> None:
     scope.folder.tell_left_out(scope.captions(), "caption")
     store, texts = scope.text_store(create=True), {fingerprint.of_text(text): text for text in scope.captions()}
+    models = scope.folder, scope.compute_dtype, scope.param_dtype
 
     def load() -> Compute:
-        encoder = SharedEncoder(scope, TEXT_ENCODERS, CAPTIONS, lambda model, *ids: model.prompt(*ids))
+        encoder = SharedEncoder(*models, TEXT_ENCODERS, CAPTIONS, lambda model, *ids: model.prompt(*ids))
 
         def compute(keys):
             text, pooled = encoder(*scope.folder.token_ids([texts[key] for key in keys]))
@@ -91,7 +92,9 @@ def _images(scope: Scope, problems: Problems) -> None:
     def load() -> Compute:
         processor = encoder_folder.processor
         encoder = SharedEncoder(
-            scope,
+            scope.folder,
+            scope.compute_dtype,
+            scope.param_dtype,
             ("image_encoder",),
             2 * FILES,
             lambda model, views: queries.embed(mode, model.image_encoder, processor.normalised(views)),

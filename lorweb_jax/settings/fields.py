@@ -21,6 +21,7 @@ from lorweb_jax.settings.rules import (
     SHOWN_PER_TASK,
     SIDE,
     WORKERS,
+    Blocks,
     Choice,
     Either,
     Flag,
@@ -29,6 +30,7 @@ from lorweb_jax.settings.rules import (
     Rule,
     Several,
     Steps,
+    Text,
     Whole,
     shown,
     steps_of,
@@ -70,8 +72,18 @@ COMMON: dict[str, Rule] = {
     "compile_cache": Flag(),
 }
 
-BASIS: dict[str, Rule] = {
+# How the frozen transformer is computed, of the jobs that train beside it.
+_FROZEN: dict[str, Rule] = {
     "pipeline": Folder(),
+    "guidance": GUIDANCE,
+    "compute_dtype": _DTYPE,
+    "quantization": Choice(("none", "int8", "fp8")),
+    "remat": Choice(("none", "dots", "attention", "full")),
+    "attention": Choice(("auto", "xla", "cudnn", "pallas")),
+    "unroll": _LAYERS,
+}
+
+BASIS: dict[str, Rule] = _FROZEN | {
     "basis.size": Whole(1, 4096),
     "basis.rank": Whole(1, 4096),
     "basis.key_dim": _WIDTH,
@@ -94,14 +106,31 @@ BASIS: dict[str, Rule] = {
     "data.workers": WORKERS,
     "precomputed": Folder(empty=True),
     "loss_weight": Choice(("bell", "uniform")),
-    "guidance": GUIDANCE,
-    "compute_dtype": _DTYPE,
-    "quantization": Choice(("none", "int8", "fp8")),
-    "remat": Choice(("none", "dots", "attention", "full")),
-    "attention": Choice(("auto", "xla", "cudnn", "pallas")),
-    "unroll": _LAYERS,
     "evaluation.tasks": Whole(1, 10**6),
     "evaluation.per_task": SHOWN_PER_TASK,
+    "evaluation.batch": SHOWN_AT_ONCE,
+    "evaluation.steps": SAMPLING_STEPS,
+    "evaluation.guidance": GUIDANCE,
+}
+
+BLOCKS = ("all", "none", "even", "odd", "early", "late")  # lists of blocks; see adapters/pair.py
+PAIR: dict[str, Rule] = _FROZEN | {
+    "pair.content_rank": Whole(1, 4096),
+    "pair.style_rank": Whole(1, 4096),
+    **{f"pair.{kind}_{member}": Blocks(BLOCKS) for kind in ("double", "single") for member in ("content", "style")},
+    "pair.orthogonal": Flag(),
+    "pair.style_start": Whole(0, 10**9),
+    "pair.joint": Flag(),
+    "pair.times": Choice(("batch", "example")),
+    "data.content": Folder(),
+    "data.style": Folder(),
+    "data.condition": Folder(empty=True),
+    "data.cache": Folder(),
+    "data.caption": Text(),
+    "data.style_words": Text(),
+    "data.long_edge": Whole(32, 4096),
+    "data.augment": Flag(),
+    "evaluation.prompts": Several(Text(), 1, 100),
     "evaluation.batch": SHOWN_AT_ONCE,
     "evaluation.steps": SAMPLING_STEPS,
     "evaluation.guidance": GUIDANCE,
@@ -193,6 +222,7 @@ BASE_TRANSFORMER: dict[str, Rule] = {
 
 JOBS: dict[str, dict[str, Rule]] = {
     "basis": BASIS,
+    "pair": PAIR,
     "base_vae": BASE_VAE,
     "base_clip": BASE_CLIP,
     "base_transformer": BASE_TRANSFORMER,
@@ -295,6 +325,24 @@ def _basis(values: Values) -> None:
         )
 
 
+def _pair(values: Values) -> None:
+    start, steps = values["pair.style_start"], values["train.steps"]
+    on = {
+        member: any(values[f"pair.{kind}_{member}"] != "none" for kind in ("double", "single"))
+        for member in ("content", "style")
+    }
+    if on["style"] and start >= steps:
+        raise refused(
+            "pair.style_start", start, f"below config.train.steps, which is {steps}: else no style is learned"
+        )
+    if not on["content"] and start:
+        raise refused(
+            "pair.style_start", start, "0, as the content is on no block: nothing is trained before the style"
+        )
+    if not any(on.values()):
+        raise refused("pair.single_style", "none", "a list of blocks: neither content nor style is on any")
+
+
 _ARTICLE = {"internal": "an internal", "fixed": "a fixed"}
 
 
@@ -342,6 +390,7 @@ def _base_transformer(values: Values) -> None:
 
 _TOGETHER: dict[str, Callable[[Values], None]] = {
     "basis": _basis,
+    "pair": _pair,
     "base_vae": _base_vae,
     "base_clip": _base_clip,
     "base_transformer": _base_transformer,

@@ -79,6 +79,17 @@ class Flag:
         return "True or False"
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that a command line can hold."""
+    if type(value) is not str or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Folder:
     """A path; with `empty` also "". A run may go on with another path to the same files (runs/folder.py)."""
@@ -86,13 +97,7 @@ class Folder:
     empty: bool = False
 
     def takes(self, value: Any) -> bool:
-        if type(value) is not str or "\0" in value:
-            return False
-        try:
-            os.fsencode(value)
-        except UnicodeEncodeError:
-            return False
-        return self.empty or bool(value.strip())
+        return _is_text(value) and (self.empty or bool(value.strip()))
 
     def __str__(self) -> str:
         return "a path or empty" if self.empty else "a path"
@@ -145,13 +150,41 @@ class Steps:
         return "empty, a step such as 5, or a range such as 5-7"
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text that holds something besides spaces."""
+
+    def takes(self, value: Any) -> bool:
+        return _is_text(value) and bool(value.strip())
+
+    def __str__(self) -> str:
+        return "a text that is not empty"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks: one of `names`, indices and ranges of them such as "0-10,12", or a list of indices."""
+
+    names: tuple[str, ...]
+
+    def takes(self, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return bool(value) and all(type(index) is int and 0 <= index < 10_000 for index in value)
+        return type(value) is str and (
+            value in self.names or bool(re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", value, re.ASCII))
+        )
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} or indices such as 0-10,12"
+
+
 def steps_of(value: str) -> range:
     """The steps that `Steps` takes."""
     first, _, last = value.partition("-")
     return range(int(first), int(last or first) + 1) if value else range(0)
 
 
-Rule = Whole | Real | Choice | Flag | Folder | Several | Either | Steps
+Rule = Whole | Real | Choice | Flag | Folder | Several | Either | Steps | Text | Blocks
 
 SHARE = Real(0, 1)  # a probability
 GUIDANCE = Real(0, 100)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from lorweb_jax.adapters.basis import FrozenBasisParam
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
-from lorweb_jax.nn.layers import Scale
+from lorweb_jax.nn.layers import Kept
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.fresh import arrays_of
 from lorweb_jax.training.job import Job, Phase
@@ -83,7 +83,7 @@ class Partition:
     def frozen_shapes(self, mesh: Mesh, dtype: Any) -> Shapes:
         """Shapes, shardings and stored dtypes of the frozen weights.
 
-        Those that the model makes in float32 are stored in `dtype`; quantised kernels and their scales as they are.
+        Those that the model makes in float32 are stored in `dtype`; quantised kernels and what is `Kept` as they are.
         """
         return _shapes(self.frozen, mesh, dtype)
 
@@ -134,7 +134,7 @@ def _axes(part: dict[str, tuple[tuple, nnx.Variable]]) -> dict[str, sharding.Axe
 
 
 def _stored(variable: nnx.Variable, dtype: Any) -> np.dtype:
-    as_made = isinstance(variable, Scale) or variable.dtype != jnp.float32
+    as_made = isinstance(variable, Kept) or variable.dtype != jnp.float32
     return variable.dtype if as_made else jnp.dtype(dtype)
 
 

@@ -296,6 +296,12 @@ class AutoencoderKL(nnx.Module):
             z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape, z.dtype)
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
+    def posterior(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image [b, H, W, 3] in −1..1 -> (mean, standard deviation) of the flow's latents, each [b, H/f, W/f, c]."""
+        mean, logvar = self.encode(image)
+        scale = self.config.scaling_factor
+        return (mean - self.config.shift_factor) * scale, jnp.exp(0.5 * logvar) * scale
+
     def image(self, latents: jax.Array) -> jax.Array:
         """The flow's latents [b, h, w, c] -> image [b, f·h, f·w, 3], about −1..1; inverse of `latents`."""
         return self.decode(latents / self.config.scaling_factor + self.config.shift_factor)

@@ -190,7 +190,7 @@ def backbone(config: FluxConfig) -> Backbone:
         position_ids=position_ids,
         text_ids=text_ids,
         text=encode_text,
-        latents=Latents(AutoencoderKL.latents, AutoencoderKL.image, pack, unpack, PATCH),
+        latents=Latents(AutoencoderKL.latents, AutoencoderKL.posterior, AutoencoderKL.image, pack, unpack, PATCH),
         references=References(_grid, _quadrant),
         schedule=Schedule,
     )
