@@ -27,7 +27,7 @@ from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE, Images
-from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, as_value
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, STRENGTH, as_value
 
 # The small base of the repository, from whatever folder the command is given; an installed package has none.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
@@ -49,6 +49,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--image-encoder",
         type=nonempty_path,
         help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's folder)",
+    )
+    parser.add_argument(
+        "--member",
+        type=member,
+        nargs="+",
+        action="extend",
+        metavar="NAME:COEFFICIENT",
+        help="styles that the basis took up (python -m lorweb_jax.export append), added to what the router chooses",
     )
     parser.add_argument("--a", type=nonempty_path, help="an image before the edit; its size is the result's")
     parser.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
@@ -135,6 +143,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def member(text: str) -> tuple[str, float]:
+    """NAME:COEFFICIENT -> (name, coefficient)."""
+    name, _, coefficient = text.rpartition(":")
+    try:
+        if name:
+            return name, float(coefficient)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no member with its coefficient; give one such as ink:0.8")
+
+
 def size(text: str) -> tuple[int, int]:
     """WxH -> (W, H)."""
     width, _, height = text.lower().partition("x")
@@ -154,6 +173,10 @@ def _check(args: argparse.Namespace) -> None:
         as_value(args.max_size, "--max-size", MAX_SIZE)
     if args.negative_prompt is not None and args.true_guidance == 1:
         raise UserError("--negative-prompt does nothing at --true-guidance 1; give, for example, --true-guidance 3", 2)
+    for name, coefficient in args.member or ():
+        as_value(coefficient, f"the coefficient of --member {name}", STRENGTH)
+    if args.member and args.basis is None:
+        raise UserError("--member is one that a basis took up, and no --basis was given; give it", 2)
     analogy = {f"--{name}": getattr(args, name) for name in ("a", "a2", "b")}
     if any(analogy.values()):
         if absent := [name for name, value in analogy.items() if not value]:
@@ -233,13 +256,29 @@ def main(arguments: list[str] | None = None) -> None:
     if args.guidance is not None:
         sampling["guidance"] = args.guidance
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    with progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
-        if analogies:
+    with progress(args.steps * (1 if analogies and not args.member else len(images))) as sampling["callback"]:
+        if analogies and args.member:
+            mixes = [_with_members(pipeline, args.member, pipeline.coefficients(*analogy)) for analogy in analogies]
+            results = [
+                pipeline.edit(*analogy, args.prompt, mix=mix, folded=folded, **sampling)
+                for analogy, mix in zip(analogies, mixes)
+            ]
+        elif analogies:
             results = pipeline.edit_batch(analogies, [args.prompt] * len(images), folded=folded, **sampling)
         else:
-            with pipeline.session(folded=folded) as session:
+            mix = _with_members(pipeline, args.member) if args.member else None
+            with pipeline.session(mix, folded=folded) as session:
                 results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
     write_results(outs, results, args.overwrite)
+
+
+def _with_members(pipeline: Any, members: list[tuple[str, float]], mix: Any = None) -> Any:
+    """A mix, by default what the basis has without an analogy, and members by name at their coefficients."""
+    config = pipeline.model.basis.config
+    if mix is None and not config.coefficients.has_router:
+        mix = pipeline.mix(config.coefficients.default)
+    named = sum(coefficient * pipeline.mix(name) for name, coefficient in members)
+    return named if mix is None else mix + named
 
 
 @contextlib.contextmanager

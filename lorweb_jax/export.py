@@ -7,7 +7,17 @@
 
 The last one freezes the mix that one analogy asks for: diffusers, kohya's tools or ComfyUI (--format) then make this
 edit without the router. At full rank it is exact; a lower rank is the nearest there is, its error is printed. Given a
-LoRA's file in place of a basis, it writes that LoRA in another program's names.
+LoRA's file in place of a basis, it writes that LoRA in another program's names. It is a style too: python -m
+lorweb_jax.stylize takes the file, and its strength says how far the edit goes.
+
+  a pair's adapter -> an ordinary LoRA     python -m lorweb_jax.export pair runs/pair out/style.safetensors \\
+      --pipeline assets/small_kontext --which both --format kohya
+  a style -> a member of a basis           python -m lorweb_jax.export append runs/basis runs/pair runs/both \\
+      --pipeline assets/small_kontext
+
+The adapters of Pair Customization are written one by one or summed, as LoRAs or in their published format (--format
+published), which gives a published file its own bytes. An appended style has the coefficient that a mix gives it
+(python -m lorweb_jax.edit --member), beside what the router gives the basis's own members.
 """
 
 import argparse
@@ -17,13 +27,13 @@ from collections.abc import Mapping
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_new_folder, require_writable, told_if_unwritable
-from lorweb_jax.pipeline.arguments import RANK, as_path
+from lorweb_jax.pipeline.arguments import RANK, as_dtype, as_path
 from lorweb_jax.settings.rules import as_value
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.export", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{published,checkpoint,lora}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{published,checkpoint,lora,pair,append}")
 
     published = commands.add_parser("published", help="a run -> the published LoRWeB format, with its config.yaml")
     published.add_argument("run", type=nonempty_path, help="folder of a training run, such as runs/basis")
@@ -62,14 +72,74 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=nonempty_path,
         help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
     )
-    lora.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank N·r, exact)")
     lora.add_argument(
         "--format",
         choices=["diffusers", "kohya", "comfyui"],
         default="diffusers",
         help="whose names the layers get (default: diffusers, which reads all three)",
     )
+    _add_lora_options(lora)
     lora.add_argument(
+        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
+    )
+    _add_dtype(lora)
+    _add_overwrite(lora)
+
+    pair = commands.add_parser("pair", help="the adapters of Pair Customization -> a LoRA, or their published format")
+    pair.add_argument(
+        "sources",
+        type=nonempty_path,
+        nargs="+",
+        metavar="source",
+        help="a run of configs/pair.py or a folder with its files; or one or more adapters' files, which are summed",
+    )
+    pair.add_argument("out", type=nonempty_path, help="the .safetensors file to write")
+    pair.add_argument(
+        "--pipeline", type=nonempty_path, required=True, help="folder of the base model that the adapters belong to"
+    )
+    pair.add_argument(
+        "--which",
+        choices=["style", "content", "both"],
+        help="which adapter of a run or folder, or both summed (default: style)",
+    )
+    pair.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
+    pair.add_argument(
+        "--format",
+        choices=["diffusers", "kohya", "comfyui", "published"],
+        default="diffusers",
+        help="whose names the layers get (default: diffusers, which reads all four)",
+    )
+    _add_lora_options(pair)
+    pair.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="what to store the numbers in (default: float32, of a published file in the same format its own)",
+    )
+    _add_overwrite(pair)
+
+    append = commands.add_parser("append", help="styles -> members of a basis, in a run's folder")
+    append.add_argument("basis", type=nonempty_path, help="a run's folder, a published basis, or a LoRA's file")
+    append.add_argument(
+        "styles",
+        type=nonempty_path,
+        nargs="+",
+        metavar="style",
+        help="a run of configs/pair.py, a style's file, a LoRA",
+    )
+    append.add_argument("out", type=nonempty_path, help="the folder to make")
+    append.add_argument(
+        "--pipeline", type=nonempty_path, required=True, help="folder of the base model that all belong to"
+    )
+    append.add_argument("--names", nargs="+", help="what mixes call the styles (default: their files' names)")
+    append.add_argument(
+        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
+    )
+    return parser.parse_args(arguments)
+
+
+def _add_lora_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, help="cut down to this rank (default: the full rank, exact)")
+    parser.add_argument(
         "--alpha",
         type=_positive_number,
         nargs="?",
@@ -78,12 +148,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="store an alpha with every layer, the rank unless a number is given; the update stays the "
         "same (default: none, but kohya's files always have one)",
     )
-    lora.add_argument(
-        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
-    )
-    _add_dtype(lora)
-    _add_overwrite(lora)
-    return parser.parse_args(arguments)
 
 
 def _positive_number(text: str) -> float:
@@ -154,9 +218,7 @@ def export_lora(args: argparse.Namespace) -> None:
     factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
     if args.rank is not None:
         factors, error = truncate(factors, args.rank)
-        print(f"rank {args.rank}: the update is off by {error.overall:.3g} of its norm over all layers; most in")
-        for name, value in sorted(error.layers.items(), key=lambda item: -item[1])[:5]:
-            print(f"  {value:.3g}  {name}")
+        _print_error(args.rank, error)
     with told_if_unwritable(out):
         write_lora(out, factors, args.dtype, args.alpha, args.format, layers)
     rank = next(iter(factors.values())).a.shape[2]
@@ -164,6 +226,78 @@ def export_lora(args: argparse.Namespace) -> None:
         f"wrote {out}: an ordinary LoRA of rank {rank} for {_layers(arrays)} layers, in {args.dtype}, "
         f"{args.format} names"
     )
+
+
+def _print_error(rank: int, error) -> None:
+    print(f"rank {rank}: the update is off by {error.overall:.3g} of its norm over all layers; most in")
+    for name, value in sorted(error.layers.items(), key=lambda item: -item[1])[:5]:
+        print(f"  {value:.3g}  {name}")
+
+
+def export_pair(args: argparse.Namespace) -> None:
+    out = as_path(args.out, "the output", ".safetensors")
+    if args.rank is not None:
+        as_value(args.rank, "--rank", RANK)
+    require_writable([out], args.sources, overwrite=args.overwrite)
+    from lorweb_jax.adapters import pair
+    from lorweb_jax.pipeline.folder import model_layers
+    from lorweb_jax.pipeline.saving import PUBLISHED, save_member
+    from lorweb_jax.pipeline.styles import load_adapters
+
+    layers = model_layers(args.pipeline)
+    chosen = {}
+    for source in args.sources:
+        for name, adapter in _chosen(source, load_adapters(source, layers, args.step), args.which).items():
+            chosen[f"the {name} of {source}"] = adapter
+    adapters = list(chosen.values())
+    member = adapters[0].member if len(adapters) == 1 else pair.summed([adapter.member for adapter in adapters])
+    words = next((adapter.words for adapter in adapters if adapter.words), "")
+    dtype = args.dtype or (adapters[0].dtype.name if args.format == PUBLISHED else "float32")
+    error = save_member(
+        out,
+        member,
+        layers,
+        names=args.format,
+        dtype=as_dtype(dtype),
+        rank=args.rank,
+        alpha=args.alpha,
+        words="" if args.format == PUBLISHED else words,
+    )
+    if error is not None:
+        _print_error(args.rank, error)
+    count = sum(map(len, member.blocks.values()))
+    print(f"wrote {out}: {' and '.join(chosen)}, rank {args.rank or member.rank}, {count} layers, in {dtype}")
+
+
+def _chosen(source, adapters: Mapping, which: str | None) -> Mapping:
+    """What --which asks for of a run or a folder; of a file, which has one adapter, that."""
+    if source.is_file():
+        return adapters
+    wanted = ["content", "style"] if which == "both" else [which or "style"]
+    if absent := [name for name in wanted if name not in adapters]:
+        raise UserError(f"{source} holds no {absent[0]}, only {', '.join(adapters)}; choose with --which", 2)
+    return {name: adapters[name] for name in wanted}
+
+
+def export_append(args: argparse.Namespace) -> None:
+    require_new_folder(args.out)
+    names = args.names or [style.stem for style in args.styles]
+    if len(names) != len(args.styles):
+        raise UserError(f"{len(names)} --names were given for {len(args.styles)} styles; give one for each", 2)
+    if len(set(names)) < len(names):
+        raise UserError(f"the styles are called {', '.join(names)}; give each a name of its own by --names", 2)
+    from lorweb_jax.adapters.append import append
+    from lorweb_jax.pipeline.adapters import load_basis, write_run
+    from lorweb_jax.pipeline.folder import model_layers
+    from lorweb_jax.pipeline.styles import load_style
+
+    layers = model_layers(args.pipeline)
+    config, arrays = load_basis(args.basis, layers, args.basis_config)
+    members = {name: load_style(path, layers, words="").member for name, path in zip(names, args.styles)}
+    config, arrays = append(config, arrays, members, layers)
+    with told_if_unwritable(args.out):
+        write_run(args.out, config, arrays)
+    print(f"wrote {args.out}: N = {config.size}, r = {config.rank}, with {', '.join(names)} for edit --member")
 
 
 def _coefficients(args: argparse.Namespace, config, arrays) -> Mapping:
@@ -196,7 +330,13 @@ def _count(arrays) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    {"published": export_published, "checkpoint": export_checkpoint, "lora": export_lora}[args.command](args)
+    {
+        "published": export_published,
+        "checkpoint": export_checkpoint,
+        "lora": export_lora,
+        "pair": export_pair,
+        "append": export_append,
+    }[args.command](args)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class LayerBasis(nnx.Module):
             )
         keys = projection = None
         if routed:
-            keys = BasisParam(jax.random.normal(rngs.params(), (depth, n, k), jnp.float32), axes=axes["keys"])
+            keys = BasisParam(jax.random.normal(rngs.params(), (depth, config.own, k), jnp.float32), axes=axes["keys"])
         if routed and linear:
             projection = BasisParam(_uniform(rngs.params(), (depth, k, width), width**-0.5), axes=axes["projection"])
         self.keys, self.projection = keys, projection
@@ -112,7 +112,9 @@ class Basis(nnx.Module):
         """
         match self.config.coefficients:
             case Routed() as routed:
-                return routed.of_stacks({path: layer.router for path, layer in self.layers.items()}, query_bq)
+                own = routed.of_stacks({path: layer.router for path, layer in self.layers.items()}, query_bq)
+                more = ((0, 0), (0, 0), (0, self.config.size - self.config.own))
+                return {path: jnp.pad(c, more) for path, c in own.items()} if self.config.appended else own
             case Fixed() as fixed:
                 return self._same_for_all_blocks(fixed.rows([fixed.default] * batch))
         return None
@@ -152,18 +154,26 @@ class Basis(nnx.Module):
         }
 
     def mix(self, which: int | str | Mapping[str, Any]) -> Mix:
-        """A mix of this basis: a member by its index, counted from 0; a row of `BasisConfig.table` by its name; or
-        given coefficients {path: c [l, n]}.
+        """A mix of this basis: a member by its index, counted from 0; a row of `BasisConfig.table` or an appended
+        adapter by its name; or given coefficients {path: c [l, n]}.
 
         Raises UserError for an index or name that there isn't, and for coefficients of other paths or shapes.
         """
         if not isinstance(which, Mapping):
             if isinstance(which, str):
-                [row] = np.asarray(self._table().rows([which]))
+                row = self._named_row(which)
             else:
                 row = np.eye(self.config.size)[as_value(which, "the member", Whole(0, self.config.size - 1))]
             which = {path: np.tile(row, (layer.a.shape[0], 1)) for path, layer in self.layers.items()}
         return self._fitting(Mix(which, self.fingerprint()))
+
+    def _named_row(self, name: str) -> np.ndarray:
+        if (members := self.config.members(name)) is not None:
+            return np.isin(np.arange(self.config.size), members).astype(np.float32)
+        if self.config.appended and name not in dict(self.config.rows):
+            there = [each for each, _ in (*self.config.rows, *self.config.appended)]
+            raise UserError(f"there is no mix {shown(name)} in this basis; it has {', '.join(there)}")
+        return np.asarray(self._table().rows([name]))[0]
 
     def own(self, mix: Mix) -> Mix:
         """The mix itself; UserError unless it is one of this basis."""

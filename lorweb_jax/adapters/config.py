@@ -36,6 +36,8 @@ class BasisConfig:
     table: rows of fixed coefficients by name, {name: n numbers}, such as {"content": (1, 0), "style": (0, 1)}; the
       first one is the default. Empty: one row "all" of ones, so that the basis is an ordinary LoRA of rank n·r.
     frozen: which of "a" and "b" are not trained (FrozenBasisParam).
+    appended: adapters that the basis took up (adapters/append.py), its last members: {name: how many}. The router has
+      no keys for them.
     """
 
     size: int = 32
@@ -54,6 +56,7 @@ class BasisConfig:
     encoder_sketch: str = ""
     table: tuple[tuple[str, tuple[float, ...]], ...] = ()
     frozen: tuple[str, ...] = ()
+    appended: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
         for name, rule in _RULES.items():
@@ -73,6 +76,7 @@ class BasisConfig:
         # As tuples, whatever they were given as: a config is hashed.
         object.__setattr__(self, "table", self._checked_table())
         object.__setattr__(self, "frozen", self._checked_frozen())
+        object.__setattr__(self, "appended", self._checked_appended())
 
     def _checked_table(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
         try:
@@ -101,6 +105,44 @@ class BasisConfig:
             raise UserError(f'basis.frozen is {shown(self.frozen)}; give none, one or both of "a" and "b"', 2)
         return tuple(sorted(set(self.frozen)))
 
+    def _checked_appended(self) -> tuple[tuple[str, int], ...]:
+        try:
+            appended = dict(self.appended)
+        except (TypeError, ValueError):
+            appended = {None: 0}
+        counts = Whole(1, self.size)
+        if (
+            not all(isinstance(name, str) and name and counts.takes(count) for name, count in appended.items())
+            or sum(appended.values()) >= self.size
+        ):
+            raise UserError(
+                f"basis.appended is {shown(self.appended)}; give numbers of members by name, fewer than the {self.size} "
+                "of the basis in all",
+                2,
+            )
+        return tuple(appended.items())
+
+    @property
+    def own(self) -> int:
+        """How many members are the basis's own: those that a router has keys for."""
+        return self.size - sum(count for _, count in self.appended)
+
+    def members(self, name: str) -> range | None:
+        """The members that an appended adapter takes, None if there is none of this name."""
+        first = self.own
+        for each, count in self.appended:
+            if each == name:
+                return range(first, first + count)
+            first += count
+        return None
+
+    @property
+    def rows(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
+        """The table of fixed coefficients, the default one where none was given; empty where there is a router."""
+        if self.query != "fixed":
+            return ()
+        return self.table or (("all", (1.0,) * self.own + (0.0,) * (self.size - self.own)),)
+
     @property
     def coefficients(self) -> "Coefficients":
         """What decides the coefficients: Routed, Internal or Fixed."""
@@ -108,7 +150,7 @@ class BasisConfig:
         from lorweb_jax.adapters.router import Router
 
         if self.query == "fixed":
-            return Fixed(self.table or (("all", (1.0,) * self.size),))
+            return Fixed(self.rows)
         router = Router(self.heads, self.activation, self.reduction)
         if self.query == "internal":
             return Internal(router, self.query_mode, self.pooling)

@@ -105,6 +105,25 @@ class Member:
         return next(iter(self.a.values())).shape[1]
 
 
+def summed(members: Sequence[Member], weights: Sequence[float] | None = None) -> Member:
+    """One adapter whose update is the weighted sum of theirs; its rank is the sum of their ranks. weights: default 1."""
+    ranks = [member.rank for member in members]
+    weights = [1.0] * len(members) if weights is None else weights
+    a, b, blocks = {}, {}, {}
+    for path in dict.fromkeys(path for member in members for path in member.a):
+        own = next(member for member in members if path in member.a)
+        (depth, _, inputs), outputs = own.a[path].shape, own.b[path].shape[2]
+        parts = [
+            (member.a[path], np.float32(weight) * member.b[path])
+            if path in member.a
+            else (np.zeros((depth, rank, inputs), np.float32), np.zeros((depth, rank, outputs), np.float32))
+            for member, rank, weight in zip(members, ranks, weights)
+        ]
+        a[path], b[path] = (np.concatenate(side, axis=1) for side in zip(*parts))
+        blocks[path] = tuple(sorted({block for member in members for block in member.blocks.get(path, ())}))
+    return Member(a, b, blocks)
+
+
 def stack(members: Sequence[Member], layers: Mapping[str, AdaptedLayer]) -> dict[str, dict[str, np.ndarray]]:
     """Members as the arrays of one basis, {path: {"a" [l, n, i, r], "b" [l, n, r, o]}}, float32.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorweb_jax.adapters.append import append
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.fold import can_fold
 from lorweb_jax.adapters.formats.basis_file import require_fits
@@ -33,7 +34,15 @@ from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.request import edit_request, generation_request
 from lorweb_jax.pipeline.sampling import Embeddings, encode_prompt, encode_query, not_finite
 from lorweb_jax.pipeline.session import Session
-from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT, Style, as_styles, load_style, with_defaults
+from lorweb_jax.pipeline.styles import (
+    STRENGTH_DEFAULT,
+    Style,
+    as_styles,
+    load_style,
+    unique_names,
+    weighted,
+    with_defaults,
+)
 from lorweb_jax.settings.rules import Flag, as_value
 
 
@@ -92,6 +101,21 @@ class Pipeline:
         self.folder.require_encoder(basis.config)
         return Pipeline(self.folder, self.model.replace(basis=basis), self.precomputed, source)
 
+    def append(self, styles: Style | Sequence[Style]) -> "Pipeline":
+        """A pipeline whose basis has these styles as members beside its own, by their names and at their weights.
+
+        The router's coefficients stay as they are, and the new members have none until a mix gives them one:
+        `pipeline.coefficients(a, a2, b) + 0.8 * pipeline.mix("ink")`. Raises UserError without a basis, for a name that
+        it has already, and for a basis with an internal query, which takes no mix.
+        """
+        basis, layers = self._basis(), self.folder.backbone.adapted
+        styles = as_styles(styles)
+        members = dict(zip(unique_names([style.name for style in styles]), map(weighted, styles)))
+        arrays = append(basis.config, saving.arrays_of(basis), members, layers)
+        return Pipeline(
+            self.folder, self.model.replace(basis=Basis.from_arrays(*arrays)), self.precomputed, self.source
+        )
+
     def query(self, conditions: list[Images]) -> jax.Array:
         """The external query [b, q] of analogies (a, a′, b), each at its own size."""
         self._basis()
@@ -122,8 +146,8 @@ class Pipeline:
         return Mix(coefficients, self.model.basis.fingerprint())
 
     def mix(self, which: int | str | Mapping[str, Any]) -> Mix:
-        """A mix of the attached basis: a member by its index, a row of `BasisConfig.table` by its name, or given
-        coefficients {path: c [l, n]}.
+        """A mix of the attached basis: a member by its index, a row of `BasisConfig.table` or an appended style by its
+        name, or given coefficients {path: c [l, n]}.
 
         Raises UserError without a basis, and for what doesn't fit it.
         """

@@ -8,22 +8,33 @@ import jax
 import numpy as np
 
 from lorweb_jax.adapters import pair
-from lorweb_jax.adapters.basis import Basis
+from lorweb_jax.adapters.basis import AdaptedLayer, Basis
 from lorweb_jax.adapters.formats.basis_file import write_basis
-from lorweb_jax.adapters.formats.lora_file import NAMES, TruncationError, mixed_factors, truncate, write_lora
+from lorweb_jax.adapters.formats.lora_file import (
+    NAMES,
+    TruncationError,
+    factors_of,
+    mixed_factors,
+    truncate,
+    write_lora,
+)
+from lorweb_jax.adapters.formats.pair_file import write_member
 from lorweb_jax.adapters.mix import Mix
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import require_free, told_if_unwritable
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.arguments import RANK, as_dtype, as_path
 from lorweb_jax.settings.rules import Choice, Real, as_value
 
+PUBLISHED = "published"  # names of Pair Customization's own format
+WORDS = "style_words"  # in the header of a LoRA that is a style
 _ALPHA = Real(0, 1e6, above=True)
 
 
 def save_basis(basis: Basis, path: str | Path, source: Path | None, dtype: str) -> None:
     """See Pipeline.save_basis. source: what the basis was read from, which is never replaced."""
     path, dtype = _target(path, source), as_dtype(dtype)
-    arrays = _arrays(basis)
+    arrays = arrays_of(basis)
     if jax.process_index() == 0:
         with told_if_unwritable(path):
             write_basis(path, basis.config, arrays, dtype)
@@ -48,7 +59,7 @@ def save_lora(
         rank = as_value(rank, "the rank", RANK)
     names = as_value(names, "names", Choice(NAMES))
     alpha = alpha if isinstance(alpha, bool) else as_value(alpha, "alpha", _ALPHA)
-    factors, error = mixed_factors(_arrays(basis), mix.coefficients, basis.config.scale), None
+    factors, error = mixed_factors(arrays_of(basis), mix.coefficients, basis.config.scale), None
     if rank is not None:
         factors, error = truncate(factors, rank)
     with told_if_unwritable(path):
@@ -56,9 +67,46 @@ def save_lora(
     return error
 
 
+def save_member(
+    path: Path,
+    member: pair.Member,
+    layers: Mapping[str, AdaptedLayer],
+    *,
+    names: str,
+    dtype: Any = np.float32,
+    rank: int | None = None,
+    alpha: bool | float = False,
+    words: str = "",
+) -> TruncationError | None:
+    """An adapter as an ordinary LoRA, or with names PUBLISHED in Pair Customization's own format.
+
+    words: the style's, which go into an ordinary LoRA's header. Returns the error of a lower rank. Raises UserError
+    where the published format can't hold the adapter.
+    """
+    error, blocks = None, member.blocks
+    if names == PUBLISHED:
+        if alpha or words:
+            raise UserError("the published format has no place for an alpha or for words; leave them out", 2)
+        if rank is not None:
+            raise UserError(
+                "the nearest update of a lower rank has no A that q, k and v share, as the published format asks for; "
+                "leave the rank out, or write an ordinary LoRA",
+                2,
+            )
+        with told_if_unwritable(path):
+            write_member(path, member, dtype)
+        return None
+    factors = factors_of(member)
+    if rank is not None:
+        factors, error = truncate(factors, rank)
+    with told_if_unwritable(path):
+        write_lora(path, factors, dtype, alpha, names, layers, blocks, {WORDS: words} if words else None)
+    return error
+
+
 def mix_as_member(basis: Basis, mix: Mix) -> pair.Member:
     """One mix as an adapter of rank n·r, exactly."""
-    factors = mixed_factors(_arrays(basis), basis.own(mix).coefficients, basis.config.scale)
+    factors = mixed_factors(arrays_of(basis), basis.own(mix).coefficients, basis.config.scale)
     return pair.Member(
         {path: a.transpose(0, 2, 1) for path, (a, _) in factors.items()},
         {path: b for path, (_, b) in factors.items()},
@@ -73,5 +121,6 @@ def _target(path: Any, source: Path | None) -> Path:
     return path
 
 
-def _arrays(basis: Basis) -> dict[str, dict[str, np.ndarray]]:
+def arrays_of(basis: Basis) -> dict[str, dict[str, np.ndarray]]:
+    """`Basis.to_arrays` in numpy."""
     return {path: {name: to_host(array) for name, array in parts.items()} for path, parts in basis.to_arrays().items()}

@@ -7,7 +7,7 @@ write_image("dog.png", pipeline.stylize("a dog", style, seed=0))
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,9 @@ from lorweb_jax.adapters.formats.pair_file import is_published, read_member
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.hub_cache import existing
-from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.nn import layers as nn_layers
 from lorweb_jax.pipeline.adapters import is_run
+from lorweb_jax.pipeline.saving import WORDS
 from lorweb_jax.pipeline.stages import Pass
 from lorweb_jax.settings.rules import STRENGTH, as_value, shown
 from lorweb_jax.settings.texts import as_text
@@ -29,7 +30,6 @@ STRENGTH_DEFAULT = 6.0  # of the published FLUX script
 # What sampling takes by default where there are styles: the published FLUX script's, but for its negative prompt.
 SAMPLING_DEFAULTS = {"steps": 50, "guidance": 1.0, "true_guidance": 4.0}
 SIDE_DEFAULT = 512  # pixels of a picture from text, unless the autoencoder was trained at less
-_STYLE_FILE = "style_lora.safetensors"  # of the published training
 _FILES = ("*.safetensors",)
 _BASE = "base"
 
@@ -58,6 +58,14 @@ class Style:
             object.__setattr__(self, field, float(value))
 
 
+class Adapter(NamedTuple):
+    """An adapter from a file or a run: its style words, if they are known, and the dtype that it is stored in."""
+
+    member: pair.Member
+    words: str | None = None
+    dtype: np.dtype = np.dtype(np.float32)
+
+
 def load_style(
     path: Path,
     layers: Mapping[str, AdaptedLayer],
@@ -68,45 +76,64 @@ def load_style(
     weight: float = 1.0,
     step: int | None = None,
 ) -> Style:
-    """See Pipeline.style. layers: of the model, by path."""
+    """See Pipeline.style. layers: of the model, by path.
+
+    Nothing in a file tells a content adapter from a style but its name, so that one called content… is refused.
+    """
     path = existing(path, _FILES, "the file of a style or of a LoRA, or the folder of a run of configs/pair.py")
-    member, known = _of_run(path, layers, step) if is_run(path) else (_of_file(path, layers), None)
-    if words is None and known is None:
-        say(
-            f"{path} comes without style words, so that its own pass has the prompt as it is; give the words that it "
-            "was trained with, if there were any"
-        )
-    return Style(member, name or path.stem, strength, (known if words is None else words) or "", weight)
-
-
-def _of_run(path: Path, layers: Mapping[str, AdaptedLayer], step: int | None) -> tuple[pair.Member, str]:
-    from lorweb_jax.pipeline.pair_run import members_of_run, words_of_run
-
-    members = members_of_run(path, layers, step)
-    if "style" not in members:
-        raise UserError(f"the run {path} has its style on no block; give a run that trained one")
-    return members["style"], words_of_run(path).style
-
-
-def _of_file(path: Path, layers: Mapping[str, AdaptedLayer]) -> pair.Member:
-    """UserError, beside what readers raise, for a file called content…: no number in it tells it from a style."""
-    for place in (path / _STYLE_FILE, path / "export" / _STYLE_FILE):
-        path = place if place.is_file() else path
-    if path.stem.lower().startswith("content"):
+    if path.is_file() and role_by_name(path) == "content":
         raise UserError(
             f"{path} is by its name a content adapter, which isn't used in sampling; give the style that was trained "
             "with it (or rename the file, if it is a style)"
         )
+    adapters = load_adapters(path, layers, step)
+    if "style" not in adapters:
+        raise UserError(f"{path} holds no style, only {', '.join(adapters)}; give a run or a folder that has one")
+    adapter = adapters["style"]
+    if words is None and adapter.words is None:
+        say(
+            f"{path} comes without style words, so that its own pass has the prompt as it is; give the words that it "
+            "was trained with, if there were any"
+        )
+    words = adapter.words if words is None else words
+    return Style(adapter.member, name or path.stem, strength, words or "", weight)
+
+
+def load_adapters(path: Path, layers: Mapping[str, AdaptedLayer], step: int | None = None) -> dict[str, Adapter]:
+    """The adapters "content" and "style", as far as they are there, of a run of configs/pair.py, of a folder with the
+    published files, or of one file, whose adapter counts as a style unless it is called content….
+
+    Raises UserError for what holds no adapter, or one of another model.
+    """
+    path = existing(path, _FILES, "the file of an adapter, or the folder of a run of configs/pair.py")
+    if is_run(path):
+        from lorweb_jax.pipeline.pair_run import members_of_run, words_of_run
+
+        words = {"style": words_of_run(path).style}
+        return {name: Adapter(member, words.get(name)) for name, member in members_of_run(path, layers, step).items()}
+    for folder in (path, path / "export"):
+        files = {name: folder / f"{name}_lora.safetensors" for name in pair.MEMBERS}
+        if there := {name: file for name, file in files.items() if file.is_file()}:
+            return {name: _of_file(file, layers) for name, file in there.items()}
+    return {role_by_name(path): _of_file(path, layers)}
+
+
+def role_by_name(path: Path) -> str:
+    """ "content" for a file whose name begins so, else "style"."""
+    return "content" if path.stem.lower().startswith("content") else "style"
+
+
+def _of_file(path: Path, layers: Mapping[str, AdaptedLayer]) -> Adapter:
     checkpoint = Checkpoint(path)
     if is_published(checkpoint):
-        return read_member(path, layers)
+        return Adapter(read_member(path, layers), None, checkpoint.dtype(next(iter(checkpoint))))
     if identify.lora_scheme(checkpoint) is None:
         what, _ = identify.by_names(checkpoint, flux=True) or ("no LoRA", "")
         remedy = "give a style's file or a LoRA"
         if what == identify.BASIS:
             remedy = "freeze the mix of one analogy into a LoRA (python -m lorweb_jax.export lora), and give that"
         raise UserError(f"{path} is {what}, and a style is a single adapter; {remedy}")
-    return member_of(*read_lora(path, layers))
+    return Adapter(member_of(*read_lora(path, layers)), checkpoint.metadata.get(WORDS))
 
 
 def member_of(config: BasisConfig, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> pair.Member:
@@ -116,6 +143,11 @@ def member_of(config: BasisConfig, arrays: Mapping[str, Mapping[str, np.ndarray]
     blocks = {path: tuple(np.flatnonzero(b[path].any(axis=(1, 2))).tolist()) for path in arrays}
     kept = [path for path in arrays if blocks[path]] or list(arrays)
     return pair.Member(*({path: part[path] for path in kept} for part in (a, b, blocks)))
+
+
+def weighted(style: Style) -> pair.Member:
+    """The style's adapter, multiplied by its weight."""
+    return style.member if style.weight == 1 else pair.summed([style.member], [style.weight])
 
 
 def as_styles(value: Style | Sequence[Style]) -> list[Style]:
@@ -156,7 +188,7 @@ class Styles:
     def words(self) -> list[str]:
         return [style.words for style in self.styles]
 
-    def adapters(self, passes: Sequence[Pass], batch: int) -> dict[str, Adapter] | None:
+    def adapters(self, passes: Sequence[Pass], batch: int) -> dict[str, nn_layers.Adapter] | None:
         """What is beside the weights for the rows of these passes, `batch` of each; None if none has a style."""
         if not any(isinstance(shown, int) for shown in passes):
             return None

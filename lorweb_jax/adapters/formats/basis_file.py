@@ -218,11 +218,17 @@ def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str =
 
 
 def network_from_config(config: BasisConfig) -> dict[str, Any]:
-    """Inverse of `config_from_network`. UserError for a basis without a router, which the format cannot hold."""
+    """Inverse of `config_from_network`. UserError for a basis without a router, or with appended members,
+    which the format cannot hold."""
     if not config.coefficients.has_router:
         raise UserError(
             "this basis has fixed coefficients and no router, which the published format cannot hold; "
             "export it as an ordinary LoRA instead"
+        )
+    if config.appended:
+        raise UserError(
+            f"the basis has appended members ({', '.join(name for name, _ in config.appended)}) without router keys, "
+            "which the published format cannot hold; export the basis that they were appended to"
         )
     kwargs = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()}
     kwargs |= {"lora_softmax": config.activation == "softmax", "external_query": config.query == "external"}

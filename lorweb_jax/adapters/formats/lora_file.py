@@ -4,7 +4,7 @@ diffusers' names are `transformer.<layer>.lora_A.weight [R,i]`, `.lora_B.weight 
 `.alpha`; lora_names.py has the others'. lora_read.py reads such files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from lorweb_jax.adapters.basis import AdaptedLayer
 from lorweb_jax.adapters.formats import lora_names
 from lorweb_jax.adapters.formats.layer_names import layer_name
+from lorweb_jax.adapters.pair import Member
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.safetensors_io import write
 
@@ -53,6 +54,11 @@ def mixed_factors(
         weighted = b * (np.float32(scale) * c)[:, :, None, None]
         factors[path] = Factors(a.transpose(0, 2, 1, 3).reshape(l, i, n * r), weighted.reshape(l, n * r, -1))
     return factors
+
+
+def factors_of(member: Member) -> dict[str, Factors]:
+    """The update of an adapter as a LoRA."""
+    return {path: Factors(a.transpose(0, 2, 1), member.b[path]) for path, a in member.a.items()}
 
 
 def truncate(factors: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], TruncationError]:
@@ -100,12 +106,15 @@ def write_lora(
     alpha: bool | float = False,
     names: str = "diffusers",
     layers: Mapping[str, AdaptedLayer] | None = None,
+    blocks: Mapping[str, Collection[int]] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write an ordinary LoRA in `dtype`.
 
     alpha: True stores alpha = R with every layer; a number stores that and divides B by alpha / R, so that the update
     stays the same. kohya's names always have an alpha. names: one of NAMES. In kohya's and ComfyUI's, layers are fused
     as in Black Forest Labs' files; layers, of the model by path, tells the widths of parts without an update.
+    blocks: {path: those with an update}, where others are left out, and so are zero ranks. notes: for the header.
     Raises UserError for numbers beyond the range of `dtype`, and for an alpha that leaves B no precision in it.
     """
     if names not in NAMES:
@@ -113,7 +122,7 @@ def write_lora(
     ending = (".lora_A.weight", ".lora_B.weight") if names == "diffusers" else (".lora_down.weight", ".lora_up.weight")
     alpha = alpha or names == "kohya"
     tensors = {}
-    for name, a, b in _named(factors, names, layers or {}):
+    for name, a, b in _named(factors, names, layers or {}, blocks):
         stored = a.shape[1] if alpha is True else float(alpha)
         with np.errstate(over="ignore"):  # `write` refuses what isn't finite
             tensors[name + ending[0]] = a.T.astype(dtype)
@@ -121,7 +130,7 @@ def write_lora(
             if alpha:
                 tensors[f"{name}.alpha"] = np.asarray(stored, dtype)
     _require_precision(tensors, alpha, dtype)
-    write(path, tensors, {"format": "pt"})
+    write(path, tensors, {"format": "pt", **(notes or {})})
 
 
 def _require_precision(tensors: Mapping[str, np.ndarray], alpha: bool | float, dtype: Any) -> None:
@@ -140,24 +149,42 @@ def _require_precision(tensors: Mapping[str, np.ndarray], alpha: bool | float, d
 
 
 def _named(
-    factors: Mapping[str, Factors], names: str, layers: Mapping[str, AdaptedLayer]
+    factors: Mapping[str, Factors],
+    names: str,
+    layers: Mapping[str, AdaptedLayer],
+    blocks: Mapping[str, Collection[int]] | None,
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(layer's name in the file, a [i, R], b [R, o]) of every layer."""
+    """(layer's name in the file, a [i, R], b [R, o]) of every layer that has an update."""
+
+    def update(path: str, block: int) -> tuple[np.ndarray, np.ndarray] | None:
+        if path not in factors or blocks is not None and block not in blocks[path]:
+            return None
+        a, b = factors[path].a[block], factors[path].b[block]
+        return (a, b) if blocks is None else _without_zero_ranks(a, b)
+
     if names == "diffusers":
-        for stack, (a, b) in factors.items():
-            for block in range(a.shape[0]):
-                yield "transformer." + layer_name(stack, block), a[block], b[block]
+        for stack, (a, _) in factors.items():
+            for block in range(len(a)):
+                if (own := update(stack, block)) is not None:
+                    yield "transformer." + layer_name(stack, block), *own
         return
     for name, parts in lora_names.fused(factors):
         for block in range(next(factors[part].a.shape[0] for part in parts if part in factors)):
+            own = [update(part, block) for part in parts]
+            if all(part is None for part in own):
+                continue
             where = name.replace("{l}", str(block))
             yield (
                 f"lora_unet_{where.replace('.', '_')}" if names == "kohya" else f"diffusion_model.{where}",
-                *_fused(
-                    [(factors[part].a[block], factors[part].b[block]) if part in factors else None for part in parts],
-                    [_width(part, factors, layers) for part in parts],
-                ),
+                *_fused(own, [_width(part, factors, layers) for part in parts]),
             )
+
+
+def _without_zero_ranks(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same update of a [i, R] and b [R, o] without ranks that are zero in both; at least one is kept."""
+    used = np.flatnonzero(a.any(axis=0) | b.any(axis=1))
+    used = used if used.size else np.array([0])
+    return (a, b) if used.size == a.shape[1] else (a[:, used], b[used])
 
 
 def _width(path: str, factors: Mapping[str, Factors], layers: Mapping[str, AdaptedLayer]) -> int:

@@ -84,22 +84,31 @@ def read_member(path: str | Path, layers: Layers) -> Member:
 def write_member(path: str | Path, member: Member, dtype: Any = np.float32) -> None:
     """Write an adapter in `dtype`, as the published training does: the same member gives the same bytes.
 
-    Raises UserError where q, k and v of a block don't share their A, which this format can't hold, and for numbers
-    that are not finite in `dtype`.
+    Raises UserError where q, k and v of a block don't share their A or a layer has no name, which this format can't
+    hold, and for numbers that are not finite in `dtype`.
     """
+    nameless = member.a.keys() - {part for paths in lora_names.PROCESSORS.values() for part in paths}
+    if nameless:
+        part = min(nameless)
+        raise UserError(
+            f"{layer_name(part, next(iter(member.blocks[part]), 0))} has an update, and this format has no name for "
+            "it; export an ordinary LoRA instead"
+        )
     tensors = {}
     for name, paths in lora_names.PROCESSORS.items():
-        for block in member.blocks.get(paths[0], ()):
-            downs = [member.a[part][block] for part in paths]
-            for part, down in zip(paths, downs):
-                if not np.array_equal(down, downs[0]):
+        for block in sorted({block for part in paths for block in member.blocks.get(part, ())}):
+            own = [part for part in paths if block in member.blocks.get(part, ())]
+            for part in own:
+                if not np.array_equal(member.a[part][block], member.a[own[0]][block]):
                     raise UserError(
-                        f"{layer_name(part, block)} has another A than {layer_name(paths[0], block)}; in this format "
+                        f"{layer_name(part, block)} has another A than {layer_name(own[0], block)}; in this format "
                         "q, k and v share one; export an ordinary LoRA instead"
                     )
+            none = np.zeros_like(member.b[own[0]][block])  # outputs of q, k and v are as wide as one another
+            ups = [member.b[part][block] if part in own else none for part in paths]
             where = name.replace("{l}", str(block))
-            tensors[where + _DOWN] = downs[0].astype(dtype)
-            tensors[where + _UP] = np.concatenate([member.b[part][block].T for part in paths]).astype(dtype)
+            tensors[where + _DOWN] = member.a[own[0]][block].astype(dtype)
+            tensors[where + _UP] = np.concatenate([up.T for up in ups]).astype(dtype)
     write(path, tensors)
 
 
