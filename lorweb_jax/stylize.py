@@ -114,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--true-guidance",
         type=float,
         default=4.0,
-        help="classifier-free guidance; 1 for none, with a pass less a step, 0 for the negative prompt alone (default: 4)",
+        help="classifier-free guidance; 1 for none, with a pass less a step, 0 for the negative prompt (default: 4)",
     )
     parser.add_argument(
         "--true-guidance-start", type=int, default=0, help="its first step, the prompt alone before it (default: 0)"
@@ -286,7 +286,8 @@ class Work:
         made = self._made([[value * (place == style) for place in range(len(self.styles))] for style, value in alone])
         rows = []
         for number, prompt in enumerate(self.prompts):
-            subject = [prompt, called[number].stem if self.subjects and called[number] else ""]
+            picture = called[number] if self.subjects else None
+            subject = [prompt, picture.stem if picture else ""]
             for place, style in enumerate(self.styles):
                 cells = made[place * len(strengths) : (place + 1) * len(strengths)]
                 label = " · ".join(filter(None, [*subject, style.name, style.words]))

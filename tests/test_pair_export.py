@@ -274,8 +274,8 @@ def images(tmp_path, monkeypatch):
 
 
 def test_commands_bridge_bases_and_styles(images, monkeypatch, quick_compiles):
-    """An analogy frozen into a style: at strength 1, without true guidance, it is the basis's own edit. And a style that
-    the basis took up: the edit with its coefficient is that of the mix."""
+    """An analogy frozen into a style: at strength 1, without true guidance, it is the basis's own edit. And a style
+    that the basis took up: the edit with its coefficient is that of the mix."""
     monkeypatch.setattr(Pipeline, "load", functools.cache(Pipeline.load))
     basis, common = golden_dir() / "basis_a.safetensors", ["--pipeline", str(FOLDER), "--steps", "1"]
     pictures = [read_image(name) for name in images[1::2]]

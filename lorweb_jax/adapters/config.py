@@ -116,8 +116,8 @@ class BasisConfig:
             or sum(appended.values()) >= self.size
         ):
             raise UserError(
-                f"basis.appended is {shown(self.appended)}; give numbers of members by name, fewer than the {self.size} "
-                "of the basis in all",
+                f"basis.appended is {shown(self.appended)}; give numbers of members by name, fewer in all than the "
+                f"{self.size} of the basis",
                 2,
             )
         return tuple(appended.items())

@@ -106,7 +106,7 @@ class Member:
 
 
 def summed(members: Sequence[Member], weights: Sequence[float] | None = None) -> Member:
-    """One adapter whose update is the weighted sum of theirs; its rank is the sum of their ranks. weights: default 1."""
+    """One adapter whose update is the weighted sum of theirs, of the sum of their ranks. weights: by default all 1."""
     ranks = [member.rank for member in members]
     weights = [1.0] * len(members) if weights is None else weights
     a, b, blocks = {}, {}, {}

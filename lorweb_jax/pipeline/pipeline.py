@@ -290,9 +290,9 @@ class Pipeline:
         """A session that makes images with one mix, such as `coefficients` of an analogy; see Session for its memory.
 
         mix None: all of a LoRA, the first row of a table, or what the layers' inputs choose; the base alone where no
-        basis is attached or use_basis is False. folded: as in `edit`. styles: guide all that the session makes, over the base
-        with the mix (method.md §7); its sampling then has the defaults of `stylize`. Raises UserError for a mix of
-        another basis, and without a mix for a basis whose router asks for an analogy.
+        basis is attached or use_basis is False. folded: as in `edit`. styles: guide all that the session makes, over
+        the base with the mix (method.md §7); its sampling then has the defaults of `stylize`. Raises UserError for a
+        mix of another basis, and without a mix for a basis whose router asks for an analogy.
         """
         return self._open([], mix, folded, use_basis, as_styles(styles))
 

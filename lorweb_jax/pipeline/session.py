@@ -34,8 +34,8 @@ class Session:
 
     A folded session holds weights beside the pipeline's: those kernels of the transformer that the basis adapts (23.7
     GB of FLUX.1 Kontext's 23.8 in bfloat16); all else is shared. Every step then costs what the base costs. A session
-    that isn't folded holds the coefficients alone. Styles are always beside the weights. `close`, or the end of a `with` block, frees the weights at once;
-    `nbytes` is their size.
+    that isn't folded holds the coefficients alone. Styles are always beside the weights: guidance asks for the base at
+    every step. `close`, or the end of a `with` block, frees the weights at once; `nbytes` is their size.
     """
 
     def __init__(
