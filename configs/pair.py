@@ -9,8 +9,8 @@ are drawn again and of the style on other prompts, and both adapters in the publ
 Variants, as in --config=configs/pair.py:joint
     kontext    the published recipe at full size: FLUX.1, rank 32, 512 pixels, 1,500 updates, the style from the 750th
     joint      both losses at one point and in one update, instead of the style after the content
-    disjoint   each block has one adapter, content on the even blocks and style on the odd ones, with A's that are trained
-    early_late the same with content on the early and style on the late single blocks, where SplitFlux finds them
+    disjoint   each block has one adapter, content on the even and style on the odd ones, with A's that are trained
+    early_late the same with content on the early and style on the late single blocks, as in SplitFlux
     smoke      a few seconds, to see that everything works
 
 For your own pair: --config.data.content=photo.png --config.data.style=painting.png --config.data.caption="a sbu dog"

@@ -152,7 +152,8 @@ class PairJob(Job):
 
     def frozen(self, shapes) -> dict[str, jax.Array]:
         """The captions' embeddings first: their encoders are dropped before the transformer is read."""
-        self.embedded = self._embed([*self.captions.values(), *(text for both in self.prompts for text in both)])
+        texts = [*self.captions.values(), *(text for both in self.prompts for text in both)]
+        self.embedded = self.embedded or self._embed(texts)
         text, pooled = (np.stack(said) for said in zip(*map(self.embedded.get, self.captions.values())))
         weights = {path: shape for path, shape in shapes.items() if path not in ("text", "pooled")}
         return {**self.folder.read(weights), "text": text, "pooled": pooled}

@@ -73,12 +73,13 @@ def make_update(
 
             def add(total, part):
                 number, batch = part
-                return jax.tree.map(jnp.add, total, of_part(batch, jax.random.fold_in(key, number))), None
+                values, gradient = of_part(batch, jax.random.fold_in(key, number))
+                return jax.tree.map(jnp.add, total, gradient), values
 
-            parts = micro_batches(batch, count)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts), key))
-            total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), parts))
-            (loss, metrics), gradient = jax.tree.map(lambda x: x / count, total)
+            parts = jnp.arange(count), micro_batches(batch, count)
+            total, values = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, subset), parts)
+            gradient = jax.tree.map(lambda x: x / count, total)
+            loss, metrics = jax.tree.map(lambda x: x.mean(0), values)
         return {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradient)}, gradient
 
     def applied(phase: Phase, state: TrainState, trainable: Arrays, gradient: Arrays):

@@ -85,14 +85,19 @@ class RecordedModels:
     @property
     def layers(self) -> dict | None:
         """The transformer's layers that a basis may adapt, which it must fit; None without a transformer."""
+        try:
+            return self.backbone.adapted
+        except Absent:
+            return None
+
+    @functools.cached_property
+    def backbone(self):
+        """The record of the folder's transformer; raises Absent."""
         from lorweb_jax.models.flux1.config import FluxConfig
         from lorweb_jax.models.flux1.record import backbone
 
-        try:
-            path = self.part("transformer") / "config.json"
-            return backbone(FluxConfig.from_json(read_json(path), path)).adapted
-        except Absent:
-            return None
+        path = self.part("transformer") / "config.json"
+        return backbone(FluxConfig.from_json(read_json(path), path))
 
     @functools.cached_property
     def vae(self):

@@ -13,17 +13,17 @@ from flax import nnx
 from lorweb_jax.adapters import pair
 from lorweb_jax.adapters.basis import BasisParam
 from lorweb_jax.adapters.members import Members, trained_part
-from lorweb_jax.flow.loss import add_noise, weighted_mse
+from lorweb_jax.flow.loss import weighted_mse
 from lorweb_jax.flow.schedule import pair_times
+from lorweb_jax.pipeline.pair_model import PairModel
+from lorweb_jax.settings.config import base_config
+from lorweb_jax.training.optimizer import make_optimizer
 from parity.folder import RecordedModels, Recording
 from parity.pair import names
-from parity.report import COEFFICIENT, OUTPUT, Comparison, Tolerance
+from parity.report import COEFFICIENT, OUTPUT, Absent, Comparison, Tolerance
 from parity.training import tokens
-from parity.transformer import Inputs
 
 LOSS, GRADIENT = Tolerance(1e-5), Tolerance(2e-5)
-# Weights of (content, style) in the forward pass.
-_WEIGHTS = {"content": {"content": 1.0}, "style": {"content": 1.0, "style": 1.0}}
 Parameters = dict[tuple, jax.Array]  # of one member, by path
 
 
@@ -40,7 +40,7 @@ class Replay:
 
     def __init__(self, data: Recording, case: dict, models: RecordedModels):
         self.data, self.case, self.models = data, case, models
-        members = _start(data, case, models)
+        members = start(data, case, models)
         self.graphdef, trained, self.rest = nnx.split(members, BasisParam, ...)
         self.variables = {
             name: {path: value for path, value in nnx.to_flat_state(trained) if trained_part(name)(path, value)}
@@ -80,23 +80,39 @@ class Replay:
         """(loss, velocity, gradient of the pass's own member); `update` names the recorded draws ("it0")."""
         data, which = self.data, now.which
         update = update or now.key.partition("/")[0]
-        x0 = tokens(self.latents(which, update))
         noise, time = jnp.asarray(data[f"{update}/noise"]), jnp.asarray(data[f"{update}/t"]).reshape(1)
-        text, pooled = (data[f"{which}/{key}"] for key in ("encoder_hidden_states", "pooled_projections"))
-        guidance = np.full(1, self.case["guidance"], np.float32)
-        inputs = Inputs(add_noise(x0, noise, time), text, pooled, time, guidance, data["img_ids"], data["txt_ids"])
-        row = self.members(now.parameters).row(_WEIGHTS[which])
         others = {name: values for name, values in now.parameters.items() if name != which}
+        text, pooled = (
+            np.concatenate([data[f"{name}/{key}"] for name in pair.MEMBERS])
+            for key in ("encoder_hidden_states", "pooled_projections")
+        )
         (loss, velocity), gradient = self._run(which)(
-            now.parameters[which], others, self.models.transformer, inputs, row, noise - x0
+            now.parameters[which],
+            others,
+            (self.models.transformer, self.models.vae),
+            (text, pooled),
+            tokens(self.latents(which, update)),
+            noise,
+            time,
         )
         return loss, velocity, gradient
 
     @functools.cache  # noqa: B019 (a replay lives as long as its file is checked)
     def _run(self, which: str):
-        def loss(own, others, model, inputs, row, target):
-            velocity = model(*inputs, adapters=self.members(others | {which: own}).adapters(row))
-            return weighted_mse(velocity, target, jnp.ones(1))[0], velocity
+        size = self.data["content_image"].shape[:2]
+
+        def loss(own, others, parts, captions, x0, noise, time):
+            (transformer, vae), (text, pooled) = parts, captions
+            model = PairModel(
+                backbone=self.models.backbone,
+                transformer=transformer,
+                vae=vae,
+                members=self.members(others | {which: own}),
+                text=text,
+                pooled=pooled,
+            )
+            velocity = model.pass_velocity(which, x0, noise, time, self.case["guidance"], size)
+            return weighted_mse(velocity, noise - x0, jnp.ones(1))[0], velocity
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -198,12 +214,16 @@ def _tolerance(what: str) -> Tolerance:
 
 
 def _optimizer(case: dict) -> optax.GradientTransformation:
-    b1, b2 = case["betas"]
-    adamw = optax.adamw(case["learning_rate"], b1=b1, b2=b2, eps=case["eps"], weight_decay=case["weight_decay"])
-    return optax.chain(optax.clip_by_global_norm(case["max_grad_norm"]), adamw)
+    if case["eps"] != 1e-8:
+        raise Absent(f"it has eps {case['eps']}, and training has AdamW's 1e-8")
+    config = base_config("pair")
+    config.optimizer.b1, config.optimizer.b2 = case["betas"]
+    for field, key in (("learning_rate",) * 2, ("weight_decay",) * 2, ("clip", "max_grad_norm")):
+        config.optimizer[field] = case[key]
+    return make_optimizer(config)
 
 
-def _start(data: Recording, case: dict, models: RecordedModels) -> Members:
+def start(data: Recording, case: dict, models: RecordedModels) -> Members:
     """Members with the recorded A's, and B's where they don't begin at zero."""
     members = names.empty_members(case, models.layers)
     for which in pair.MEMBERS:
