@@ -7,11 +7,13 @@ import orbax.checkpoint as ocp
 import pytest
 from golden import golden_dir
 
+from lorweb_jax import export
 from lorweb_jax.adapters.formats.pair_file import read_member
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.pipeline.pair_run import make_members, members_of_run, words_of_run
+from lorweb_jax.pipeline.styles import load_style
 from lorweb_jax.runs import checksums
 
 FOLDER = golden_dir() / "pair"
@@ -57,6 +59,21 @@ def test_members_and_words_of_a_run(workdir):
             np.testing.assert_array_equal(members[name].b[path], expected.b[path])
     words = words_of_run(workdir)
     assert words == ("a sbu dog", "in pastels") and words.stylised == "a sbu dog in pastels"
+
+
+def test_a_runs_style_knows_its_words(workdir, tmp_path_factory):
+    """As stylize reads it, and what export writes of it: both adapters in the published format, and words in a LoRA."""
+    style = load_style(workdir, LAYERS)
+    assert style.words == "in pastels" and style.name == workdir.name and style.strength == 6
+    assert load_style(workdir, LAYERS, words="", step=7).words == ""
+    out = tmp_path_factory.mktemp("out")
+    pipeline = ["--pipeline", str(golden_dir() / "tiny_pipeline")]
+    export.main(["pair", str(workdir), str(out / "style.safetensors"), *pipeline])
+    assert load_style(out / "style.safetensors", LAYERS).words == "in pastels"
+    for which, file in (("content", "content_a"), ("style", "style_b")):
+        path = out / f"{which}_published.safetensors"
+        export.main(["pair", str(workdir), str(path), "--format", "published", "--which", which, *pipeline])
+        assert path.read_bytes() == (FOLDER / f"{file}.safetensors").read_bytes()
 
 
 def test_runs_that_hold_no_such_pair_are_refused(workdir):

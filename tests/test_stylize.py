@@ -1,18 +1,28 @@
-"""Style guidance through the public interface, against the recorded published sampler; the stylize command."""
+"""Style guidance through the public interface, against the recorded published sampler; the stylize command.
+
+test_parity.py has the recording of two styles, step by step.
+"""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from compare import relative
 from golden import golden_dir
 
 from lorweb_jax import Pipeline, UserError, read_image, stylize, write_image
+from lorweb_jax.adapters.mixture import LowRankAdapter, added
+from lorweb_jax.models.flux1.config import FluxConfig
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.pipeline.request import Sampling
 from lorweb_jax.pipeline.stages import NEGATIVE, PROMPT, stages
-from lorweb_jax.pipeline.styles import Styles
+from lorweb_jax.pipeline.styles import Styles, load_style
 
 FOLDER, PAIR = golden_dir() / "tiny_pipeline", golden_dir() / "pair"
+LAYERS = backbone(FluxConfig.from_json(json.loads((FOLDER / "transformer" / "config.json").read_text()))).adapted
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,48 +36,6 @@ def quick():
 @pytest.fixture(scope="module")
 def base():
     return Pipeline.load(FOLDER)
-
-
-class RecordedTexts:
-    """The recorded embeddings, in the place of the text encoders: of "content", "negative" and "content style0"."""
-
-    image_encoder = None
-
-    def __init__(self, data):
-        self.data = data
-
-    def prompt(self, texts):
-        names = [text.rpartition(" ")[2] for text in texts]
-        keys = ("encoder_hidden_states", "pooled_projections")
-        return tuple(np.concatenate([self.data[f"{name}/{key}"] for name in names]) for key in keys)
-
-
-def test_the_published_sampler_step_by_step(base):
-    """Two styles of unequal rank, plain steps at first: latents of every step to 1e-5, one batch of all passes."""
-    data = np.load(PAIR / "sample_two.npz")
-    model = base.model.replace(text_encoder=None, text_encoder_2=None)
-    pipeline = Pipeline(base.folder, model, RecordedTexts(data))
-    styles = [pipeline.style(PAIR / f"style_{name}.safetensors", words=f"style{i}") for i, name in enumerate("ab")]
-    seen = []
-    height, width = (int(side) * 16 for side in data["img_ids"][:, 1:].max(axis=0) + 1)
-    options = dict(
-        size=(width, height),
-        steps=len(data["timesteps"]) - 1,
-        true_guidance=float(data["cfg"]),
-        true_guidance_start=int(data["cfg_start"]),
-        style_start=int(data["style_start"]),
-        strengths=data["style_scales"],
-        guidance=float(data["guidance"]),
-        negative_prompt="negative",
-        published_times=True,
-        noise=data["latents"],
-    )
-    with pipeline.session(styles=styles) as session:
-        session.generate("content", callback=lambda step, latents: seen.append(latents), **options)
-    expected = [data[f"step{step}/latents"] for step in range(1, 6)] + [data["final"]]
-    assert len(seen) == 6
-    for latents, theirs in zip(seen, expected):
-        assert relative(latents, theirs) <= 1e-5
 
 
 def test_from_strings_to_latents(base):
@@ -168,14 +136,75 @@ def test_several_at_once_are_each_alone(base):
     assert np.abs(alone.astype(int) - both[1]).max() <= 1 < np.abs(both[0].astype(int) - both[1]).max()
 
 
-def test_weight_of_the_adapter_is_not_its_strength(base):
-    """At strength 1 and without true guidance the result is that of the adapter, here at half its weight."""
-    style = base.style(PAIR / "style_a.safetensors", 1, "", weight=0.5)
-    found = base.stylize("a dog", style, true_guidance=1, **OPTIONS)
-    lora = base.attach(PAIR / "style_a.safetensors")
-    with lora.session(0.5 * lora.mix(0), folded=False) as session:
-        drawn = session.generate("a dog", size=(32, 32), steps=2, guidance=1.0)
-    assert np.abs(drawn.astype(int) - found).max() <= 1
+def test_rows_have_one_style_each_at_its_weight(base):
+    """Styles of one name and of unequal rank; None where no pass has a style."""
+    files = [PAIR / f"style_{name}.safetensors" for name in "aba"]
+    styles = Styles(
+        [base.style(file, words="", weight=w) for file, w in zip(files, (1, 0.5, -2))], base.folder.backbone.adapted
+    )
+    adapters = styles.adapters([PROMPT, NEGATIVE, 0, 1, 2], batch=2)
+    rows = np.repeat([[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0.5, 0], [0, 0, -2]], 2, axis=0)
+    for adapter in adapters.values():
+        np.testing.assert_array_equal(adapter.coeff_bn[0], rows)
+    assert styles.adapters([PROMPT, NEGATIVE], batch=2) is None
+    assert styles.rows == ["style_a", "style_b", "style_a 2"]
+
+
+def test_adapters_of_one_layer_add_up():
+    """A style beside a basis, each on layers of its own and on one that both adapt; in float64."""
+    rng = np.random.default_rng(0)
+
+    def adapter(members):
+        a, b, c = (rng.normal(size=shape) for shape in ((members, 6, 2), (members, 2, 5), (3, members)))
+        return LowRankAdapter(*(jnp.asarray(part, jnp.float32) for part in (a, b, c)))
+
+    one, other = {"p": adapter(2), "q": adapter(2)}, {"q": adapter(3), "r": adapter(3)}
+    both = added(one, other)
+    assert both["p"] is one["p"] and both["r"] is other["r"] and added(None, None) is None
+    x = rng.normal(size=(3, 4, 6)).astype(np.float32)
+    parts = (
+        np.einsum("bsi,nir,bn,nro->bso", x, *(np.asarray(part, np.float64) for part in (a.a_nir, a.coeff_bn, a.b_nro)))
+        for a in (one["q"], other["q"])
+    )
+    np.testing.assert_allclose(both["q"](x), sum(parts), rtol=1e-5, atol=1e-5)
+
+
+# What a style may be
+
+
+def test_loras_that_are_not_of_this_method_are_plain_styles(tmp_path, capsys):
+    """XLabs' LoRAs of unequal ranks, and with an alpha, on some blocks only."""
+    rng = np.random.default_rng(0)
+    where = "single_blocks.1.processor.{}_lora"
+    tensors = {}
+    for name, rank, inputs, outputs in (("qkv", 2, 128, 384), ("proj", 3, 640, 128)):
+        tensors[f"{where.format(name)}.down.weight"] = rng.normal(size=(rank, inputs)).astype(np.float32)
+        tensors[f"{where.format(name)}.up.weight"] = rng.normal(size=(outputs, rank)).astype(np.float32)
+    for number, more in enumerate(({}, {f"{where.format('proj')}.alpha": np.float32(1.5)})):
+        path = tmp_path / f"xlabs{number}.safetensors"
+        safetensors.numpy.save_file({**tensors, **{key: np.asarray(value) for key, value in more.items()}}, path)
+        member = load_style(path, LAYERS).member
+        assert member.rank == 3 and set(member.blocks.values()) == {(1,)} and len(member.a) == 4
+        path = "single_transformer_blocks.proj_out"
+        expected = tensors[f"{where.format('proj')}.up.weight"] @ tensors[f"{where.format('proj')}.down.weight"]
+        np.testing.assert_allclose(
+            (member.a[path][1].T @ member.b[path][1]).T, expected * (0.5 if more else 1), rtol=1e-5, atol=1e-5
+        )
+    assert "without style words" in capsys.readouterr().out
+
+
+def test_styles_of_another_model_are_refused(tmp_path):
+    rope = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    wide = backbone(FluxConfig(num_layers=2, num_single_layers=3, num_attention_heads=4, **rope)).adapted
+    with pytest.raises(UserError, match="expected down .* use the file with its own model"):
+        load_style(PAIR / "style_a.safetensors", wide)
+    shallow = backbone(FluxConfig(num_layers=1, num_single_layers=3, num_attention_heads=2, **rope)).adapted
+    with pytest.raises(UserError, match=r"adapts transformer_blocks\.1.*, which the model doesn't have"):
+        load_style(PAIR / "style_a.safetensors", shallow)
+    kind = {"lora_unet_single_blocks_0_linear2.lokr_w1": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(kind, tmp_path / "lokr.safetensors")
+    with pytest.raises(UserError, match="holds LoKr .*give an ordinary LoRA"):
+        load_style(tmp_path / "lokr.safetensors", LAYERS)
 
 
 # The command
