@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
-HALF = "9ed153e0d8f8fbb00cf72605d9534accf0cfcf7cf830d4f78d4aa61b7fbc8637"  # sha256 of the recorded basis_a_fp16.safetensors
+# sha256 of the recorded basis_a_fp16.safetensors
+HALF = "9ed153e0d8f8fbb00cf72605d9534accf0cfcf7cf830d4f78d4aa61b7fbc8637"
 
 
 @functools.cache

@@ -22,4 +22,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and all([mallopt(option, value) for option, value in _KEEP])
+    if mallopt is None:
+        return False
+    accepted = [mallopt(option, value) for option, value in _KEEP]  # each of them, even where one is refused
+    return all(accepted)
