@@ -167,8 +167,8 @@ class Study:
         return {"distances": rows}
 
     def distances(self, pair: Pair, images: np.ndarray) -> dict[str, list[float]]:
-        """By prompt. To the truth, where it is known: "mse" (pixels as 0..1) and "lpips". "content": LPIPS to the base's
-        own picture. "style": the cosine between the change of the image encoder's embedding from the base's
+        """By prompt. To the truth, where it is known: "mse" (pixels as 0..1) and "lpips". "content": LPIPS to what
+        the base drew. "style": the cosine between the change of the image encoder's embedding from the base's
         picture on and that from the content image to the stylised one."""
         before = self.plain(pair.drawn_in)
         embedded, embedded_before = self.embed(images), self.embed(before)
