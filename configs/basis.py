@@ -46,8 +46,8 @@ def default():
     config.basis.encoder = ""  # folder of the router's image encoder; "" is <pipeline>/clip_vision
 
     config.data = dict(
-        root="embedded",  # a Relation252K folder, or "embedded": drawings that pip has installed
-        held_out="",  # a second such folder, of tasks that are evaluated, not trained on
+        root="embedded",  # a data set (docs/data.md), or "embedded": drawings that pip has installed
+        held_out="",  # a second data set, of tasks that are evaluated, not trained on
         cache="local_data",  # where the embedded data set is built
         quadrant_size=32,  # side of a, a', b and b' in the grid, pixels
         caption_drop=0.05,  # share of captions that are left empty

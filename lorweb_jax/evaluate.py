@@ -2,10 +2,10 @@
 
     python -m lorweb_jax.evaluate runs/basis --pipeline assets/small_kontext --data FOLDER
 
-FOLDER has the layout of Relation252K: <task>/Group1/labels.json and images "before | after". From each task the same
-few analogies are taken at every call. The table is printed and written, as table.md and table.json with the figures
-of every task, beside sheet.png, which shows a, a′, b, each method's b′ and the true one, a row per task. Files of these
-names are replaced with --overwrite only.
+FOLDER is a data set in any layout of docs/data.md, such as Relation252K's. From each task the same few analogies are
+taken at every call. The table is printed and written, as table.md and table.json with the figures of every task, beside
+sheet.png, which shows a, a′, b, each method's b′ and the true one, a row per task. Files of these names are replaced
+with --overwrite only.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    from lorweb_jax.data.layouts import read_tasks
     from lorweb_jax.data.problems import Problems
-    from lorweb_jax.data.relation252k import read_tasks
     from lorweb_jax.evaluation import lpips
     from lorweb_jax.evaluation.evaluate import read_samples
     from lorweb_jax.evaluation.methods import evaluate_pipeline

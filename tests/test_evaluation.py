@@ -12,8 +12,9 @@ from PIL import Image
 from lorweb_jax import BasisConfig
 from lorweb_jax import evaluate as command
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import read_tasks
+from lorweb_jax.data.relation252k import SideBySide
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.evaluate import batches, distances, evaluate, read_samples, rows_sheet
 from lorweb_jax.evaluation.lpips import load_weights, lpips, read_weights
@@ -282,18 +283,15 @@ def test_distances_of_mixed_sizes_keep_their_order(random):
 
 
 def test_whatever_one_image_raises_the_others_are_evaluated(data, monkeypatch):
-    from lorweb_jax.evaluation import evaluate as module
-
     whole, _ = read(data)
     broken = next(data.glob("*/*/*.png"))
-    real = module.read_pair
 
-    def read_pair(pair, tell):
+    def read_pair(pair, tell, whole=SideBySide.read):
         if pair.file == str(broken):
             raise KeyError("exif")
-        return real(pair, tell)
+        return whole(pair, tell)
 
-    monkeypatch.setattr(module, "read_pair", read_pair)
+    monkeypatch.setattr(SideBySide, "read", read_pair)
     samples, problems = read(data)
     assert 0 < len(samples) <= len(whole) and [problem.reason for problem in problems] == ["KeyError: 'exif'"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import lorweb_jax
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.data.relation252k import Pair, read_pair
+from lorweb_jax.data.relation252k import SideBySide
 from lorweb_jax.images.arrays import as_image
 from lorweb_jax.images.io import read_image
 
@@ -136,7 +136,7 @@ def test_embedded_profile_in_every_format(tmp_path, capsys):
         result = read_image(tmp_path / f"a.{suffix}")[8::16, 8::16]
         assert np.abs(result - expected).max() <= (2 if suffix in ("png", "tif", "webp") else 5), suffix
     # The two halves of a training file are of the same colours.
-    before, after = read_pair(Pair(str(tmp_path / "a.png"), "", "", ""))
+    before, after = SideBySide(str(tmp_path / "a.png"), "", "", "").read()
     np.testing.assert_array_equal(np.concatenate([before, after], 1), read_image(tmp_path / "a.png"))
     assert capsys.readouterr().out == ""
     assert np.abs(read_image(tmp_path / "a.png")[8::16, 8::16] - stored).mean() > 10  # the test would see it ignored

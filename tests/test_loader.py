@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.analogies import Analogies
+from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, read_pair, read_tasks
+from lorweb_jax.data.relation252k import SideBySide
 
 SIDE = 16
 KEYS = ("condition", "target", "images", "caption", "task", "pairs", "reversed")
@@ -243,12 +245,12 @@ def test_unreadable_images_are_reported_and_stood_in_for(tmp_path, workers, capl
 def test_whatever_one_image_raises_the_others_are_read(tmp_path, monkeypatch, error):
     root = write_data(tmp_path, 3)
 
-    def read(pair, tell):
+    def read(pair, tell, whole=SideBySide.read):
         if pair.file.endswith("1.png"):
             raise error
-        return read_pair(pair, tell)
+        return whole(pair, tell)
 
-    monkeypatch.setattr("lorweb_jax.data.loader.read_pair", read)
+    monkeypatch.setattr(SideBySide, "read", read)
     problems = Problems()
     batches, _ = take(3, root, 2, problems=problems)
     assert {pair for batch in batches for pair in batch["pairs"].flatten().tolist()} == {0, 2}

@@ -36,8 +36,8 @@ from lorweb_jax.adapters.basis import BasisConfig
 from lorweb_jax.adapters.formats.basis_file import read_basis, write_basis
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.schema import read_json
+from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import read_tasks
 from lorweb_jax.files.checkpoint import read_all
 from lorweb_jax.files.safetensors_io import NAMES, Spec, write, write_sharded
 from lorweb_jax.files.store import Store

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.analogies import Analogies, Task
+from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, Pair, Task, read_pair, read_tasks
+from lorweb_jax.data.relation252k import SideBySide
 
 
 def entry(name, instruction="do it"):
@@ -33,7 +35,7 @@ def write_group(folder, names, labels=None):
 
 def made_up_tasks(*sizes):
     return [
-        Task(f"t{t}", f"/t{t}", tuple(Pair(f"/t{t}/{p}.png", "", "", f"instruction {p}") for p in range(size)))
+        Task(f"t{t}", f"/t{t}", tuple(SideBySide(f"/t{t}/{p}.png", "", "", f"instruction {p}") for p in range(size)))
         for t, size in enumerate(sizes)
     ]
 
@@ -50,7 +52,7 @@ def test_layouts(tmp_path):
     tasks = read_tasks(tmp_path, problems)
     assert [(task.name, len(task.pairs)) for task in tasks] == [("a", 3), ("b", 2), ("c", 2), ("d", 2)]
     assert [tasks[3].relative(pair) for pair in tasks[3].pairs] == ["Group1/1.png", "Group2/1.png"]
-    assert tasks[1].pairs[0] == Pair(str(tmp_path / "b/Group1/1.png"), "l", "r", "do it")
+    assert tasks[1].pairs[0] == SideBySide(str(tmp_path / "b/Group1/1.png"), "l", "r", "do it")
     assert len(problems) == 0 and "no problems" in problems.summary()
 
 
@@ -229,16 +231,16 @@ def test_problems_are_kept_once_counted_and_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_read_pair_splits_in_the_middle(tmp_path):
+def test_a_file_splits_in_the_middle(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 7, 3), np.uint8)
     file = tmp_path / "odd.png"
     Image.fromarray(pixels).save(file)
-    before, after = read_pair(Pair(str(file), "", "", ""))
+    before, after = SideBySide(str(file), "", "", "").read()
     np.testing.assert_array_equal(before, pixels[:, :3])
     np.testing.assert_array_equal(after, pixels[:, 4:])
     Image.fromarray(pixels[:, :1]).save(file)
     with pytest.raises(UserError, match="1 pixel wide"):
-        read_pair(Pair(str(file), "", "", ""))
+        SideBySide(str(file), "", "", "").read()
 
 
 def test_an_analogys_images_forwards_and_reversed(tmp_path):
@@ -246,7 +248,7 @@ def test_an_analogys_images_forwards_and_reversed(tmp_path):
     for pair in range(2):  # 0 | 1 and 2 | 3
         columns = np.array([[[2 * pair] * 3, [2 * pair + 1] * 3]], np.uint8)
         Image.fromarray(columns).save(tmp_path / f"{pair}.png")
-        pairs.append(Pair(str(tmp_path / f"{pair}.png"), "", "", "raise by one"))
+        pairs.append(SideBySide(str(tmp_path / f"{pair}.png"), "", "", "raise by one"))
     analogy = Analogies([Task("t", str(tmp_path), tuple(pairs))])[0]
     assert [image.max() for image in analogy.read()] == [0, 1, 2, 3] and analogy.caption == "raise by one"
     assert [image.max() for image in analogy.reverse().read()] == [1, 0, 3, 2] and analogy.reverse().caption == ""
@@ -296,7 +298,9 @@ def test_bad_analogies():
 
 def test_digest_knows_files_but_not_the_place():
     def digest(folder, *names):
-        return Analogies([Task("t", folder, tuple(Pair(f"{folder}/{name}", "", "", "") for name in names))]).digest()
+        return Analogies(
+            [Task("t", folder, tuple(SideBySide(f"{folder}/{name}", "", "", "") for name in names))]
+        ).digest()
 
     assert digest("/x", "1", "2") == digest("/y/z", "1", "2")
     assert len({digest("/x", "1", "2"), digest("/x", "2", "1"), digest("/x", "1", "3")}) == 3

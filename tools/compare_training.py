@@ -68,8 +68,8 @@ def trained(config, name: str) -> Outcome:
     import jax
     import numpy as np
 
+    from lorweb_jax.data.analogies import Analogies
     from lorweb_jax.data.loader import AnalogyLoader
-    from lorweb_jax.data.relation252k import Analogies
     from lorweb_jax.jobs import make_job
     from lorweb_jax.nn import sharding
     from lorweb_jax.nn.quantization import bytes_by_dtype

@@ -17,8 +17,9 @@ import numpy as np
 from absl import flags
 
 from lorweb_jax.common.errors import UserError, printable
+from lorweb_jax.data.analogies import Analogies, Analogy, Pair
+from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Notes, Problem, Problems, reason
-from lorweb_jax.data.relation252k import Analogies, Analogy, Pair, read_pair, read_tasks
 from lorweb_jax.images import grid
 from lorweb_jax.images.resize import resize
 from lorweb_jax.settings.rules import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole, as_value
@@ -60,7 +61,7 @@ class _Reader:
         size = self._quadrant_size[::-1] if self._quadrant_size else a.shape[1::-1]
         for pair, pictures in zip((analogy.first, analogy.second), images):
             if any(grid.other_shape(picture.shape[1::-1], size) for picture in pictures):
-                notes.setdefault(STRETCHED, pair.file)
+                notes.setdefault(STRETCHED, pair.places[0])
         a, a_prime, b, b_prime = (resize(image, size) for image in (a, a_prime, b, b_prime))
         condition, note = grid.fit_to_model(grid.condition_grid(a, a_prime, b, self._max_size))
         target, _ = grid.fit_to_model(grid.target_grid(a, a_prime, b, b_prime, self._max_size))
@@ -109,13 +110,13 @@ class _Reader:
         )
 
     def _images(self, pair: Pair, tell: Callable[[str, str], object]) -> tuple[np.ndarray, np.ndarray]:
-        before, after = read_pair(pair, tell)
+        before, after = pair.read(tell)
         sides = before.shape[:2]
         shrink = min(1, self._max_size / (2 * max(sides))) if self._max_size else 1
         # Any size can be brought to a given quadrant; as the first image, one this small leaves no whole token.
         if not self._quadrant_size and int(2 * min(sides) * shrink) < 16:
             raise UserError(
-                f"{pair.file} makes a quadrant with a side below 8 pixels; expected 8 or more; replace "
+                f"{pair.places[0]} makes a quadrant with a side below 8 pixels; expected 8 or more; replace "
                 "the file or give a quadrant size"
             )
         return before, after

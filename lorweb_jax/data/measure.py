@@ -68,8 +68,9 @@ def _cpu_seconds() -> float | None:
 
 def breakdown(root: str | Path, quadrant_size: int, grids: int = 48) -> dict[str, float]:
     """Milliseconds of processor time a grid that each stage takes: medians."""
+    from lorweb_jax.data.analogies import Analogies
+    from lorweb_jax.data.layouts import read_tasks
     from lorweb_jax.data.problems import Problems
-    from lorweb_jax.data.relation252k import Analogies, read_tasks
     from lorweb_jax.images import grid
     from lorweb_jax.images.resize import resize
 

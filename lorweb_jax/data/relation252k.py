@@ -1,54 +1,59 @@
-"""Analogy data in the Relation252K layout: tasks and pairs of images, and all analogies of them by index.
+"""Tasks in the layout of Relation252K.
 
 `<root>/<task>/<group>/labels.json` lists {img_name, left_image_description, right_image_description,
 edit_instruction}; each image file is "before | after" side by side (method.md section 8). The group folder is
 `Group1` in the original and has other names in copies, so every sub-folder that holds a labels.json counts, and the
-task's own folder may hold it too. What can't be used is skipped and added to a `Problems`; only data without anything
-usable is an error.
+task's own folder may hold it too. What can't be used is skipped and added to a `Problems`.
 """
 
-import bisect
 import dataclasses
-import hashlib
-import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, printable
 from lorweb_jax.common.schema import INDEX_BYTES
 from lorweb_jax.common.user_files import read_text
-from lorweb_jax.data.problems import Problems, printable
-from lorweb_jax.images.io import read_image
-
-LONGEST_INSTRUCTION = 20_000  # characters; text encoders take a few thousand at most
+from lorweb_jax.data.analogies import Task, Tell, checked_instruction, file_bytes, file_changed, is_unicode
+from lorweb_jax.data.problems import Problems
+from lorweb_jax.images.io import image_size, read_image
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Pair:
-    """One image file "before | after": its path, what is seen left and right, the edit as an instruction."""
+class SideBySide:
+    """Follows data/analogies.py's Pair. One image file "before | after": its path, what is seen left and right, the
+    edit as an instruction. The middle column of an odd width is left out."""
 
     file: str
     left_description: str
     right_description: str
     instruction: str
 
+    @property
+    def places(self) -> tuple[str]:
+        return (self.file,)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
-    """One edit: its name (printable), its folder and its pairs, in the order of labels.json."""
+    def read(self, tell: Tell | None = None) -> tuple[np.ndarray, np.ndarray]:
+        image = read_image(self.file, tell)
+        width = self._half(image.shape[1])
+        return image[:, :width], image[:, -width:]
 
-    name: str
-    folder: str
-    pairs: tuple[Pair, ...]
+    def size(self) -> tuple[int, int]:
+        width, height = image_size(self.file)
+        return self._half(width), height
 
-    def relative(self, pair: Pair) -> str:
-        """The pair's file as written in reports: relative to the task's folder."""
-        return os.path.relpath(pair.file, self.folder)
+    def _half(self, width: int) -> int:
+        if width < 2:
+            raise UserError(f"{self.file} is 1 pixel wide; expected before | after side by side; replace the file")
+        return width // 2
+
+    def nbytes(self) -> tuple[int]:
+        return (file_bytes(self.file),)
+
+    def changed(self) -> int:
+        return file_changed(self.file)
 
 
 def _label_files(folder: Path) -> list[Path]:
@@ -78,19 +83,14 @@ def _read_labels(file: Path) -> list:
     return entries
 
 
-def _pair(entry, folder: Path) -> Pair:
+def _pair(entry, folder: Path) -> SideBySide:
     """The pair that one entry of labels.json describes; ValueError, in words for a person, if it is of no use."""
     if not isinstance(entry, dict):
         raise ValueError(f"the entry is a {type(entry).__name__}, expected an object with img_name, edit_instruction")
     name, instruction = entry.get("img_name"), entry.get("edit_instruction")
     if not isinstance(name, str) or not name.strip("\0 "):
         raise ValueError("the entry has no img_name")
-    if not isinstance(instruction, str):
-        raise ValueError("the entry has no edit_instruction")
-    if len(instruction) > LONGEST_INSTRUCTION:
-        raise ValueError(f"the edit_instruction has {len(instruction):,} characters, more than {LONGEST_INSTRUCTION:,}")
-    if not _is_unicode(instruction):
-        raise ValueError("the edit_instruction is no text: it holds half a surrogate pair")
+    instruction = checked_instruction(instruction, "edit_instruction")
     # Links are followed, since data sets are made of them; a name is no way out of the data.
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise ValueError("the img_name leads out of the folder that its labels.json lies in")
@@ -104,25 +104,26 @@ def _pair(entry, folder: Path) -> Pair:
         raise ValueError("the image is no regular file, or a link to none" if there else "the image file is missing")
     # Nothing is computed from the descriptions: copies without them lose nothing.
     texts = (entry.get(f"{side}_image_description") for side in ("left", "right"))
-    left, right = (text if isinstance(text, str) and _is_unicode(text) else "" for text in texts)
-    return Pair(str(path), left, right, instruction)
+    left, right = (text if isinstance(text, str) and is_unicode(text) else "" for text in texts)
+    return SideBySide(str(path), left, right, instruction)
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether every encoder and file can take it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def read_task(folder: Path, problems: Problems) -> Task | None:
+    """The task in a folder, if it is usable. Image files are looked up, not opened.
 
-
-def _read_task(folder: Path, problems: Problems) -> Task | None:
+    Adds to `problems`: labels.json absent, empty or malformed; entries without a file name or an instruction, or with
+    broken text; names that lead out of their folder; missing images; a file listed twice; a task with fewer than two
+    pairs. Raises OSError where the folder can't be listed.
+    """
     label_files = _label_files(folder)
     if not label_files:
-        problems.add(folder.name, "labels.json", "there is none, neither in the task's folder nor one level below")
+        problems.add(
+            folder.name,
+            "labels.json",
+            "there is none, neither in the task's folder nor one level below, and no before and after",
+        )
         return None
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, SideBySide] = {}
     for file in label_files:
         try:
             entries = _read_labels(file)
@@ -149,166 +150,3 @@ def _read_task(folder: Path, problems: Problems) -> Task | None:
         problems.add(folder.name, "labels.json", f"{len(pairs)} usable pair(s), an analogy needs 2")
         return None
     return Task(printable(folder.name), str(folder), tuple(pairs.values()))
-
-
-def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
-    """The usable tasks under `root`, by name. Image files are looked up, not opened.
-
-    Adds to `problems`: labels.json absent, empty or malformed; entries without a file name or an instruction, or with
-    broken text; names that lead out of their folder; missing images; a file listed twice; a task with fewer than two
-    pairs. Folders whose name starts with a dot are no tasks.
-
-    Raises:
-      UserError: `root` is not a readable folder, or no task in it is usable.
-    """
-    root = Path(root)
-    try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError as error:
-        raise UserError(
-            f"the data folder {root} can't be listed ({error.strerror}); expected a folder with one "
-            "sub-folder per task; check the path"
-        ) from error
-    tasks = []
-    for folder in folders:
-        try:
-            task = _read_task(folder, problems)
-        except OSError as error:
-            problems.add(folder.name, "", f"the folder could not be read: {error.strerror}")
-            continue
-        if task:
-            tasks.append(task)
-    if not tasks:
-        why = problems.summary() if len(problems) else "it has no sub-folders"
-        raise UserError(
-            f"no usable task in the data folder {root}; expected <task>/Group1/labels.json with two or "
-            f"more image pairs; found: {why}"
-        )
-    return tasks
-
-
-def read_pair(pair: Pair, tell: Callable[[str, str], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The pair's images (before, after), uint8 [h,w,3] each; the middle column of an odd width is left out.
-
-    tell(path, what) reports what was left out of the file, such as further frames; by default it is printed.
-
-    Raises:
-      UserError: the file is missing, unreadable or only one pixel wide.
-    """
-    image = read_image(pair.file, tell)
-    width = image.shape[1] // 2
-    if not width:
-        raise UserError(f"{pair.file} is 1 pixel wide; expected before | after side by side; replace the file")
-    return image[:, :width], image[:, -width:]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Analogy:
-    """a : a′ :: b : b′ from two pairs of one task. `reversed` swaps before and after in both pairs."""
-
-    task: str
-    first: Pair
-    second: Pair
-    pair_ids: tuple[int, int]
-    reversed: bool = False
-
-    @property
-    def caption(self) -> str:
-        """The first pair's instruction; empty when reversed, for the instruction says a → a′ and not a′ → a."""
-        return "" if self.reversed else self.first.instruction
-
-    def reverse(self) -> "Analogy":
-        """a′ : a :: b′ : b, the same pairs read from right to left."""
-        return dataclasses.replace(self, reversed=not self.reversed)
-
-    def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The images a, a′, b, b′, uint8 [h,w,3], in the order after a reversal; raises as `read_pair` does."""
-        (a, a2), (b, b2) = read_pair(self.first), read_pair(self.second)
-        return (a2, a, b2, b) if self.reversed else (a, a2, b, b2)
-
-
-class Analogies(Sequence[Analogy]):
-    """All ordered pairs of different files within a task, by index arithmetic: nothing is listed in memory.
-
-    Analogies of a task are consecutive (`span`); m pairs give m·(m − 1) of them. With `limit` at most that many per
-    task, spread evenly over the task's pairs by a golden-ratio stride, so that no pair is favoured as the first.
-    Pair ids count the pairs of all tasks in order.
-    """
-
-    def __init__(self, tasks: Iterable[Task], limit: int | None = None):
-        """Raises UserError if there is no task, a task has fewer than two pairs, or `limit` is below 1."""
-        self.tasks = tuple(tasks)
-        if not self.tasks:
-            raise UserError("no tasks were given; expected one or more with two pairs each; check the data folder")
-        if limit is not None and limit < 1:
-            raise UserError(f"the limit of analogies per task is {limit}; expected 1 or more, or none")
-        self._all = [len(task.pairs) * (len(task.pairs) - 1) for task in self.tasks]
-        if 0 in self._all:
-            name = self.tasks[self._all.index(0)].name
-            raise UserError(f"task {name} has fewer than two image pairs; an analogy needs two; leave the task out")
-        counts = self._all if limit is None else [min(count, limit) for count in self._all]
-        self._starts = [0, *itertools.accumulate(counts)]
-        self._pair_starts = [0, *itertools.accumulate(len(task.pairs) for task in self.tasks)]
-        self._strides = [_stride(count) if limit is not None and limit < count else 1 for count in self._all]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def task_of(self, index: int) -> int:
-        """The number of the task that analogy `index` belongs to."""
-        return bisect.bisect_right(self._starts, index) - 1
-
-    def span(self, task: int) -> range:
-        """The indexes of a task's analogies."""
-        return range(self._starts[task], self._starts[task + 1])
-
-    def pair_indexes(self, index: int) -> tuple[int, int]:
-        """The positions of the first and the second pair within their task."""
-        task = self.task_of(index)
-        number = (index - self._starts[task]) * self._strides[task] % self._all[task]
-        first, second = divmod(number, len(self.tasks[task].pairs) - 1)
-        return first, second + (second >= first)
-
-    def __getitem__(self, index: int) -> Analogy:  # pyrefly: ignore[bad-override]  (nobody needs slices)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"analogy {index} of {len(self)}")
-        index %= len(self)
-        number = self.task_of(index)
-        task, start = self.tasks[number], self._pair_starts[number]
-        first, second = self.pair_indexes(index)
-        return Analogy(task.name, task.pairs[first], task.pairs[second], (start + first, start + second))
-
-    def digest(self) -> str:
-        """A short hash of the tasks, their files and their order, the same wherever the folder lies."""
-        names = hashlib.sha256(str(len(self)).encode())
-        for task in self.tasks:
-            names.update(json.dumps([task.name, *(task.relative(pair) for pair in task.pairs)]).encode())
-        return names.hexdigest()[:16]
-
-
-def contents(tasks: Iterable[Task]) -> str:
-    """A short hash of what lies in data: names of tasks and files, instructions and the files' sizes, the same wherever
-    the folder lies. `Analogies.digest`, which saved positions hold, knows the names alone."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(
-            json.dumps(
-                [task.name, *([task.relative(pair), pair.instruction, _size(pair.file)] for pair in task.pairs)]
-            ).encode()
-        )
-    return digest.hexdigest()[:16]
-
-
-def _size(file: str) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1
-
-
-def _stride(count: int) -> int:
-    """A number near 0.618·count that shares no factor with it, so that its multiples mod count visit everything."""
-    stride = max(1, round(count * (math.sqrt(5) - 1) / 2))
-    while math.gcd(stride, count) > 1:
-        stride += 1
-    return stride

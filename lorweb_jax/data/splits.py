@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from lorweb_jax.data.analogies import Task
 from lorweb_jax.data.embedded.build import build_embedded_dataset
+from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Task, read_tasks
 
 
 def read_splits(config, problems: Problems) -> dict[str, list[Task]]:

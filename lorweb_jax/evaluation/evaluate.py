@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.analogies import Analogies, Analogy, Pair, Task
 from lorweb_jax.data.problems import Problems, reason
-from lorweb_jax.data.relation252k import Analogies, Analogy, Task, read_pair
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.lpips import lpips
 from lorweb_jax.evaluation.table import TRUTH, Table
@@ -80,21 +80,21 @@ def _candidates(tasks: Sequence[Task], per_task: int) -> Iterator[tuple[list[Ana
         yield chosen, (every[i] for i in every.span(number) if every[i] not in chosen)
 
 
-def _read(analogy: Analogy, task: Task, max_size: int | None, bad: set[str], problems: Problems) -> Sample | None:
-    """None if one of its files can't be used; that file is then in `bad`, and reported."""
-    if bad & {analogy.first.file, analogy.second.file}:
+def _read(analogy: Analogy, task: Task, max_size: int | None, bad: set[Pair], problems: Problems) -> Sample | None:
+    """None if one of its pairs can't be used; that pair is then in `bad`, and reported."""
+    if bad & {analogy.first, analogy.second}:
         return None
     pair = analogy.second
     try:
-        b, b2 = read_pair(pair, problems.tell)
+        b, b2 = pair.read(problems.tell)
         pair = analogy.first
-        a, a2 = read_pair(pair, problems.tell)
+        a, a2 = pair.read(problems.tell)
         # A grid can only be too small, and a sets its size: `pair` is the file at fault here too.
         grid, _ = fit_to_model(target_grid(a, a2, b, b2, max_size))
         if any(other_shape(image.shape[1::-1], a.shape[1::-1]) for image in (a2, b, b2)):
-            problems.tell(analogy.second.file, STRETCHED)
+            problems.tell(analogy.second.places[0], STRETCHED)
     except Exception as error:  # whatever is wrong with one image, the others are read
-        bad.add(pair.file)
+        bad.add(pair)
         problems.add(task.name, task.relative(pair), reason(error))
         return None
     return Sample(task.name, analogy.caption, *quadrants(grid))

@@ -1,14 +1,16 @@
 """Images from and to files, as uint8 [H,W,3] sRGB in 0..255."""
 
+import contextlib
 import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.outputs import write_file
@@ -52,46 +54,107 @@ def read_image(path: str | Path, tell: Callable[[str, str], object] | None = Non
     printed. Raises UserError for a file that is missing, damaged, no image, larger than MAX_PIXELS, or of samples
     whose range isn't known.
     """
+    path = _checked(path)
+    with _sentences(path, lambda: _beginning(path)):
+        _require_file(path)
+        with open(path, "rb") as file:
+            return _pixels(file, str(path), lambda: Image.open(path, formats=READ), tell)
+
+
+def decode_image(data: bytes, name: str, tell: Callable[[str, str], object] | None = None) -> np.ndarray:
+    """The same of a file's content, which errors and `tell` call `name`."""
+    with _sentences(name, lambda: data[:32]):
+        return _pixels(io.BytesIO(data), name, lambda: Image.open(io.BytesIO(data), formats=READ), tell)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image as `read_image` turns it, pixels, from the file's header alone.
+
+    Raises UserError as `read_image` does where the header tells.
+    """
+    path = _checked(path)
+    with _sentences(path, lambda: _beginning(path)):
+        _require_file(path)
+        with open(path, "rb") as file:
+            return _size(file, str(path))
+
+
+def encoded_size(data: bytes, name: str) -> tuple[int, int]:
+    """The same of a file's content, which errors call `name`."""
+    with _sentences(name, lambda: data[:32]):
+        return _size(io.BytesIO(data), name)
+
+
+def _checked(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise UserError(
             f"an image's path is a {type(path).__name__}, a str or Path was expected; images that are in "
             "memory need no reading"
         )
-    path = Path(path)
+    return Path(path)
+
+
+def _require_file(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe, an image file was expected; copy it into a file first")
+
+
+def _require_few_pixels(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(
+            f"{name} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} in all were "
+            "expected; make it smaller first"
+        )
+
+
+def _pixels(
+    file: BinaryIO, name: str, again: Callable[[], ImageFile.ImageFile], tell: Callable[[str, str], object] | None
+) -> np.ndarray:
+    notes: list[str] = []
+    with Image.open(file, formats=READ) as image:
+        _require_few_pixels(image, name)
+        if _frames(image) > 1:
+            notes.append("it holds several frames or pages; the first one is taken")
+        pixels = to_rgb(image, notes, again)
+    for note in notes:
+        tell(name, note) if tell else say(f"{name}: {note}")
+    return pixels
+
+
+def _size(file: BinaryIO, name: str) -> tuple[int, int]:
+    with Image.open(file, formats=READ) as image:
+        _require_few_pixels(image, name)
+        with contextlib.suppress(Exception):  # damaged EXIF data, which reading leaves out too
+            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+                return image.height, image.width
+        return image.size
+
+
+@contextlib.contextmanager
+def _sentences(name: str | Path, beginning: Callable[[], bytes]) -> Iterator[None]:
+    """Whatever reading the image `name` raises becomes a UserError of one sentence."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise UserError(f"{path} is a device or a pipe, an image file was expected; copy it into a file first")
-        notes: list[str] = []
-        with open(path, "rb") as file, Image.open(file, formats=READ) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} in all were "
-                    "expected; make it smaller first"
-                )
-            if _frames(image) > 1:
-                notes.append("it holds several frames or pages; the first one is taken")
-            pixels = to_rgb(image, notes, lambda: Image.open(path, formats=READ))
+        yield
     except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise UserError(str(error) if str(name) in str(error) else f"{name}: {error}") from None
     except FileNotFoundError:
-        raise UserError(f"there is no image {path}; check the path") from None
+        raise UserError(f"there is no image {name}; check the path") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder, an image file was expected; name a file in it") from None
+        raise UserError(f"{name} is a folder, an image file was expected; name a file in it") from None
     except PermissionError:
-        raise UserError(f"the image {path} may not be read; change its permissions or copy it") from None
+        raise UserError(f"the image {name} may not be read; change its permissions or copy it") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is {_kind(path)}; give a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file") from None
+        raise UserError(
+            f"{name} is {_kind(beginning())}; give a PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or PPM file"
+        ) from None
     except Image.DecompressionBombError:
         raise UserError(
-            f"{path} has far too many pixels, at most {MAX_PIXELS:,} were expected; make it smaller first"
+            f"{name} has far too many pixels, at most {MAX_PIXELS:,} were expected; make it smaller first"
         ) from None
     except Exception as error:  # on damaged files Pillow's readers raise nearly every kind of error
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f"the image {path} could not be read ({error.strerror}); check the path") from None
-        raise UserError(f"the image {path} is damaged ({error}); replace it by an intact copy") from None
-    for note in notes:
-        tell(str(path), note) if tell else say(f"{path}: {note}")
-    return pixels
+            raise UserError(f"the image {name} could not be read ({error.strerror}); check the path") from None
+        raise UserError(f"the image {name} is damaged ({error}); replace it by an intact copy") from None
 
 
 def _frames(image: Image.Image) -> int:
@@ -105,10 +168,13 @@ def _frames(image: Image.Image) -> int:
         image.seek(0)
 
 
-def _kind(path: Path) -> str:
-    """What a file is that isn't an image we read."""
+def _beginning(path: Path) -> bytes:
     with open(path, "rb") as file:
-        start = file.read(32)
+        return file.read(32)
+
+
+def _kind(start: bytes) -> str:
+    """What a file is that begins so and isn't an image we read."""
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"heim", b"hevc"):
         return "a HEIC photo"
     return next(

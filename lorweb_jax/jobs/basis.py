@@ -15,9 +15,9 @@ from flax import nnx
 
 from lorweb_jax.adapters.basis import BasisConfig, BasisParam
 from lorweb_jax.common import fingerprint
+from lorweb_jax.data.analogies import Analogies, contents
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.relation252k import Analogies, contents
 from lorweb_jax.data.splits import read_splits
 from lorweb_jax.evaluation import lpips
 from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet

@@ -14,7 +14,6 @@ from lorweb_jax.common import fingerprint
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.data.problems import Problems, reason
-from lorweb_jax.data.relation252k import Pair, read_pair
 from lorweb_jax.data.splits import read_splits
 from lorweb_jax.files.store import Store, shard_name
 from lorweb_jax.images.resize import resize
@@ -79,13 +78,13 @@ def _images(scope: Scope, problems: Problems) -> None:
     mode, encoder_folder = scope.basis.query_mode, scope.folder.encoder
     store = scope.image_store(create=True)
     # With the time of change in its name, a file that was replaced by one as large is settled anew.
-    files = {f"{name} {_changed(file)}": file for name, file in scope.files().items()}
+    pairs = {f"{name} {pair.changed()}": (task, pair) for name, (task, pair) in scope.pairs().items()}
 
     def read(item: str) -> tuple[list[np.ndarray], str | None]:
         """Before and after as they stand in a grid; or none, and why."""
         try:
-            halves = read_pair(Pair(files[item], "", "", ""), problems.tell)
-            return [resize(half, scope.quadrant[::-1]) for half in halves], None
+            images = pairs[item][1].read(problems.tell)
+            return [resize(image, scope.quadrant[::-1]) for image in images], None
         except Exception as error:  # whatever is wrong with one image, the others are read
             return [], reason(error)
 
@@ -103,12 +102,12 @@ def _images(scope: Scope, problems: Problems) -> None:
         def compute(items):
             images: dict[str, np.ndarray] = {}
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
-                pairs = list(readers.map(read, items))
-            for item, (halves, wrong) in zip(items, pairs, strict=True):
-                images |= {fingerprint.of_image(half): half for half in halves}
+                results = list(readers.map(read, items))
+            for item, (two, wrong) in zip(items, results, strict=True):
+                images |= {fingerprint.of_image(image): image for image in two}
                 if wrong:
-                    _, task, file = item.rsplit(" ", 2)[0].split("/", 2)
-                    problems.add(task, file, wrong)
+                    task, pair = pairs[item]
+                    problems.add(task.name, task.relative(pair), wrong)
             if not images:
                 return [], {}
             views = np.stack([processor.resized(image) for image in images.values()])
@@ -117,15 +116,7 @@ def _images(scope: Scope, problems: Problems) -> None:
         return compute
 
     width = queries.embedding_dim(mode, nnx.eval_shape(lambda: encoder_folder.make(nnx.Rngs(0))))
-    fill(store, list(files), FILES, 2 * 4 * width, "image files", load)
-
-
-def _changed(file: str) -> int:
-    """When a file was last written, nanoseconds; 0 if it is gone."""
-    try:
-        return os.stat(file).st_mtime_ns
-    except OSError:
-        return 0
+    fill(store, list(pairs), FILES, 2 * 4 * width, "image files", load)
 
 
 def fill(

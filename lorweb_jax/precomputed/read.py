@@ -31,7 +31,7 @@ class Precomputed:
             self._images = scope.image_store()
             # Items hold the time of change too, which copies of the data may not share.
             settled = {item.rpartition(" ")[0] for item in self._images.settled}
-            _require(self._images.folder, "image files", [name for name in scope.files() if name not in settled])
+            _require(self._images.folder, "image files", [name for name in scope.pairs() if name not in settled])
 
     def prompt(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """text [b, t, j] and pooled [b, p] of captions of the data."""

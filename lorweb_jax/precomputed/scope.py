@@ -8,14 +8,13 @@ Letters: t text tokens, j their width, p pooled width, e embedding width.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorweb_jax.adapters.basis import BasisConfig
 from lorweb_jax.common import fingerprint
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.data.relation252k import Task
+from lorweb_jax.data.analogies import Pair, Task
 from lorweb_jax.files.store import Store
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.pipeline.folder import PipelineFolder
@@ -101,21 +100,14 @@ class Scope:
             {"", *(pair.instruction for tasks in self.tasks.values() for task in tasks for pair in task.pairs)}
         )
 
-    def files(self) -> dict[str, str]:
-        """{name with the file's size: path} of every image file of the data; one that is gone has size −1."""
+    def pairs(self) -> dict[str, tuple[Task, Pair]]:
+        """{name with the files' sizes: task and pair} of all the data; a file that is gone has size −1."""
         return {
-            f"{split}/{task.name}/{task.relative(pair)} {_size(pair.file)}": pair.file
+            f"{split}/{task.name}/{task.relative(pair)} {'+'.join(map(str, pair.nbytes()))}": (task, pair)
             for split, tasks in self.tasks.items()
             for task in tasks
             for pair in task.pairs
         }
-
-
-def _size(file: str) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1
 
 
 def _queries_kept(basis: BasisConfig, quadrant: tuple[int, int] | None) -> str | None:
