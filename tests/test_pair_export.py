@@ -21,7 +21,7 @@ from lorweb_jax.adapters.formats.basis_file import read_basis
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.pipeline.adapters import load_basis
-from lorweb_jax.pipeline.styles import Styles, load_style
+from lorweb_jax.pipeline.styles import Styles, load_style, weighted
 
 FOLDER, PAIR = golden_dir() / "tiny_pipeline", golden_dir() / "pair"
 LAYERS = backbone(FluxConfig.from_json(json.loads((FOLDER / "transformer" / "config.json").read_text()))).adapted
@@ -125,6 +125,27 @@ def test_exported_styles_are_styles(tmp_path):
     for path in other.a:
         np.testing.assert_array_equal(one.a[path], other.a[path])
         np.testing.assert_array_equal(one.b[path], other.b[path])
+
+
+def test_styles_saved_from_python(tmp_path):
+    """Two styles summed at their weights; a single one in the published format keeps its bytes."""
+    pipeline = Pipeline.load(FOLDER)
+    files = [PAIR / "style_a.safetensors", PAIR / "style_d.safetensors"]
+    styles = [pipeline.style(file, words="in ink", weight=weight) for file, weight in zip(files, (0.5, -1))]
+    pipeline.save_style(tmp_path / "sum.safetensors", styles)
+    found = load_style(tmp_path / "sum.safetensors", LAYERS, words="").member
+    for path in found.a:
+        parts = (weighted(style) for style in styles)
+        expected = sum(part.a[path].transpose(0, 2, 1) @ part.b[path] for part in parts if path in part.a)
+        update = found.a[path].transpose(0, 2, 1) @ found.b[path]
+        np.testing.assert_allclose(update, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    pipeline.save_style(tmp_path / "one.safetensors", styles[0], names="kohya", alpha=2)
+    assert load_style(tmp_path / "one.safetensors", LAYERS).words == "in ink"
+    plain = pipeline.style(files[0], words="")
+    pipeline.save_style(tmp_path / "published.safetensors", plain, names="published")
+    assert (tmp_path / "published.safetensors").read_bytes() == files[0].read_bytes()
+    with pytest.raises(UserError, match="names is 'xlabs'; give diffusers, kohya, comfyui or published"):
+        pipeline.save_style(tmp_path / "x.safetensors", plain, names="xlabs")
 
 
 def test_exports_refuse(tmp_path):

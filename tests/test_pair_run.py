@@ -8,10 +8,12 @@ import pytest
 from golden import golden_dir
 
 from lorweb_jax import export
+from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.formats.pair_file import read_member
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.record import backbone
+from lorweb_jax.pipeline.adapters import load_basis
 from lorweb_jax.pipeline.pair_run import make_members, members_of_run, words_of_run
 from lorweb_jax.pipeline.styles import load_style
 from lorweb_jax.runs import checksums
@@ -74,6 +76,20 @@ def test_a_runs_style_knows_its_words(workdir, tmp_path_factory):
         path = out / f"{which}_published.safetensors"
         export.main(["pair", str(workdir), str(path), "--format", "published", "--which", which, *pipeline])
         assert path.read_bytes() == (FOLDER / f"{file}.safetensors").read_bytes()
+
+
+def test_a_run_is_a_basis_of_its_adapters(workdir):
+    """Its mixes by name: style, the default, content and both."""
+    basis = Basis.from_arrays(*load_basis(workdir, LAYERS))
+    rows = {name: basis.mix(name).coefficients for name in ("style", "content", "both")}
+    assert basis.config.coefficients.default == "style"
+    for path, parts in basis.to_arrays().items():
+        for name, file in (("style", "style_b"), ("content", "content_a")):
+            expected = read_member(FOLDER / f"{file}.safetensors", LAYERS)
+            a, b = (np.einsum("ln,ln...->l...", rows[name][path], parts[side]) for side in "ab")
+            update = expected.a[path].transpose(0, 2, 1) @ expected.b[path]
+            np.testing.assert_allclose(a @ b, update, rtol=0, atol=1e-6 * np.abs(update).max())
+        np.testing.assert_array_equal(rows["both"][path], rows["style"][path] + rows["content"][path])
 
 
 def test_runs_that_hold_no_such_pair_are_refused(workdir):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lorweb_jax.adapters import pair
 from lorweb_jax.adapters.basis import AdaptedLayer, BasisConfig
 from lorweb_jax.adapters.formats.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.adapters.formats.identify import lora_scheme
@@ -33,13 +34,14 @@ def load_basis(
     [l,k,q]}}).
 
     path: a published basis (its file, or a folder with the file and config.yaml), an ordinary LoRA's file (a basis
-    of one member with the coefficient 1), the folder of a training run, or a Hub name of such files.
+    of one member with the coefficient 1), the folder of a training run, or a Hub name of such files. A run of Pair
+    Customization is a basis of its adapters, with the mixes style (the default), content and both by name.
     layers: of the model by path, which the basis must fit (`Backbone.adapted`). Raises UserError if it holds none
     of these, or a basis of another model.
     """
     path = existing_basis(path)
     if is_run(path):
-        config, arrays = basis_of_run(path)
+        config, arrays = _pair_of_run(path, layers) if _job(path) == "pair" else basis_of_run(path)
         require_fits(arrays, layers, str(path))
         return config, arrays
     if lora_scheme(Checkpoint(path)):
@@ -55,6 +57,26 @@ def existing_basis(path: str | Path) -> Path:
 def is_run(path: Path) -> bool:
     """Whether `path` is the folder of a training run."""
     return (path / "checkpoints").is_dir()
+
+
+def _job(workdir: Path) -> str:
+    from lorweb_jax.runs.checkpoints import CONFIG
+    from lorweb_jax.settings import config as configs
+
+    return configs.load(workdir / CONFIG).job
+
+
+def _pair_of_run(workdir: Path, layers: Mapping[str, AdaptedLayer]) -> tuple[BasisConfig, Arrays]:
+    from lorweb_jax.pipeline.pair_run import members_of_run
+
+    members = members_of_run(workdir, layers)
+    names = sorted(members, reverse=True)  # style first, if there is one
+    table = {name: [float(each == name) for each in names] for name in names}
+    if len(names) > 1:
+        table["both"] = [1.0] * len(names)
+    rank = max(member.rank for member in members.values())
+    config = BasisConfig(size=len(names), rank=rank, query="fixed", query_dim=None, table=table)
+    return config, pair.stack([members[name] for name in names], layers)
 
 
 def basis_of_run(workdir: Path, step: int | None = None) -> tuple[BasisConfig, Arrays]:

@@ -323,6 +323,24 @@ class Pipeline:
         basis, layers = self._basis(), self.folder.backbone.adapted
         return saving.save_lora(basis, mix, layers, path, self.source, rank=rank, dtype=dtype, alpha=alpha, names=names)
 
+    def save_style(
+        self,
+        path: str | Path,
+        styles: Style | Sequence[Style],
+        *,
+        names: str = "diffusers",
+        rank: int | None = None,
+        dtype: str = "float32",
+        alpha: bool | float = False,
+    ) -> TruncationError | None:
+        """A style, or several summed at their weights, as an ordinary LoRA, or with names "published" in the format of
+        Pair Customization.
+
+        Options, result and errors are those of `save_lora`; the published format takes no rank and no alpha, and holds
+        an adapter only whose q, k and v share an A.
+        """
+        return saving.save_styles(as_styles(styles), self.folder.backbone.adapted, path, names, rank, dtype, alpha)
+
     def _open(
         self,
         conditions: list[Images],

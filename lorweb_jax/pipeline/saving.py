@@ -1,6 +1,6 @@
 """An attached basis, or one mix of it, into files of other programs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,32 @@ def save_member(
     with told_if_unwritable(path):
         write_lora(path, factors, dtype, alpha, names, layers, blocks, {WORDS: words} if words else None)
     return error
+
+
+def save_styles(
+    styles: Sequence[Any],
+    layers: Mapping[str, AdaptedLayer],
+    path: str | Path,
+    names: str,
+    rank: int | None,
+    dtype: str,
+    alpha: bool | float,
+) -> TruncationError | None:
+    """See Pipeline.save_style. The words of a single style stay with it."""
+    if not styles:
+        raise UserError("there is no style to save; give one of `Pipeline.style`")
+    member = pair.summed([style.member for style in styles], [style.weight for style in styles])
+    names = as_value(names, "names", Choice((*NAMES, PUBLISHED)))
+    return save_member(
+        _target(path, None),
+        member,
+        layers,
+        names=names,
+        dtype=as_dtype(dtype),
+        rank=None if rank is None else as_value(rank, "the rank", RANK),
+        alpha=alpha if isinstance(alpha, bool) else as_value(alpha, "alpha", _ALPHA),
+        words=styles[0].words if len(styles) == 1 and names != PUBLISHED else "",
+    )
 
 
 def mix_as_member(basis: Basis, mix: Mix) -> pair.Member:
