@@ -1,12 +1,17 @@
 """Layouts of data beside Relation252K's: what each gives, and what is said of bad input."""
 
+import io
 import json
+import pickle
 import sys
+import tarfile
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import webdataset
 from PIL import Image
 
 from lorweb_jax.common.errors import UserError
@@ -206,3 +211,128 @@ def test_fingerprints_know_both_files_but_not_the_place(images, tmp_path_factory
     Image.fromarray(pixels("x")[:4]).save(other / "after/3.png")
     assert both(other / "pairs.csv")[0] == first[0] and both(other / "pairs.csv")[1] != first[1]
     assert both(write_table(other, "csv", [*ROWS[:3], ROWS[3] | {"after": "after/2.png"}]))[0] != first[0]
+
+
+def encoded(place):
+    with io.BytesIO() as file:
+        Image.fromarray(pixels(place)).save(file, "PNG")
+        return file.getvalue()
+
+
+def save_dataset(folder, rows):
+    """Rows of TABLE's form as the library datasets saves them, with images in the place of paths."""
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    for side in {"before", "after"} & columns.keys():
+        columns[side] = [place and {"bytes": encoded(place.split(".")[0]), "path": None} for place in columns[side]]
+    dataset = datasets.Dataset.from_dict(columns)
+    for side in {"before", "after"} & columns.keys():
+        dataset = dataset.cast_column(side, datasets.Image())
+    dataset.save_to_disk(folder)
+    return folder
+
+
+def test_a_saved_data_set(tmp_path):
+    tasks, problems = read(save_dataset(tmp_path / "set", ROWS))
+    assert not problems and list(tasks) == ["x", "y"]
+    assert captions(tasks["x"]) == ['a, "b" c', "two"] and captions(tasks["y"]) == ["three", "four"]
+    assert_holds(tasks["x"], "1", "2")
+    assert tasks["y"].relative(tasks["y"].pairs[1]) == "row 3"
+    assert tasks["x"].pairs[0].nbytes() == (len(encoded("before/1")), len(encoded("after/1")))
+    assert pickle.loads(pickle.dumps(tasks["y"])) == tasks["y"]
+    without = [{name: row[name] for name in ("before", "after")} for row in ROWS]
+    tasks, problems = read(save_dataset(tmp_path / "plain", without))
+    assert not problems and captions(tasks["plain"]) == [""] * 4
+    bad = [ROWS[0] | {"after": None}, ROWS[0] | {"caption": None}, *ROWS]
+    tasks, problems = read(save_dataset(tmp_path / "bad", bad))
+    assert list(tasks) == ["x", "y"] and [problem[:2] for problem in problems] == [("x", "row 0"), ("x", "row 1")]
+    assert "no image in the column after" in problems[0][2] and "no caption" in problems[1][2]
+
+
+def test_bad_saved_data_sets(tmp_path, monkeypatch):
+    def refused(folder, sentence):
+        with pytest.raises(UserError, match=sentence):
+            read(folder)
+
+    rows = [{"input": "before/1.png", "prompt": "a"}]
+    refused(save_dataset(tmp_path / "a", rows), "no row of .*its columns are row, input, prompt")
+    datasets.Dataset.from_dict({"before": ["1.png"], "after": ["2.png"]}).save_to_disk(tmp_path / "b")
+    refused(tmp_path / "b", "the column before of .*images were expected; cast it")
+    whole = save_dataset(tmp_path / "c", ROWS)
+    for file in whole.glob("*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    refused(whole, "is no intact data set")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name in ("train", "test"):
+        save_dataset(tmp_path / "d" / name, ROWS)
+    refused(tmp_path / "d", r"several splits of a data set \(test, train\); give the folder of one, such as .*/d/test")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(tmp_path / "d/train", r"package datasets is needed.*pip install 'lorweb_jax\[datasets\]'")
+
+
+def write_shard(file, samples):
+    with webdataset.TarWriter(str(file)) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def sample(key, name, **texts):
+    return {"__key__": key, "before.png": encoded(f"before/{name}"), "after.png": encoded(f"after/{name}"), **texts}
+
+
+def test_shards(tmp_path):
+    """Written by webdataset; its own reader, from one end to the other, gives the same samples."""
+    write_shard(tmp_path / "0.tar", [sample("frame/0", "1", txt="one"), sample("frame/1", "2", txt="two")])
+    described = {"caption": "three", "task": "other"}
+    write_shard(tmp_path / "1.tar", [sample("4", "3", json=described), sample("frame/5", "4", txt="")])
+    write_shard(tmp_path / "2.tar", [sample("6", "5", json=described)])
+    tasks, problems = read(tmp_path)
+    assert list(tasks) == ["frame", "other"] and not problems
+    assert captions(tasks["frame"]) == ["one", "two", ""] and captions(tasks["other"]) == ["three"] * 2
+    assert_holds(tasks["frame"], "1", "2", "4")
+    assert_holds(tasks["other"], "3", "5")
+    assert tasks["other"].relative(tasks["other"].pairs[1]) == "2.tar/6.before.png | 2.tar/6.after.png"
+    files = [str(tmp_path / f"{number}.tar") for number in range(3)]
+    theirs = list(webdataset.WebDataset(files, shardshuffle=False))
+    assert [pair.places[0] for pair in tasks["frame"].pairs + tasks["other"].pairs] == [
+        f"{theirs[i]['__url__']}/{theirs[i]['__key__']}.before.png" for i in (0, 1, 3, 2, 4)
+    ]
+    one, problems = read(tmp_path / "0.tar")
+    assert captions(one["frame"]) == ["one", "two"] and not problems
+
+
+def test_bad_shards(tmp_path):
+    good = [sample(f"{n}", "1", txt="words") for n in range(3)]
+    write_shard(tmp_path / "0.tar", good)
+    lacking = {"__key__": "b", "before.png": encoded("before/1"), "txt": "words"}
+    silent, broken = sample("c", "1"), sample("d", "1", json=b"{")
+    write_shard(tmp_path / "1.tar", [lacking, silent, broken, sample("e", "1", txt=b"\xff")])
+    write_shard(tmp_path / "2.tar.gz", good)
+    (tmp_path / "2.tar.gz").rename(tmp_path / "2.tar")
+    write_shard(tmp_path / "3.tar", good)
+    with tarfile.open(tmp_path / "3.tar") as archive:
+        end = archive.getmember("2.before.png").offset  # cut off between two files
+    (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:end])
+    (tmp_path / "4.tar").write_bytes(b"rubbish" * 200)
+    tasks, problems = read(tmp_path)
+    [task] = tasks.values()
+    usable = [task.relative(pair).split(" ")[0] for pair in task.pairs]
+    assert usable == [f"{shard}.tar/{n}.before.png" for shard, n in ((0, 0), (0, 1), (0, 2), (3, 0), (3, 1))]
+    reasons = {file: reason for _, file, reason in problems}
+    for file, words in {
+        "1.tar/b": "no .after image",
+        "1.tar/c": "no caption",
+        "1.tar/d": "texts can't be read",
+        "1.tar/e": "texts can't be read",
+        "2.tar": "compressed",
+        "3.tar": "damaged",
+        "4.tar": "damaged",
+    }.items():
+        assert words in reasons[file], reasons
+    (tmp_path / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="0.tar"):
+        task.pairs[0].read()
+    for name in "0123":
+        (tmp_path / f"{name}.tar").unlink()
+    with pytest.raises(UserError, match="no shard of .* can be read; 1 item"):
+        read(tmp_path)

@@ -5,6 +5,8 @@
 | Relation252K | folders with labels.json | relation252k.py |
 | pairs of folders | folders with before/ and after/, or one such | folders.py |
 | table | a .csv, .jsonl or .parquet file | tables.py |
+| Hugging Face data set | a folder that datasets' save_to_disk left | saved.py |
+| webdataset | .tar files, or one such | shards.py |
 """
 
 import os
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.data import folders, relation252k, tables
+from lorweb_jax.data import folders, relation252k, saved, shards, tables
 from lorweb_jax.data.analogies import Task
 from lorweb_jax.data.problems import Problems
 
@@ -40,7 +42,9 @@ def _of_its_own_kind(root: Path) -> Callable[[Path, Problems], list[Task]] | Non
     """What reads a root that isn't a folder of tasks."""
     if root.suffix.lower() in tables.KINDS and not root.is_dir():
         return tables.read_tasks
-    return None
+    if saved.is_saved(root):
+        return saved.read_tasks
+    return shards.read_tasks if shards.shards(root) else None
 
 
 def _in_folders(root: Path, problems: Problems) -> list[Task]:
@@ -49,7 +53,7 @@ def _in_folders(root: Path, problems: Problems) -> list[Task]:
     except OSError as error:
         raise UserError(
             f"the data folder {root} can't be listed ({error.strerror}); expected a folder with one "
-            "sub-folder per task, or a table; check the path"
+            "sub-folder per task, a table or shards; check the path"
         ) from error
     tasks = []
     for folder in [root] if folders.is_task(root) else subfolders:
