@@ -1,21 +1,28 @@
-"""A small FLUX with a routed basis as a training job, and three steps of it on any mesh: what test_mesh.py compares.
+"""A small FLUX with a routed basis, or with a pair of adapters, as a training job, and three steps of it on any mesh:
+what test_mesh.py compares.
 
-Run as a program it prints, for each mesh given as data,fsdp,tensor, where its arrays end up, as .npz files.
+Run as a program it prints, for each mesh given as data,fsdp,tensor, where its arrays end up, as .npz files. Of a mesh
+with "pair," before it, it is the pair.
 """
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from configs import pair as pair_config
 from lorweb_jax.adapters.basis import Basis, BasisConfig, BasisParam
+from lorweb_jax.jobs.pair import PairJob
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import sharding
+from lorweb_jax.pipeline.pair_model import PairModel
+from lorweb_jax.pipeline.pair_run import make_members
 from lorweb_jax.settings.config import base_config
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.optimizer import make_optimizer
@@ -70,6 +77,43 @@ class MeshJob(Job):
         return jnp.square(velocity - batch["target"] - noise).mean(), {}
 
 
+class MeshPair(PairJob):
+    """Its batches are latents, in two micro-batches, with both passes from the first step."""
+
+    joint = False
+
+    def __init__(self):
+        layers = backbone(FLUX).adapted
+        self.config = pair_config.default()
+        self.config.pair.update(content_rank=8, style_rank=4, style_start=0, times="example")
+        self.config.train.update(batch=2 * BATCH, accumulate=2)
+        self.members = nnx.eval_shape(lambda: make_members(self.config.pair, layers))
+        self.folder = SimpleNamespace(vae_config=SimpleNamespace(downscale=8))
+
+    def build(self, rngs):
+        return PairModel(
+            backbone=backbone(FLUX),
+            transformer=Flux(FLUX, remat="full", rngs=rngs),
+            vae=SimpleNamespace(config=self.folder.vae_config),
+            members=make_members(self.config.pair, backbone(FLUX).adapted),
+            text=jnp.zeros((2, TEXT, 24)),
+            pooled=jnp.zeros((2, 12)),
+        )
+
+    def frozen(self, shapes):
+        return random_arrays(shapes)
+
+    def encode(self, model, batch):
+        return {}
+
+
+def latents():
+    random = np.random.default_rng(4)
+    for _ in range(3):
+        mean, deviation = (random.normal(size=(2 * BATCH, 2, 4, 6, 4)).astype(np.float32) for _ in range(2))
+        yield {"mean": mean, "deviation": 0.1 * np.abs(deviation)}
+
+
 def random_arrays(shapes):
     """Nothing is zero, as a fresh model's modulations and B are, so that every part of the model matters."""
     random, made = np.random.default_rng(0), {}
@@ -99,30 +143,32 @@ def batches():
         }
 
 
-def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, np.ndarray]:
+def three_steps(sizes: dict[str, int], quantization: str = "none", of_pair: bool = False) -> dict[str, np.ndarray]:
     """Trained arrays after three steps, "loss" [3], and "share/<path>": a device's share of each parameter."""
-    config = base_config("mesh")
-    job, optimizer, mesh = MeshJob(quantization), make_optimizer(config), sharding.make_mesh(sizes)
+    jax.config.update("jax_disable_most_optimizations", of_pair)  # it compiles much
+    job = MeshPair() if of_pair else MeshJob(quantization)
+    config = job.config if of_pair else base_config("mesh")
+    optimizer, mesh = make_optimizer(config), sharding.make_mesh(sizes)
     partition = Partition.of(job, config.seed)
     shapes = state_shapes(job, partition, optimizer, config, mesh)
     frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
-    trainable = {
-        name: sharding.put(array, shapes.trainable[name]) for name, array in random_arrays(shapes.trainable).items()
-    }
+    trainable, constants = (
+        {name: sharding.put(array, part[name]) for name, array in random_arrays(part).items()}
+        for part in (shapes.trainable, shapes.constants)
+    )
     state = jax.jit(
-        lambda trainable: new_state(job, partition, optimizer, config, trainable, {}),
-        out_shardings=sharding.shardings_of(shapes),
-    )(trainable)
+        lambda *parts: new_state(job, partition, optimizer, config, *parts), out_shardings=sharding.shardings_of(shapes)
+    )(trainable, constants)
     losses = []
     with jax.set_mesh(mesh):
         step = TrainStep(job, partition, optimizer, config, mesh, shapes)
-        for number, batch in enumerate(batches()):
+        for number, batch in enumerate(latents() if of_pair else batches()):
             state, metrics = step(number, state, frozen, sharding.put_batch(mesh, batch))
             losses.append(float(metrics["loss"]))
     trainable = state.trainable
     share = {
         f"share/{name}": array.addressable_shards[0].data.size / array.size
-        for name, array in {**trainable, **frozen}.items()
+        for name, array in {**trainable, **state.constants, **frozen}.items()
     }
     return {name: np.asarray(array) for name, array in trainable.items()} | {"loss": np.array(losses)} | share
 
@@ -130,5 +176,5 @@ def three_steps(sizes: dict[str, int], quantization: str = "none") -> dict[str, 
 if __name__ == "__main__":
     out, quantization, *meshes = sys.argv[1:]
     for mesh in meshes:
-        found = three_steps(dict(zip(sharding.AXES, map(int, mesh.split(",")))), quantization)
-        np.savez(Path(out) / f"{mesh}.npz", **found)
+        sizes = dict(zip(sharding.AXES, map(int, mesh.removeprefix("pair,").split(","))))
+        np.savez(Path(out) / f"{mesh}.npz", **three_steps(sizes, quantization, mesh.startswith("pair,")))

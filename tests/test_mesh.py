@@ -14,19 +14,24 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
 
 TOLERANCE = 1e-5  # relative, L2
+PAIR = [("pair", 1, 1, 1), ("pair", 2, 2, 2)]  # of Pair Customization
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[tuple[int, int, int], dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("meshes")
-    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES]]
+    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES, *PAIR]]
     subprocess.run(
         [sys.executable, Path(__file__).with_name("mesh_job.py"), out, "none", *names],
         check=True,
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
     )
-    return {tuple(map(int, name.split(","))): dict(np.load(out / f"{name}.npz")) for name in names}
+    return {tuple(map(_number, name.split(","))): dict(np.load(out / f"{name}.npz")) for name in names}
+
+
+def _number(word: str) -> int | str:
+    return int(word) if word.isdigit() else word
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -34,6 +39,15 @@ def test_a_mesh_of_eight_devices_trains_as_one_device(runs, sizes):
     one, many = runs[1, 1, 1], runs[sizes]
     for name in (name for name in one if not name.startswith("share/")):
         assert relative(many[name], one[name]) <= TOLERANCE, name
+
+
+def test_a_pair_trains_on_eight_devices_as_on_one(runs):
+    """Both passes, and their trained and frozen parts, which are split along fsdp."""
+    one, many = (runs[sizes] for sizes in PAIR)
+    for name in (name for name in one if not name.startswith("share/")):
+        assert relative(many[name], one[name]) <= TOLERANCE, name
+    shares = {name: share for name, share in many.items() if name.startswith("share/basis.")}
+    assert shares and {float(share) for share in shares.values()} == {1 / 2}
 
 
 def test_weights_and_basis_are_really_split(runs):

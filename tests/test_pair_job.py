@@ -47,7 +47,7 @@ def config_of(images, **changes):
     config = pair_config.smoke()
     config.pipeline = str(SMALL)
     config.data.update(images, long_edge=96)
-    config.unroll, config.train.log_every, config.train.checkpoint_every = 1, 1, 1
+    config.unroll = config.train.accumulate = config.train.log_every = config.train.checkpoint_every = 1
     config.update_from_flattened_dict(changes)
     return config
 

@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.pair import Augmentation
+from lorweb_jax.jobs.pair import PairBatches
 from lorweb_jax.main import read_config
 from lorweb_jax.nn import sharding
 from lorweb_jax.pipeline.published import KontextSizes
@@ -231,6 +233,37 @@ def test_bytes_from_shapes(gpu_plan):
     assert gpu_plan.fits and gpu_plan.peak == sum(memory.values()) and gpu_plan.compiled is None
     assert "it fits" in report.table(gpu_plan)
     assert json.loads(json.dumps(report.to_json(gpu_plan)))["memory"] == memory
+
+
+def pair_smoke(**changes):
+    config = read_config(str(ROOT / "configs" / "pair.py") + ":smoke")
+    config.pipeline = str(ROOT / "assets" / "small_kontext")
+    config.update_from_flattened_dict({"mesh.fsdp": 1, "data.condition": "x.png", **changes})
+    return config
+
+
+def test_a_pair_of_adapters():
+    """Bytes from shapes, all float32; frozen A's have no moments. What each pass multiplies beyond the model is little
+    without remat: both adapters' parts of a product's gradient, and the same A's in q, k and v."""
+    plan = make_plan(pair_smoke(**{"train.batch": 4}), target("gpu:h100"), "train")
+    groups, memory = plan.program.groups, plan.memory
+    trained, frozen = (4 * count({k: v for k, v in groups["basis"].items() if k.endswith(".a") == at}) for at in (0, 1))
+    assert memory["basis"] == trained + frozen and memory["gradients"] == trained and frozen
+    assert 0 <= memory["optimizer"] - 2 * trained <= 16
+    table = report.table(plan)
+    assert "batch 4 in 2 parts, 32 + 16 tokens, 2 passes" in table and "adapters, trained" in table
+    assert 0 <= plan.work.recomputed < 0.1 * plan.work.model
+    halved = suggest.suggestions(pair_smoke(**{"train.batch": 4}), dataclasses.replace(plan, capacity=plan.peak - 1))
+    assert {"train.accumulate": 4} in [change.values for change in halved]
+    # Shapes of what the job makes of its images, which a plan doesn't read.
+    images = PairBatches(Augmentation([np.zeros((64, 64, 3), np.uint8)] * 3, 64), pair_smoke()).at(0)["images"]
+    shape = batch_shapes(planned_job(pair_smoke(), "gpu"), sharding.make_mesh(pair_smoke().mesh))["images"]
+    assert (images.shape, images.dtype) == (shape.shape, shape.dtype)
+
+
+def test_pictures_of_a_pair():
+    plan = make_plan(pair_smoke(), target("gpu:h100"), "sample")
+    assert plan.fits and "the mix beside the weights" in report.table(plan)
 
 
 def test_suggestions_fit(gpu_plan):

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import grid_size, tokens
 from lorweb_jax.planning.work import carried
 
 # Vectors of width d a token, in the compute dtype; fitted to the TPU compiler's temporaries, as the next.
@@ -42,23 +41,27 @@ def estimate(program: Program, kept: float) -> Estimate:
     """kept: see `kept_by_example`."""
     job, mesh = program.job, program.mesh
     backbone, vae = job.folder.backbone, job.folder.vae_config
-    local = -(-program.batch // batch_shares(mesh))
-    sequence = 2 * tokens(job) + job.folder.text_tokens
+    local = -(-(job.micro_batch if program.gradients else program.batch) // batch_shares(mesh))
+    sequence = job.sequence + job.folder.text_tokens
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
     block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * backbone.features * itemsize / tensor
     # At the last block going forward, or the first going backward, most is kept.
     last, _ = [stack for stack in backbone.stacks if stack[1]][-1]
     weights = sum(layer.inputs * layer.outputs for layer in backbone.scanned.values() if layer.stack == last)
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
-    pixels = local * math.prod(grid_size(job.config))  # of the targets; the conditions follow them
+    pixels = local * math.prod(job.size)  # of one of an example's images; the others follow
     images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0
     return Estimate(kept * local, block, gathered, images)
 
 
 def kept_by_example(program: Program, traced: Sequence[jax.stages.Traced]) -> float:
-    """Bytes that are kept for the backward pass, for each example of a batch."""
-    sequence = 2 * tokens(program.job) + program.job.folder.text_tokens
-    return kept_bytes(traced[-1].jaxpr.jaxpr, sequence) / program.batch if program.gradients else 0
+    """Bytes that are kept for the backward pass, for each example of a micro-batch; of one pass, as what another keeps
+    is gone by then."""
+    job = program.job
+    if not program.gradients:
+        return 0
+    kept = kept_bytes(traced[-1].jaxpr.jaxpr, job.sequence + job.folder.text_tokens)
+    return kept / job.micro_batch / job.passes
 
 
 def kept_bytes(jaxpr, sequence: int) -> float:
@@ -70,6 +73,6 @@ def kept_bytes(jaxpr, sequence: int) -> float:
             for out in equation.outvars[carried(equation) :]:
                 if out.aval.shape.count(sequence) < 2:
                     total += out.aval.size * out.aval.dtype.itemsize
-        else:
-            total += sum(kept_bytes(inner, sequence) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+        # Within a scan, such as that over micro-batches, another's outputs are there once.
+        total += sum(kept_bytes(inner, sequence) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return total

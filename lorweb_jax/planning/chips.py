@@ -43,7 +43,7 @@ TPUS = {
     )
 }
 # NVIDIA's data sheets, SXM forms, dense; NVLink is halved to one way. Memory: what the driver reports of 40, 80, 80,
-# 141 and 180 GB, less about half a GiB that a CUDA process takes for itself.
+# 141, 180 and 24 GB, less about half a GiB that a CUDA process takes for itself.
 GPUS = {
     chip.name: chip
     for chip in (
@@ -52,5 +52,6 @@ GPUS = {
         Chip("h100", 79.1 * GIB, 989e12, 3350e9, 450e9),
         Chip("h200", 139.9 * GIB, 989e12, 4800e9, 450e9),
         Chip("b200", 178.0 * GIB, 2250e12, 7700e9, 900e9),
+        Chip("rtx4090", 23.4 * GIB, 165e12, 1008e9, 31.5e9),  # its connections are those of PCIe 4.0 x16
     )
 }

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import tokens
 
 
 def expected_traffic(program: Program) -> dict[str, Traffic]:
@@ -16,11 +15,19 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     training = program.what == "train"
     # Going backward a block's weights are gathered once, even if its forward pass is recomputed.
-    passes = 2 if training else program.steps
+    times = job.passes * job.config.train.accumulate if training else program.steps
+    passes = 2 * times if training else times
     traffic: dict[str, Traffic] = {}
-    low_rank = sum(
-        program.groups["basis"][f"basis.layers.{path}.{part}"].size for path in backbone.scanned for part in "ab"
-    )
+    modulations = tuple(path for path, layer in backbone.adapted.items() if layer.modulation)
+
+    def factors(shapes) -> int:
+        """Numbers of the A's and B's."""
+        layers = ((name.rpartition("."), shape.size) for name, shape in shapes.items())
+        return sum(
+            size for (path, _, part), size in layers if part in ("a", "free_a", "b") and not path.endswith(modulations)
+        )
+
+    low_rank, trained = factors(program.groups["basis"]), factors(program.gradients)
 
     if fsdp > 1:
         base = program.groups["base"]
@@ -29,15 +36,18 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
         traffic["all-gather"] = Traffic(passes * backbone.blocks, passes * whole / tensor * (fsdp - 1) / fsdp)
     reduced = Traffic()
     if training and data * fsdp > 1:
-        reduced = Traffic(backbone.blocks, 2 * low_rank * itemsize / tensor * (1 - 1 / (data * fsdp)))
+        sums = backbone.blocks * times
+        each = trained / job.passes  # a pass has the gradients of its own part
+        reduced = Traffic(sums, 2 * times * each * itemsize / tensor * (1 - 1 / (data * fsdp)))
     if tensor > 1:
         # After each product whose inputs are split, as many going backward; those of the text beside the image's.
-        local = program.batch // (data * fsdp) if program.batch % (data * fsdp) == 0 else program.batch
-        times = passes + (training and job.config.remat != "none")
+        batch = job.micro_batch if training else program.batch
+        local = batch // (data * fsdp) if batch % (data * fsdp) == 0 else batch
+        passes += times * (training and job.config.remat != "none")
         rows = [layer for layer in backbone.scanned.values() if layer.role == "row"]
-        count = times * sum(layer.depth for layer in rows if layer.stream != "text")
-        outputs = times * sum(
-            layer.depth * layer.rows(2 * tokens(job), job.folder.text_tokens) * layer.outputs for layer in rows
+        count = passes * sum(layer.depth for layer in rows if layer.stream != "text")
+        outputs = passes * sum(
+            layer.depth * layer.rows(job.sequence, job.folder.text_tokens) * layer.outputs for layer in rows
         )
         reduced = Traffic(reduced.count + count, reduced.sent + 2 * local * outputs * itemsize * (tensor - 1) / tensor)
     if reduced.count:

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorweb_jax.jobs.basis import BasisJob
 from lorweb_jax.nn import sharding
-from lorweb_jax.planning import shapes as planned
+from lorweb_jax.planning.shapes import PlannedBasisJob, PlannedPairJob, batch_shapes
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import Partition, state_shapes
 from lorweb_jax.training.step import TrainStep
@@ -33,7 +32,7 @@ class Program:
     Groups hold all that lies on the devices meanwhile, of which a part may use some."""
 
     what: str
-    job: BasisJob
+    job: PlannedBasisJob | PlannedPairJob
     mesh: Mesh
     parts: tuple[Part, ...]
     groups: dict[str, Any]
@@ -47,7 +46,7 @@ class Program:
             return [part.function.trace(*part.arguments) for part in self.parts]
 
 
-def train_program(job: BasisJob, mesh: Mesh) -> Program:
+def train_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program:
     """One training step. UserError where batch or heads don't divide over the mesh."""
     config = job.config
     sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
@@ -56,7 +55,7 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
     state = state_shapes(job, partition, optimizer, config, mesh)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
-    batch = planned.batch_shapes(job, mesh)
+    batch = batch_shapes(job, mesh)
     step = TrainStep(job, partition, optimizer, config, mesh, state)
     with jax.set_mesh(mesh):
         encoded = step.encoded(frozen, batch)
@@ -73,41 +72,43 @@ def train_program(job: BasisJob, mesh: Mesh) -> Program:
     )
 
 
-def sample_program(job: BasisJob, mesh: Mesh) -> Program:
-    """All sampling steps of one batch of config.evaluation, from the condition's latents to the result's, as a training
-    run samples the images that it logs.
+def sample_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program:
+    """All sampling steps of one batch of config.evaluation, from latents to latents, as a training run samples the
+    images that it logs.
 
-    As in pipeline.py: for one analogy the mix is folded into a copy of the weights beforehand, for several, or over
-    quantised weights, it stays beside them.
+    As in pipeline.py: for one analogy of a basis the mix is folded into a copy of the weights beforehand; for several,
+    over quantised weights, and of a pair's adapters it stays beside them.
     """
     config, flux = job.config, job.folder.flux_config
     for heads in job.attention_heads:
         sharding.check_heads(heads, mesh)
-    b, steps, size = config.evaluation.batch, config.evaluation.steps, planned.grid_size(config)
+    b, steps, size = config.evaluation.batch, config.evaluation.steps, job.size
     partition = Partition.of(job, config.seed)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
     basis = partition.trainable_shapes(mesh) | partition.constant_shapes(mesh)
-    folded = b == 1 and job.basis_config.coefficients.in_advance and config.quantization == "none"
+    folded = job.can_fold(b)
 
-    def sample(basis, frozen, inputs, query, sigmas):
+    def sample(basis, frozen, inputs, decides, sigmas):
         model = partition.model(basis, frozen)
-        adapters = None if folded else model.adapters(query, b)
+        adapters = None if folded else job.sampling_adapters(model, decides, b)
+        inputs = {"references_bsc": None} | inputs
         return model.sample(
             **inputs, guidance=jnp.float32(config.evaluation.guidance), sigmas=sigmas, size=size, adapters=adapters
         )
 
     split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())
-    noise = ((b, planned.tokens(job), flux.in_channels), jnp.float32)
-    wanted = {"noise_bsc": noise, "references_bsc": noise, **planned.prompt_shapes(job, b)}
+    wanted = {"noise_bsc": ((b, job.drawn, flux.in_channels), jnp.float32), **job.prompts(b)}
+    if job.references:
+        wanted["references_bsc"] = ((b, job.references * job.drawn, flux.in_channels), jnp.float32)
     inputs = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in wanted.items()}
-    query = None
-    if job.basis_config.coefficients.from_images:
-        query = jax.ShapeDtypeStruct((b, planned.query_width(job)), jnp.float32, sharding=split)
+    decides = job.sampling(b)
+    if decides is not None:
+        decides = jax.ShapeDtypeStruct(*decides, sharding=split)
     groups = {"base": frozen, "basis": basis, "batch": inputs}
     if folded:
         groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in job.folder.backbone.adapted}
     sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
-    part = Part(jax.jit(sample), (basis, frozen, inputs, query, sigmas))
+    part = Part(jax.jit(sample), (basis, frozen, inputs, decides, sigmas))
     return Program("sample", job, mesh, (part,), groups, {}, b, steps)
 
 

@@ -8,10 +8,9 @@ from tabulate import tabulate
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan
 from lorweb_jax.planning.roofline import parts
-from lorweb_jax.planning.shapes import tokens
 from lorweb_jax.training.state import count
 
-_NAMES = {"base": "base weights, frozen", "basis": "basis, trained", "optimizer": "optimizer's moments"}
+_NAMES = {"base": "base weights, frozen", "optimizer": "optimizer's moments"}
 
 
 Line = tuple[str, ...]  # what, its value, a remark
@@ -32,14 +31,19 @@ def _heading(plan: Plan) -> list[str]:
     what = (
         "a training step" if program.what == "train" else f"{program.steps} sampling steps, the mix {mix} the weights,"
     )
-    sizes = f"batch {program.batch}, {2 * tokens(program.job)} + {program.job.folder.text_tokens} tokens"
+    sizes = f"batch {program.batch}, {program.job.sequence} + {program.job.folder.text_tokens} tokens"
+    if program.what == "train" and config.train.accumulate > 1:
+        sizes = sizes.replace(",", f" in {config.train.accumulate} parts,")
+    if program.what == "train" and program.job.passes > 1:
+        sizes += f", {program.job.passes} passes"
     how = [f"attention {program.job.planned_attention}", f"quantization {config.quantization}"]
     if program.what == "train":
         how = [f"remat {config.remat}", *how, f"moments {config.optimizer.moments}"]
+    trained = program.gradients or program.groups["basis"]
     counts = " and ".join(
-        f"{count(program.groups[group]):,} {word}"
-        for group, word in (("base", "frozen"), ("basis", "trained"))
-        if program.groups[group]
+        f"{count(arrays):,} {word}"
+        for arrays, word in ((program.groups["base"], "frozen"), (trained, "trained"))
+        if arrays
     )
     return [
         f"{what} on {plan.target.name}: {program.mesh.size} devices, {mesh}",
@@ -50,9 +54,10 @@ def _heading(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[Line]:
     how = "compiled" if plan.compiled else "arguments exact, the rest estimated"
+    names = _NAMES | {"basis": f"{plan.program.job.named}, trained"}
     return [
         (f"bytes on a device ({how})", "GiB"),
-        *((f"  {_NAMES.get(name, name)}", f"{size / GIB:.2f}") for name, size in plan.memory.items()),
+        *((f"  {names.get(name, name)}", f"{size / GIB:.2f}") for name, size in plan.memory.items()),
         ("  peak", f"{plan.peak / GIB:.2f}"),
         ("  memory", f"{plan.capacity / GIB:.2f}", "it fits" if plan.fits else "it does not fit"),
     ]

@@ -38,11 +38,11 @@ def parts(program: Program) -> int:
 def memory_bytes(program: Program) -> float:
     """What a device must read and write at least: the blocks' weights, whole along fsdp, for each pass over them, and
     its other weights once; in training the trainables, their gradients and the optimizer's state in and out."""
-    passes = program.steps
+    job, passes = program.job, program.steps
     if program.what == "train":
-        passes = 2 if program.job.config.remat == "none" else 3
+        passes = (2 if job.config.remat == "none" else 3) * job.passes * job.config.train.accumulate
     base, basis = program.groups["base"], program.groups["basis"]
-    kernels = {f"transformer.{path}.kernel" for path in program.job.folder.backbone.scanned}
+    kernels = {f"transformer.{path}.kernel" for path in job.folder.backbone.scanned}
     whole = sum(base[path].size * base[path].dtype.itemsize for path in kernels) / program.mesh.shape["tensor"]
     once = device_bytes(
         [shape for path, shape in base.items() if path.startswith("transformer.") and path not in kernels]

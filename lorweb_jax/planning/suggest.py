@@ -87,7 +87,7 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
                 yield {"remat": remat}
     if config.train.param_dtype == "float32":
         yield {"train.param_dtype": "bfloat16"}
-    if not config.precomputed and training:
+    if training and not config.get("precomputed", "none of it"):
         yield {"precomputed": "local_data/precomputed"}
     if config.quantization == "none":
         yield {"quantization": "int8"}
@@ -101,8 +101,13 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
         mesh = {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor}
         if dict(plan.program.mesh.shape) != {name.partition(".")[2]: size for name, size in mesh.items()}:
             yield mesh
-    field = "train.batch" if training else "evaluation.batch"
     shares = devices // plan.program.mesh.shape["tensor"] if training else 1
+    parts = 2 * config.train.accumulate
+    while training and config.train.batch % (parts * shares) == 0:
+        yield {"train.accumulate": parts}
+        parts *= 2
+    field = "train.batch" if training else "evaluation.batch"
+    shares *= config.train.accumulate if training else 1
     batch = get(config, field) // 2 // shares * shares
     while batch:
         yield {field: batch}

@@ -6,14 +6,12 @@ The first is counted from sizes (planning/flops.py); the last is what the traced
 import dataclasses
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import jax
 import jax.extend
 
-from lorweb_jax.planning.flops import base_flops, basis_flops
+from lorweb_jax.planning.flops import base_flops
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import query_width, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +34,13 @@ def work(program: Program, traced: Sequence[jax.stages.Traced]) -> Work:
 
 
 def model_flops(program: Program) -> float:
-    """Transformer and basis, forward and (in training) backward to what is trained."""
-    job, folder, basis = program.job, program.job.folder, program.job.basis_config
-    text, sequence = folder.text_tokens, 2 * tokens(job)
-    kind = "basis" if program.what == "train" else "forward"
-    flops = base_flops(kind, folder.backbone, program.batch, sequence, text)
+    """Transformer and adapters, forward and (in training) backward to what is trained, in all passes of a step."""
+    job, folder = program.job, program.job.folder
+    kind, passes = ("basis", job.passes) if program.what == "train" else ("forward", program.steps)
+    flops = base_flops(kind, folder.backbone, program.batch, job.sequence, folder.text_tokens)
     if "folded weights" not in program.groups:
-        routed = basis.coefficients.from_images
-        # The router's products, for one vector an example: none where coefficients are fixed, and left out where
-        # each layer asks its own input, which is less than a thousandth.
-        sizes = SimpleNamespace(
-            size=basis.size,
-            rank=basis.rank,
-            key_dim=basis.key_dim if routed else 0,
-            query_dim=query_width(job) if routed else 0,
-        )
-        flops += basis_flops(kind, folder.backbone, sizes, program.batch, sequence, text)
-    return flops * program.steps
+        flops += job.adapter_flops(kind, program.batch)
+    return flops * passes
 
 
 def products(jaxpr, live: Sequence[bool] | None = None) -> float:
