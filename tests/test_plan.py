@@ -253,8 +253,6 @@ def test_a_pair_of_adapters():
     table = report.table(plan)
     assert "batch 4 in 2 parts, 32 + 16 tokens, 2 passes" in table and "adapters, trained" in table
     assert 0 <= plan.work.recomputed < 0.1 * plan.work.model
-    halved = suggest.suggestions(pair_smoke(**{"train.batch": 4}), dataclasses.replace(plan, capacity=plan.peak - 1))
-    assert {"train.accumulate": 4} in [change.values for change in halved]
     # Shapes of what the job makes of its images, which a plan doesn't read.
     images = PairBatches(Augmentation([np.zeros((64, 64, 3), np.uint8)] * 3, 64), pair_smoke()).at(0)["images"]
     shape = batch_shapes(planned_job(pair_smoke(), "gpu"), sharding.make_mesh(pair_smoke().mesh))["images"]
@@ -275,6 +273,11 @@ def test_suggestions_fit(gpu_plan):
     assert changed.peak == pytest.approx(changes[-1].peak, rel=0.05)
     for change in changes:
         assert change.peak <= plan.capacity and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
+
+
+def test_a_card_whose_name_ends_like_a_count():
+    there = target("gpu:rtx4090")
+    assert there.chip.name == "rtx4090" and len(there.devices) == 1
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:", "h100"])

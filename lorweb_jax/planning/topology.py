@@ -73,7 +73,7 @@ def _slice(name: str, chip: Chip) -> Target:
 
 def _gpus(name: str, shape: str) -> Target:
     """CPU devices stand in for GPUs: they give a mesh its size, and nothing runs on them."""
-    kind, count = re.fullmatch(r"(.*?)(?:x(\d+))?", shape).groups()
+    kind, count = (shape, None) if shape in GPUS else re.fullmatch(r"(.*?)(?:x(\d+))?", shape).groups()
     if kind not in GPUS:
         raise UserError(
             f"the GPU {(kind or shape)!r} of topology {name!r} is not known; give one of {', '.join(GPUS)}, and how "
