@@ -97,7 +97,7 @@ def sample_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program
         )
 
     split = NamedSharding(mesh, P(sharding.BATCH) if b % sharding.batch_shares(mesh) == 0 else P())
-    wanted = {"noise_bsc": ((b, job.drawn, flux.in_channels), jnp.float32), **job.prompts(b)}
+    wanted = {"noise_bsc": ((b, job.drawn, flux.in_channels), jnp.float32), **job.prompt_shapes(b)}
     if job.references:
         wanted["references_bsc"] = ((b, job.references * job.drawn, flux.in_channels), jnp.float32)
     inputs = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in wanted.items()}

@@ -90,7 +90,7 @@ class Planned:
         """What is beside the weights while b images are drawn."""
         raise NotImplementedError
 
-    def prompts(self, b: int) -> ShapesAndTypes:
+    def prompt_shapes(self, b: int) -> ShapesAndTypes:
         """Text and pooled text of b captions."""
         flux, dtype = self.folder.flux_config, jnp.dtype(self.config.compute_dtype)
         return {
@@ -126,7 +126,7 @@ class PlannedBasisJob(Planned, BasisJob):
         b, shapes = self.config.train.batch, {}
         shapes["grids"] = (b, 2, *self.size, 3), np.uint8
         if self.scope:
-            shapes |= self.prompts(b)
+            shapes |= self.prompt_shapes(b)
         else:
             shapes |= {"clip_ids": ((b, 77), np.int32), "t5_ids": ((b, self.folder.text_tokens), np.int32)}
         if self.basis_config.coefficients.from_images:
