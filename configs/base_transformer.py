@@ -35,7 +35,7 @@ def default():
         cache="local_data/drawings",  # latents are kept here
         size=64,  # side of a quadrant, pixels
         vae="runs/base_vae/vae",
-        variants=2,  # of each drawing: as it is, and in other colours
+        variants=1,  # of each drawing: as it is, and in other colours
         encoded=0,  # signs that are trained on, with a sixth as many held out; 0 takes all
         text_tokens=20,  # length that captions are padded to
         spatial=0.25,  # share of edits chosen of those that move what is drawn; others are of all kinds
@@ -60,16 +60,17 @@ def default():
     config.guidance = (1.0, 4.0)  # guidance values that the model is shown
     config.evaluation = dict(steps=12)  # sampling steps of the logged images and of quality.json
 
-    config.train.steps = 40000
-    config.train.batch = 3  # groups
+    config.train.steps = 20000
+    config.train.batch = 6  # groups
     config.train.log_every = 50
-    config.train.checkpoint_every = 500
+    config.train.checkpoint_every = 250
     config.train.log_images_every = 2500
     config.train.ema = 0.999
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 6e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup = 200
+    config.optimizer.warmup = 40
     config.optimizer.weight_decay = 0.01
     return config
 

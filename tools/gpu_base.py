@@ -242,9 +242,8 @@ def train(args, log: Log) -> None:
     vae, flow = configs.base_vae, configs.base_transformer
     held = np.load(PREPARED / "captions.npz")
     drawings = load_sets(args.drawings)
-    # Sizes of this machine's batches, twenty times the configs' own, with a learning rate to suit; all else is theirs.
+    # Sizes of this machine's batches, ten times the configs' own; all else is theirs.
     size = SimpleNamespace(groups=64, vae=64, table=1200, vae_steps=25, flow_steps=25)
-    flow.optimizer.update(learning_rate=2e-3)
     if args.tiny:
         size = SimpleNamespace(groups=1, vae=2, table=40, vae_steps=2, flow_steps=2)
         drawings = some(drawings, 6)
