@@ -28,7 +28,7 @@ class Model(nnx.Module):
 
 CONFIG = dict(
     seed=0,
-    train=dict(ema=0.9),
+    train=dict(ema=0.9, accumulate=1),
     optimizer=dict(name="adamw", learning_rate=0.1, b1=0.9, b2=0.99, moments="float32", weight_decay=0.01, clip=1.0),
 )
 
