@@ -3,21 +3,20 @@
 import json
 import math
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lorweb_jax import BasisConfig
-from lorweb_jax import evaluate as command
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.relation252k import SideBySide
 from lorweb_jax.evaluation import metrics
-from lorweb_jax.evaluation.evaluate import batches, distances, evaluate, read_samples, rows_sheet
+from lorweb_jax.evaluation.evaluate import evaluate, rows_sheet
 from lorweb_jax.evaluation.lpips import load_weights, lpips, read_weights
+from lorweb_jax.evaluation.samples import batches, read_samples
+from lorweb_jax.evaluation.scores import distances
 from lorweb_jax.evaluation.table import TRUTH, Table
 
 
@@ -302,87 +301,3 @@ def test_sheet_shows_every_task_once(data):
     two = rows_sheet(samples, {"copy b": [sample.b for sample in samples]}, per_task=2)
     assert one.dtype == np.uint8 and one.shape[1] == two.shape[1] >= 5 * 96
     assert one.shape[0] < two.shape[0] < 2 * one.shape[0] + 1
-
-
-class FakePipeline:
-    """A base that answers grey and a basis that inverts."""
-
-    calls = []
-    image_encoder = None
-    model = SimpleNamespace(basis=SimpleNamespace(config=BasisConfig()))
-
-    @classmethod
-    def load(cls, folder, image_encoder=None):
-        return cls()
-
-    def attach(self, path, config=None):
-        return self
-
-    def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True):
-        assert len({a.shape for a, _, _ in conditions}) == 1 and len(conditions) == len(prompts)
-        self.calls.append((steps, guidance, seed, use_basis, tuple(prompts)))
-        return [255 - b if use_basis else np.full_like(b, 128) for _, _, b in conditions]
-
-
-def test_command(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lorweb_jax.pipeline.pipeline.Pipeline", FakePipeline)
-    (tmp_path / "run").mkdir()
-    command.main([str(tmp_path / "run"), "--pipeline", "base", "--data", str(data), "--steps", "3", "--seed", "5"])
-    written = json.loads((tmp_path / "run/evaluation/table.json").read_text())
-    assert list(written["rows"]) == ["copy b", "base, text only", "basis", TRUTH]
-    assert written["rows"]["basis"]["mse"] == 0 < written["rows"]["base, text only"]["mse"]
-    assert written["analogies"] == 4
-    assert set(FakePipeline.calls) == {
-        (3, 2.5, 5, use, (f"invert {task}",) * 2) for use in (False, True) for task in ("first", "second")
-    }
-    assert {file.name for file in (tmp_path / "run/evaluation").iterdir()} == {"table.json", "table.md", "sheet.png"}
-    assert "| basis " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["gone"], "there is no gone"),
-        *(
-            ([".", name, value], f"{name} is {value}; give ")
-            for name, value in (
-                ("--per-task", "0"),
-                ("--per-task", "10000000"),
-                ("--steps", "0"),
-                ("--steps", "1001"),
-                ("--max-size", "8"),
-                ("--batch", "-1"),
-                ("--batch", "100000"),
-                ("--guidance", "nan"),
-                ("--guidance", "inf"),
-                ("--guidance", "-1.0"),
-                ("--seed", "-1"),
-                ("--seed", str(2**64)),
-            )
-        ),
-        ([".", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
-    ],
-)
-def test_bad_command_lines(options, message):
-    with pytest.raises(UserError, match=message) as caught:
-        command.main([*options, "--pipeline", "base", "--data", "nowhere"])
-    assert caught.value.code == 2
-
-
-def test_an_earlier_evaluation_is_not_replaced(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorweb_jax.pipeline.pipeline.Pipeline", FakePipeline)
-    (tmp_path / "run" / "evaluation").mkdir(parents=True)
-    (tmp_path / "run" / "evaluation" / "sheet.png").write_text("earlier")
-    options = [str(tmp_path / "run"), "--pipeline", "base", "--data", str(data)]
-    with pytest.raises(UserError, match="sheet.png exists already"):
-        command.main(options)
-    assert [file.name for file in (tmp_path / "run" / "evaluation").iterdir()] == ["sheet.png"]
-    command.main([*options, "--overwrite"])
-    assert (tmp_path / "run" / "evaluation" / "sheet.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_bad_data_is_told_before_anything_is_loaded(tmp_path):
-    with pytest.raises(UserError, match="can't be listed"):
-        command.main([str(tmp_path), "--pipeline", "nowhere", "--data", str(tmp_path / "gone")])
-    with pytest.raises(SystemExit):
-        command.main(["--help"])

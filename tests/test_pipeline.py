@@ -6,6 +6,7 @@ from golden import golden_dir
 from safetensors import safe_open
 
 from lorweb_jax import Mix, Pipeline, UserError
+from lorweb_jax.pipeline.request import edit_request
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,16 @@ def test_files_that_a_pipeline_saves(pipeline, recorded, tmp_path):
     lora = Pipeline.load(golden_dir() / "tiny_pipeline").attach(tmp_path / "lora.safetensors")
     difference = np.abs(edit(lora, recorded).astype(int) - edit(pipeline, recorded))
     assert difference.max() <= 1
+
+
+def test_a_seed_for_each_image(pipeline, recorded):
+    """Each has the noise that it has when it is made alone, whatever stands beside it."""
+    noise = lambda seed, count: (
+        edit_request(pipeline.folder, [images(recorded)] * count, [""] * count, {"seed": seed})[1].noise
+    )
+    both = noise([7, 3], 2)
+    np.testing.assert_array_equal(both, np.concatenate([noise(7, 1), noise(3, 1)]))
+    assert not np.array_equal(noise(7, 2)[1], both[1])
+    for seed, message in (([1], "1 seeds were given for 2 images"), ([1, -1], "the seed is -1")):
+        with pytest.raises(UserError, match=message):
+            noise(seed, 2)

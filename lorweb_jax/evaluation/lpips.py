@@ -118,6 +118,16 @@ def lpips(x, y) -> np.ndarray:
     return np.asarray(_distance(load_weights(), x, y))
 
 
+def features(images) -> list[jax.Array]:
+    """AlexNet's five ReLU outputs [b, h', w', c] of images [b, h, w, 3], as `lpips` takes them."""
+    return _jitted_features(load_weights(), np.asarray(images))
+
+
+@jax.jit
+def _jitted_features(weights, images):
+    return _features(weights, _pixels(images))
+
+
 @jax.jit
 def _distance(weights, x, y):
     total = 0.0

@@ -1,17 +1,125 @@
 """The ways of making b′ that an evaluation compares, and the whole evaluation of one pipeline on some tasks."""
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lorweb_jax.adapters.formats.pair_file import is_published
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.evaluation.evaluate import Method, Sample, batches, evaluate, rows_sheet
-from lorweb_jax.evaluation.table import Table
+from lorweb_jax.common.schema import read_json
+from lorweb_jax.evaluation.evaluate import Method, evaluate, rows_sheet
+from lorweb_jax.evaluation.samples import Sample, batches
+from lorweb_jax.evaluation.table import TRUTH, Table
+from lorweb_jax.evaluation.words import Named, parse_method
+from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.images.io import write_image
+from lorweb_jax.nn.sharding import to_host
+from lorweb_jax.pipeline.adapters import existing_basis, is_run
 from lorweb_jax.pipeline.pipeline import Pipeline
 
-COPY = "copy b"
+COPY, BASE = "copy b", "base, text only"
+REFERENCES = {"copy": COPY, "base": BASE}  # words of the command line for what needs no file
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A method whose results are kept as records.
+
+    make(samples, seeds) -> b′ of each, uint8; samples of one size, a seed each. route(samples) -> the coefficients
+    {path: [l, b, n]} that its router chooses, where it has one that chooses beforehand. fingerprint: of its weights.
+    parameters: of its adapter. kind: "copy", "base", "truth", "basis", "LoRA" or "style".
+    """
+
+    name: str
+    kind: str
+    make: Callable[[Sequence[Sample], Sequence[int]], list[np.ndarray]]
+    fingerprint: str = ""
+    source: str = ""
+    parameters: int = 0
+    route: Callable[[Sequence[Sample]], dict[str, np.ndarray]] | None = None
+
+    def describe(self) -> dict:
+        return {name: getattr(self, name) for name in ("kind", "source", "fingerprint", "parameters")}
+
+
+def candidate(pipeline: Pipeline, text: str, *, config: Path | None = None, **sampling) -> Candidate:
+    """The method of one word of the command line, as `parse_method` takes it.
+
+    pipeline: the base. config: config.yaml of a published basis, if not beside it. sampling: steps and guidance.
+    Raises UserError for what holds no adapter, or one of another base.
+    """
+    named = parse_method(text)
+    name, source = named.name, named.path
+    if source is None:
+        name = name or REFERENCES[named.text]
+        if named.text == "copy":
+            return Candidate(name, "copy", lambda samples, seeds: [sample.b for sample in samples], "copy")
+        return Candidate(name, "base", _edits(pipeline, use_basis=False, **sampling), "base")
+    if named.is_style or _is_pair(source):
+        return _style(pipeline, named, sampling)
+    attached = pipeline.attach(source, config)
+    basis = attached.model.basis
+    coefficients = basis.config.coefficients
+    parameters = sum(array.size for parts in basis.to_arrays().values() for array in parts.values())
+    return Candidate(
+        name or _name(Path(source)),
+        "basis" if coefficients.has_router else "LoRA",
+        _edits(attached, **sampling),
+        basis.fingerprint(),
+        source,
+        parameters,
+        (lambda samples: _route(attached, samples)) if coefficients.from_images else None,
+    )
+
+
+def truth() -> Candidate:
+    """b′ itself, of samples that have one: what the scores say of a perfect answer."""
+    return Candidate(TRUTH, "truth", lambda samples, seeds: [sample.b2 for sample in samples], "truth")
+
+
+def _name(path: Path) -> str:
+    """A run by its folder, and a file called like every other of its kind by the run that it lies in."""
+    if path.suffix == ".safetensors" and path.parent.name == "export":
+        return path.parent.parent.name or path.stem
+    return path.stem if path.suffix == ".safetensors" else path.name
+
+
+def _is_pair(source: str) -> bool:
+    """Whether it is a run of configs/pair.py or a published file of Pair Customization."""
+    path = existing_basis(source)
+    if is_run(path):
+        return (path / "config.json").is_file() and read_json(path / "config.json").get("job") == "pair"
+    return path.is_file() and path.suffix == ".safetensors" and is_published(Checkpoint(path))
+
+
+def _style(pipeline: Pipeline, named: Named, sampling: dict) -> Candidate:
+    strength = {} if named.strength is None else {"strength": named.strength}
+    style = pipeline.style(named.path, **strength)
+    arrays = [(key, part[key]) for part in (style.member.a, style.member.b) for key in sorted(part)]
+    digest = hashlib.sha256(f"{style.strength} {style.words}".encode())
+    for key, array in arrays:
+        digest.update(key.encode() + np.ascontiguousarray(array, np.float32).tobytes())
+    # Guided from the base by the instruction and the grid; without classifier-free guidance, as for the others.
+    make = _edits(pipeline, use_basis=False, styles=[style], true_guidance=1.0, **sampling)
+    parameters = sum(array.size for _, array in arrays)
+    name = named.name or _name(Path(named.path))
+    return Candidate(name, "style", make, digest.hexdigest()[:16], named.text, parameters)
+
+
+def _edits(pipeline: Pipeline, **options):
+    def make(samples: Sequence[Sample], seeds: Sequence[int]) -> list[np.ndarray]:
+        conditions, captions = ([getattr(sample, part) for sample in samples] for part in ("condition", "caption"))
+        return pipeline.edit_batch(conditions, captions, seed=list(seeds), **options)
+
+    return make
+
+
+def _route(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
+    return {path: np.asarray(to_host(c), np.float32) for path, c in coefficients.items()}
 
 
 def edit_samples(
@@ -48,7 +156,7 @@ def methods(pipeline: Pipeline, **sampling) -> dict[str, Method]:
     name = "basis" if basis.config.coefficients.has_router else "LoRA"
     return {
         COPY: lambda samples: [sample.b for sample in samples],
-        "base, text only": lambda samples: edit_samples(pipeline, samples, use_basis=False, **sampling),
+        BASE: lambda samples: edit_samples(pipeline, samples, use_basis=False, **sampling),
         name: lambda samples: edit_samples(pipeline, samples, **sampling),
     }
 

@@ -20,8 +20,9 @@ from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.splits import read_splits
 from lorweb_jax.evaluation import lpips
-from lorweb_jax.evaluation.evaluate import Sample, read_samples, rows_sheet
+from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
+from lorweb_jax.evaluation.samples import Sample, read_samples
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights

@@ -25,7 +25,8 @@ class Sampling:
 
     steps: Euler steps, 1 to 1000.
     guidance: the model's guidance input, 0 to 100; for edits by analogy 2.5, for others 3.5 by default.
-    seed: 0 to 2^64 − 1. The noise of the i-th image of a batch depends on the seed and i alone.
+    seed: 0 to 2^64 − 1. The noise of the i-th image of a batch depends on the seed and i alone. Or one seed for each
+        image, whose noise is then that of the image made alone with it.
     true_guidance: scale of classifier-free guidance against `negative_prompt` (diffusers' true_cfg_scale), 0 to 100.
         Each step then runs the transformer on two rows an image; at 1 on the prompt alone, at 0 on the negative one.
     negative_prompt: what the image should not be; empty if it isn't given.
@@ -42,7 +43,7 @@ class Sampling:
 
     steps: int = 28
     guidance: float = 2.5
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     true_guidance: float = 1.0
     negative_prompt: str | None = None
     true_guidance_start: int = 0
@@ -62,7 +63,8 @@ class Sampling:
             ("published_times", Flag()),
         ):
             object.__setattr__(self, name, as_value(getattr(self, name), name, rule))
-        random_key(self.seed)
+        for seed in self.seed if isinstance(self.seed, list | tuple) else [self.seed]:
+            random_key(seed)
         for name in ("true_guidance_start", "style_start"):
             self._check_start(name)
         if self.strengths is not None:
@@ -214,8 +216,15 @@ def _noise(folder: PipelineFolder, sampling: Sampling, batch: int, size: Size) -
     vae, patch = folder.vae_config, folder.backbone.latents.patch
     shape = (batch, size[0] * size[1] // (patch * vae.downscale) ** 2, patch**2 * vae.latent_channels)
     if sampling.noise is None:
-        key = random_key(sampling.seed)
-        return np.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:]) for i in range(batch)])
+        if isinstance(sampling.seed, list | tuple):
+            if len(sampling.seed) != batch:
+                raise UserError(
+                    f"{len(sampling.seed)} seeds were given for {batch} images; give one, or one for each", 2
+                )
+            keys = [jax.random.fold_in(random_key(seed), 0) for seed in sampling.seed]
+        else:
+            keys = [jax.random.fold_in(random_key(sampling.seed), i) for i in range(batch)]
+        return np.stack([jax.random.normal(key, shape[1:]) for key in keys])
     try:
         noise = np.asarray(sampling.noise)
         description = f"{list(noise.shape)} of {noise.dtype}"

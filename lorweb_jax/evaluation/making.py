@@ -1,0 +1,100 @@
+"""Makes the records that are missing: images batch by batch, then their scores, then what a router chose."""
+
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from lorweb_jax.common.errors import UserError, say
+from lorweb_jax.common.outputs import write_file
+from lorweb_jax.evaluation.memory import peak_bytes, reset_peak
+from lorweb_jax.evaluation.methods import Candidate
+from lorweb_jax.evaluation.records import MethodRecords, Records
+from lorweb_jax.evaluation.samples import Sample, batches
+from lorweb_jax.evaluation.scores import Score
+
+COEFFICIENTS = "coefficients.npz"
+AT_ONCE = 64  # records whose images are in memory while they are scored
+
+
+def make_images(
+    records: Records,
+    method: Candidate,
+    samples: Sequence[Sample],
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    tell: Callable[[str], None] = say,
+) -> MethodRecords:
+    """The images of those samples that have no record yet, each written as soon as its batch is done.
+
+    A sample's noise depends on `seed` and the sample alone: neither on the batch nor on what was there before.
+    """
+    kept = records.method(method.name, method.describe())
+    there = kept.read()
+    samples = [sample for sample in samples if method.kind != "truth" or sample.b2 is not None]
+    missing = [sample for sample in samples if sample.id not in there]
+    if missing:
+        tell(f"{method.name}: {len(missing)} of {len(samples)} images to make")
+    sizes = set()
+    reset_peak()
+    for chosen, padded in batches([sample.b for sample in missing], batch):
+        rows = [missing[i] for i in padded]
+        size = rows[0].b.shape
+        began = time.perf_counter()
+        images = method.make(rows, [(seed + sample.noise_seed) % 2**64 for sample in rows])
+        seconds = (time.perf_counter() - began) / len(rows)
+        compiled = size not in sizes and method.kind not in ("copy", "truth")
+        cost = {"seconds": seconds, "compiled": compiled, "peak_bytes": peak_bytes(), "batch": len(rows)}
+        sizes.add(size)
+        for sample, image in zip((missing[i] for i in chosen), images):
+            if image.shape != sample.b.shape:
+                raise UserError(f"{method.name} made an image {image.shape} of {sample.id}, not {sample.b.shape}")
+            kept.write(sample.id, image, cost | {"device": jax.devices()[0].device_kind})
+    return kept
+
+
+def add_scores(kept: MethodRecords, samples: Mapping[str, Sample], scores: Sequence[Score]) -> None:
+    """Those of `scores` that the method's records lack, computed from the stored images.
+
+    samples: by id. Raises UserError where a record's image was damaged, and where a score of another source is there.
+    """
+    there = {key: record for key, record in kept.read().items() if key in samples}
+    for record in there.values():
+        for score in scores:
+            source = record.get("sources", {}).get(score.name, score.source)
+            if score.name in record["scores"] and source != score.source:
+                raise UserError(
+                    f"{score.name} of {kept.name!r} was computed with other weights ({source}, and {score.source} "
+                    "now); give the same image encoder, or another --out"
+                )
+    todo = [key for key, record in there.items() if any(score.name not in record["scores"] for score in scores)]
+    for start in range(0, len(todo), AT_ONCE):
+        keys = todo[start : start + AT_ONCE]
+        images = [kept.image(key, there[key]) for key in keys]
+        for score in scores:
+            absent = [i for i, key in enumerate(keys) if score.name not in there[key]["scores"]]
+            values = score([samples[keys[i]] for i in absent], [images[i] for i in absent]) if absent else []
+            for i, value in zip(absent, values):
+                there[keys[i]]["scores"][score.name] = value
+                there[keys[i]].setdefault("sources", {})[score.name] = score.source
+        for key in keys:
+            kept.update(key, there[key])
+
+
+def add_coefficients(kept: MethodRecords, method: Candidate, samples: Sequence[Sample], batch: int = 16) -> None:
+    """coefficients.npz: "ids" [b], and what the router chose, by path [b, l, n]; unless it is there."""
+    path = kept.folder / COEFFICIENTS
+    if method.route is None or path.exists():
+        return
+    rows: dict[str, list[np.ndarray]] = {}
+    ids: list[str] = []
+    for chosen, padded in batches([sample.b for sample in samples], batch):
+        for name, c in method.route([samples[i] for i in padded]).items():
+            rows.setdefault(name, []).append(np.moveaxis(c, 1, 0)[: len(chosen)])
+        ids += [samples[i].id for i in chosen]
+    data = io.BytesIO()
+    np.savez_compressed(data, ids=np.array(ids), **{name: np.concatenate(parts) for name, parts in rows.items()})
+    write_file(path, data.getvalue())

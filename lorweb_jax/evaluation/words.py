@@ -1,0 +1,67 @@
+"""What stands on the command line of an evaluation, without any import that takes time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lorweb_jax.common.errors import UserError
+
+STYLE = "style:"
+WORDS = ("copy", "base")  # methods that need no file
+
+
+class Named(NamedTuple):
+    """A method as it was named. text: without its name. path: of its file or folder, None of copy and base."""
+
+    name: str | None
+    text: str
+    path: str | None
+    strength: float | None = None
+
+    @property
+    def is_style(self) -> bool:
+        return self.text.startswith(STYLE)
+
+
+def parse_method(text: str) -> Named:
+    """[NAME=]SOURCE, of which SOURCE is copy, base, a path, or style:PATH[:STRENGTH].
+
+    An = in a path that is there begins no source. UserError for an empty name, source or strength.
+    """
+    name, sign, source = text.partition("=")
+    if not sign or Path(text).exists() or "/" in name or name.startswith(STYLE):
+        name, source = None, text
+    elif not name.strip() or not source.strip():
+        raise UserError(f"the method {text!r} is no NAME=PATH; give one such as ours=runs/basis", 2)
+    if source in WORDS:
+        return Named(name, source, None)
+    if not source.startswith(STYLE):
+        return Named(name, source, source)
+    path, strength = source.removeprefix(STYLE), None
+    head, sign, last = path.rpartition(":")
+    if sign and not Path(path).exists():
+        try:
+            path, strength = head, float(last)
+        except ValueError:
+            raise UserError(
+                f"{source} ends in {last!r}, which is no strength; give one such as {STYLE}{head}:4", 2
+            ) from None
+    if not path:
+        raise UserError(f"the method {text!r} names no style; give one such as {STYLE}runs/pair:4", 2)
+    return Named(name, source, path, strength)
+
+
+def parse_data(words: Sequence[str]) -> list[tuple[str, str]]:
+    """[SPLIT=]FOLDER each -> (split or "", folder). UserError for an empty one and for two of one split."""
+    data = []
+    for word in words:
+        split, sign, folder = word.partition("=")
+        if not sign or Path(word).exists() or "/" in split:
+            split, folder = "", word
+        if not folder.strip():
+            raise UserError(f"--data {word!r} is no SPLIT=FOLDER; give one such as unseen=data/unseen", 2)
+        data.append((split, folder))
+    names = [split or Path(folder).name for split, folder in data]
+    if len(set(names)) < len(names):
+        raise UserError(f"two data folders are of one split, {', '.join(names)}; name them: SPLIT=FOLDER", 2)
+    return data
