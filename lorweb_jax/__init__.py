@@ -1,6 +1,6 @@
 """Visual analogy editing in JAX: show it a → a′ and b, and it makes b′.
 
-`Pipeline`, `Mix`, `read_image` and `write_image` are what a notebook needs; see lorweb_jax.pipeline.pipeline.
+`Pipeline`, `Mix`, `Style`, `read_image` and `write_image` are what a notebook needs; see lorweb_jax.pipeline.pipeline.
 """
 
 import importlib

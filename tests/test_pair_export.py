@@ -295,19 +295,20 @@ def images(tmp_path, monkeypatch):
 
 
 def test_commands_bridge_bases_and_styles(images, monkeypatch, quick_compiles):
-    """An analogy frozen into a style: at strength 1, without true guidance, it is the basis's own edit. And a style
-    that the basis took up: the edit with its coefficient is that of the mix."""
+    """An analogy frozen into a style, over the basis's own edit of it: at strength 1, without true guidance, its mix
+    twice. And a style that the basis took up: the edit with its coefficient is that of the mix."""
     monkeypatch.setattr(Pipeline, "load", functools.cache(Pipeline.load))
     basis, common = golden_dir() / "basis_a.safetensors", ["--pipeline", str(FOLDER), "--steps", "1"]
     pictures = [read_image(name) for name in images[1::2]]
     run("lora", basis, "frozen.safetensors", *images, "--pipeline", FOLDER)
     style = ["--style", "frozen.safetensors:1:", "--true-guidance", "1", "--style-start", "0"]
-    stylize.main([*common, *images, *style, "--out", "guided.png"])
+    stylize.main([*common, *images, *style, "--basis", str(basis), "--out", "twice.png"])
     pipeline = Pipeline.load(FOLDER).attach(basis)
-    edited = pipeline.edit(*pictures, steps=1, guidance=1.0, folded=False)
-    assert np.abs(read_image("guided.png").astype(int) - edited).max() <= 1
+    mix = pipeline.coefficients(*pictures)
+    expected = pipeline.edit(*pictures, steps=1, guidance=1.0, mix=2 * mix)
+    assert np.abs(read_image("twice.png").astype(int) - expected).max() <= 1
     # From Python the mix itself is the style.
-    frozen = Styles([pipeline.style(pipeline.coefficients(*pictures))], LAYERS).basis
+    frozen = Styles([pipeline.style(mix)], LAYERS).basis
     expected = load_style(Path("frozen.safetensors"), LAYERS, words="").member
     for path, parts in frozen.to_arrays().items():
         np.testing.assert_array_equal(np.asarray(parts["b"])[:, 0], expected.b[path])

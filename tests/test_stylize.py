@@ -201,6 +201,15 @@ def test_styles_of_another_model_are_refused(tmp_path):
     shallow = backbone(FluxConfig(num_layers=1, num_single_layers=3, num_attention_heads=2, **rope)).adapted
     with pytest.raises(UserError, match=r"adapts transformer_blocks\.1.*, which the model doesn't have"):
         load_style(PAIR / "style_a.safetensors", shallow)
+    scalar = {
+        "single_blocks.1.processor.proj_lora.down.weight": np.float32(1),
+        "single_blocks.1.processor.proj_lora.up.weight": np.float32(1),
+    }
+    safetensors.numpy.save_file(
+        {key: np.asarray(value) for key, value in scalar.items()}, tmp_path / "scalar.safetensors"
+    )
+    with pytest.raises(UserError, match=r"expected \[R, 640\]"):
+        load_style(tmp_path / "scalar.safetensors", LAYERS)
     kind = {"lora_unet_single_blocks_0_linear2.lokr_w1": np.ones((2, 2), np.float32)}
     safetensors.numpy.save_file(kind, tmp_path / "lokr.safetensors")
     with pytest.raises(UserError, match="holds LoKr .*give an ordinary LoRA"):

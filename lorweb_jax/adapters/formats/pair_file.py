@@ -29,6 +29,8 @@ def is_published(checkpoint: Checkpoint) -> bool:
     keys = [lora_names.parse(key) for key in checkpoint.shapes]
     if not keys or not all(key and key.scheme == "XLabs'" and key.role in ("down", "up") for key in keys):
         return False
+    if any(len(shape) != 2 for shape in checkpoint.shapes.values()):
+        return False
     ranks = {shape[0] if key.role == "down" else shape[-1] for key, shape in zip(keys, checkpoint.shapes.values())}
     return len(ranks) == 1
 
