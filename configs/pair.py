@@ -80,7 +80,7 @@ def default():
 
     # Images that are logged while training: change neither what is trained nor a checkpoint.
     config.evaluation = dict(
-        prompts=("cat", "red apple", "house building"),  # drawn by the base, and by the style with its words after them
+        prompts=("cat", "apple", "house"),  # drawn by the base, and by the style with its words after them
         batch=8,  # images drawn at once
         steps=12,  # sampling steps
         guidance=3.5,
