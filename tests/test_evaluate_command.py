@@ -4,6 +4,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,8 @@ from lorweb_jax.evaluation.samples import read_folder
 from lorweb_jax.evaluation.statistics import bootstrap_interval, estimate, paired
 from lorweb_jax.evaluation.table import TRUTH
 from lorweb_jax.pipeline.folder import PARTS
+
+ROOT = Path(__file__).parents[1]
 
 
 def image(random, height=32, width=32):
@@ -499,3 +502,64 @@ def test_help_names_no_machine(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert not re.search(r"/(work|home|tmp)/", capsys.readouterr().out)
+
+
+def test_dino_is_transformers(run, data):
+    """A tiny DINOv2 with random weights: the distance is what torch's cosine says of its class tokens."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    model = transformers.Dinov2Model(config).eval()
+    model.save_pretrained(data / "dino")
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(data / "dino")
+    tool = f"{ROOT}/tools/transformers_scores.py:dino={data}/dino"
+    results = run("--add-score", tool, "--scores", "dino_distance", methods=["ours"])
+    records = Records(data / "out")
+    samples = records.samples()
+    for key, record in records.method("ours").read().items():
+        made = np.asarray(Image.open(data / "out/methods/ours" / f"{key}.png"))
+        pixels = processor(images=[made, samples[key].b2], return_tensors="pt")
+        with torch.no_grad():
+            one, other = model(**pixels).last_hidden_state[:, 0].double()
+        cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+        assert record["scores"]["dino_distance"] == pytest.approx(1 - cosine, abs=1e-5)
+    assert results["scores"]["dino_distance"]["source"]
+    with pytest.raises(UserError, match="holds no image model that transformers reads"):
+        run("--add-score", f"{ROOT}/tools/transformers_scores.py:dino={data}/seen")
+
+
+def test_a_pipeline_as_it_is(tmp_path, quick_compiles):
+    """On a recorded tiny pipeline: each record is what `edit` makes of the triplet with its seed."""
+    from golden import golden_dir
+
+    from lorweb_jax import Pipeline
+
+    random = np.random.default_rng(5)
+    write_task(tmp_path / "data/one/Group1", random, 2)
+    basis, style = golden_dir() / "basis_a.safetensors", golden_dir() / "pair" / "style_a.safetensors"
+    options = ["--pipeline", f"{golden_dir()}/tiny_pipeline", "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out"]
+    command.main([f"ours={basis}", f"style:{style}:2", *options, "--steps", "2", "--scores", "mse", "clip_directional"])
+    records = Records(tmp_path / "out")
+    kinds = {method.name: method.about["kind"] for method in records.methods()}
+    assert kinds == {"ours": "basis", "style_a": "style", "base, text only": "base", "copy b": "copy", TRUTH: "truth"}
+    pipeline = Pipeline.load(golden_dir() / "tiny_pipeline").attach(basis)
+    # The other way round: neither the order nor what stands beside a sample matters.
+    samples = read_folder(tmp_path / "data", 2, Problems(), split="data")[::-1]
+    made = {
+        name: np.stack([np.asarray(Image.open(records.method(name).folder / f"{s.id}.png")) for s in samples])
+        for name in kinds
+    }
+    conditions, captions = [s.condition for s in samples], [s.caption for s in samples]
+    sampling = dict(steps=2, guidance=2.5, seed=[s.noise_seed for s in samples])
+    np.testing.assert_array_equal(made["ours"], pipeline.edit_batch(conditions, captions, **sampling))
+    styles = [pipeline.style(style, 2.0)]
+    styled = pipeline.edit_batch(conditions, captions, use_basis=False, styles=styles, true_guidance=1.0, **sampling)
+    np.testing.assert_array_equal(made["style_a"], styled)
+    assert not np.array_equal(made["style_a"], made["base, text only"])
+    with np.load(records.method("ours").folder / "coefficients.npz") as stored:
+        row = stored["ids"].tolist().index(samples[0].id)
+        for path, c in pipeline.coefficients(*conditions[0]).coefficients.items():
+            np.testing.assert_allclose(stored[path][row], c, atol=1e-5)

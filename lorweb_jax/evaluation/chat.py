@@ -34,7 +34,7 @@ class Unanswered(Exception):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect could lead the key to another host."""
 
-    def redirect_request(self, *arguments: Any) -> None:
+    def redirect_request(self, req, fp, code, msg, headers, newurl) -> None:
         return None
 
 
@@ -171,8 +171,10 @@ def _detail(error: urllib.error.HTTPError) -> str:
 
 def _retry_after(value: str | None) -> float:
     """Seconds from now, of a Retry-After header in seconds or as a date; 0 without a usable one."""
+    if not value:
+        return 0.0
     try:
-        return max(0.0, float(value or 0))
+        return max(0.0, float(value))
     except ValueError:
         pass
     try:

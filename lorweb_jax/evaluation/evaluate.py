@@ -29,15 +29,16 @@ def evaluate(
     results = {}
     for name, make in make_results.items():
         results[name] = list(make(samples))
-        sizes = [image.shape for image in results[name]], [sample.b2.shape for sample in samples]
+        sizes = [image.shape for image in results[name]], [sample.truth.shape for sample in samples]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{name} made images {sizes[0]}, expected {sizes[1]}")
-    truth = [sample.b2 for sample in samples]
+    truth = [sample.truth for sample in samples]
     asked = pixel_scores()
     if image_encoder is not None:
         asked += embedding_scores("clip", "CLIP", image_encoder)[:1]
+    # The samples have truths: there is no None among the values.
     scores = {
-        name: {score.name: score(samples, images) for score in asked}
+        name: {score.name: [value for value in score(samples, images) if value is not None] for score in asked}
         for name, images in {**results, TRUTH: truth}.items()
     }
     return Table([sample.task for sample in samples], scores, results)
@@ -54,7 +55,7 @@ def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndar
     rows = []
     for index in itertools.chain(*(indexes[:per_task] for indexes in shown.values())):
         sample = samples[index]
-        images = [*sample.condition, *(images[index] for images in results.values()), sample.b2]
+        images = [*sample.condition, *(images[index] for images in results.values()), sample.truth]
         rows.append((f"{sample.task}: {sample.caption}", [_shown(image) for image in images]))
     return sheet(rows, ("a", "a′", "b", *results, TRUTH))
 

@@ -199,7 +199,7 @@ def _scores(name: str, answers: Answers, tasks: Mapping[str, str]) -> dict[str, 
     }
     for aspect in ASPECTS if of else ():
         means = task_means([tasks[key] for key in of], [answer[aspect] for answer in of.values()])
-        result[aspect] = estimate(means).to_json()
+        result[aspect] = (average := estimate(means)) and average.to_json()
     return result
 
 

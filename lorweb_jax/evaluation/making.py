@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,5 +97,6 @@ def add_coefficients(kept: MethodRecords, method: Candidate, samples: Sequence[S
             rows.setdefault(name, []).append(np.moveaxis(c, 1, 0)[: len(chosen)])
         ids += [samples[i].id for i in chosen]
     data = io.BytesIO()
-    np.savez_compressed(data, ids=np.array(ids), **{name: np.concatenate(parts) for name, parts in rows.items()})
+    arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in rows.items()}
+    np.savez_compressed(data, ids=np.array(ids), **arrays)
     write_file(path, data.getvalue())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.formats.pair_file import is_published
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.schema import read_json
@@ -19,6 +20,7 @@ from lorweb_jax.images.io import write_image
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.adapters import existing_basis, is_run
 from lorweb_jax.pipeline.pipeline import Pipeline
+from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT
 
 COPY, BASE = "copy b", "base, text only"
 REFERENCES = {"copy": COPY, "base": BASE}  # words of the command line for what needs no file
@@ -59,9 +61,10 @@ def candidate(pipeline: Pipeline, text: str, *, config: Path | None = None, **sa
             return Candidate(name, "copy", lambda samples, seeds: [sample.b for sample in samples], "copy")
         return Candidate(name, "base", _edits(pipeline, use_basis=False, **sampling), "base")
     if named.is_style or _is_pair(source):
-        return _style(pipeline, named, sampling)
+        return _style(pipeline, named, source, sampling)
     attached = pipeline.attach(source, config)
     basis = attached.model.basis
+    assert basis is not None  # attach gives one
     coefficients = basis.config.coefficients
     parameters = sum(array.size for parts in basis.to_arrays().values() for array in parts.values())
     return Candidate(
@@ -71,13 +74,13 @@ def candidate(pipeline: Pipeline, text: str, *, config: Path | None = None, **sa
         basis.fingerprint(),
         source,
         parameters,
-        (lambda samples: _route(attached, samples)) if coefficients.from_images else None,
+        (lambda samples: _route(attached, basis, samples)) if coefficients.from_images else None,
     )
 
 
 def truth() -> Candidate:
     """b′ itself, of samples that have one: what the scores say of a perfect answer."""
-    return Candidate(TRUTH, "truth", lambda samples, seeds: [sample.b2 for sample in samples], "truth")
+    return Candidate(TRUTH, "truth", lambda samples, seeds: [sample.truth for sample in samples], "truth")
 
 
 def _name(path: Path) -> str:
@@ -95,9 +98,9 @@ def _is_pair(source: str) -> bool:
     return path.is_file() and path.suffix == ".safetensors" and is_published(Checkpoint(path))
 
 
-def _style(pipeline: Pipeline, named: Named, sampling: dict) -> Candidate:
-    strength = {} if named.strength is None else {"strength": named.strength}
-    style = pipeline.style(named.path, **strength)
+def _style(pipeline: Pipeline, named: Named, path: str, sampling: dict) -> Candidate:
+    strength = STRENGTH_DEFAULT if named.strength is None else named.strength
+    style = pipeline.style(path, strength)
     arrays = [(key, part[key]) for part in (style.member.a, style.member.b) for key in sorted(part)]
     digest = hashlib.sha256(f"{style.strength} {style.words}".encode())
     for key, array in arrays:
@@ -105,7 +108,7 @@ def _style(pipeline: Pipeline, named: Named, sampling: dict) -> Candidate:
     # Guided from the base by the instruction and the grid; without classifier-free guidance, as for the others.
     make = _edits(pipeline, use_basis=False, styles=[style], true_guidance=1.0, **sampling)
     parameters = sum(array.size for _, array in arrays)
-    name = named.name or _name(Path(named.path))
+    name = named.name or _name(Path(path))
     return Candidate(name, "style", make, digest.hexdigest()[:16], named.text, parameters)
 
 
@@ -117,9 +120,9 @@ def _edits(pipeline: Pipeline, **options):
     return make
 
 
-def _route(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
-    return {path: np.asarray(to_host(c), np.float32) for path, c in coefficients.items()}
+def _route(pipeline: Pipeline, basis: Basis, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    coefficients = basis.coefficients(pipeline.query([sample.condition for sample in samples]))
+    return {path: np.asarray(to_host(c), np.float32) for path, c in (coefficients or {}).items()}
 
 
 def edit_samples(

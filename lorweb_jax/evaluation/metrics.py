@@ -3,9 +3,11 @@
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 
+Task = TypeVar("Task", bound=Hashable)
 SMALLEST_MSE = 1e-10  # equal images have 100 dB, not infinitely many
 
 
@@ -31,9 +33,9 @@ def clip_directional(difference_a: np.ndarray, difference_b: np.ndarray) -> np.n
     return np.divide((a * b).sum(-1), lengths, out=np.zeros_like(lengths), where=lengths > 0)
 
 
-def task_means(tasks: Sequence[Hashable], scores: Sequence[float]) -> dict[Hashable, float]:
+def task_means(tasks: Sequence[Task], scores: Sequence[float]) -> dict[Task, float]:
     """{task: mean of its scores}, in the order in which the tasks first come."""
-    grouped: dict[Hashable, list[float]] = {}
+    grouped: dict[Task, list[float]] = {}
     for task, score in zip(tasks, scores, strict=True):
         grouped.setdefault(task, []).append(score)
     return {task: mean(values) for task, values in grouped.items()}

@@ -92,7 +92,7 @@ class Records:
         for sample in samples:
             path = folder / "triplets" / f"{sample.id}.png"
             if not path.exists():
-                images = [*sample.condition] + [sample.b2] * (sample.b2 is not None)
+                images = [image for image in (*sample.condition, sample.b2) if image is not None]
                 write_image(path, np.concatenate(images, 1))
         return records
 

@@ -47,13 +47,17 @@ class Evaluated(NamedTuple):
     def by_task(self, method: str, score: str, keys: Sequence[str]) -> dict[str, float]:
         """{split/task: mean of the score over its triplets}, of those that have it."""
         records = self.records[method]
-        values = {key: records[key]["scores"].get(score) for key in keys if key in records}
-        known = [(f"{self.triplets[key]['split']}/{self.triplets[key]['task']}", x) for key, x in values.items()]
-        known = [(task, x) for task, x in known if x is not None]
-        return task_means(*zip(*known)) if known else {}
+        tasks, values = [], []
+        for key in keys:
+            value = records[key]["scores"].get(score) if key in records else None
+            if value is not None:
+                about = self.triplets[key]
+                tasks.append(f"{about['split']}/{about['task']}")
+                values.append(value)
+        return task_means(tasks, values)
 
 
-def collect(folders: Sequence[Records], scores: Mapping[str, Mapping[str, Any]]) -> Evaluated:
+def collect(folders: Sequence[Records], scores: dict[str, dict[str, Any]]) -> Evaluated:
     """All methods of the folders, which must be of the same triplets, sizes, seed and sampling.
 
     scores: those to show, by name. Methods that lack images are left out, and named. Raises UserError, with the
@@ -85,7 +89,7 @@ def collect(folders: Sequence[Records], scores: Mapping[str, Mapping[str, Any]])
         raise UserError(
             f"no method in {first.folder} has all its images ({incomplete}); give the command that made them again"
         )
-    return Evaluated(first.setup, {name: methods[name] for name in complete}, complete, incomplete, dict(scores))
+    return Evaluated(first.setup, {name: methods[name] for name in complete}, complete, incomplete, scores)
 
 
 def figures(data: Evaluated, judged: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -48,6 +48,13 @@ class Sample:
         return self.a, self.a2, self.b
 
     @property
+    def truth(self) -> np.ndarray:
+        """b2; ValueError where it isn't known."""
+        if self.b2 is None:
+            raise ValueError(f"the truth of {self.key} isn't known")
+        return self.b2
+
+    @property
     def id(self) -> str:
         """A file's name for it, without suffix."""
         words = re.sub(r"[^\w]+", "_", self.task, flags=re.ASCII).strip("_")[:40]

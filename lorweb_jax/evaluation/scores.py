@@ -35,7 +35,7 @@ class Score:
 
     name: str
     label: str
-    compute: Callable[[Sequence[Sample], Sequence[np.ndarray]], Sequence[float]]
+    compute: Callable[[Sequence[Sample], Sequence[np.ndarray]], Sequence[float] | np.ndarray]
     lower: bool = True
     needs_truth: bool = False
     digits: int = 3
@@ -89,7 +89,7 @@ def pixel_scores() -> list[Score]:
         Score(
             "lpips",
             "LPIPS",
-            lambda samples, images: distances(images, [sample.b2 for sample in samples]),
+            lambda samples, images: distances(images, [sample.truth for sample in samples]),
             needs_truth=True,
             meaning="perceptual distance of result and true b′",
         ),
@@ -114,7 +114,7 @@ def embedding_scores(name: str, label: str, encoder: Embedder, source: str = "")
         return metrics.clip_directional(a2 - a, embed.fresh(images) - b)
 
     def distance(samples, images):
-        return 1 - metrics.clip_directional(embed.kept([sample.b2 for sample in samples]), embed.fresh(images))
+        return 1 - metrics.clip_directional(embed.kept([sample.truth for sample in samples]), embed.fresh(images))
 
     return [
         Score(
@@ -176,7 +176,7 @@ class _Embeddings:
 
 
 def _mse(samples: Sequence[Sample], images: Sequence[np.ndarray]) -> list[float]:
-    return [metrics.mse(image, sample.b2) for image, sample in zip(images, samples)]
+    return [metrics.mse(image, sample.truth) for image, sample in zip(images, samples)]
 
 
 def distances(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> list[float]:
@@ -219,6 +219,8 @@ def _module(name: str):
         if not name.endswith(".py"):
             return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{name} is no Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -1,7 +1,7 @@
 """Means over tasks, their bootstrap intervals, and differences between two methods on the same tasks."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def estimate(by_task: Mapping[str, float]) -> Estimate | None:
+def estimate(by_task: Mapping[Any, float]) -> Estimate | None:
     """Of {task: its mean}; None for no task."""
     values = list(by_task.values())
     if not values:
@@ -53,11 +53,12 @@ def estimate(by_task: Mapping[str, float]) -> Estimate | None:
     return Estimate(float(np.mean(values)), bootstrap_interval(values) if len(values) > 1 else None)
 
 
-def paired(first: Mapping[str, float], second: Mapping[str, float], lower: bool) -> Difference | None:
+def paired(first: Mapping[Any, float], second: Mapping[Any, float], lower: bool) -> Difference | None:
     """first − second, of {task: mean} of the tasks that both have; lower: whether less is better. None for no task."""
     differences = {task: first[task] - second[task] for task in first if task in second}
-    if not differences:
+    average = estimate(differences)
+    if average is None:
         return None
     x = np.asarray(list(differences.values()))
     better = x < 0 if lower else x > 0
-    return Difference(estimate(differences), float(np.mean(better + 0.5 * (x == 0))), len(x))
+    return Difference(average, float(np.mean(better + 0.5 * (x == 0))), len(x))
