@@ -37,8 +37,9 @@ padding-top:1rem}h3{font-size:1.05rem;margin:1.2rem 0 .3rem}p,li{overflow-wrap:a
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--back);white-space:normal;
 min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
-td small{display:block;color:var(--soft)}.best{font-weight:700}
-.row{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.6rem;margin:.6rem 0}
+td small{display:block;color:var(--soft);font-weight:400}.best{font-weight:700}
+.row{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.6rem;margin:.6rem 0;
+overflow-wrap:anywhere}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr));gap:.5rem;margin-top:.4rem}
 figure{margin:0}figure img{display:block;width:100%;max-width:10rem;image-rendering:pixelated;border-radius:2px}
 figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}

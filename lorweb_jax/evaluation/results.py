@@ -184,7 +184,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def conditions_line(results: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["conditions"].items())
+    return ", ".join(f"{name.replace('_', ' ')} {x}" for name, x in results["conditions"].items() if x is not None)
 
 
 def counts_line(of: Mapping[str, Any]) -> str:

@@ -80,15 +80,14 @@ def heat_map(values: np.ndarray, rows: Sequence[str]) -> str:
     """values [rows, columns] ≥ 0 as cells, darker the higher; columns are numbered from 0."""
     values = np.asarray(values, np.float64)
     count, columns = values.shape
-    left = 8 + 5.6 * max(len(row[:34]) for row in rows)
+    left = 8 + 6.4 * max(len(row[:34]) for row in rows)
     width, height = left + CELL * columns + 4, 16 + CELL * count
     top = max(float(values.max()), 1e-12)
     parts = [
         f'<svg class="figure" viewBox="0 0 {width:.0f} {height}" style="max-width:{1.3 * width:.0f}px" role="img">'
     ]
-    for column in range(columns):
-        if columns <= 20 or column % 4 == 0:
-            parts.append(f'<text x="{left + CELL * (column + 0.5):.1f}" y="11" text-anchor="middle">{column}</text>')
+    for column in range(0, columns, 1 if columns <= 10 else 2 if columns <= 40 else 5):
+        parts.append(f'<text x="{left + CELL * (column + 0.5):.1f}" y="11" text-anchor="middle">{column}</text>')
     for i, row in enumerate(rows):
         parts.append(f'<text x="{left - 4:.1f}" y="{16 + CELL * i + 10}" text-anchor="end">{escape(row[:34])}</text>')
         for column, value in enumerate(values[i]):
