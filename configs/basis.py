@@ -50,6 +50,7 @@ def default():
         held_out="",  # a second data set, of tasks that are evaluated, not trained on
         cache="local_data",  # where the embedded data set is built
         quadrant_size=32,  # side of a, a', b and b' in the grid, pixels
+        buckets=(),  # several (height, width) in its place, for pictures of several aspects (docs/data.md)
         caption_drop=0.05,  # share of captions that are left empty
         reverse_probability=0.0,  # share of analogies shown in reverse, a' -> a
         task_balanced=True,  # every task equally often, however many pairs it has

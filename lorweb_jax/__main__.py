@@ -13,6 +13,7 @@ from lorweb_jax.common.errors import UserError, run_command
 COMMANDS = {
     "edit": "edit",
     "stylize": "stylize",
+    "look": "data.look",
     "train": "main",
     "precompute": "precompute",
     "plan": "plan",
@@ -39,7 +40,7 @@ def usage() -> str:
 
 def _summary(module: str) -> str:
     """The first line of a command's docstring, without importing it."""
-    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 

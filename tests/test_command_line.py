@@ -11,7 +11,10 @@ from conftest import ROOT
 from lorweb_jax import edit, evaluate, export
 from lorweb_jax.common.errors import UserError
 
-COMMANDS = [f"lorweb_jax.{name}" for name in ("edit", "stylize", "export", "evaluate", "base_report", "data.measure")]
+COMMANDS = [
+    f"lorweb_jax.{name}"
+    for name in ("edit", "stylize", "export", "evaluate", "base_report", "data.measure", "data.look")
+]
 # The two of gpu_session measure a GPU, and import their framework at once.
 TOOLS = sorted(
     str(file)

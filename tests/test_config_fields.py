@@ -65,9 +65,10 @@ SENSELESS = {
 @pytest.mark.parametrize("config", ["basis:", "pair:", "single_lora:", "base_vae:", "base_clip:", "base_transformer:"])
 def test_values_of_no_sense_for_every_field(config):
     fields, tried = values(made(config)), 0
+    good = ("seed", 10**12), ("evaluation.prompts", ["a", "b"]), ("data.buckets", [])
     for name, default in fields.items():
         for value in SENSELESS[type(default)]:
-            if (name, value) not in (("seed", 10**12), ("evaluation.prompts", ["a", "b"])):  # good ones
+            if (name, value) not in good:
                 refuse(fields, name, value)
                 tried += 1
     assert tried > 200
@@ -110,6 +111,7 @@ def test_values_of_no_sense_for_every_field(config):
         ("data.cache", ("",)),
         ("data.held_out", ("folder",)),  # the root is embedded
         ("data.quadrant_size", (4, 30, 4104, -8, [32], [32, 30], [32, 0], [32, 32, 32])),
+        ("data.buckets", (32, [32, 32], [[32, 30]], [[32]], [[32, 32], [32, 32]])),
         ("data.caption_drop", (1.1,)),
         ("data.reverse_probability", (2,)),
         ("data.workers", (1025,)),
@@ -225,6 +227,7 @@ def test_a_field_that_is_missing():
         {"basis.projection": "none", "basis.query_dim": 64},
         {"data.quadrant_size": 0},
         {"data.quadrant_size": [64, 128]},
+        {"data.buckets": [[64, 128], [128, 64]]},
         {"data.root": "folder", "data.held_out": "other"},
         {"optimizer.clip": 1e9},
         {"guidance": 1},

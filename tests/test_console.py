@@ -59,7 +59,9 @@ def test_help_names_every_command(monkeypatch, capsys):
     assert status == 0 and not err
     for name, module in COMMANDS.items():
         [line] = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        assert line.split(maxsplit=1)[1] == (ROOT / f"lorweb_jax/{module}.py").read_text().split("\n")[0].strip('"')
+        assert line.split(maxsplit=1)[1] == (ROOT / f"lorweb_jax/{module.replace('.', '/')}.py").read_text().split(
+            "\n"
+        )[0].strip('"')
 
 
 def test_version_is_the_packages(monkeypatch, capsys):

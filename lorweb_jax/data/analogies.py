@@ -161,6 +161,7 @@ class Analogies(Sequence[Analogy]):
             raise UserError("no tasks were given; expected one or more with two pairs each; check the data folder")
         if limit is not None and limit < 1:
             raise UserError(f"the limit of analogies per task is {limit}; expected 1 or more, or none")
+        self.limit = limit
         self._all = [len(task.pairs) * (len(task.pairs) - 1) for task in self.tasks]
         if 0 in self._all:
             name = self.tasks[self._all.index(0)].name

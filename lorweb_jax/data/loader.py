@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,11 +19,12 @@ from absl import flags
 
 from lorweb_jax.common.errors import UserError, printable
 from lorweb_jax.data.analogies import Analogies, Analogy, Pair
+from lorweb_jax.data.buckets import Shape, divide
 from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Notes, Problem, Problems, reason
 from lorweb_jax.images import grid
 from lorweb_jax.images.resize import resize
-from lorweb_jax.settings.rules import BATCH, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole, as_value
+from lorweb_jax.settings.rules import BATCH, BUCKETS, SEED, SHARE, SIDE, WORKERS, Either, Several, Whole, as_value
 
 # Not absl's logger, which training silences below errors since libraries chatter there.
 _log = logging.getLogger(__name__)
@@ -38,13 +40,13 @@ class _Reader:
     def __init__(
         self,
         analogies: Analogies,
-        quadrant_size: tuple[int, int] | None,
+        quadrants: Sequence[Shape] | None,
         max_size: int | None,
         caption_drop: float,
         reverse_probability: float,
     ):
         self._analogies = analogies
-        self._quadrant_size = quadrant_size
+        self._quadrants = quadrants  # by number of the task
         self._max_size = max_size
         self._caption_drop = caption_drop
         self._reverse_probability = reverse_probability
@@ -58,7 +60,8 @@ class _Reader:
             analogy, images = analogy.reverse(), [pair[::-1] for pair in images]
         (a, a_prime), (b, b_prime) = images
         # Resized once here, a', b and b' are not resized for each grid anew.
-        size = self._quadrant_size[::-1] if self._quadrant_size else a.shape[1::-1]
+        # Another analogy than the one drawn takes its bucket's shape too, as all of a batch do.
+        size = self._quadrants[self._analogies.task_of(index)][::-1] if self._quadrants else a.shape[1::-1]
         for pair, pictures in zip((analogy.first, analogy.second), images):
             if any(grid.other_shape(picture.shape[1::-1], size) for picture in pictures):
                 notes.setdefault(STRETCHED, pair.places[0])
@@ -114,7 +117,7 @@ class _Reader:
         sides = before.shape[:2]
         shrink = min(1, self._max_size / (2 * max(sides))) if self._max_size else 1
         # Any size can be brought to a given quadrant; as the first image, one this small leaves no whole token.
-        if not self._quadrant_size and int(2 * min(sides) * shrink) < 16:
+        if not self._quadrants and int(2 * min(sides) * shrink) < 16:
             raise UserError(
                 f"{pair.places[0]} makes a quadrant with a side below 8 pixels; expected 8 or more; replace "
                 "the file or give a quadrant size"
@@ -152,7 +155,9 @@ class AnalogyLoader(grain.DatasetIterator):
 
     The stream depends on the data, the seed and the batch size only, neither on the workers nor on the split over
     hosts: a host that asks for some rows of the batches reads these, and they are the same as in the whole batches.
-    An epoch shows every analogy once, in an order of its own; a batch may reach over the end of an epoch.
+    An epoch shows every analogy once, in an order of its own; a batch may reach over the end of an epoch. With buckets
+    (data/buckets.py) each of them has such epochs, a batch is of one bucket, and the buckets take turns by the number of
+    their analogies.
 
     Images that can't be read while training are reported in `problems` (and once each in the log); the next readable
     analogy of the task stands in for the one drawn, and is counted.
@@ -168,6 +173,7 @@ class AnalogyLoader(grain.DatasetIterator):
         *,
         quadrant_size: int | tuple[int, int] | None = None,
         max_size: int | None = None,
+        buckets: Sequence[Shape] = (),
         seed: int = 0,
         caption_drop: float = 0.05,
         reverse_probability: float = 0.0,
@@ -184,6 +190,7 @@ class AnalogyLoader(grain.DatasetIterator):
             (bicubic, the aspect ratio is not kept). Without it a's size is the quadrant's (method.md section 2) and
             the grid's sides are shrunk to multiples of 16; the grids of a batch must then agree.
           max_size: longest edge of the grid when quadrants have a's size; pixels.
+          buckets: several quadrants' (height, width) in the place of one; analogies are then of pairs in one bucket.
           seed: of the order and the draws.
           caption_drop: probability of an empty caption (method.md section 5).
           reverse_probability: probability that before and after are swapped in both pairs; the caption is then empty,
@@ -204,21 +211,49 @@ class AnalogyLoader(grain.DatasetIterator):
         self._notes = Notes(lambda sentence: _log.warning("%s", sentence))
         if isinstance(quadrant_size, int):
             quadrant_size = (quadrant_size, quadrant_size)
-        _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows)
+        _check(batch_size, quadrant_size, max_size, buckets, seed, caption_drop, reverse_probability, workers, rows)
         self.problems = Problems() if problems is None else problems
-        if not isinstance(data, Analogies):
-            data = Analogies(read_tasks(data, self.problems))
-            if len(self.problems):
-                _log.warning("%s", self.problems.summary())
-        self.analogies = data
+        buckets = [(height, width) for height, width in buckets]
+        known = len(self.problems)
+        analogies = data if isinstance(data, Analogies) else Analogies(read_tasks(data, self.problems))
+        self.bucketed = divide(analogies.tasks, buckets, self.problems) if buckets else None
+        if len(self.problems) > known:
+            _log.warning("%s", self.problems.summary())
+        if self.bucketed:
+            analogies = Analogies(self.bucketed.groups, analogies.limit)
+        self.analogies = analogies
         self._workers = workers
-        self._stream = {"data": data.digest(), "seed": seed, "global_batch": batch_size, "task_balanced": task_balanced}
-        order_seed, draw_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(2))
-        reader = _Reader(data, quadrant_size, max_size, caption_drop, reverse_probability)
-        samples = _order(data, order_seed, task_balanced).random_map(reader, seed=draw_seed)
-        if rows is not None:
-            samples = _HostRows(samples, batch_size, rows)
-        self._batches = samples.batch(batch_size if rows is None else len(rows), drop_remainder=True, batch_fn=_batch)
+        self._stream: dict[str, Any] = {
+            "data": analogies.digest(),
+            "seed": seed,
+            "global_batch": batch_size,
+            "task_balanced": task_balanced,
+        }
+        if buckets:
+            self._stream["buckets"] = [list(shape) for shape in buckets]
+        count = len(analogies.tasks)
+        shapes = self.bucketed.shapes if self.bucketed else [quadrant_size] * count if quadrant_size else None
+        reader = _Reader(analogies, shapes, max_size, caption_drop, reverse_probability)
+
+        def batches(tasks: range, seeds: np.random.SeedSequence, shares: Sequence[float] | None) -> grain.MapDataset:
+            """The endless stream of some tasks' batches."""
+            order_seed, draw_seed = (int(part) for part in seeds.generate_state(2))
+            samples = _order(analogies, tasks, order_seed, task_balanced, shares).random_map(reader, seed=draw_seed)
+            if rows is not None:
+                samples = _HostRows(samples, batch_size, rows)
+            return samples.batch(batch_size if rows is None else len(rows), drop_remainder=True, batch_fn=_batch)
+
+        seeds = np.random.SeedSequence(seed)
+        if not self.bucketed:
+            self._batches = batches(range(count), seeds, None)
+        else:
+            streams, weights = [], []
+            for shape, part in zip(buckets, seeds.spawn(len(buckets))):
+                if tasks := self.bucketed.tasks(shape):
+                    shares = self.bucketed.shares[tasks.start : tasks.stop]
+                    streams.append(batches(tasks, part, shares))
+                    weights.append(sum(shares) if task_balanced else sum(len(analogies.span(task)) for task in tasks))
+            self._batches = grain.MapDataset.mix(streams, weights)
 
     def __next__(self) -> dict:
         if self._closed:
@@ -269,10 +304,12 @@ class AnalogyLoader(grain.DatasetIterator):
         """Go on after the batch at which `state` was taken.
 
         Raises:
-          UserError: the state belongs to another stream (data, seed, global batch or balance changed).
+          UserError: the state belongs to another stream (data, seed, global batch, balance or buckets changed).
         """
         saved = state["stream"]
-        changed = [f"{name} {saved.get(name)} -> {now}" for name, now in self._stream.items() if saved.get(name) != now]
+        now = self._stream
+        names = [*now, *(name for name in saved if name not in now)]
+        changed = [f"{name} {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
         if changed:
             raise UserError(
                 f"the saved data position belongs to another stream ({'; '.join(changed)}); expected the "
@@ -312,17 +349,20 @@ def _start_worker(parent: int, worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _order(analogies: Analogies, seed: int, task_balanced: bool) -> grain.MapDataset:
-    """The endless sequence of analogy numbers; grain computes its shuffles entry by entry, without a list."""
+def _order(
+    analogies: Analogies, tasks: range, seed: int, task_balanced: bool, shares: Sequence[float] | None
+) -> grain.MapDataset:
+    """The endless sequence of numbers of some tasks' analogies; grain computes its shuffles entry by entry, without a
+    list. shares: how often each task is shown where they are balanced; None: all equally."""
+    spans = [analogies.span(task) for task in tasks]
     if not task_balanced:
-        return grain.MapDataset.range(len(analogies)).shuffle(seed).repeat()
-    *seeds, round_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(len(analogies.tasks) + 1))
-    spans = [analogies.span(task) for task in range(len(analogies.tasks))]
-    tasks = [
+        return grain.MapDataset.range(spans[0].start, spans[-1].stop).shuffle(seed).repeat()
+    *seeds, round_seed = (int(part) for part in np.random.SeedSequence(seed).generate_state(len(tasks) + 1))
+    of_tasks = [
         grain.MapDataset.range(span.start, span.stop).shuffle(task_seed).repeat()
         for span, task_seed in zip(spans, seeds, strict=True)
     ]
-    rounds = grain.MapDataset.mix(tasks)
+    rounds = grain.MapDataset.mix(of_tasks, shares)
     return grain.experimental.WindowShuffleMapDataset(rounds, window_size=len(tasks), seed=round_seed)
 
 
@@ -343,11 +383,12 @@ class _HostRows(grain.MapDataset):
         return self._parent[number * self._batch + self._rows[row]]
 
 
-def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_probability, workers, rows):
+def _check(batch_size, quadrant_size, max_size, buckets, seed, caption_drop, reverse_probability, workers, rows):
     rules = {
         "batch size": (batch_size, BATCH),
         "quadrant size": (quadrant_size, Either(Whole(0, 0, also=(None,)), Several(SIDE, 2, 2))),
         "largest size": (max_size, Whole(2, 2**20, also=(None,))),
+        "buckets": (buckets, BUCKETS),
         "seed": (seed, SEED),
         "probability of caption drop": (caption_drop, SHARE),
         "probability of reversal": (reverse_probability, SHARE),
@@ -360,6 +401,12 @@ def _check(batch_size, quadrant_size, max_size, seed, caption_drop, reverse_prob
             f"both a quadrant size {quadrant_size} and a maximum size {max_size} were given; the first "
             "fixes the grid's size, so give one of them"
         )
+    if buckets and (quadrant_size or max_size):
+        raise UserError(
+            "both buckets and a quadrant size or maximum size were given; buckets say all sizes, so give these"
+        )
+    if len(set(map(tuple, buckets))) < len(buckets):
+        raise UserError(f"two of the buckets {list(buckets)} are the same; give each shape once")
     if rows is not None and not (len(rows) and all(0 <= row < batch_size for row in rows)):
         raise UserError(
             f"rows {list(rows)} of a batch of {batch_size} were asked for; expected one or more of 0 to "

@@ -6,6 +6,7 @@ are read from disk (config.precomputed), and the model has no encoders.
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 from lorweb_jax.adapters.basis import BasisConfig, BasisParam
 from lorweb_jax.common import fingerprint
 from lorweb_jax.data.analogies import Analogies, contents
+from lorweb_jax.data.buckets import quadrant_shapes
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.splits import read_splits
@@ -95,8 +97,7 @@ class BasisJob(Job):
     def attention(self) -> str:
         """The implementation that config.attention selects; "auto" by the shape of one device's share of a step."""
         config, flux = self.config, self.folder.flux_config
-        side = config.data.quadrant_size or 256
-        height, width = (side, side) if isinstance(side, int) else side
+        height, width = max(quadrant_shapes(config.data), key=math.prod, default=(256, 256))
         tokens = 8 * height * width // (2 * self.folder.vae_config.downscale) ** 2 + self.folder.text_tokens
         shape = (1, tokens, flux.num_attention_heads, flux.attention_head_dim)
         return choose(config.attention, shape, jnp.dtype(config.compute_dtype), backward=True)
@@ -135,10 +136,11 @@ class BasisJob(Job):
             self.folder.tell_left_out(
                 (pair.instruction for task in self.tasks["train"] for pair in task.pairs), "caption"
             )
-        return AnalogyLoader(
+        loader = AnalogyLoader(
             Analogies(self.tasks["train"]),
             batch,
-            quadrant_size=data.quadrant_size,
+            quadrant_size=None if data.buckets else data.quadrant_size,
+            buckets=data.buckets,
             seed=config.seed,
             caption_drop=data.caption_drop,
             task_balanced=data.task_balanced,
@@ -147,16 +149,17 @@ class BasisJob(Job):
             rows=sharding.batch_rows(sharding.make_mesh(config.mesh), batch),
             problems=self.problems,
         )
+        if loader.bucketed:
+            print(loader.bucketed.summary(), flush=True)
+        return loader
 
     def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
         """Analogies of a split for images and tables, always the same; of `tasks` tasks spread over the split."""
         chosen = self.tasks[split]
         if tasks:
             chosen = chosen[:: max(1, len(chosen) // tasks)][:tasks]
-        side = self.config.data.quadrant_size
-        return read_samples(
-            chosen, per_task, self._looked_at, 2 * (side if isinstance(side, int) else max(side)) or None
-        )
+        sides = [2 * max(shape) for shape in quadrant_shapes(self.config.data)]
+        return read_samples(chosen, per_task, self._looked_at, max(sides, default=None))
 
     def prepare(self, batch: dict) -> dict:
         """Token ids of the captions and the image encoder's views of the condition grids; or, of both, what was

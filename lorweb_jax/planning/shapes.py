@@ -4,6 +4,7 @@ No weights, no data, no files but configs. Letters: b batch, v views, t text tok
 q query width.
 """
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lorweb_jax.adapters.basis import BasisConfig
 from lorweb_jax.adapters.members import Members
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data.buckets import quadrant_shapes
 from lorweb_jax.data.pair import MULTIPLE
 from lorweb_jax.jobs.basis import BasisJob
 from lorweb_jax.jobs.pair import PairJob
@@ -111,15 +113,15 @@ class PlannedBasisJob(Planned, BasisJob):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the grids. UserError where they would differ from example to example."""
-        side = self.config.data.quadrant_size
-        if not side:
+        """Of the largest grids. UserError where each would have a size of its own."""
+        shapes = quadrant_shapes(self.config.data)
+        if not shapes:
             raise UserError(
                 "config.data.quadrant_size is 0, so that each grid has a size of its own; plan for one size: "
                 "set --config.data.quadrant_size=256 or another multiple of 8",
                 2,
             )
-        height, width = (side, side) if isinstance(side, int) else side
+        height, width = max(shapes, key=math.prod)
         return 2 * height, 2 * width
 
     def batch(self) -> ShapesAndTypes:

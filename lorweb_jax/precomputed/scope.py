@@ -15,6 +15,7 @@ from lorweb_jax.adapters.basis import BasisConfig
 from lorweb_jax.common import fingerprint
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.analogies import Pair, Task
+from lorweb_jax.data.buckets import quadrant_shapes
 from lorweb_jax.files.store import Store
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.pipeline.folder import PipelineFolder
@@ -45,8 +46,8 @@ class Scope:
         """From a basis job's config; UserError if it names no folder for what is precomputed."""
         if not config.precomputed:
             raise UserError("the config names no folder for what is precomputed; set --config.precomputed=FOLDER", 2)
-        basis, side = BasisConfig(**config.basis), config.data.quadrant_size
-        quadrant = ((side, side) if isinstance(side, int) else tuple(side)) if side else None
+        basis, shapes = BasisConfig(**config.basis), quadrant_shapes(config.data)
+        quadrant = shapes[0] if len(shapes) == 1 else None
         return cls(
             Path(config.precomputed),
             folder,
@@ -120,7 +121,7 @@ def _queries_kept(basis: BasisConfig, quadrant: tuple[int, int] | None) -> str |
         )
     if quadrant is None:
         return (
-            "without config.data.quadrant_size an image's size depends on the one it is shown with; the image "
-            "encoder stays in the training step"
+            "with config.data.buckets, or without config.data.quadrant_size, an image's size depends on those it is "
+            "shown with; the image encoder stays in the training step"
         )
     return None

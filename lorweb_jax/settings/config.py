@@ -101,7 +101,12 @@ def fields(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, (Mapping, ConfigDict)):
             yield from fields(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
+            yield prefix + key, _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, also within each other, as json gives them back."""
+    return [_listed(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def get(config: ConfigDict, field: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.settings.rules import (
     BATCH,
+    BUCKETS,
     GUIDANCE,
     SAMPLING_STEPS,
     SEED,
@@ -100,6 +101,7 @@ BASIS: dict[str, Rule] = _FROZEN | {
     "data.held_out": Folder(empty=True),
     "data.cache": Folder(),
     "data.quadrant_size": Either(Whole(8, 4096, multiple=8, also=(0,)), Several(SIDE, 2, 2)),
+    "data.buckets": BUCKETS,
     "data.caption_drop": SHARE,
     "data.reverse_probability": SHARE,
     "data.task_balanced": Flag(),
@@ -317,6 +319,8 @@ def _basis(values: Values) -> None:
             width,
             f"config.basis.key_dim, which is {values['basis.key_dim']}, or None, as config.basis.projection is none",
         )
+    if len(set(map(tuple, values["data.buckets"]))) < len(values["data.buckets"]):
+        raise refused("data.buckets", values["data.buckets"], "shapes of which no two are the same")
     if values["data.root"] == "embedded" and values["data.held_out"]:
         raise refused(
             "data.held_out",

@@ -194,6 +194,7 @@ SHOWN_PER_TASK = Whole(1, 10**6)
 SHOWN_AT_ONCE = Whole(1, 65_536)
 SEED = Whole(0, 2**64 - 1)  # each gives other random keys (seeds.py)
 SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then divide into 2x2 patches
+BUCKETS = Several(Several(SIDE, 2, 2), 0, 64)  # (height, width) of quadrants, pixels
 WORKERS = Whole(0, 1024)
 BATCH = Whole(1, 2**20)
 
