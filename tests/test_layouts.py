@@ -1,5 +1,6 @@
 """Layouts of data beside Relation252K's: what each gives, and what is said of bad input."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -7,6 +8,7 @@ import sys
 import tarfile
 
 import datasets
+import mutations
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -15,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.data import saved
 from lorweb_jax.data.analogies import Analogies, contents
 from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
@@ -336,3 +339,30 @@ def test_bad_shards(tmp_path):
         (tmp_path / f"{name}.tar").unlink()
     with pytest.raises(UserError, match="no shard of .* can be read; 1 item"):
         read(tmp_path)
+
+
+def test_damaged_files_end_in_a_sentence(images):
+    """Bytes of tables, shards and data sets changed at random: a UserError of one sentence, or problems, or data."""
+    described = {"json": {"task": "t"}, "txt": "words"}
+    write_shard(images / "0.tar", [sample(f"{n}", "1", **described) for n in range(3)])
+    saved_set = save_dataset(images / "set", ROWS)
+    targets = {
+        file: file for file in [*(write_table(images, kind, ROWS) for kind in ("jsonl", "parquet")), images / "0.tar"]
+    }
+    targets |= dict.fromkeys(saved_set.iterdir(), saved_set)
+    for file, root in targets.items():
+        whole = file.read_bytes()
+        for seed in range(25):
+            file.write_bytes(mutations.of_bytes(mutations.Random(seed), whole))
+            saved._opened.cache_clear()
+            problems = Problems()
+            try:
+                pairs = [pair for task in read_tasks(root, problems) for pair in task.pairs]
+            except UserError as error:
+                assert "\n" not in str(error).split(" item(s) of ")[0]
+                continue
+            for pair in pairs:
+                for read_part in (pair.read, pair.size):
+                    with contextlib.suppress(UserError):
+                        read_part()
+        file.write_bytes(whole)

@@ -3,10 +3,10 @@
     python -m lorweb_jax.data.look DIR
     python -m lorweb_jax.data.look DIR --rate 3.5 --out look
 
-DIR is a data set in any layout of docs/data.md: a folder, a table, a shard. Every image is decoded. Printed, and written
-as report.md, are counts of tasks, pairs and analogies, sizes and aspects, captions (missing, longest, repeated) and
-files that can't be used, with the reasons; all of these stand in problems.json. sheet.png shows pairs of some tasks.
-Files of these names are replaced with --overwrite only.
+DIR is a data set in any layout of docs/data.md: a folder, a table, a shard. Every image is decoded. A report is printed
+and written as report.md: counts of tasks, pairs and analogies, sizes and aspects, captions (missing, longest, repeated)
+and files that can't be used, with the reasons; problems.json has all of these. sheet.png shows pairs of some tasks. Files
+of these names are replaced with --overwrite only.
 """
 
 import argparse

@@ -105,9 +105,10 @@ def _opened(folder: str) -> Any:
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_from_disk(folder)
+        dataset.data.validate(full=True)  # offsets that lead out of a damaged file would end the process
     except Exception as error:  # the library's own, pyarrow's and Python's, for all kinds of damage
         raise UserError(
-            f"{folder} is no intact data set of datasets ({printable(str(error))}); save it again"
+            f"{folder} is no intact data set of datasets ({printable(str(error).strip(), 200)}); save it again"
         ) from None
     for side in (BEFORE, AFTER):
         if side in dataset.column_names:

@@ -92,8 +92,8 @@ def report(result: Survey, problems: Problems, name: str, rate: float | None = N
 
 def _counts(result: Survey, problems: Problems) -> str:
     text = (
-        f"{len(result.tasks):,} tasks, {len(result.pairs):,} pairs of images, {result.analogies:,} analogies, which are "
-        f"an epoch. Left out: {result.listed - len(result.pairs):,} pairs of those that are listed; problems: "
+        f"{len(result.tasks):,} tasks, {len(result.pairs):,} pairs of images, {result.analogies:,} analogies, which "
+        f"are an epoch. Left out: {result.listed - len(result.pairs):,} pairs of those that are listed; problems: "
         f"{len(problems):,}, below."
     )
     if result.tasks:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, printable
 from lorweb_jax.common.user_files import inside, read_text, regular_file
 from lorweb_jax.data.analogies import Task
 from lorweb_jax.data.extras import extra
@@ -92,7 +92,9 @@ def _parquet(table: Path, report: Report) -> Iterator[Row]:
             columns = [name for name in file.schema_arrow.names if name in COLUMNS] or file.schema_arrow.names
             rows = file.read(columns).to_pylist()
     except Exception as error:  # pyarrow's own, and Python's, for all kinds of damage
-        raise UserError(f"{table} is no intact parquet file ({error}); write it again") from None
+        raise UserError(
+            f"{table} is no intact parquet file ({printable(str(error).strip(), 200)}); write it again"
+        ) from None
     for number, values in enumerate(rows, 1):
         yield Row(f"{table.name} row {number}", values)
 
