@@ -156,8 +156,8 @@ class AnalogyLoader(grain.DatasetIterator):
     The stream depends on the data, the seed and the batch size only, neither on the workers nor on the split over
     hosts: a host that asks for some rows of the batches reads these, and they are the same as in the whole batches.
     An epoch shows every analogy once, in an order of its own; a batch may reach over the end of an epoch. With buckets
-    (data/buckets.py) each of them has such epochs, a batch is of one bucket, and buckets take turns by the number of their
-    analogies.
+    (data/buckets.py) each of them has such epochs, a batch is of one bucket, and buckets take turns by how many
+    analogies they have.
 
     Images that can't be read while training are reported in `problems` (and once each in the log); the next readable
     analogy of the task stands in for the one drawn, and is counted.

@@ -5,8 +5,8 @@
 
 DIR is a data set in any layout of docs/data.md: a folder, a table, a shard. Every image is decoded. A report is printed
 and written as report.md: counts of tasks, pairs and analogies, sizes and aspects, captions (missing, longest, repeated)
-and files that can't be used, with the reasons; problems.json has all of these. sheet.png shows pairs of some tasks. Files
-of these names are replaced with --overwrite only.
+and files that can't be used, with the reasons; problems.json has all of these. sheet.png shows pairs of some tasks.
+Files of these names are replaced with --overwrite only.
 """
 
 import argparse

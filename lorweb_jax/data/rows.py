@@ -1,8 +1,8 @@
 """Tasks of rows, as tables, Hugging Face data sets and webdataset shards have them.
 
 A row has an image before and one after an edit, and may have a caption and the task's name; without a name all rows are
-one task, called as the table or folder. Either all rows have a caption or none: one without, where others have one, is a
-problem and left out.
+one task, called as the table or folder. Either all rows have a caption or none: one without, where others have one,
+is a problem and left out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
