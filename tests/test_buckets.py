@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.two_files import TwoFiles
 from lorweb_jax.main import read_config
+from lorweb_jax.planning.shapes import PlannedBasisJob
+from lorweb_jax.precomputed.scope import Scope
 from lorweb_jax.settings import config as configs
 
 SQUARE, WIDE, TALL = SHAPES = [(16, 16), (16, 32), (32, 16)]
@@ -199,3 +202,12 @@ def test_the_configs_field():
         [32, 32],
         [24, 40],
     ]
+
+
+def test_plan_and_precompute_with_buckets():
+    config = read_config("configs/basis.py:smoke")
+    config.data.buckets, config.precomputed = ((32, 40), (48, 32)), "folder"
+    assert PlannedBasisJob.size.fget(SimpleNamespace(config=config)) == (96, 64)
+    scope = Scope.of(config, None, {})
+    assert scope.quadrant is None and "config.data.buckets" in scope.queries_kept
+    assert scope.left_out == ("text_encoder", "text_encoder_2")  # the image encoder stays
