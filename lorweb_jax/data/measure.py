@@ -40,7 +40,7 @@ class Rate(NamedTuple):
 
 
 def measure_input(root: str | Path, quadrant_size: int, workers: int, seconds: float, batch: int = 6) -> Rate:
-    """Reads batches of a Relation252K folder for so many seconds, after a warm-up."""
+    """Reads batches of a data set for so many seconds, after a warm-up."""
     from lorweb_jax.data.loader import AnalogyLoader  # grain imports jax
 
     with contextlib.closing(AnalogyLoader(root, batch, quadrant_size=quadrant_size, workers=workers)) as loader:
@@ -149,7 +149,7 @@ def _report(root: Path, args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m lorweb_jax.data.measure", description=__doc__)
     parser.add_argument(
-        "--data", type=nonempty_path, help="a Relation252K folder (default: JPEG pairs made in a temporary one)"
+        "--data", type=nonempty_path, help="a data set, see docs/data.md (default: JPEG pairs made in a temporary one)"
     )
     parser.add_argument("--quadrant-size", type=int, default=256, help="pixels; the grid's side is twice that")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes (default: 0 1 2)")
