@@ -17,6 +17,7 @@ from lorweb_jax import evaluate as command
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.evaluation import metrics, routing, scores, svg
+from lorweb_jax.evaluation.making import add_scores
 from lorweb_jax.evaluation.records import Records
 from lorweb_jax.evaluation.samples import read_folder
 from lorweb_jax.evaluation.statistics import bootstrap_interval, estimate, paired
@@ -402,6 +403,17 @@ def test_embedding_scores_are_the_formulas_in_float64(run, data):
     )
 
 
+def test_figures_of_two_encoders_are_not_mixed(run, data):
+    run("--scores", "mse", methods=["ours"])
+    records = Records(data / "out")
+    samples = records.samples()
+    by = lambda source: scores.embedding_scores("clip", "CLIP", Linear(), source)[1:]
+    add_scores(records.method("ours"), samples, by("one"))
+    add_scores(records.method("ours"), samples, by("one"))
+    with pytest.raises(UserError, match="clip_distance of 'ours' was computed with other weights .one, and two now"):
+        add_scores(records.method("ours"), samples, by("two"))
+
+
 def test_intervals_are_scipys():
     x = np.random.default_rng(4).normal(size=23)
     result = stats.bootstrap(
@@ -553,7 +565,8 @@ def test_a_pipeline_as_it_is(tmp_path, quick_compiles):
         for name in kinds
     }
     conditions, captions = [s.condition for s in samples], [s.caption for s in samples]
-    sampling = dict(steps=2, guidance=2.5, seed=[s.noise_seed for s in samples])
+    there = records.method("ours").read()
+    sampling = dict(steps=2, guidance=2.5, seed=[there[s.id]["seed"] for s in samples])
     np.testing.assert_array_equal(made["ours"], pipeline.edit_batch(conditions, captions, **sampling))
     styles = [pipeline.style(style, 2.0)]
     styled = pipeline.edit_batch(conditions, captions, use_basis=False, styles=styles, true_guidance=1.0, **sampling)

@@ -63,7 +63,7 @@ def lpips_torch(x, y):
 @pytest.mark.parametrize("size", [(64, 64), (71, 98)])
 def test_lpips_is_torchs(random, size):
     pytest.importorskip("torch")
-    x, y = blobs(random, 3, *size), blobs(random, 3, *size)
+    x, y = blobs(random, 10, *size), blobs(random, 10, *size)
     expected = lpips_torch(x, y)
     assert (expected > 0.1).all()
     np.testing.assert_allclose(lpips(x, y), expected, atol=1e-4)

@@ -45,15 +45,16 @@ def make_images(
         rows = [missing[i] for i in padded]
         size = rows[0].b.shape
         began = time.perf_counter()
-        images = method.make(rows, [(seed + sample.noise_seed) % 2**64 for sample in rows])
+        seeds = [(seed + sample.noise_seed) % 2**64 for sample in rows]
+        images = method.make(rows, seeds)
         seconds = (time.perf_counter() - began) / len(rows)
         compiled = size not in sizes and method.kind not in ("copy", "truth")
         cost = {"seconds": seconds, "compiled": compiled, "peak_bytes": peak_bytes(), "batch": len(rows)}
         sizes.add(size)
-        for sample, image in zip((missing[i] for i in chosen), images):
+        for sample, row_seed, image in zip(rows[: len(chosen)], seeds, images):
             if image.shape != sample.b.shape:
                 raise UserError(f"{method.name} made an image {image.shape} of {sample.id}, not {sample.b.shape}")
-            kept.write(sample.id, image, cost | {"device": jax.devices()[0].device_kind})
+            kept.write(sample.id, image, row_seed, cost | {"device": jax.devices()[0].device_kind})
     return kept
 
 

@@ -170,11 +170,12 @@ class MethodRecords:
             raise UserError(f"{path} is not the image that was scored; delete it, and the same command makes it again")
         return image
 
-    def write(self, key: str, image: np.ndarray, cost: Mapping[str, Any]) -> None:
-        """A new record, without scores as yet."""
+    def write(self, key: str, image: np.ndarray, seed: int, cost: Mapping[str, Any]) -> None:
+        """A new record, without scores as yet. seed: with which `edit` makes the same image."""
         write_image(self.folder / f"{key}.png", image)
         write_json(
-            self.folder / f"{key}.json", {"digest": fingerprint.of_image(image), "cost": dict(cost), "scores": {}}
+            self.folder / f"{key}.json",
+            {"digest": fingerprint.of_image(image), "seed": seed, "cost": dict(cost), "scores": {}},
         )
 
     def update(self, key: str, record: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#5b6570;--line:#d5dae0;--panel:#f5f7f9;--ink:#1f5fbf}
 @media (prefers-color-scheme:dark){:root{--back:#14171a;--text:#e6e9ec;--soft:#9aa5b0;--line:#363d45;--panel:#1d2226;
 --ink:#7fb0ff}}
-*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:75rem;background:var(--back);color:var(--text);
+*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:90rem;background:var(--back);color:var(--text);
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.25rem;margin:2rem 0 .4rem;border-top:1px solid var(--line);
 padding-top:1rem}h3{font-size:1.05rem;margin:1.2rem 0 .3rem}p,li{overflow-wrap:anywhere}
@@ -41,7 +41,8 @@ td small{display:block;color:var(--soft);font-weight:400}.best{font-weight:700}
 .row{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.6rem;margin:.6rem 0;
 overflow-wrap:anywhere}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr));gap:.5rem;margin-top:.4rem}
-figure{margin:0}figure img{display:block;width:100%;max-width:10rem;image-rendering:pixelated;border-radius:2px}
+figure{margin:0}
+figure img{display:block;width:100%;height:auto;max-width:10rem;image-rendering:pixelated;border-radius:2px}
 figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}
 .figure{width:100%;max-width:34rem;height:auto;display:block}
 .figure text{fill:var(--text);font:11px system-ui,sans-serif}

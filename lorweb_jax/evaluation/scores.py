@@ -114,7 +114,8 @@ def embedding_scores(name: str, label: str, encoder: Embedder, source: str = "")
         return metrics.clip_directional(a2 - a, embed.fresh(images) - b)
 
     def distance(samples, images):
-        return 1 - metrics.clip_directional(embed.kept([sample.truth for sample in samples]), embed.fresh(images))
+        cosines = metrics.clip_directional(embed.kept([sample.truth for sample in samples]), embed.fresh(images))
+        return np.maximum(1 - cosines, 0)  # rounding takes equal images below
 
     return [
         Score(
