@@ -58,15 +58,13 @@ class Handler(BaseHTTPRequestHandler):
             behaviour = server.behaviours.pop(0) if len(server.behaviours) > 1 else server.behaviours[0]
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
-        try:
-            behaviour(self, body)
-        finally:
-            with server.lock:
-                server.at_once -= 1
+        behaviour(self, body)
 
     do_GET = do_POST
 
     def reply(self, status, data, **headers):
+        with self.server.lock:
+            self.server.at_once -= 1  # before the client can ask its next question
         self.send_response(status)
         for name, value in {"Content-Length": len(data), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
