@@ -86,10 +86,3 @@ def test_a_strength_is_chosen_on_other_prompts_than_it_is_reported_on(tmp_path):
     low, high = methods["lora"]["lpips_against_first"]
     assert low == pytest.approx(0.2) and high == pytest.approx(0.3)
     assert "5 trainings, 2 min in all" in text and (tmp_path / "curves.png").is_file()
-
-
-def test_intervals_cover_the_mean():
-    """Of 200 samples of 20 normal numbers, 88 to 98 % of the 95 % intervals hold the true mean."""
-    rng = np.random.default_rng(0)
-    ends = [pair_tables.interval(rng.normal(1.0, 2.0, 20)) for _ in range(200)]
-    assert 0.88 <= np.mean([low <= 1.0 <= high for low, high in ends]) <= 0.98

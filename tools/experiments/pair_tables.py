@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 
 from experiments.runner import Record
+from lorweb_jax.evaluation.statistics import bootstrap_interval
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.images.io import write_file, write_image
 
@@ -54,14 +54,6 @@ def best(gathered: Curves, method: str) -> str:
     return min(settings, key=lambda setting: cells(gathered[method, setting], "lpips", 0).mean())
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over pairs and prompts."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    ends = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return float(ends.low), float(ends.high)
-
-
 def write_tables(records: Sequence[Record], out: Path) -> str:
     """Writes table.md, table.json and curves.png; the table."""
     gathered = curves(records)
@@ -74,11 +66,11 @@ def write_tables(records: Sequence[Record], out: Path) -> str:
         row, figures[method] = [method, chosen[method]], {"setting": chosen[method]}
         for measure in MEASURES:
             values = cells(trials, measure, 1)
-            low, high = interval(values)
+            low, high = bootstrap_interval(values)
             row.append(f"{values.mean():.3f} ({low:.3f}–{high:.3f})")
             figures[method][measure] = {"mean": float(values.mean()), "interval": [low, high]}
         # Paired: the same pairs, prompts and noise.
-        low, high = interval(cells(trials, "lpips", 1) - cells(reference, "lpips", 1))
+        low, high = bootstrap_interval(cells(trials, "lpips", 1) - cells(reference, "lpips", 1))
         figures[method]["lpips_against_first"] = [low, high]
         row.append("" if method == methods[0] else f"{low:+.3f} … {high:+.3f}")
         table.append(row)
