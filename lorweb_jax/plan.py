@@ -5,8 +5,8 @@
     python -m lorweb_jax.plan --config=configs/basis.py:kontext --topology=v6e:2x4 --what=sample
     python -m lorweb_jax.plan --config=configs/pair.py:kontext --topology=gpu:rtx4090 --config.quantization=int8
 
---config=FILE[:VARIANT]   config file of a basis or a pair; FLUX.1-Kontext-dev, clip-vit-large-patch14 and a pair's images
-                          need not be there
+--config=FILE[:VARIANT]   config file of a basis or a pair; FLUX.1-Kontext-dev, clip-vit-large-patch14 and a pair's
+                          images need not be there
 --config.FIELD=VALUE      another value for a field of it, as often as wanted
 --topology=NAME           a TPU generation and its chips along each axis, or gpu: with a kind and a number
 --what=train              one step of training (default), or sample: all steps of one batch of config.evaluation
