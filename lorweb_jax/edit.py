@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,10 @@ def _check(args: argparse.Namespace) -> None:
         as_value(args.max_size, "--max-size", MAX_SIZE)
     if args.negative_prompt is not None and args.true_guidance == 1:
         raise UserError("--negative-prompt does nothing at --true-guidance 1; give, for example, --true-guidance 3", 2)
+    require_used(args)
+    members = [name for name, _ in args.member or ()]
+    if twice := [name for name in members if members.count(name) > 1]:
+        raise UserError(f"--member {twice[0]} was given {members.count(twice[0])} times; give one coefficient", 2)
     for name, coefficient in args.member or ():
         as_value(coefficient, f"the coefficient of --member {name}", STRENGTH)
     if args.member and args.basis is None:
@@ -192,6 +196,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("neither an analogy nor a prompt was given; give --a, --a2 and --b, or --prompt", 2)
     for side in args.size or ():
         as_value(side, "--size", SIDE)
+
+
+def require_used(args: argparse.Namespace) -> None:
+    """UserError for options that belong to others which were not given."""
+    for name in ("basis_config", "image_encoder"):
+        if getattr(args, name) is not None and args.basis is None:
+            raise UserError(f"--{name.replace('_', '-')} is of a basis, and no --basis was given; give it", 2)
+    if args.max_size is not None and not (args.b or args.image):
+        raise UserError("--max-size is of images, and none was given; leave it out, or give --size", 2)
 
 
 def targets(out: str, images: list[Path | None]) -> list[Path]:
@@ -215,7 +228,7 @@ def targets(out: str, images: list[Path | None]) -> list[Path]:
     require_image_name(path)
     if len(images) > 1:
         raise UserError(
-            f"{len(images)} images were given to edit and one file {out} to write; give a folder as --out", 2
+            f"{len(images)} results are asked for, and --out is one file, {out}; give a folder, such as results/", 2
         )
     return [path]
 
@@ -245,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
+        _require_members(pipeline, args.basis, args.member or ())
     sampling: dict[str, Any] = {
         "steps": args.steps,
         "seed": args.seed,
@@ -270,6 +284,17 @@ def main(arguments: list[str] | None = None) -> None:
             with pipeline.session(mix, folded=folded) as session:
                 results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
     write_results(outs, results, args.overwrite)
+
+
+def _require_members(pipeline: Any, basis: Path, members: Sequence[tuple[str, float]]) -> None:
+    """UserError for a member that the basis didn't take up; its mixes by name aren't added to themselves."""
+    there = dict(pipeline.model.basis.config.appended)
+    if absent := [name for name, _ in members if name not in there]:
+        raise UserError(
+            f"{basis} has taken up no member {absent[0]!r}, only {', '.join(there) or 'none at all'}; append one by "
+            "python -m lorweb_jax.export append",
+            2,
+        )
 
 
 def _with_members(pipeline: Any, members: list[tuple[str, float]], mix: Any = None) -> Any:

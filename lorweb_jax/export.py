@@ -22,6 +22,7 @@ published), which gives a published file its own bytes. An appended style has th
 
 import argparse
 import math
+import os
 from collections.abc import Mapping
 
 from lorweb_jax.common.command_line import Parser, nonempty_path
@@ -238,12 +239,16 @@ def export_pair(args: argparse.Namespace) -> None:
     out = as_path(args.out, "the output", ".safetensors")
     if args.rank is not None:
         as_value(args.rank, "--rank", RANK)
-    require_writable([out], args.sources, overwrite=args.overwrite)
+    distinct = {os.path.realpath(source): source for source in reversed(args.sources)}
+    if twice := [source for source in args.sources if source not in distinct.values()]:
+        raise UserError(f"{twice[0]} was given twice; adapters are summed, each once (--which both for a run's two)", 2)
+    require_writable([out], [*args.sources, *(source / "export" for source in args.sources)], overwrite=args.overwrite)
     from lorweb_jax.adapters import pair
     from lorweb_jax.pipeline.folder import model_layers
     from lorweb_jax.pipeline.saving import PUBLISHED, save_member
-    from lorweb_jax.pipeline.styles import load_adapters
+    from lorweb_jax.pipeline.styles import load_adapters, require_run
 
+    require_run(args.step, args.sources)
     layers = model_layers(args.pipeline)
     chosen = {}
     for source in args.sources:
@@ -270,8 +275,8 @@ def export_pair(args: argparse.Namespace) -> None:
 
 
 def _chosen(source, adapters: Mapping, which: str | None) -> Mapping:
-    """What --which asks for of a run or a folder; of a file, which has one adapter, that."""
-    if source.is_file():
+    """What --which asks for of a run or a folder, its style by default; a file's one adapter."""
+    if source.is_file() and which is None:
         return adapters
     wanted = ["content", "style"] if which == "both" else [which or "style"]
     if absent := [name for name in wanted if name not in adapters]:
@@ -284,6 +289,8 @@ def export_append(args: argparse.Namespace) -> None:
     names = args.names or [style.stem for style in args.styles]
     if len(names) != len(args.styles):
         raise UserError(f"{len(names)} --names were given for {len(args.styles)} styles; give one for each", 2)
+    if not all(name.strip() for name in names):
+        raise UserError(f"one of the --names is {min(names, key=len)!r}; give a name that edit --member can use", 2)
     if len(set(names)) < len(names):
         raise UserError(f"the styles are called {', '.join(names)}; give each a name of its own by --names", 2)
     from lorweb_jax.adapters.append import append

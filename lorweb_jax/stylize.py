@@ -27,7 +27,7 @@ import numpy as np
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
-from lorweb_jax.edit import add_model_options, add_pipeline, progress, size, targets, write_results
+from lorweb_jax.edit import add_model_options, add_pipeline, progress, require_used, size, targets, write_results
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE
@@ -135,9 +135,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def style_argument(text: str) -> StyleArgument:
     """FILE[:STRENGTH[:WORDS]]; of several readings that with the longest path that exists."""
     cuts = [match.start() for match in re.finditer(":", text)] + [len(text)]
-    cut = next((cut for cut in reversed(cuts) if Path(text[:cut]).exists()), cuts[0])
+    cut = next((cut for cut in reversed(cuts) if _exists(text[:cut])), cuts[0])
     strength, colon, words = text[cut + 1 :].partition(":")
     return StyleArgument(nonempty_path(text[:cut]), _number(strength, text), words if colon else None)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # words that are longer than a file's name may be
+        return False
 
 
 def _number(strength: str, text: str) -> float | None:
@@ -175,17 +182,27 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"{len(args.strength)} strengths were given; --sheet draws several, FILE:STRENGTH is one style's own", 2
         )
+    stated = [style for style in args.style if style.strength is not None]
+    if args.sheet and stated:
+        raise UserError(
+            f"--sheet draws each style at every --strength, so that {stated[0].path}:{stated[0].strength:g} has no use "
+            "for its own; write FILE, or FILE::WORDS",
+            2,
+        )
+    if args.strength and len(stated) == len(args.style):
+        raise UserError("--strength is that of styles that state none, and each states its own; leave out either", 2)
     _check_images(args)
 
 
 def _check_images(args: argparse.Namespace) -> None:
+    require_used(args)
     analogy = {f"--{name}": getattr(args, name) for name in ("a", "a2", "b")}
     if any(analogy.values()):
         if absent := [name for name, value in analogy.items() if not value]:
             raise UserError(f"{' and '.join(absent)} not given; an analogy is --a before --a2 after --b new", 2)
         if unused := [name for name in ("image", "size") if getattr(args, name)]:
             raise UserError(f"--{unused[0]} was given beside an analogy, which has its own; leave out either", 2)
-    elif args.prompt == [""] and not args.image:
+    elif not any(prompt.strip() for prompt in args.prompt) and not args.image:
         raise UserError("neither a prompt nor an image was given; give --prompt, --image, or both", 2)
     counts = len(args.prompt), len(args.image or args.b or [None])
     if counts[0] != counts[1] and 1 not in counts:
@@ -230,8 +247,9 @@ def main(arguments: list[str] | None = None) -> None:
         require_image_name(out, None if args.sheet else side)
     from lorweb_jax.pipeline.folder import model_layers
     from lorweb_jax.pipeline.pipeline import Pipeline
-    from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT, load_style
+    from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT, load_style, require_run
 
+    require_run(args.step, [style.path for style in args.style])
     layers = model_layers(args.pipeline)
     default = args.strength[0] if args.strength else STRENGTH_DEFAULT
     styles = [

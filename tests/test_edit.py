@@ -174,7 +174,7 @@ def test_by_instruction_and_from_text_alone(images):
         (["--size", "64"], "'64' is no size; give one such as 1024x768"),
         (["--size", "64x8"], "--size is 8; give a whole number from 16"),
         (["--image", "missing.png"], "missing.png"),
-        (["--image", "b.png", "c.png", "--out", "x.png"], "2 images were given to edit and one file"),
+        (["--image", "b.png", "c.png", "--out", "x.png"], "2 results are asked for, and --out is one file"),
         (["--out", "x.gif"], "suffix .gif"),
         (["--image", "b.png", "--out", "b.png", "--overwrite"], "one of the inputs"),
     ],

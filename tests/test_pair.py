@@ -65,7 +65,7 @@ def test_lists_of_blocks(text, expected):
     assert pair.parse_blocks(text, 5, "pair.content") == expected
 
 
-@pytest.mark.parametrize("text", ["evens", "1-", "0-9", "-1", (5,), "2,x"])
+@pytest.mark.parametrize("text", ["evens", "1-", "0-9", "3-1", "0,4-2", "-1", (5,), "2,x"])
 def test_lists_that_name_no_blocks_are_refused(text):
     with pytest.raises(UserError, match=r"pair\.content"):
         pair.parse_blocks(text, 5, "pair.content")

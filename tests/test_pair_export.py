@@ -181,6 +181,9 @@ def test_exports_refuse(tmp_path):
         ("is a LoRWeB basis, and a style is a single adapter", [golden_dir() / "basis_a.safetensors", out]),
         ("must end in .safetensors", [style, tmp_path / "x.bin"]),
         ("one of the inputs", [plain, plain, "--overwrite"]),
+        ("plain.safetensors was given twice; adapters are summed, each once", [plain, plain, out]),
+        ("holds no content, only style", [style, out, "--which", "content"]),
+        ("step 3 is that of a run's checkpoint", [style, out, "--step", "3"]),
         ("rank is 9; it must be from 1 to 4", [style, out, "--rank", "9"]),
         ("holds no style|there is no", [tmp_path / "none", out]),
     ]:
@@ -268,6 +271,8 @@ def test_appended_members_are_named_and_kept(basis, member, tmp_path, capsys):
     with pytest.raises(UserError, match="appended members .ink, wash. without router keys"):
         run("published", tmp_path / "run", tmp_path / "x.safetensors")
     internal = read_basis(golden_dir() / "basis_e.safetensors", None, LAYERS)
+    with pytest.raises(UserError, match="one of the --names is ' '"):
+        run("append", "basis", "ink", tmp_path / "none", "--names", " ", "--pipeline", FOLDER)
     with pytest.raises(UserError, match="internal query.*guide its edits by the style"):
         append(*internal, {"ink": member}, LAYERS)
     wide = pair.summed([member] * 3)
@@ -326,6 +331,12 @@ def test_commands_bridge_bases_and_styles(images, monkeypatch, quick_compiles):
     for mix, expected in zip(mixes, (both.coefficients(*pictures) - 0.5 * both.mix("ink"), -0.5 * both.mix("ink"))):
         assert mix.basis == expected.basis
         assert all(np.array_equal(mix.coefficients[path], c) for path, c in expected.coefficients.items())
+    for said, members in (
+        ("both has taken up no member 'oil', only ink", ["oil:1"]),
+        ("--member ink was given 2 times", ["ink:1", "ink:2"]),
+    ):
+        with pytest.raises(UserError, match=said):
+            edit.main([*common, "--basis", "both", "--out", "refused.png", *images, "--member", *members])
 
 
 class Drawn:

@@ -298,7 +298,12 @@ def test_bad_images_and_captions_are_one_sentence_each(images, tmp_path):
         ({"data.style": str(tmp_path / "text.png")}, "text.png is not an image in a known format"),
         ({"data.style": wide}, "wide.png is 96x32 and .*content.png is 96x64, which differ in aspect"),
         ({"data.condition": wide}, "differ in aspect"),
+        ({"data.style": images["content"]}, "are the same picture, from which no style can be learned"),
         ({"data.content": small, "data.style": small}, "has a side shorter than 32 pixels"),
+        (
+            {"data.augment": True, "data.long_edge": 48},
+            "of the ratios that .*augment draws, 16:9 fails: .*shorter than",
+        ),
         ({"data.style": "embedded:lines_pencil"}, "stands for an operation on an embedded drawing, but the content"),
         ({"pair.content_rank": 100, "pair.style_rank": 29}, "100 and 29 need 129 orthonormal rows"),
         ({"pair.double_style": "2"}, r"config\.pair\.double_style names block 2, but there are 2"),

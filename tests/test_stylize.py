@@ -4,6 +4,7 @@ test_parity.py has the recording of two styles, step by step.
 """
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +248,8 @@ def test_command_draws(command, base, tmp_path, capsys):
     np.testing.assert_array_equal(read_image("styled/p.png"), over)
     assert "wrote styled/p.png: 32x32 pixels" in capsys.readouterr().out
     prompts = ("--prompt", "a dog", "A cat, asleep!")
-    command(*prompts, "--size", "32x32", "--out", "sheet.png", "--sheet", "--strength", "0", "3")
+    unstated = [f"{PAIR / 'style_a.safetensors'}::in ink"]
+    command(*prompts, "--size", "32x32", "--out", "sheet.png", "--sheet", "--strength", "0", "3", style=unstated)
     sheet = read_image("sheet.png")
     assert sum(contains(sheet, image) for image in (drawn, read_image("made/a-cat-asleep.png"))) == 2
     assert contains(sheet, base.stylize("a dog", style, strengths=[0], **OPTIONS))
@@ -260,6 +262,13 @@ def contains(sheet, image) -> bool:
     height, width = (side - own + 1 for side, own in zip(sheet.shape, enlarged.shape[:2]))
     corners = np.argwhere((sheet[:height, :width] == enlarged[0, 0]).all(axis=2))
     return any((sheet[y : y + len(enlarged), x : x + enlarged.shape[1]] == enlarged).all() for y, x in corners)
+
+
+def test_words_may_be_longer_than_a_files_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b").touch()
+    words = "in ink, " * 60
+    assert stylize.style_argument(f"a:b:2:{words}") == (Path("a:b"), 2.0, words)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +289,17 @@ def contains(sheet, image) -> bool:
         (["--prompt", "x", "--true-guidance", "-1"], "--true-guidance is -1"),
         (["--prompt", "x", "--weight", "inf"], "--weight is inf"),
         (["--prompt", "x", "y", "z", "--image", "p.png", "q.png", "--out", "r/"], "3 prompts and 2 images"),
-        (["--prompt", "x", "y"], "2 images were given"),
+        (["--prompt", "x", "y"], "2 results are asked for, and --out is one file"),
+        (["--prompt", " "], "neither a prompt nor an image"),
+        (
+            ["--prompt", "x", "--sheet"],
+            "so that .*style_a.safetensors:3 has no use for its own; write FILE, or FILE::W",
+        ),
+        (["--prompt", "x", "--strength", "1"], "each states its own; leave out either"),
+        (["--prompt", "x", "--step", "1"], "step 1 is that of a run's checkpoint, and .* is no run"),
+        (["--prompt", "x", "--max-size", "64"], "--max-size is of images, and none was given"),
+        (["--prompt", "x", "--basis-config", "c.yaml"], "--basis-config is of a basis, and no --basis was given"),
+        (["--prompt", "x", "--image-encoder", "clip"], "--image-encoder is of a basis, and no --basis was given"),
         (["--prompt", "x", "--out", "p.png", "--image", "p.png"], "one of the inputs"),
         (["--prompt", "x", "--a", "p.png"], "--a2 and --b not given"),
         (

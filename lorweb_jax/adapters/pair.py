@@ -81,6 +81,8 @@ def parse_blocks(text: str | Sequence[int], depth: int, name: str) -> tuple[int,
     if not all(re.fullmatch(r"\d+(-\d+)?", part) for part in parts):
         raise UserError(f"{name} is {text!r}; give one of {', '.join(BLOCKS)}, or indices such as 0-10,12", 2)
     ends = [[int(end) for end in part.split("-")] for part in parts]
+    if backward := [part for part, (first, *last) in zip(parts, ends) if last and last[0] < first]:
+        raise UserError(f"{name} has the range {backward[0]}, which ends before it begins; turn it round", 2)
     indices = sorted({index for first, *last in ends for index in range(first, (last or [first])[0] + 1)})
     if indices and indices[-1] >= depth:
         raise UserError(

@@ -99,6 +99,14 @@ class Augmentation:
         """All images as they are, resized alone: float32 [images, h, w, 3] in −1..1."""
         return np.stack(self._levels("as it is"))
 
+    def require_drawable(self) -> None:
+        """UserError where one of RATIOS would leave too short a side, before a batch draws it."""
+        for ratio in RATIOS:
+            try:
+                resized_shape(self.images[0].shape, ratio, self.long_edge)
+            except UserError as error:
+                raise UserError(f"of the ratios that config.data.augment draws, {ratio} fails: {error}", 2) from None
+
     def drawn(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """`count` draws of all images, float32 [count, images, h, w, 3], of one ratio, which decides the size."""
         ratio = draw_ratio(rng)

@@ -20,6 +20,7 @@ from lorweb_jax.adapters.basis import BasisParam
 from lorweb_jax.adapters.formats.pair_file import write_member
 from lorweb_jax.adapters.members import trained_part
 from lorweb_jax.common import fingerprint
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.pair import Augmentation, read_images
 from lorweb_jax.flow.loss import weighted_mse
 from lorweb_jax.flow.schedule import pair_times
@@ -96,6 +97,13 @@ class PairJob(Job):
         self.images = read_images(names, data.cache, data.long_edge)
         self.augmentation = Augmentation(self.images, data.long_edge)
         self.shape = self.augmentation.plain().shape[1:3]  # without a draw; refuses images that are too narrow
+        if data.augment:
+            self.augmentation.require_drawable()
+        if np.array_equal(*self.images[:2]):
+            raise UserError(
+                f"{data.content} and {data.style} are the same picture, from which no style can be learned; give its "
+                "stylised version as config.data.style"
+            )
         words = pair_run.Words(*(as_text(text, "the caption") for text in (data.caption, data.style_words)))
         self.captions = {"content": words.content, "style": words.stylised}
         prompts = [as_text(prompt, "the prompt") for prompt in config.evaluation.prompts]

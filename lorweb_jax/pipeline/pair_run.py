@@ -34,8 +34,8 @@ class Words(NamedTuple):
 def make_members(settings: Mapping[str, Any], layers: Mapping[str, AdaptedLayer]) -> Members:
     """The members, all zero, that `config.pair` asks for on a model's layers; without those that are on no block.
 
-    Raises UserError for lists of blocks that the model doesn't have, and for ranks that need more orthonormal rows than
-    a layer's input is wide.
+    Raises UserError for lists of blocks that the model doesn't have, and for ranks that are larger, or need more
+    orthonormal rows, than a layer's input is wide.
     """
     groups = [paths for paths in map(tuple, lora_names.PROCESSORS.values()) if paths[0] in layers]
     depths = {paths[0].partition(".")[0]: layers[paths[0]].depth for paths in groups}
@@ -51,6 +51,14 @@ def make_members(settings: Mapping[str, Any], layers: Mapping[str, AdaptedLayer]
     if not ranks:
         raise UserError("config.pair names no block for either adapter; give at least one list of blocks", 2)
     members = Members(layers, groups, ranks, blocks, orthogonal=settings["orthogonal"])
+    narrowest = min(layers[path].inputs for paths in groups for path in paths)
+    for member, rank in ranks.items():
+        if rank > narrowest:
+            raise UserError(
+                f"config.pair.{member}_rank is {rank}, but layers that it adapts have an input of {narrowest} features; "
+                f"give a rank of at most {narrowest}",
+                2,
+            )
     for width in members.shared_widths:
         pair.require_ranks(tuple(ranks.values()), width)
     return members

@@ -118,6 +118,14 @@ def load_adapters(path: Path, layers: Mapping[str, AdaptedLayer], step: int | No
     return {role_by_name(path): _of_file(path, layers)}
 
 
+def require_run(step: int | None, paths: Sequence[Path]) -> None:
+    """UserError for the step of a checkpoint where none of the paths is a run."""
+    if step is not None and not any(map(is_run, paths)):
+        raise UserError(
+            f"step {step} is that of a run's checkpoint, and {', '.join(map(str, paths))} is no run; leave it out", 2
+        )
+
+
 def role_by_name(path: Path) -> str:
     """ "content" for a file whose name begins so, else "style"."""
     return "content" if path.stem.lower().startswith("content") else "style"

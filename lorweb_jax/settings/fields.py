@@ -335,6 +335,8 @@ def _pair(values: Values) -> None:
         member: any(values[f"pair.{kind}_{member}"] != "none" for kind in ("double", "single"))
         for member in ("content", "style")
     }
+    if not any(on.values()):
+        raise refused("pair.single_style", "none", "a list of blocks: neither content nor style is on any")
     if on["style"] and start >= steps:
         raise refused(
             "pair.style_start", start, f"below config.train.steps, which is {steps}: else no style is learned"
@@ -343,8 +345,6 @@ def _pair(values: Values) -> None:
         raise refused(
             "pair.style_start", start, "0, as the content is on no block: nothing is trained before the style"
         )
-    if not any(on.values()):
-        raise refused("pair.single_style", "none", "a list of blocks: neither content nor style is on any")
 
 
 _ARTICLE = {"internal": "an internal", "fixed": "a fixed"}
