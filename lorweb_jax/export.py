@@ -23,6 +23,7 @@ published), which gives a published file its own bytes. An appended style has th
 import argparse
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 
 from lorweb_jax.common.command_line import Parser, nonempty_path
@@ -239,8 +240,8 @@ def export_pair(args: argparse.Namespace) -> None:
     out = as_path(args.out, "the output", ".safetensors")
     if args.rank is not None:
         as_value(args.rank, "--rank", RANK)
-    distinct = {os.path.realpath(source): source for source in reversed(args.sources)}
-    if twice := [source for source in args.sources if source not in distinct.values()]:
+    times = Counter(map(os.path.realpath, args.sources))
+    if twice := [source for source in args.sources if times[os.path.realpath(source)] > 1]:
         raise UserError(f"{twice[0]} was given twice; adapters are summed, each once (--which both for a run's two)", 2)
     require_writable([out], [*args.sources, *(source / "export" for source in args.sources)], overwrite=args.overwrite)
     from lorweb_jax.adapters import pair

@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         nargs="+",
         help="of styles that say none, -1000 to 1000; negative leads away from the style (default: 6; with --sheet, "
-        "where it gives the columns, 0 2 4 6 8)",
+        "where it gives the columns for every style, 0 2 4 6 8)",
     )
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
     parser.add_argument(

@@ -181,6 +181,14 @@ def test_evaluation_may_change_and_training_may_not(moved):
         open_run(workdir, config, sources)
 
 
+def test_the_folder_of_another_jobs_run(moved):
+    from configs import pair
+
+    workdir, _, sources = moved
+    with pytest.raises(UserError, match="holds a run of the job 'basis', and the config is of the job 'pair'; name a"):
+        open_run(workdir, pair.smoke(), sources)
+
+
 @pytest.mark.parametrize("field", ["pipeline", "basis.encoder", "data.root", "data.held_out"])
 def test_other_files_are_refused_wherever_they_lie(moved, field):
     workdir, config, sources = moved

@@ -171,7 +171,13 @@ def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
     known: dict[str, str] = {}
     with contextlib.suppress(UserError):  # there is none in older runs' folders
         known = read_json(workdir / SOURCES, dict[str, str])
-    differing = configs.differences(configs.load(workdir / CONFIG), config)
+    earlier = configs.load(workdir / CONFIG)
+    if earlier.job != config.job:
+        raise UserError(
+            f"{workdir} holds a run of the job {earlier.job!r}, and the config is of the job {config.job!r}; name a new "
+            "folder with --workdir"
+        )
+    differing = configs.differences(earlier, config)
     # Where the embedded data are built and what is precomputed: made anew, the same comes of it. Of data that no
     # fingerprint was kept of, the saved position tells whether they are the same.
     free = {
