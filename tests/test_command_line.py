@@ -63,7 +63,7 @@ EDIT = ["--a=a.png", "--a2=a2.png", "--b=b.png"]
         (edit, [*EDIT, "--out=r.png", "--steps=two"], "--steps: invalid int value: 'two'"),
         (edit, [*EDIT, "--out=/dev/null"], "^/dev/null is a device or a pipe"),
         (edit, [*EDIT, "--out=file/r.png"], "^file/r.png could not be written, for file is a file and no folder"),
-        (evaluate, [".", "--pipeline=p", "--data="], "--data: '' is no path"),
+        (evaluate, [".", "--pipeline=p", "--data="], "--data '' is no SPLIT=FOLDER"),
         (evaluate, [".", "--pipeline=p", "--data=d", "--config=c"], "unrecognized arguments: --config=c"),
         (export, ["lora", "basis", ""], "out: '' is no path"),
         (export, ["published"], "arguments are required: run, out"),
