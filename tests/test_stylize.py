@@ -340,6 +340,8 @@ def test_bad_options(base, said, options):
 def test_bad_styles(base, capsys):
     for said, call in [
         ("the strength of the style style_a is 'x'", lambda: base.style(PAIR / "style_a.safetensors", "x")),
+        ("the style is '', and no path", lambda: base.style("")),
+        ("step 4 is that of a run's checkpoint", lambda: base.style(PAIR / "style_a.safetensors", step=4)),
         ("'style' is no style", lambda: base.stylize("x", ["style"])),
         ("there is no style", lambda: base.generate("x", strengths=[1])),
         ("no basis is attached", lambda: base.style(base.attach(golden_dir() / "basis_a.safetensors").mix(0))),

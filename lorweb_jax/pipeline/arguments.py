@@ -24,6 +24,8 @@ def as_path(value: Any, name: str, suffix: str = "") -> Path:
     """A path, whose name must end in `suffix`. UserError, which calls it `name`, for anything but a str or Path."""
     if not isinstance(value, str | os.PathLike):
         raise UserError(f"{name} is a {type(value).__name__}, a str or Path was expected; give a path", 2)
+    if not os.fspath(value).strip():
+        raise UserError(f"{name} is {value!r}, and no path; give the name of a file or folder", 2)
     path = Path(value)
     if suffix and path.suffix != suffix:
         raise UserError(f"{name} is {path}; its name must end in {suffix}", 2)

@@ -39,6 +39,7 @@ from lorweb_jax.pipeline.styles import (
     Style,
     as_styles,
     load_style,
+    require_run,
     unique_names,
     weighted,
     with_defaults,
@@ -257,6 +258,7 @@ class Pipeline:
         if isinstance(source, Mix):
             return Style(saving.mix_as_member(self._basis(), source), name or "mix", strength, words or "", weight)
         path = as_path(source, "the style")
+        require_run(step, [path])
         return load_style(path, layers, strength, words, name=name, weight=weight, step=step)
 
     def stylize(
