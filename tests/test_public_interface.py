@@ -62,7 +62,7 @@ def refused(capsys):
     [
         ("steps", ("a", None, 0, -1, 1.5, 28.0, math.inf, math.nan, True, 10**9, 10**5000, [1], np.float32(2))),
         ("guidance", ("2.5", None, math.nan, math.inf, -1, 101, True, [2.5], 1e400, np.nan, 1j)),
-        ("seed", ("a", None, -1, 2**64, 0.5, True, [0], math.nan, 10**5000)),
+        ("seed", ("a", None, -1, 2**64, 0.5, True, [-1], [0, 1], [], math.nan, 10**5000)),
         ("max_size", ("a", 0, -5, 15, 64.0, math.inf, True, 10**12)),
         ("folded", (0, 1, "yes", [])),
         ("prompt", (None, 1, b"bytes", ["list"], math.nan)),
