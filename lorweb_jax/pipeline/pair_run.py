@@ -55,7 +55,7 @@ def make_members(settings: Mapping[str, Any], layers: Mapping[str, AdaptedLayer]
     for member, rank in ranks.items():
         if rank > narrowest:
             raise UserError(
-                f"config.pair.{member}_rank is {rank}, but layers that it adapts have an input of {narrowest} features; "
+                f"config.pair.{member}_rank is {rank}, but some layers that it adapts have {narrowest} inputs; "
                 f"give a rank of at most {narrowest}",
                 2,
             )

@@ -174,8 +174,8 @@ def _require_same(workdir: Path, config, sources: Mapping[str, str]) -> None:
     earlier = configs.load(workdir / CONFIG)
     if earlier.job != config.job:
         raise UserError(
-            f"{workdir} holds a run of the job {earlier.job!r}, and the config is of the job {config.job!r}; name a new "
-            "folder with --workdir"
+            f"{workdir} holds a run of the job {earlier.job!r}, and the config is of the job {config.job!r}; name a "
+            "new folder with --workdir"
         )
     differing = configs.differences(earlier, config)
     # Where the embedded data are built and what is precomputed: made anew, the same comes of it. Of data that no
