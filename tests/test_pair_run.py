@@ -111,7 +111,7 @@ def test_members_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="ranks 100 and 29 need 129 orthonormal rows.*only 128 wide"):
         make_members(PAIR | {"content_rank": 100, "style_rank": 29}, LAYERS)
     make_members(PAIR | {"content_rank": 100, "style_rank": 29, "orthogonal": False}, LAYERS)
-    with pytest.raises(UserError, match="config.pair.style_rank is 129, but .* an input of 128 features"):
+    with pytest.raises(UserError, match="config.pair.style_rank is 129, but .* have 128 inputs"):
         make_members(PAIR | {"style_rank": 129, "orthogonal": False}, LAYERS)
     with pytest.raises(UserError, match="config.pair.single_style names block 7, but there are 3"):
         make_members(PAIR | {"single_style": "7"}, LAYERS)
