@@ -14,6 +14,7 @@ from flax import nnx
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.fingerprint import of_folders
+from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.data.embedded.bulk import operated_chunk
 from lorweb_jax.data.embedded.drawing_sets import DrawingSets, load_sets
 from lorweb_jax.data.embedded.operations import OPERATIONS
@@ -249,22 +250,22 @@ def latents_of(
     )
     encode = nnx.jit(lambda vae, x: vae.latents(to_float(x)).astype(jnp.float16))
     encode_large = nnx.jit(lambda vae, x: vae.latents(to_float(enlarged(x))).astype(jnp.float16))
-    missing = np.flatnonzero(np.tile(wanted, data.variants) & ~done)
-    for start in range(0, len(missing), _ROWS):
-        chosen = missing[start : start + _ROWS]
-        images_after = operated_chunk(
-            np.stack([VARIANTS[i // total](drawings.images[i % total]) for i in chosen]), names
-        )
-        padded = np.resize(images_after, (_ROWS, *images_after.shape[1:]))  # one compilation
-        latents = np.asarray(encode(vae, padded.reshape(-1, *images_after.shape[2:])))
-        quadrants[chosen] = latents.reshape(_ROWS, len(names), *latents.shape[1:])[: len(chosen)]
-        if (plain := chosen < total).any():
-            large[chosen[plain]] = np.asarray(encode_large(vae, padded[:, 0]))[: len(chosen)][plain]
-        for table in (quadrants, large):
-            table.flush()
-        done[chosen] = True
-        print(f"\rlatents of {start + len(chosen)} of {len(missing)} drawings", end="", flush=True)
-    print(end="\n" if len(missing) else "")
+    wanted = np.flatnonzero(np.tile(wanted, data.variants))
+    missing = wanted[~done[wanted]]
+    with progress_bar("latents", len(wanted), len(wanted) - len(missing), seconds=10.0, unit=" drawings") as bar:
+        for start in range(0, len(missing), _ROWS):
+            chosen = missing[start : start + _ROWS]
+            images = np.stack([VARIANTS[i // total](drawings.images[i % total]) for i in chosen])
+            images_after = operated_chunk(images, names)
+            padded = np.resize(images_after, (_ROWS, *images_after.shape[1:]))  # one compilation
+            latents = np.asarray(encode(vae, padded.reshape(-1, *images_after.shape[2:])))
+            quadrants[chosen] = latents.reshape(_ROWS, len(names), *latents.shape[1:])[: len(chosen)]
+            if (plain := chosen < total).any():
+                large[chosen[plain]] = np.asarray(encode_large(vae, padded[:, 0]))[: len(chosen)][plain]
+            for table in (quadrants, large):
+                table.flush()
+            done[chosen] = True
+            bar.update(len(chosen))
     return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("quadrants", "large"))
 
 
