@@ -181,6 +181,21 @@ def test_evaluation_may_change_and_training_may_not(moved):
         open_run(workdir, config, sources)
 
 
+def test_a_run_from_before_a_field_was_added_goes_on_as_it_was(moved):
+    """Its config.json lacks the field."""
+    workdir, config, sources = moved
+    older = json.loads((workdir / "config.json").read_text())
+    del older["data"]["buckets"], older["train"]["accumulate"]
+    assert not configs.differences(older, config)
+    (workdir / "config.json").write_text(json.dumps(older))
+    config.data.buckets = ((32, 32), (24, 40))
+    with pytest.raises(UserError, match=r"another config: data.buckets was \[\] and is \[\[32, 32\], \[24, 40\]\]"):
+        open_run(workdir, config, sources)
+    config.data.buckets = ()
+    open_run(workdir, config, sources)
+    assert "buckets" in configs.load(workdir / "config.json").data
+
+
 def test_the_folder_of_another_jobs_run(moved):
     from configs import pair
 

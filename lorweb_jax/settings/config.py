@@ -38,6 +38,8 @@ _MAY_CHANGE = frozenset(
         "data.encoded",  # more drawings, as there is time to encode them
     }
 )
+# Fields that saved configs may lack, as they are older, with the values that mean what was done then.
+_ADDED: dict[str, Any] = {"train.accumulate": 1, "data.buckets": []}
 
 
 def may_change(field: str) -> bool:
@@ -117,13 +119,14 @@ def get(config: ConfigDict, field: str) -> Any:
 
 
 def differences(old: AnyConfig, new: AnyConfig) -> dict[str, tuple[Any, Any]]:
-    """{dotted field: (old value, new value)} where two configs differ; a missing field counts as None."""
+    """{dotted field: (old value, new value)} where two configs differ. A field that one of them lacks counts there as
+    what was done before there was such a field, else as None."""
     old, new = dict(fields(old)), dict(fields(new))
-    return {
-        name: (old.get(name), new.get(name))
+    values = {
+        name: tuple(config.get(name, _ADDED.get(name)) for config in (old, new))
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
     }
+    return {name: (before, after) for name, (before, after) in values.items() if before != after}
 
 
 def default_workdir(config_flag: str) -> Path:
