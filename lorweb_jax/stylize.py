@@ -215,7 +215,7 @@ def names(args: argparse.Namespace) -> list[Path | None]:
     """What each result is called after: its image where there are several or no prompts to choose from, or its prompt;
     None for a single picture of a prompt."""
     images = args.image or args.b or []
-    if len(images) == max(len(images), len(args.prompt)):
+    if len(images) >= len(args.prompt):
         return list(images)
     if len(args.prompt) == 1:
         return [None]

@@ -10,6 +10,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
+# The inputs of a recorded transformer, as diffusers names them.
+INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")
 # sha256 of the recorded basis_a_fp16.safetensors
 HALF = "9ed153e0d8f8fbb00cf72605d9534accf0cfcf7cf830d4f78d4aa61b7fbc8637"
 

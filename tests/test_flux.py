@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from compare import relative
 from flax import nnx
-from golden import golden_dir
+from golden import INPUTS, golden_dir
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import build, flat_state, shapes
@@ -33,7 +33,7 @@ def test_equals_diffusers(changes, tmp_path):
         values.pop("guidance")
     ours = tiny.ours(theirs, tmp_path)
     expected = tiny.run(theirs, values)
-    assert relative(velocity(ours, [values.get(name) for name in tiny.NAMES]), expected) <= TOLERANCE
+    assert relative(velocity(ours, [values.get(name) for name in INPUTS]), expected) <= TOLERANCE
 
 
 def test_rounding_like_the_published_pipeline(tmp_path):
@@ -44,7 +44,7 @@ def test_rounding_like_the_published_pipeline(tmp_path):
     rounded = values | {"timestep": np.float32([0.302]), "guidance": np.float32([0.150])}
     given = values | {"timestep": np.float32([0.3012]), "guidance": np.float32([0.1503])}
     run = jax.jit(lambda model, values, switch: model(*values, round_to_bfloat16=switch), static_argnums=2)
-    found = {switch: run(ours, [given[name] for name in tiny.NAMES], switch) for switch in (True, False)}
+    found = {switch: run(ours, [given[name] for name in INPUTS], switch) for switch in (True, False)}
     assert relative(found[True], tiny.run(theirs, rounded)) <= TOLERANCE
     assert relative(found[False], tiny.run(theirs, given)) <= TOLERANCE
     assert relative(found[True], found[False]) > 1e-3
@@ -54,18 +54,7 @@ def test_equals_golden():
     config, parameters = load_transformer(golden_dir() / "tiny_pipeline" / "transformer")
     model = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), parameters)
     with np.load(golden_dir() / "case_a.npz") as case:
-        values = [
-            case[name]
-            for name in (
-                "hidden_states",
-                "encoder_hidden_states",
-                "pooled_projections",
-                "timestep",
-                "guidance",
-                "img_ids",
-                "txt_ids",
-            )
-        ]
+        values = [case[name] for name in INPUTS]
         expected = {
             name: case[name]
             for name in ("base_output", "dbg/x_embedder", "dbg/context_embedder", "dbg/time_text_embed")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compare import relative
 from flax import nnx
+from golden import INPUTS
 
 from lorweb_jax.adapters.basis import Basis, BasisConfig
 from lorweb_jax.adapters.fold import fold
@@ -31,7 +32,7 @@ def model(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def values():
-    return [tiny.inputs()[name] for name in tiny.NAMES]
+    return [tiny.inputs()[name] for name in INPUTS]
 
 
 @jax.jit
@@ -104,7 +105,7 @@ def test_one_member_is_an_ordinary_lora_in_peft(model, values, tmp_path):
         layer, ours = adapted[name], basis.layers[path]
         layer.lora_A["default"].weight.data = torch.tensor(np.asarray(ours.a[...][block, 0].T))
         layer.lora_B["default"].weight.data = torch.tensor(np.asarray(ours.b[...][block, 0].T))
-    expected = tiny.run(theirs, dict(zip(tiny.NAMES, values)))
+    expected = tiny.run(theirs, dict(zip(INPUTS, values)))
     low_rank = velocity(model, values, basis.adapters(basis.coefficients(batch=2)))
     assert relative(low_rank, expected) <= TOLERANCE
     folded = fold(model, basis.adapters(basis.coefficients(batch=1)))

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from golden import golden_dir
+from golden import INPUTS, golden_dir
 
 from lorweb_jax import Basis, Pipeline, UserError, edit, export, read_image, stylize, write_image
 from lorweb_jax.adapters import pair
@@ -41,16 +41,7 @@ def velocity():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     case = np.load(PAIR / "forward_d.npz")
-    names = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "pooled_projections",
-        "timestep",
-        "guidance",
-        "img_ids",
-        "txt_ids",
-    )
-    inputs = {name: torch.tensor(case[name]) for name in names}
+    inputs = {name: torch.tensor(case[name]) for name in INPUTS}
     others = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     model = diffusers.FluxTransformer2DModel.from_pretrained(FOLDER / "transformer").eval()
     pipeline = diffusers.FluxKontextPipeline(transformer=model, **others)
@@ -289,6 +280,8 @@ def test_a_lora_takes_up_members(member):
     for path in both.layers:
         assert alone.coefficients[path][0].tolist() == [0, 1, 1] and default.coefficients[path][0].tolist() == [1, 0, 0]
         assert both.layers[path].a[:, 0].any() == (path in some)
+    with pytest.raises(UserError, match="a member or a mix all already"):  # the LoRA's own mix, by default
+        append(config, arrays, {"all": member}, LAYERS)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compare import relative
 from flax import nnx
-from golden import golden_dir
+from golden import INPUTS, golden_dir
 
 from lorweb_jax.adapters.basis import Basis, BasisConfig, LayerShape
 from lorweb_jax.adapters.coefficients import Internal
@@ -179,7 +179,7 @@ def test_internal_queries_in_the_transformer(mode, pooling, activation, tmp_path
             )
     expected = tiny.run(theirs, values)
     run = jax.jit(lambda model, values, adapters: model(*values, adapters=adapters))
-    found = run(model, [values[name] for name in tiny.NAMES], basis.adapters(None))
+    found = run(model, [values[name] for name in INPUTS], basis.adapters(None))
     assert relative(found, expected) <= 1e-5
 
 

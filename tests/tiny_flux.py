@@ -21,7 +21,6 @@ SIZES = dict(
     guidance_embeds=True,
     axes_dims_rope=(4, 6, 10),
 )
-NAMES = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")
 
 
 def theirs(seed: int = 0, **changes) -> FluxTransformer2DModel:

@@ -31,7 +31,7 @@ def append(
             "the layers of this basis choose their own coefficients (an internal query), so that no mix could name an "
             "appended member; guide its edits by the style instead (python -m lorweb_jax.stylize --basis)"
         )
-    taken = {**dict(config.table), **dict(config.appended)}
+    taken = dict(config.rows + config.appended)
     for name, member in members.items():
         if name in taken:
             raise UserError(f"the basis has a member or a mix {name} already; give another name", 2)

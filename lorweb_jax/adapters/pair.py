@@ -143,14 +143,3 @@ def stack(members: Sequence[Member], layers: Mapping[str, AdaptedLayer]) -> dict
                 b[:, number, : member.rank] = member.b[path]
         arrays[path] = {"a": a, "b": b}
     return arrays
-
-
-def unstack(
-    arrays: Mapping[str, Mapping[str, np.ndarray]], number: int, rank: int, blocks: Mapping[str, tuple[int, ...]]
-) -> Member:
-    """The member of this number, with its own rank and blocks: the inverse of `stack`."""
-    return Member(
-        {path: np.asarray(arrays[path]["a"])[:, number, :, :rank].transpose(0, 2, 1) for path in blocks},
-        {path: np.asarray(arrays[path]["b"])[:, number, :rank] for path in blocks},
-        dict(blocks),
-    )

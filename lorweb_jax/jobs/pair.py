@@ -33,11 +33,10 @@ from lorweb_jax.pipeline.folder import PARTS, PipelineFolder
 from lorweb_jax.pipeline.model import Size
 from lorweb_jax.pipeline.pair_model import PASSES, PairModel
 from lorweb_jax.precomputed.encoder import SharedEncoder
+from lorweb_jax.precomputed.scope import TEXT_ENCODERS
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.settings.texts import as_text
 from lorweb_jax.training.job import Job, NumberedBatches, Phase
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def make(config) -> "PairJob":
