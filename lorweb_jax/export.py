@@ -230,7 +230,7 @@ def export_lora(args: argparse.Namespace) -> None:
     )
 
 
-def _print_error(rank: int, error) -> None:
+def _print_error(rank: int | None, error) -> None:
     print(f"rank {rank}: the update is off by {error.overall:.3g} of its norm over all layers; most in")
     for name, value in sorted(error.layers.items(), key=lambda item: -item[1])[:5]:
         print(f"  {value:.3g}  {name}")
