@@ -9,8 +9,8 @@ from lorweb_jax.evaluation.lpips import lpips
 from lorweb_jax.evaluation.samples import Sample
 from lorweb_jax.evaluation.scores import Embedder, embedding_scores, pixel_scores
 from lorweb_jax.evaluation.table import TRUTH, Table
+from lorweb_jax.images.grid import within
 from lorweb_jax.images.pictures import sheet
-from lorweb_jax.images.resize import resize
 
 LARGEST_SHOWN = 192  # px of an image's longer edge in a sheet
 
@@ -56,13 +56,5 @@ def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndar
     for index in itertools.chain(*(indexes[:per_task] for indexes in shown.values())):
         sample = samples[index]
         images = [*sample.condition, *(images[index] for images in results.values()), sample.truth]
-        rows.append((f"{sample.task}: {sample.caption}", [_shown(image) for image in images]))
+        rows.append((f"{sample.task}: {sample.caption}", [within(image, LARGEST_SHOWN) for image in images]))
     return sheet(rows, ("a", "a′", "b", *results, TRUTH))
-
-
-def _shown(image: np.ndarray) -> np.ndarray:
-    longest = max(image.shape[:2])
-    if longest <= LARGEST_SHOWN:
-        return image
-    height, width = (max(1, side * LARGEST_SHOWN // longest) for side in image.shape[:2])
-    return resize(image, (width, height))

@@ -182,7 +182,7 @@ def judge(
         if not scored.answered and not chosen.answered:
             raise UserError(f"the judge at {endpoint.url} answered none of {len(unanswered)} questions ({reason})")
         tell(f"the judge left {len(unanswered)} questions unanswered ({reason}); the same command asks them again")
-    tasks = {key: f"{about['split']}/{about['task']}" for key, about in data.triplets.items()}
+    tasks = {key: data.task(key) for key in data.triplets}
     return {
         "model": endpoint.model,
         "scores": {name: _scores(name, scored, tasks) for name in names},

@@ -11,7 +11,7 @@ from lorweb_jax.evaluation.chat import Endpoint
 from lorweb_jax.evaluation.judge import judge
 from lorweb_jax.evaluation.records import Records, write_json
 from lorweb_jax.evaluation.report import report
-from lorweb_jax.evaluation.results import Evaluated, as_text, collect, figures, markdown
+from lorweb_jax.evaluation.results import Evaluated, collect, figures, markdown
 from lorweb_jax.evaluation.scores import Score
 
 SCORES, JUDGED = "scores.json", "judge.json"
@@ -49,7 +49,7 @@ def render(
     results = figures(data, _of_methods(read_json(path), data) if path.exists() else None)
     text = markdown(results)
     page = report(data, results, samples)
-    write_text(folder / "results.json", as_text(results))
+    write_json(folder / "results.json", results)
     write_text(folder / "results.md", text)
     write_text(folder / "report.html", page)
     return text

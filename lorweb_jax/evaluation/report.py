@@ -11,11 +11,24 @@ from PIL import Image
 
 from lorweb_jax.evaluation import svg
 from lorweb_jax.evaluation.making import COEFFICIENTS
-from lorweb_jax.evaluation.results import ALL, Evaluated, cell, conditions_line, counts_line, difference_rows, notes
+from lorweb_jax.evaluation.results import (
+    ALL,
+    COST_HEAD,
+    Evaluated,
+    cell,
+    conditions_line,
+    cost_rows,
+    counts_line,
+    difference_rows,
+    heading,
+    judged_choices,
+    judged_scores,
+    notes,
+)
 from lorweb_jax.evaluation.routing import read_routing
 from lorweb_jax.evaluation.samples import Sample
 from lorweb_jax.evaluation.table import TRUTH
-from lorweb_jax.images.resize import resize
+from lorweb_jax.images.grid import within
 
 SHOWN = 160  # px of an embedded picture's longer edge
 MOST_TASKS = 60  # rows of a router map
@@ -93,6 +106,11 @@ def _small(text: str) -> str:
     return f"{escape(head)}<small>{escape(rest.replace(')', ''))}</small>" if sign else escape(text)
 
 
+def _html(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows of a name and figures as cells of `_table`."""
+    return [[escape(name), *map(_small, figures)] for name, *figures in rows]
+
+
 def _score_table(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
     scores, rows = results["scores"], []
     best = {}
@@ -111,7 +129,7 @@ def _score_table(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
             text = _small(cell(values.get(score), about["digits"]))
             cells.append(f'<span class="best">{text}</span>' if best.get(score) == name else text)
         rows.append([escape(name), *cells])
-    head = ["method", *(f"{escape(about['label'])} {'↓' if about['lower'] else '↑'}" for about in scores.values())]
+    head = ["method", *(escape(heading(about)) for about in scores.values())]
     return _table(head, rows)
 
 
@@ -148,7 +166,7 @@ def _differences(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = ["first − second", *(escape(about["label"]) for about in results["scores"].values())]
-    body = [[escape(title), *(_small(text) for text in cells.values())] for title, cells in rows]
+    body = _html([[title, *cells.values()] for title, cells in rows])
     return (
         "<h3>Differences by task</h3><p class=soft>Mean, its interval, and the share of tasks on which the first is "
         f"better. All pairs stand in results.json.</p>{_table(head, body)}"
@@ -157,11 +175,8 @@ def _differences(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
 
 def picture(image: np.ndarray) -> str:
     """An img element with the picture in it, WebP or, where it is small, PNG."""
-    longest = max(image.shape[:2])
-    if longest > SHOWN:
-        height, width = (max(1, side * SHOWN // longest) for side in image.shape[:2])
-        image = resize(image, (width, height))
-    kind, options = ("png", {"optimize": True}) if longest <= 64 else ("webp", {"quality": 80})
+    image = within(image, SHOWN)
+    kind, options = ("png", {"optimize": True}) if max(image.shape[:2]) <= 64 else ("webp", {"quality": 80})
     data = io.BytesIO()
     Image.fromarray(image).save(data, kind, **options)
     text = base64.b64encode(data.getvalue()).decode()
@@ -216,29 +231,10 @@ def _judge(judged: Mapping[str, Any] | None) -> str:
         return ""
     parts = [f"<h2>Judge</h2><p class=soft>{escape(judged['model'])}</p>"]
     if judged.get("scores"):
-        rows = [
-            [
-                escape(name),
-                _small(cell(of.get("accuracy"), 2)),
-                _small(cell(of.get("consistency"), 2)),
-                str(of["answered"]),
-                str(of["unanswered"]),
-            ]
-            for name, of in judged["scores"].items()
-        ]
+        rows = _html(judged_scores(judged))
         parts.append(_table(["method", "accuracy ↑", "consistency ↑", "answered", "unanswered"], rows))
     if judged.get("choices"):
-        rows = [
-            [
-                escape(f"{each['method']} against {each['against']}"),
-                "–"
-                if each["rate"] is None
-                else f"{each['rate']:.0%}<small>{each['low']:.0%} to {each['high']:.0%}</small>",
-                str(each["answered"]),
-                str(each["unanswered"]),
-            ]
-            for each in judged["choices"]
-        ]
+        rows = _html(judged_choices(judged))
         parts.append(_table(["forced choice", "wins (68 %)", "answered", "unanswered"], rows))
     return "".join(parts)
 
@@ -269,20 +265,8 @@ def _routers(data: Evaluated) -> list[str]:
 
 
 def _cost(results: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            escape(name),
-            f"{of['seconds']:.3f}" + (" (with compilation)" if of["with_compilation"] else ""),
-            f"{of['peak_bytes'] / 2**30:.2f}",
-            f"{of['parameters']:,}",
-            escape(of["device"]),
-        ]
-        for name, of in results["cost"].items()
-        if name != TRUTH
-    ]
-    return "<h2>Cost</h2>" + _table(
-        ["method", "seconds an image", "peak memory, GiB", "adapter's parameters", "device"], rows
-    )
+    rows = [[escape(x) for x in row] for row in cost_rows(results)]
+    return "<h2>Cost</h2>" + _table(COST_HEAD, rows)
 
 
 def _tasks(results: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """From records to figures: scores per task, then averaged over tasks, with intervals; paired differences; cost."""
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from lorweb_jax.evaluation.statistics import CONFIDENCE, estimate, paired
 from lorweb_jax.evaluation.table import TRUTH
 
 ALL = "all"  # the split of everything, where there are several
+COST_HEAD = ("method", "seconds an image", "peak memory, GiB", "adapter's parameters", "device")
 
 
 class Evaluated(NamedTuple):
@@ -29,6 +30,11 @@ class Evaluated(NamedTuple):
     @property
     def triplets(self) -> dict[str, dict[str, Any]]:
         return self.setup["triplets"]
+
+    def task(self, key: str) -> str:
+        """split/task of a triplet."""
+        about = self.triplets[key]
+        return f"{about['split']}/{about['task']}"
 
     @property
     def splits(self) -> dict[str, list[str]]:
@@ -51,8 +57,7 @@ class Evaluated(NamedTuple):
         for key in keys:
             value = records[key]["scores"].get(score) if key in records else None
             if value is not None:
-                about = self.triplets[key]
-                tasks.append(f"{about['split']}/{about['task']}")
+                tasks.append(self.task(key))
                 values.append(value)
         return task_means(tasks, values)
 
@@ -138,10 +143,7 @@ def _split(data: Evaluated, keys: Sequence[str]) -> dict[str, Any]:
 
 def _per_task(data: Evaluated) -> dict[str, dict[str, Any]]:
     """{split/task: {"triplets", method: {score: mean}}}."""
-    counts: dict[str, int] = {}
-    for about in data.triplets.values():
-        task = f"{about['split']}/{about['task']}"
-        counts[task] = counts.get(task, 0) + 1
+    counts = Counter(map(data.task, data.triplets))
     result: dict[str, dict[str, Any]] = {task: {"triplets": count} for task, count in counts.items()}
     for name in data.methods:
         for score in data.scores:
@@ -177,7 +179,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             parts += [_pipe(head, body), ""]
     if judged := results.get("judge"):
         parts += ["## judge", "", *judge_lines(judged), ""]
-    parts += ["## cost", "", cost_table(results), ""]
+    parts += ["## cost", "", _pipe(COST_HEAD, cost_rows(results)), ""]
     parts += [f"- {about['label']}: {about['meaning']}." for about in results["scores"].values() if about["meaning"]]
     parts += [f"- Intervals: {results['confidence']:.0%}, bootstrap over tasks.", *notes(results)]
     return "\n".join(parts) + "\n"
@@ -201,9 +203,14 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def heading(about: Mapping[str, Any]) -> str:
+    """A score's label, and which way is better."""
+    return f"{about['label']} {'↓' if about['lower'] else '↑'}"
+
+
 def score_table(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
     scores = results["scores"]
-    head = ["method", *(f"{about['label']} {'↓' if about['lower'] else '↑'}" for about in scores.values())]
+    head = ["method", *map(heading, scores.values())]
     body = [
         [name, *(cell(values.get(score), about["digits"]) for score, about in scores.items())]
         for name, values in of["methods"].items()
@@ -235,27 +242,42 @@ def judge_lines(judged: Mapping[str, Any]) -> list[str]:
     """Two tables: scores, and forced choices."""
     lines = []
     if judged.get("scores"):
-        body = [
-            [name, cell(of.get("accuracy"), 2), cell(of.get("consistency"), 2), of["answered"], of["unanswered"]]
-            for name, of in judged["scores"].items()
-        ]
-        lines += [_pipe(["method", "accuracy ↑", "consistency ↑", "answered", "unanswered"], body), ""]
+        head = ["method", "accuracy ↑", "consistency ↑", "answered", "unanswered"]
+        lines += [_pipe(head, judged_scores(judged)), ""]
     if judged.get("choices"):
-        body = [
-            [
-                f"{each['method']} against {each['against']}",
-                "–" if each["rate"] is None else f"{each['rate']:.0%} ({each['low']:.0%} to {each['high']:.0%})",
-                each["answered"],
-                each["unanswered"],
-            ]
-            for each in judged["choices"]
-        ]
-        lines += [_pipe(["choice", "wins (68 % interval)", "answered", "unanswered"], body), ""]
+        head = ["choice", "wins (68 % interval)", "answered", "unanswered"]
+        lines += [_pipe(head, judged_choices(judged)), ""]
     return [*lines, f"Judged by {judged['model']}."]
 
 
-def cost_table(results: Mapping[str, Any]) -> str:
-    body = [
+def judged_scores(judged: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of method, accuracy, consistency, answered, unanswered."""
+    return [
+        [
+            name,
+            *(cell(of.get(aspect), 2) for aspect in ("accuracy", "consistency")),
+            *(str(of[count]) for count in ("answered", "unanswered")),
+        ]
+        for name, of in judged["scores"].items()
+    ]
+
+
+def judged_choices(judged: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the pair, the share that the first one won, answered, unanswered."""
+    return [
+        [
+            f"{each['method']} against {each['against']}",
+            "–" if each["rate"] is None else f"{each['rate']:.0%} ({each['low']:.0%} to {each['high']:.0%})",
+            str(each["answered"]),
+            str(each["unanswered"]),
+        ]
+        for each in judged["choices"]
+    ]
+
+
+def cost_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row of each method but the truth, under COST_HEAD."""
+    return [
         [
             name,
             f"{of['seconds']:.3f}" + (" (with compilation)" if of["with_compilation"] else ""),
@@ -266,7 +288,6 @@ def cost_table(results: Mapping[str, Any]) -> str:
         for name, of in results["cost"].items()
         if name != TRUTH
     ]
-    return _pipe(["method", "seconds an image", "peak memory, GiB", "adapter's parameters", "device"], body)
 
 
 def _pipe(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
@@ -277,7 +298,3 @@ def _pipe(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
         colalign=["left", *["right"] * (len(head) - 1)],
         disable_numparse=True,
     )
-
-
-def as_text(results: Mapping[str, Any]) -> str:
-    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -58,10 +58,6 @@ class Score:
                 values[i] = value
         return values
 
-    @property
-    def heading(self) -> str:
-        return f"{self.label} {'↓' if self.lower else '↑'}"
-
     def describe(self) -> dict:
         """What records keep of it, enough to make tables again."""
         return {
