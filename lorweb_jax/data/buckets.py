@@ -5,6 +5,7 @@ nearest area. Analogies are made within a task and a bucket. A pair that is alon
 which its task has others: none is lost.
 """
 
+import collections
 import dataclasses
 import math
 import os
@@ -110,11 +111,11 @@ def _join_lonely(chosen: dict[Pair, int], sizes: dict[Pair, Shape], shapes: Sequ
     """Moves pairs of one task so that no bucket has just one; returns how many."""
     moved = 0
     while True:
-        buckets = list(chosen.values())
-        lonely = next((pair for pair, bucket in chosen.items() if buckets.count(bucket) == 1), None)
+        counts = collections.Counter(chosen.values())
+        lonely = next((pair for pair, bucket in chosen.items() if counts[bucket] == 1), None)
         if lonely is None:
             return moved
-        chosen[lonely] = nearest(sizes[lonely], shapes, sorted(set(buckets) - {chosen[lonely]}))
+        chosen[lonely] = nearest(sizes[lonely], shapes, sorted(counts.keys() - {chosen[lonely]}))
         moved += 1
 
 

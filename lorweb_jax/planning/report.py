@@ -31,9 +31,8 @@ def _heading(plan: Plan) -> list[str]:
     what = (
         "a training step" if program.what == "train" else f"{program.steps} sampling steps, the mix {mix} the weights,"
     )
-    sizes = f"batch {program.batch}, {program.job.sequence} + {program.job.folder.text_tokens} tokens"
-    if program.what == "train" and config.train.accumulate > 1:
-        sizes = sizes.replace(",", f" in {config.train.accumulate} parts,")
+    micro = f" in {config.train.accumulate} parts" if program.what == "train" and config.train.accumulate > 1 else ""
+    sizes = f"batch {program.batch}{micro}, {program.job.sequence} + {program.job.folder.text_tokens} tokens"
     if program.what == "train" and program.job.passes > 1:
         sizes += f", {program.job.passes} passes"
     how = [f"attention {program.job.planned_attention}", f"quantization {config.quantization}"]

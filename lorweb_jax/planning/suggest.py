@@ -87,7 +87,7 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
                 yield {"remat": remat}
     if config.train.param_dtype == "float32":
         yield {"train.param_dtype": "bfloat16"}
-    if training and not config.get("precomputed", "none of it"):
+    if training and config.get("precomputed") == "":  # a pair has no such field
         yield {"precomputed": "local_data/precomputed"}
     if config.quantization == "none":
         yield {"quantization": "int8"}
