@@ -8,6 +8,7 @@ import line_job
 import pytest
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.settings import checks
 from lorweb_jax.settings import config as configs
 from lorweb_jax.settings import fields as config_fields
 from lorweb_jax.settings.rules import shown
@@ -36,7 +37,7 @@ def values(config) -> dict:
 def refuse(fields: dict, name: str, value) -> str:
     """The sentence that refuses a value; it names field, value and what may stand there."""
     with pytest.raises(UserError) as caught:
-        config_fields.check(fields | {name: value})
+        checks.check(fields | {name: value})
     told = str(caught.value)
     assert caught.value.code == 2 and "\n" not in told and len(told) < 600
     assert f"config.{name} is {shown(value)}; it must be " in told, told
@@ -46,7 +47,7 @@ def refuse(fields: dict, name: str, value) -> str:
 @pytest.mark.parametrize("config", EVERY)
 def test_every_field_of_every_config_has_a_rule_that_takes_it(config):
     fields = values(made(config))
-    config_fields.check(fields)
+    checks.check(fields)
     rules = config_fields.COMMON | config_fields.JOBS[fields["job"]]
     assert fields.keys() - {"job"} == rules.keys()
 
@@ -192,7 +193,7 @@ def test_values_beyond_the_range_of_other_jobs(config, name, bad):
 )
 def test_fields_that_do_not_go_together(changes, told):
     with pytest.raises(UserError, match=told) as caught:
-        config_fields.check(values(made("basis:")) | changes)
+        checks.check(values(made("basis:")) | changes)
     assert caught.value.code == 2
 
 
@@ -204,17 +205,15 @@ def test_fields_of_a_pair_that_do_not_go_together():
         ({"mesh.data": 8, "train.accumulate": 2}, "train.batch is 8; it must be a multiple of 16.*accumulate, 2"),
     ):
         with pytest.raises(UserError, match=told):
-            config_fields.check(fields | changes)
-    config_fields.check(
-        fields | none | {"pair.style_start": 0, "pair.single_style": [3, 1], "pair.double_style": "0-1"}
-    )
+            checks.check(fields | changes)
+    checks.check(fields | none | {"pair.style_start": 0, "pair.single_style": [3, 1], "pair.double_style": "0-1"})
 
 
 def test_a_field_that_is_missing():
     fields = values(made("basis:"))
     for name in fields.keys() - {"job"}:
         with pytest.raises(UserError, match=f"the config has no field {name}; it must be "):
-            config_fields.check({key: value for key, value in fields.items() if key != name})
+            checks.check({key: value for key, value in fields.items() if key != name})
 
 
 @pytest.mark.parametrize(
@@ -239,12 +238,12 @@ def test_a_field_that_is_missing():
     ],
 )
 def test_values_that_make_sense(changes):
-    config_fields.check(values(made("basis:")) | changes)
+    checks.check(values(made("basis:")) | changes)
 
 
 def test_a_job_of_ones_own_checks_its_own_fields():
     fields = values(line_job.get_config())
-    config_fields.check(fields | {"line.anything": object()})
+    checks.check(fields | {"line.anything": object()})
     refuse(fields, "train.steps", 0)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.schema import checked, read_json
-from lorweb_jax.settings import fields as config_fields
+from lorweb_jax.settings import checks
 
 AnyConfig = Mapping[str, Any] | ConfigDict  # a config, or its json form
 _MAY_CHANGE = frozenset(
@@ -93,8 +93,8 @@ def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) 
 
 
 def check(config: ConfigDict) -> None:
-    """UserError, with status 2, for a value that no run could use (settings/fields.py has the rules)."""
-    config_fields.check(dict(fields(config)))
+    """UserError, with status 2, for a value that no run could use (settings/checks.py)."""
+    checks.check(dict(fields(config)))
 
 
 def fields(config: AnyConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
