@@ -15,6 +15,8 @@ theirs; records of other triplets, sizes or seeds are refused. Written are resul
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from lorweb_jax.common.command_line import Parser, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
 from lorweb_jax.evaluation.chat import Endpoint
-from lorweb_jax.evaluation.words import parse_data, parse_method
+from lorweb_jax.evaluation.words import WORDS, parse_data, parse_method
 from lorweb_jax.files.hub_cache import is_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE
 from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK, as_value
@@ -139,7 +141,7 @@ def _check(args: argparse.Namespace) -> None:
         if not Path(path).exists() and not is_name(Path(path)):
             raise UserError(f"there is no {path}; give the folder of a run, such as runs/basis, or a file", 2)
     if not args.without_references:
-        args.methods += [word for word in ("base", "copy") if word not in [source.text for source in sources]]
+        args.methods += [word for word in WORDS if word not in [source.text for source in sources]]
     args.data = parse_data(args.data)
     if args.out is None:
         first = Path(paths[0]) if paths else Path()
@@ -225,19 +227,17 @@ def make(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
         "base": fingerprint.of_folders(pipeline.folder.folder / name for name in PARTS),
     }
-    skipped = [{"task": each.task, "file": each.file, "reason": each.reason} for each in problems]
+    skipped = [dataclasses.asdict(each) for each in problems]
     records = Records.begin(args.out, samples, conditions, skipped)
     add_descriptions(args.out, scores)
     number, parts = args.part or (1, 1)
     mine = samples[number - 1 :: parts]
     by_id = {sample.id: sample for sample in mine}
     sampling = {"steps": args.steps, "guidance": args.guidance}
-    with_truth = any(sample.b2 is not None for sample in samples)
-    for text in [*args.methods, *([None] if with_truth else [])]:
-        if text is None:
-            method = truth()
-        else:
-            method = candidate(pipeline, text, config=args.basis_config, **sampling)
+    truths = [truth()] if any(sample.b2 is not None for sample in samples) else []
+    # One at a time: a method holds its weights.
+    candidates = (candidate(pipeline, text, config=args.basis_config, **sampling) for text in args.methods)
+    for method in itertools.chain(candidates, truths):
         kept = make_images(records, method, mine, seed=args.seed, batch=args.batch)
         add_scores(kept, by_id, scores)
         if number == parts:

@@ -109,7 +109,7 @@ class Endpoint:
                     if error.code not in _AGAIN and error.code < 500:
                         raise Unanswered(f"{reason}: {self._safe(_detail(error))}") from None
                     pause = max(pause, _retry_after(error.headers.get("Retry-After")))
-            except (OSError, http.client.HTTPException, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 reason = self._safe(str(getattr(error, "reason", None) or error) or type(error).__name__)
             except ValueError as error:
                 reason = f"malformed answer: {self._safe(str(error))}"

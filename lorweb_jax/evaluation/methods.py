@@ -10,7 +10,6 @@ import numpy as np
 from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.formats.pair_file import is_published
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.schema import read_json
 from lorweb_jax.evaluation.evaluate import Method, evaluate, rows_sheet
 from lorweb_jax.evaluation.samples import Sample, batches
 from lorweb_jax.evaluation.table import TRUTH, Table
@@ -18,7 +17,7 @@ from lorweb_jax.evaluation.words import Named, parse_method
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.images.io import write_image
 from lorweb_jax.nn.sharding import to_host
-from lorweb_jax.pipeline.adapters import existing_basis, is_run
+from lorweb_jax.pipeline.adapters import existing_basis, is_run, job_of
 from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT
 
@@ -94,7 +93,7 @@ def _is_pair(source: str) -> bool:
     """Whether it is a run of configs/pair.py or a published file of Pair Customization."""
     path = existing_basis(source)
     if is_run(path):
-        return (path / "config.json").is_file() and read_json(path / "config.json").get("job") == "pair"
+        return job_of(path) == "pair"
     return path.is_file() and path.suffix == ".safetensors" and is_published(Checkpoint(path))
 
 

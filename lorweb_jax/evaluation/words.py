@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lorweb_jax.common.errors import UserError
 
 STYLE = "style:"
-WORDS = ("copy", "base")  # methods that need no file
+WORDS = ("base", "copy")  # methods that need no file
 
 
 class Named(NamedTuple):

@@ -41,7 +41,7 @@ def load_basis(
     """
     path = existing_basis(path)
     if is_run(path):
-        config, arrays = _pair_of_run(path, layers) if _job(path) == "pair" else basis_of_run(path)
+        config, arrays = _pair_of_run(path, layers) if job_of(path) == "pair" else basis_of_run(path)
         require_fits(arrays, layers, str(path))
         return config, arrays
     if lora_scheme(Checkpoint(path)):
@@ -59,7 +59,8 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
-def _job(workdir: Path) -> str:
+def job_of(workdir: Path) -> str:
+    """The job of a training run, such as "pair"; UserError where its config is missing or damaged."""
     from lorweb_jax.runs.checkpoints import CONFIG
     from lorweb_jax.settings import config as configs
 

@@ -32,10 +32,10 @@ from configs import pair as pair_config  # noqa: E402
 from experiments.runner import Record, Trial, grid, run  # noqa: E402
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
 from lorweb_jax.common.errors import run_command  # noqa: E402
-from lorweb_jax.data.embedded.drawing_sets import SETS, DrawingSets, load_sets, with_article  # noqa: E402
+from lorweb_jax.data.embedded.drawing_sets import SETS, STYLE_WORDS, DrawingSets, load_sets, with_article  # noqa: E402
 from lorweb_jax.data.embedded.operations import OPERATIONS, on_white  # noqa: E402
 from lorweb_jax.evaluation.lpips import lpips  # noqa: E402
-from lorweb_jax.evaluation.metrics import clip_directional  # noqa: E402
+from lorweb_jax.evaluation.metrics import clip_directional, mse  # noqa: E402
 from lorweb_jax.images.io import write_image  # noqa: E402
 from lorweb_jax.pipeline.pipeline import Pipeline  # noqa: E402
 from lorweb_jax.processes.host_memory import keep_freed_memory  # noqa: E402
@@ -115,12 +115,12 @@ class Study:
         files = {}
         for role, image in zip(("content", "style"), self.images(pair)):
             files[role] = self.out / "images" / f"{pair.name.replace(' ', '-')}_{role}.png"
-            files[role].parent.mkdir(parents=True, exist_ok=True)
             write_image(files[role], image)
         config = pair_config.get_config()
         config.pipeline, config.seed = str(self.folder), labels["seed"]
         config.data.update({role: str(file) for role, file in files.items()})
-        config.data.caption, config.data.style_words = caption(f"sbu {pair.drawing}", pair), pair.words
+        config.data.caption = prompt_of(f"sbu {pair.drawing}", pair.drawn_in)
+        config.data.style_words = pair.words
         config.train.steps = config.train.checkpoint_every = config.train.log_images_every = self.steps
         config.pair.style_start = self.steps * 3 // 8
         config.update_from_flattened_dict(METHODS[labels["method"]])
@@ -179,10 +179,10 @@ class Study:
         }
         if pair.style in OPERATIONS:
             truth = self.truth(pair)
-            error = (images.astype(np.float64) - truth) / 255
-            distances |= {"mse": np.square(error).mean((1, 2, 3)).tolist(), "lpips": lpips(images, truth).tolist()}
+            distances |= {"mse": [mse(*two) for two in zip(images, truth)], "lpips": lpips(images, truth).tolist()}
         return distances
 
+    @functools.cache  # noqa: B019
     def truth(self, pair: Pair) -> np.ndarray:
         """The operation on the base's own pictures."""
         opaque = np.full((*self.plain(pair.drawn_in).shape[:3], 1), 255, np.uint8)
@@ -201,13 +201,7 @@ class Study:
         return sheet([*rows, *((name, list(images)) for name, images in shown.items())], PROMPTS)
 
 
-def caption(name: str, pair: Pair) -> str:
-    return prompt_of(name, pair.drawn_in)
-
-
 def prompt_of(name: str, drawn_in: str) -> str:
-    from lorweb_jax.data.embedded.drawing_sets import STYLE_WORDS
-
     return f"a drawing of {with_article(name)} in {STYLE_WORDS[drawn_in]} style"
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from tabulate import tabulate
 
 from experiments.runner import Record
+from lorweb_jax.common.outputs import write_text
 from lorweb_jax.evaluation.statistics import bootstrap_interval
 from lorweb_jax.files.safetensors_io import write_json
-from lorweb_jax.images.io import write_file, write_image
+from lorweb_jax.images.io import write_image
 
 MEASURES = {
     "lpips": "LPIPS to the truth ↓",
@@ -78,7 +79,7 @@ def write_tables(records: Sequence[Record], out: Path) -> str:
     text = tabulate(table, headers=headers, tablefmt="pipe", disable_numparse=True)
     seconds = sum(record["seconds"] for record in records)
     text += f"\n\n{len(records)} trainings, {seconds / 60:.0f} min in all.\n"
-    write_file(out / "table.md", text.encode())
+    write_text(out / "table.md", text)
     write_json(out / "table.json", {"methods": figures, "seconds": seconds, "trials": len(records)})
     write_image(out / "curves.png", draw_curves(gathered, methods))
     return text

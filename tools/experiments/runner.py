@@ -75,7 +75,6 @@ def _record(trial: Trial, out: Path, measure: Callable[[Trial, Path], Record]) -
     train(trial.config, folder, make_job)
     record = {"labels": trial.labels, "config": _plain(trial.config), "seconds": time.perf_counter() - start}
     record |= measure(trial, folder)
-    _path(out, trial).parent.mkdir(parents=True, exist_ok=True)
     write_json(_path(out, trial), record)
     shutil.rmtree(folder)
     return record
