@@ -283,6 +283,14 @@ def sample(key, name, **texts):
     return {"__key__": key, "before.png": encoded(f"before/{name}"), "after.png": encoded(f"after/{name}"), **texts}
 
 
+def test_a_sample_names_its_task_by_a_number(tmp_path):
+    """0 among them, which counts before the folder in the key, as others do."""
+    numbered = [sample(f"frame/{i}", "1", json={"caption": "a", "task": i // 2}) for i in range(4)]
+    write_shard(tmp_path / "0.tar", numbered)
+    tasks, problems = read(tmp_path)
+    assert list(tasks) == ["0", "1"] and not problems
+
+
 def test_shards(tmp_path):
     """Written by webdataset; its own reader, from one end to the other, gives the same samples."""
     write_shard(tmp_path / "0.tar", [sample("frame/0", "1", txt="one"), sample("frame/1", "2", txt="two")])

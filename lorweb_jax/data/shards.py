@@ -146,7 +146,10 @@ def _values(shard: Path, key: str, parts: dict[str, Part]) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise ValueError(f"its json holds a {type(described).__name__}, expected an object")
     caption = _text(shard, parts["txt"]).strip() if "txt" in parts else described.get(CAPTION)
-    return values | {CAPTION: caption, TASK: described.get(TASK) or os.path.dirname(key) or None}
+    task = described.get(TASK)
+    if task is None or task == "":  # a task may be called 0
+        task = os.path.dirname(key) or None
+    return values | {CAPTION: caption, TASK: task}
 
 
 def _text(shard: Path, part: Part) -> str:
