@@ -22,7 +22,7 @@ import dataclasses
 from ml_collections.config_dict import placeholder
 
 from lorweb_jax.adapters.config import BasisConfig
-from lorweb_jax.settings.config import base_config, choose_variant
+from lorweb_jax.settings.config import add_computation, base_config, choose_variant
 from lorweb_jax.settings.fields import BASIS
 
 
@@ -63,13 +63,7 @@ def default():
 
     config.loss_weight = "bell"  # by timestep: bell, as published, or uniform
     config.guidance = 1.0  # guidance input while training
-    config.compute_dtype = "float32"
-    config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
-    # What the backward pass recomputes: none, dots (all but products), attention (all but attention), full (everything
-    # inside a block).
-    config.remat = "none"
-    config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
-    config.unroll = 8  # blocks compiled side by side
+    add_computation(config)
 
     # Images that are logged while training, and tables at its end: changes neither what is trained nor a checkpoint.
     config.evaluation = dict(

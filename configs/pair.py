@@ -19,7 +19,7 @@ left out when the style is used. For kontext, say also where FLUX.1 lies: --conf
 --config.data.condition=photo.png both images are learned as edits of that one, for a style that is put on photographs.
 """
 
-from lorweb_jax.settings.config import base_config, choose_variant
+from lorweb_jax.settings.config import add_computation, base_config, choose_variant
 
 
 def get_config(variant: str = ""):
@@ -70,13 +70,7 @@ def default():
     )
 
     config.guidance = 1.0  # guidance input while training
-    config.compute_dtype = "float32"
-    config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
-    # What the backward pass recomputes: none, dots (all but products), attention (all but attention), full (everything
-    # inside a block).
-    config.remat = "none"
-    config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
-    config.unroll = 8  # blocks compiled side by side
+    add_computation(config)
 
     # Images that are logged while training: change neither what is trained nor a checkpoint.
     config.evaluation = dict(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lorweb_jax.common.command_line import Parser, nonempty_path
+from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_free, require_writable
 from lorweb_jax.common.progress import progress_bar
@@ -42,14 +42,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="a run's folder, a LoRWeB basis or a LoRA (file, folder or Hub name); "
         "without it the base model follows the prompt alone",
     )
-    parser.add_argument(
-        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
-    )
-    parser.add_argument(
-        "--image-encoder",
-        type=nonempty_path,
-        help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's folder)",
-    )
+    add_basis_config(parser)
+    add_image_encoder(parser)
     parser.add_argument(
         "--member",
         type=member,
@@ -181,21 +175,27 @@ def _check(args: argparse.Namespace) -> None:
         as_value(coefficient, f"the coefficient of --member {name}", STRENGTH)
     if args.member and args.basis is None:
         raise UserError("--member is one that a basis took up, and no --basis was given; give it", 2)
-    analogy = {f"--{name}": getattr(args, name) for name in ("a", "a2", "b")}
-    if any(analogy.values()):
-        if absent := [name for name, value in analogy.items() if not value]:
-            raise UserError(f"{' and '.join(absent)} not given; an analogy is --a before --a2 after --b new", 2)
-        if unused := [name for name in ("image", "size") if getattr(args, name)]:
-            raise UserError(
-                f"--{unused[0]} was given beside an analogy, which has its image and size of its own; leave out either",
-                2,
-            )
+    if is_analogy(args):
         if args.apply == "folded" and len(args.b) > 1:
             raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
     elif not args.prompt:
         raise UserError("neither an analogy nor a prompt was given; give --a, --a2 and --b, or --prompt", 2)
     for side in args.size or ():
         as_value(side, "--size", SIDE)
+
+
+def is_analogy(args: argparse.Namespace) -> bool:
+    """Whether --a, --a2 and --b are given. UserError for some of them alone, and beside --image or --size."""
+    analogy = {f"--{name}": getattr(args, name) for name in ("a", "a2", "b")}
+    if not any(analogy.values()):
+        return False
+    if absent := [name for name, value in analogy.items() if not value]:
+        raise UserError(f"{' and '.join(absent)} not given; an analogy is --a before --a2 after --b new", 2)
+    if unused := [name for name in ("image", "size") if getattr(args, name)]:
+        raise UserError(
+            f"--{unused[0]} was given beside an analogy, which has its image and size of its own; leave out either", 2
+        )
+    return True
 
 
 def require_used(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ import itertools
 import os
 from pathlib import Path
 
-from lorweb_jax.common.command_line import Parser, nonempty_path, positive
+from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
 from lorweb_jax.evaluation.chat import Endpoint
@@ -44,12 +44,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=Path("local_data"),
         help="where embedded data are built (default: %(default)s)",
     )
-    parser.add_argument("--basis-config", type=nonempty_path, help="config.yaml of a published basis, if not beside it")
-    parser.add_argument(
-        "--image-encoder",
-        type=nonempty_path,
-        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
-    )
+    add_basis_config(parser)
+    add_image_encoder(parser)
     parser.add_argument("--clip", type=nonempty_path, help="CLIP or SigLIP folder that scores (default: the router's)")
     parser.add_argument("--without-references", action="store_true", help="don't add base and copy")
     parser.add_argument("--per-task", type=int, default=2, help="analogies of each task (default: %(default)s)")

@@ -26,7 +26,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
-from lorweb_jax.common.command_line import Parser, nonempty_path
+from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_new_folder, require_writable, told_if_unwritable
 from lorweb_jax.pipeline.arguments import RANK, as_dtype, as_path
@@ -49,9 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     checkpoint = commands.add_parser("checkpoint", help="a published basis -> a run's folder, as training leaves one")
     checkpoint.add_argument("basis", type=nonempty_path, help="the .safetensors file, or the folder it lies in")
     checkpoint.add_argument("out", type=nonempty_path, help="the folder to make")
-    checkpoint.add_argument(
-        "--basis-config", type=nonempty_path, help="its config.yaml (default: the one beside the file)"
-    )
+    add_basis_config(checkpoint)
     checkpoint.add_argument(
         "--pipeline",
         type=nonempty_path,
@@ -69,11 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     lora.add_argument("--a", type=nonempty_path, help="an image before the edit")
     lora.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
     lora.add_argument("--b", type=nonempty_path, help="the image to be edited likewise")
-    lora.add_argument(
-        "--image-encoder",
-        type=nonempty_path,
-        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
-    )
+    add_image_encoder(lora)
     lora.add_argument(
         "--format",
         choices=["diffusers", "kohya", "comfyui"],
@@ -81,9 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="whose names the layers get (default: diffusers, which reads all three)",
     )
     _add_lora_options(lora)
-    lora.add_argument(
-        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
-    )
+    add_basis_config(lora)
     _add_dtype(lora)
     _add_overwrite(lora)
 
@@ -133,9 +125,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--pipeline", type=nonempty_path, required=True, help="folder of the base model that all belong to"
     )
     append.add_argument("--names", nargs="+", help="what mixes call the styles (default: their files' names)")
-    append.add_argument(
-        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
-    )
+    add_basis_config(append)
     return parser.parse_args(arguments)
 
 

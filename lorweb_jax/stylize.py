@@ -24,10 +24,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorweb_jax.common.command_line import Parser, nonempty_path, positive
+from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
-from lorweb_jax.edit import add_model_options, add_pipeline, progress, require_used, size, targets, write_results
+from lorweb_jax.edit import (
+    add_model_options,
+    add_pipeline,
+    is_analogy,
+    progress,
+    require_used,
+    size,
+    targets,
+    write_results,
+)
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE
@@ -78,14 +87,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
     parser.add_argument("--b", type=nonempty_path, nargs="+", help="one or more images to edit likewise")
     parser.add_argument("--basis", type=nonempty_path, help="a LoRWeB basis that the analogy goes through, or a LoRA")
-    parser.add_argument(
-        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
-    )
-    parser.add_argument(
-        "--image-encoder",
-        type=nonempty_path,
-        help="folder of the router's image encoder (default: clip_vision in the pipeline's folder)",
-    )
+    add_basis_config(parser)
+    add_image_encoder(parser)
     parser.add_argument(
         "--size",
         type=size,
@@ -196,13 +199,7 @@ def check(args: argparse.Namespace) -> None:
 
 def _check_images(args: argparse.Namespace) -> None:
     require_used(args)
-    analogy = {f"--{name}": getattr(args, name) for name in ("a", "a2", "b")}
-    if any(analogy.values()):
-        if absent := [name for name, value in analogy.items() if not value]:
-            raise UserError(f"{' and '.join(absent)} not given; an analogy is --a before --a2 after --b new", 2)
-        if unused := [name for name in ("image", "size") if getattr(args, name)]:
-            raise UserError(f"--{unused[0]} was given beside an analogy, which has its own; leave out either", 2)
-    elif not any(prompt.strip() for prompt in args.prompt) and not args.image:
+    if not is_analogy(args) and not any(prompt.strip() for prompt in args.prompt) and not args.image:
         raise UserError("neither a prompt nor an image was given; give --prompt, --image, or both", 2)
     counts = len(args.prompt), len(args.image or args.b or [None])
     if counts[0] != counts[1] and 1 not in counts:

@@ -18,6 +18,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help", 2)
 
 
+def add_basis_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--basis-config", type=nonempty_path, help="the basis's config.yaml (default: the one beside the file)"
+    )
+
+
+def add_image_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-encoder",
+        type=nonempty_path,
+        help="folder or Hub name of the router's image encoder (default: clip_vision in the pipeline's folder)",
+    )
+
+
 def nonempty_path(text: str) -> Path:
     """A path, as the type of an argument. An empty text is none: Path("") would be the current folder."""
     if not text.strip():

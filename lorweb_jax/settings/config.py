@@ -84,6 +84,17 @@ def base_config(job: str) -> ConfigDict:
     return config
 
 
+def add_computation(config: ConfigDict) -> None:
+    """The fields that say how a job computes over a frozen transformer."""
+    config.compute_dtype = "float32"
+    config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
+    # What the backward pass recomputes: none, dots (all but products), attention (all but attention), full (everything
+    # inside a block).
+    config.remat = "none"
+    config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
+    config.unroll = 8  # blocks compiled side by side
+
+
 def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) -> ConfigDict:
     """The config of variant `name` of a config file, the default one being ""; UserError names those there are."""
     if name not in variants:
