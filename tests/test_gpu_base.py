@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from lorweb_jax.nn.layers import Linear
+from lorweb_jax.nn.layers import Conv, Linear
 from lorweb_jax.small_base.corpus import Corpus
 from lorweb_jax.training.optimizer import make_optimizer
 from lorweb_jax.training.state import TrainState
@@ -194,3 +194,26 @@ def test_fewer_variants_in_the_same_shapes(script):
     assert set(fitted.edited) == {0, 1, 2} and fitted.counts.tolist() == [2, 1]
     np.testing.assert_array_equal(fitted.members[:, :2], few.members)
     np.testing.assert_array_equal(fitted.twins[:3], few.twins)
+
+
+@pytest.mark.parametrize("size, stride, padding", [(3, 1, None), (3, 2, ((0, 1), (0, 1))), (1, 1, None)])
+def test_a_convolution_by_products(size, stride, padding):
+    """Against the convolution, at the kernels and strides that an autoencoder has."""
+    conv = Conv(5, 7, size, stride=stride, padding=padding, rngs=nnx.Rngs(0))
+    conv.bias[...] = jax.random.normal(jax.random.key(2), (7,))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 6, 5))
+    expected = conv(x)
+    conv.by_products = True
+    np.testing.assert_allclose(conv(x), expected, atol=2e-6)
+
+
+def test_prepared_weights_are_taken_where_they_fit(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(script["prepared_weights"].__globals__, "PREPARED", tmp_path)
+    partition = script["trainer"](Model, script["Settings"].of(CONFIG), loss).partition
+    assert script["prepared_weights"]("editor", partition) is None
+    given = {name: np.ones(variable.shape, np.float16) for name, (_, variable) in partition.trainable.items()}
+    np.savez(tmp_path / "editor.npz", **given)
+    taken = script["prepared_weights"]("editor", partition)
+    assert set(taken) == set(given) and all(array.dtype == np.float32 for array in taken.values())
+    np.savez(tmp_path / "editor.npz", **given | {next(iter(given)): np.ones(9)})
+    assert script["prepared_weights"]("editor", partition) is None

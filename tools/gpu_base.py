@@ -48,14 +48,19 @@ UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are and twice as large
 
 
-def prepare(drawings_path: Path, vae: Path) -> None:
+def prepare(drawings_path: Path, vae: Path, initial: Path | None) -> None:
     """Writes what a machine without tokenizers, ml_collections and pydantic needs; and the tokenizers, into
     runs/base_transformer."""
     import runpy
 
+    from flax import nnx
+
     from lorweb_jax.data.embedded.drawing_sets import load_sets
+    from lorweb_jax.files.state import shapes
     from lorweb_jax.pipeline.pretrained import load_vae
     from lorweb_jax.small_base.captions import Captions
+    from lorweb_jax.small_base.editor import Editor, editor_config
+    from lorweb_jax.small_base.jobs.transformer import read_editor
     from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
 
     configs = {
@@ -78,6 +83,12 @@ def prepare(drawings_path: Path, vae: Path) -> None:
     )
     vae_config, weights = load_vae(vae)
     np.savez(PREPARED / "vae.npz", **{name: np.asarray(weights[name], np.float32) for name in weights})
+    (PREPARED / "editor.npz").unlink(missing_ok=True)
+    if initial:
+        sizes = editor_config(Settings.of(configs["base_transformer"]), clip_words, t5_words)
+        wanted = shapes(lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)))
+        begun = read_editor(initial, sizes, wanted)
+        np.savez(PREPARED / "editor.npz", **{name: np.asarray(begun[name], np.float16) for name in begun})
     configs["vae"] = {name: vae_config[name] for name in ("scaling_factor", "shift_factor")}
     (PREPARED / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     cut = (clip_ids[:, -1] == clip_words - 1).sum() - (clip_ids[:, -2] == clip_words - 1).sum()
@@ -160,10 +171,13 @@ class Pixels:
             time.sleep(0.2)
 
 
-def prepared_weights(partition) -> dict[str, np.ndarray] | None:
-    """The autoencoder's that --prepare was given, or None where they are not of the shapes of this one."""
-    with np.load(PREPARED / "vae.npz") as file:
-        held = dict(file)
+def prepared_weights(part: str, partition) -> dict[str, np.ndarray] | None:
+    """The weights of `part` ("vae" or "editor") that --prepare was given, float32; or None where it was given none or
+    they are not of the shapes of this one's."""
+    if not (PREPARED / f"{part}.npz").is_file():
+        return None
+    with np.load(PREPARED / f"{part}.npz") as file:
+        held = {name: file[name].astype(np.float32) for name in file}
     shapes = {name: variable.shape for name, (_, variable) in partition.trainable.items()}
     return held if {name: array.shape for name, array in held.items()} == shapes else None
 
@@ -196,6 +210,12 @@ def main() -> None:
         f"configs/base_vae.py, whose weights the autoencoder begins with (default: {VAE})",
     )
     parser.add_argument(
+        "--initial",
+        type=nonempty_path,
+        help="with --prepare: a folder of transformer, text_encoder and text_encoder_2 to go on from",
+    )
+    parser.add_argument("--groups", type=int, default=48, help="of examples in a step of the transformer (default: 48)")
+    parser.add_argument(
         "--autoencoder",
         choices=("train", "prepared"),
         default="train",
@@ -213,7 +233,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
     if args.prepare:
-        prepare(args.drawings, args.vae)
+        prepare(args.drawings, args.vae, args.initial)
     elif args.finish:
         finish(args.finish)
     else:
@@ -242,8 +262,8 @@ def train(args, log: Log) -> None:
     vae, flow = configs.base_vae, configs.base_transformer
     held = np.load(PREPARED / "captions.npz")
     drawings = load_sets(args.drawings)
-    # Sizes of this machine's batches, ten times the configs' own; all else is theirs.
-    size = SimpleNamespace(groups=64, vae=64, table=1200, vae_steps=25, flow_steps=25)
+    # Sizes of this machine's batches, about ten times the configs' own; all else is theirs.
+    size = SimpleNamespace(groups=args.groups, vae=64, table=1200, vae_steps=25, flow_steps=25)
     if args.tiny:
         size = SimpleNamespace(groups=1, vae=2, table=40, vae_steps=2, flow_steps=2)
         drawings = some(drawings, 6)
@@ -332,7 +352,7 @@ class Stages:
         table = jax.ShapeDtypeStruct((self.size.table, count, side, side, 3), np.uint8)
         steps = trainer(lambda rngs: new_autoencoder(vae_config, rngs), config, loss)
         made = self.to_compile("autoencoder's steps", steps, SEARCHED, table)
-        made.held = prepared_weights(made.partition)
+        made.held = prepared_weights("vae", made.partition)
         return made
 
     def prepared_autoencoder(self, made, factors):
@@ -371,7 +391,13 @@ class Stages:
         )
         # Blocks are scanned: side by side they take minutes to compile for a GPU.
         steps = trainer(lambda rngs: Editor(sizes, 1, self.dtype, rngs=rngs), config, loss)
-        return self.to_compile("transformer's steps", steps, UNSEARCHED, *tables)
+        made = self.to_compile("transformer's steps", steps, UNSEARCHED, *tables)
+        made.held = prepared_weights("editor", made.partition)
+        if made.held is None and (PREPARED / "editor.npz").is_file() and not self.args.tiny:
+            raise SystemExit(
+                "the transformer that --prepare was given is not of the shape in configs/base_transformer.py"
+            )
+        return made
 
     def train_autoencoder(self, made, encoders, pixels, programs):
         """(weights on the host, (scale, shift)); writes vae.safetensors."""
@@ -434,12 +460,17 @@ class Stages:
         twice as large."""
         import jax
         import jax.numpy as jnp
+        from flax import nnx
 
         from lorweb_jax.images.levels import to_float
+        from lorweb_jax.nn.layers import Conv
         from lorweb_jax.small_base.autoencoder import enlarged
 
         def latents(weights, scale, shift, x):
             model = autoencoder.partition.model(weights, {})
+            for _, module in nnx.iter_modules(model):
+                if isinstance(module, Conv):
+                    module.by_products = True
             z = model.encode(to_float(x).astype(self.dtype))[0].astype(jnp.float32)
             return ((z - shift) * scale).astype(jnp.float16)
 
@@ -451,7 +482,7 @@ class Stages:
             made.program = [
                 jax.jit(function)
                 .lower(weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8))
-                .compile(compiler_options=SEARCHED)
+                .compile(compiler_options=UNSEARCHED)
                 for function, count in (
                     (latents, ENCODED),
                     (lambda w, a, b, x: latents(w, a, b, enlarged(x)), ENLARGED),
@@ -521,6 +552,10 @@ class Stages:
 
         wait_for(made, programs)
         tables = (*tables, jax.device_put(corpus), jax.device_put(words.clip), jax.device_put(words.t5))
+        begun = made.begun.result()
+        if made.held:
+            begun = dataclasses.replace(begun, trainable=made.held, average=made.held)
+            self.log.say("transformer and text encoders go on from the weights that --prepare was given")
         saved: list[float] = [0.0]
         writing: list[Background] = []
 
@@ -534,9 +569,7 @@ class Stages:
                     )
                 )
 
-        state = run_until(
-            self.end, self.log, "transformer", self.size.flow_steps, made.begun.result(), tables, made.program, every
-        )
+        state = run_until(self.end, self.log, "transformer", self.size.flow_steps, begun, tables, made.program, every)
         for each in writing:
             each.join()
         save(self.args.out / "transformer.safetensors", jax.device_get(state.exported), np.float16)

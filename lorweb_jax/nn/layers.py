@@ -79,11 +79,16 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """2-D convolution on NHWC; kernel [kh, kw, i, o]. `padding` is explicit: ((top, bottom), (left, right))."""
+    """2-D convolution on NHWC; kernel [kh, kw, i, o]. `padding` is explicit: ((top, bottom), (left, right)).
+
+    With `by_products` set it is one product of all kh·kw shifted copies, side by side, with the kernel: the same sums
+    in more memory. Without autotuning, GPUs are absurdly slow at convolutions of few channels.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, size: int = 3, *, stride: int = 1, padding=None, rngs: nnx.Rngs
     ):
+        self.by_products = False
         self.stride = stride
         self.padding = padding if padding is not None else ((size // 2, size // 2),) * 2
         self.kernel = Weight(
@@ -98,6 +103,10 @@ class Conv(nnx.Module):
         # Small and used once: every device takes the whole kernel to its share of the images. Left to themselves,
         # partitioners pass pieces of images around.
         kernel = sharding.constrain(self.kernel[...], None, None, None, None).astype(x.dtype)
+        if self.by_products:
+            return self._shifted(x, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(
+                x.dtype
+            )
         y = jax.lax.conv_general_dilated(
             sharding.constrain(x, "batch", None, None, None),
             kernel,
@@ -106,6 +115,19 @@ class Conv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + self.bias[...].astype(x.dtype)
+
+    def _shifted(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """[b, h', w', kh·kw·i]: what each output pixel sees, in the order of the kernel's rows."""
+        padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        high, wide = (length - k + 1 for length, k in zip(padded.shape[1:3], size))
+        return jnp.concatenate(
+            [
+                padded[:, i : i + high : self.stride, j : j + wide : self.stride]
+                for i in range(size[0])
+                for j in range(size[1])
+            ],
+            axis=-1,
+        )
 
 
 class Embedding(nnx.Module):

@@ -19,7 +19,8 @@ from lorweb_jax.small_base.captions import Captions
 # Colours are permuted and sides swapped, which the words for colours and sides don't mind: an instruction names the
 # result's colour, never the drawing's.
 VARIANTS = (lambda rgba: rgba, lambda rgba: rgba[..., :, ::-1, :][..., [1, 2, 0, 3]])
-SPATIAL = ("flip", "rotate", "shift", "size", "squash", "repeat", "mirror")  # families that move what is drawn
+# Families that draw something where it was not before
+SPATIAL = ("flip", "rotate", "shift", "size", "squash", "repeat", "mirror", "shadow")
 PHOTOGRAPHS = 0.08  # their share of what is drawn; they are few
 
 
