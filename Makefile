@@ -1,4 +1,5 @@
 # make train   trains a LoRA basis over the small base on real drawings, pictures in runs/basis
+# make experiments  basis against one LoRA and much else (docs/results.md), hours; goes on where it was stopped
 # make test    runs every test
 # make lint    format, lint and types, in some seconds; make format mends what ruff can
 # make test-newest  runs a few of them on the newest Python and packages that this machine has
@@ -12,10 +13,13 @@ WORKERS := 2
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test lint format test-newest base
+.PHONY: train experiments test lint format test-newest base
 
 train: $(VENV)/installed
 	$(PYTHON) -m lorweb_jax.main --config=configs/basis.py $(ARGS)
+
+experiments: $(VENV)/installed
+	$(PYTHON) tools/experiments/basis.py --out runs/experiments $(ARGS)
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -67,8 +67,8 @@ def default():
 
     # Images that are logged while training, and tables at its end: changes neither what is trained nor a checkpoint.
     config.evaluation = dict(
-        tasks=12,  # of each split, in the logged images; the tables have all of them
-        per_task=2,  # analogies of every task in the tables
+        tasks=12,  # of each split, in the logged images; the tables have all of them. 0: no images
+        per_task=2,  # analogies of every task in the tables; 0: no tables
         batch=12,  # analogies sampled at once
         steps=12,  # sampling steps
         guidance=2.5,

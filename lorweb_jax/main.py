@@ -16,6 +16,7 @@ other. Fields are explained in the config file itself or in lorweb_jax/settings/
 steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .compile_cache beside the run folder.
 """
 
+import ast
 import difflib
 import runpy
 import sys
@@ -101,6 +102,18 @@ def unknown_field(name: str, known: dict) -> UserError:
     last = [field for field in names if field.rpartition(".")[2] == name.rpartition(".")[2]]
     near = (below + last + difflib.get_close_matches(name, names, n=3, cutoff=0.5))[:5] or names
     return UserError(f"there is no field {name}; near it are: {', '.join(dict.fromkeys(near))}", code=2)
+
+
+def set_field(config: ConfigDict, option: str) -> None:
+    """Sets the field of "FIELD=VALUE"; UserError for a field that isn't there or a value of another kind."""
+    name, _, value = option.partition("=")
+    known = dict(configs.fields(config))
+    if name not in known:
+        raise unknown_field(f"config.{name}", known)
+    try:
+        config.update_from_flattened_dict({name: value if isinstance(known[name], str) else ast.literal_eval(value)})
+    except (ValueError, SyntaxError, TypeError):
+        raise UserError(f"{value!r} is no value for config.{name}, which is {known[name]!r}", 2) from None
 
 
 def command() -> int:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import basis as basis_config
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.evaluation.statistics import bootstrap_interval, crossed_interval
+from lorweb_jax.settings import config as configs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from experiments import pair_tables, runner  # noqa: E402
+from experiments import basis, basis_methods, basis_tables, pair_tables, runner  # noqa: E402
 
 
 @pytest.fixture
@@ -24,6 +27,7 @@ def trained(monkeypatch):
         names.append(workdir.name)
         workdir.mkdir(parents=True)
         (workdir / "loss").write_text(str(config.rate))
+        return True
 
     monkeypatch.setattr(runner, "train", train)
     return names
@@ -86,3 +90,87 @@ def test_a_strength_is_chosen_on_other_prompts_than_it_is_reported_on(tmp_path):
     low, high = methods["lora"]["lpips_against_first"]
     assert low == pytest.approx(0.2) and high == pytest.approx(0.3)
     assert "5 trainings, 2 min in all" in text and (tmp_path / "curves.png").is_file()
+
+
+@pytest.mark.parametrize("best, tried", [(2, [2, 4, 1]), (8, [2, 4, 8, 16]), (0.5, [2, 4, 1, 0.5, 0.25]), (99, None)])
+def test_a_learning_rate_is_doubled_or_halved_as_long_as_that_helps(best, tried):
+    asked = []
+
+    def error(rate):
+        asked.append(rate)
+        return abs(np.log2(rate / best))
+
+    assert basis.climb(error, 2.0) == (best if tried else 2.0 * 2**basis.RATE_STEPS)
+    assert asked == tried or tried is None
+
+
+def test_every_method_has_a_config_that_can_be_run():
+    """One LoRA has the rank that its title says; variants take the rate of a method that has a sweep."""
+    for name, method in basis_methods.METHODS.items():
+        config = basis_config.default()
+        method.apply(config)
+        configs.check(config)
+        if name in ("lora_nr", "lora_r", "lora_equal"):
+            expected = {"lora_nr": 16 * 4, "lora_r": 4}.get(name, config.basis.rank)
+            assert (config.basis.size, config.basis.rank, config.basis.query) == (1, expected, "fixed")
+            assert config.basis.rank > 64 or name != "lora_equal"  # the router's numbers count, too
+        assert method.rate_of == "" or basis_methods.METHODS[method.rate_of].rate_of == ""
+    assert {name for group in basis_methods.GROUPS.values() for name in group.methods} == basis_methods.METHODS.keys()
+
+
+def test_an_interval_over_seeds_and_tasks():
+    """Against the same resampling written out; with one seed it is the bootstrap over tasks, within its own noise."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(3, 7)) + random.normal(size=(3, 1)) + random.normal(size=7)
+    means = []
+    for _ in range(20_000):
+        seeds, tasks = random.integers(0, 3, 3), random.integers(0, 7, 7)
+        means.append(x[np.ix_(seeds, tasks)].mean())
+    np.testing.assert_allclose(crossed_interval(x), np.percentile(means, [2.5, 97.5]), atol=0.06)
+    np.testing.assert_allclose(crossed_interval(x[:1]), bootstrap_interval(x[0]), atol=0.06)
+
+
+def basis_record(method, rate, seed, error, parameters=0):
+    """Errors by task on every split; the other scores follow."""
+    by_task = {
+        f"task{i}": {"lpips": e, "mse": e**2, "clip_directional": 1 - e, "alexnet_directional": 1 - e}
+        for i, e in enumerate(error)
+    }
+    labels = {"method": method, "seed": seed} | ({"rate": rate} if rate else {})
+    scores = {"train": by_task, "held_out_drawings": by_task, "held_out_tasks": by_task}
+    return {"labels": labels, "seconds": 60.0, "parameters": parameters, "scores": scores}
+
+
+def test_tables_of_a_basis_against_one_lora(tmp_path):
+    """Paired by seed and task at the chosen rate of each; of what a sweep tried beside it nothing is shown."""
+    records = [
+        basis_record("basis", 0.001, 0, [0.9, 0.9, 0.9]),  # tried by the sweep
+        basis_record("basis", 0.002, 0, [0.2, 0.4, 0.3], 77),
+        basis_record("basis", 0.002, 1, [0.3, 0.3, 0.3]),
+        basis_record("lora_nr", 0.004, 0, [0.3, 0.3, 0.4]),
+        basis_record("base", None, 0, [0.6, 0.6, 0.6]),
+    ]
+    (tmp_path / "records").mkdir()
+    for number, each in enumerate(records):
+        (tmp_path / "records" / f"{number}.json").write_text(json.dumps(each))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{basis_tables.BEGIN}\nold\n{basis_tables.END}\nafter\n")
+    text = basis_tables.write_tables(tmp_path, page)
+    results = json.loads((tmp_path / "results.json").read_text())
+    shown = results["methods"]["basis"]
+    assert (shown["rate"], shown["seeds"], shown["parameters"]) == (0.002, [0, 1], 77)
+    assert shown["scores"]["held_out_tasks"]["lpips"]["mean"] == pytest.approx(0.3)
+    [lpips] = [
+        each
+        for each in results["differences"]
+        if (each["method"], each["split"], each["score"]) == ("lora_nr", "held_out_tasks", "lpips")
+    ]
+    # Seed 0 alone, which both have: 0.1, −0.1, 0.1, so that the LoRA has the smaller error on one task of three.
+    assert (
+        lpips["seeds"] == [0] and lpips["mean"] == pytest.approx(0.1 / 3) and lpips["tasks_won"] == pytest.approx(1 / 3)
+    )
+    assert "one LoRA of rank N·r − basis" in text and "5 trainings" not in text and "Unseen tasks (3)" in text
+    assert page.read_text().startswith("before") and page.read_text().endswith("after\n") and text in page.read_text()
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="between which the tables go"):
+        basis_tables.write_tables(tmp_path, page)

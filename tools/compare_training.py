@@ -9,7 +9,6 @@ a step by the clock. Nothing is written.
 """
 
 import argparse
-import ast
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lorweb_jax.common.command_line import Parser, positive  # noqa: E402  (the path above comes first)
-from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.errors import run_command  # noqa: E402
 
 HELD_OUT_BATCHES = 8
 SHOWN = 50  # last steps whose loss is averaged
@@ -39,21 +38,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default: 300")
     parser.add_argument("--batch", type=positive, default=6, metavar="N", help="default: 6")
     return parser.parse_args()
-
-
-def changed(config, option: str) -> None:
-    """Sets the field of "FIELD=VALUE"; UserError for a field that isn't there or a value of another kind."""
-    from lorweb_jax.main import unknown_field
-    from lorweb_jax.settings import config as configs
-
-    name, _, value = option.partition("=")
-    known = dict(configs.fields(config))
-    if name not in known:
-        raise unknown_field(f"config.{name}", known)
-    try:
-        config.update_from_flattened_dict({name: value if isinstance(known[name], str) else ast.literal_eval(value)})
-    except (ValueError, SyntaxError, TypeError):
-        raise UserError(f"{value!r} is no value for config.{name}, which is {known[name]!r}", 2) from None
 
 
 class Outcome(NamedTuple):
@@ -132,7 +116,7 @@ def main() -> None:
     # After the arguments, so that --help answers at once.
     from tabulate import tabulate
 
-    from lorweb_jax.main import read_config
+    from lorweb_jax.main import read_config, set_field
     from lorweb_jax.settings import config as configs
 
     planned = {}
@@ -140,7 +124,7 @@ def main() -> None:
         config = planned[option or "as it is"] = read_config(args.config)
         config.train.steps, config.train.batch = args.steps, args.batch
         if option:
-            changed(config, option)
+            set_field(config, option)
         configs.check(config)
     rows = {name: trained(config, name) for name, config in planned.items()}
     splits = list(next(iter(rows.values())).held_out)

@@ -45,6 +45,22 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def crossed_interval(
+    values: np.ndarray, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values [seeds, tasks], tasks ≥ 2: each time seeds and tasks are both
+    drawn anew with replacement, so that it holds for other tasks and other trainings. With one seed it is that of
+    `bootstrap_interval`. Raises ValueError for fewer than two tasks."""
+    x = np.asarray(values, np.float64)
+    if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 2:
+        raise ValueError(f"values are [seeds, tasks] with two tasks or more, not {x.shape}")
+    random = np.random.default_rng(seed)
+    # How often each seed and each task is drawn.
+    seeds, tasks = (random.multinomial(count, np.full(count, 1 / count), resamples) / count for count in x.shape)
+    low, high = np.percentile(np.einsum("rs,st,rt->r", seeds, x, tasks), [50 * (1 - confidence), 50 * (1 + confidence)])
+    return float(low), float(high)
+
+
 def estimate(by_task: Mapping[Any, float]) -> Estimate | None:
     """Of {task: its mean}; None for no task."""
     values = list(by_task.values())

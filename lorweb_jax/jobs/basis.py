@@ -211,6 +211,8 @@ class BasisJob(Job):
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """For each split a, a′, b, the result and the truth; and which members of the basis each task uses."""
+        if not self.config.evaluation.tasks:
+            return {}
         pipeline, images = Pipeline(self.folder, model, self.precomputed), {}
         for split in self.tasks:
             samples = self._samples(split, 1, self.config.evaluation.tasks)
@@ -250,7 +252,7 @@ class BasisJob(Job):
             with report_only("problems.json"):
                 self.problems.write(workdir / "problems.json")
                 print(self.problems.summary(), flush=True)
-        for split in list(self.tasks)[1:] or ["train"]:
+        for split in (list(self.tasks)[1:] or ["train"]) if self.config.evaluation.per_task else ():
             with report_only(f"the table of {split}"):
                 table = evaluate_pipeline(
                     pipeline,

@@ -14,6 +14,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.jobs import make_job
+from lorweb_jax.processes.coordination import stop_status
 from lorweb_jax.settings import config as configs
 from lorweb_jax.training.loop import train
 
@@ -72,7 +73,8 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
 
 def _record(trial: Trial, out: Path, measure: Callable[[Trial, Path], Record]) -> Record:
     folder, start = out / "runs" / trial.name, time.perf_counter()
-    train(trial.config, folder, make_job)
+    if not train(trial.config, folder, make_job):
+        raise SystemExit(stop_status())
     record = {"labels": trial.labels, "config": _plain(trial.config), "seconds": time.perf_counter() - start}
     record |= measure(trial, folder)
     write_json(_path(out, trial), record)

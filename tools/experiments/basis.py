@@ -1,0 +1,245 @@
+"""The paper's claims in miniature: does a basis of LoRAs with a router beat one LoRA of the same rank?
+
+  make experiments ARGS="--groups main"                                  the main comparison (resumable)
+  python tools/experiments/basis.py --out runs/experiments               all of it, the main comparison first
+  python tools/experiments/basis.py --out runs/experiments --only-tables the tables of what is there so far
+  python tools/experiments/basis.py --out runs/short --groups main --seeds 1 --set train.steps=40 --rates 2e-3
+
+Each experiment is a training run and an evaluation of it by the scores of `python -m lorweb_jax.evaluate`, on analogies
+of tasks that were trained on and of tasks that were not. All methods of a group train for the same steps on the same
+data in the same order, from the same seeds; those of one seed are sampled from the same noise. The learning rate of the
+basis and of each LoRA is chosen first, by LPIPS on training analogies of training tasks alone, with seed 0: it is
+doubled and halved as long as that helps. Variants of the basis take the basis's.
+
+OUT/records has a record of each run and of each further measurement, OUT/trained the trained bases, which every command
+takes for runs, OUT/evaluation/seed_S what was sampled (`python -m lorweb_jax.evaluate --out OUT/evaluation/seed_0` makes
+a report of it), OUT/results.json and results.md what comes of them. --docs writes the tables into docs/results.md too.
+"""
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+from experiments.basis_methods import GROUPS, METHODS, REFERENCES  # noqa: E402
+from experiments.runner import Record, Trial, run  # noqa: E402
+from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.main import read_config, set_field  # noqa: E402
+from lorweb_jax.settings import config as configs  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+UNSEEN = 3  # times as many analogies of a task that wasn't trained on: there are fewer of these
+RATE_STEPS = 4  # most doublings or halvings of a learning rate
+
+
+class Study:
+    """What all trials share: the config, the data, the base, and where results lie."""
+
+    def __init__(self, config, out: Path):
+        from lorweb_jax.data.problems import Problems
+        from lorweb_jax.data.splits import read_splits
+
+        self.out, self.per_task = out, config.evaluation.per_task
+        self.sampling = {name: config.evaluation[name] for name in ("steps", "guidance")}
+        self.batch = config.evaluation.batch
+        # What a run reports of itself is measured here instead.
+        config.evaluation.tasks = config.evaluation.per_task = 0
+        config.precomputed = str(out / "precomputed")
+        self.config, self.problems = config, Problems()
+        self.tasks = read_splits(config, self.problems)
+
+    def config_of(self, method: str, rate: float, seed: int):
+        config = self.config.copy_and_resolve_references()
+        METHODS[method].apply(config)
+        config.optimizer.learning_rate, config.seed = rate, seed
+        configs.check(config)
+        return config
+
+    def trial(self, method: str, rate: float, seed: int) -> Trial:
+        return Trial({"method": method, "rate": rate, "seed": seed}, self.config_of(method, rate, seed))
+
+    def precompute(self, methods: Sequence[str]) -> None:
+        """Text embeddings and queries of all methods, once."""
+        from lorweb_jax.precomputed.fill import precompute
+        from lorweb_jax.precomputed.scope import Scope
+
+        done = set()
+        for method in methods:
+            config = self.config_of(method, self.config.optimizer.learning_rate, 0)
+            kept = Scope.of(config, self.pipeline.folder, self.tasks).queries_kept
+            if kept not in done:
+                precompute(config)
+            done.add(kept)
+
+    @functools.cached_property
+    def pipeline(self):
+        from lorweb_jax.pipeline.pipeline import Pipeline
+
+        return Pipeline.load(self.config.pipeline, self.config.basis.encoder or None)
+
+    @functools.cached_property
+    def scores(self):
+        from lorweb_jax.evaluation import scores
+
+        return scores.standard(self.pipeline.image_encoder)
+
+    @functools.cached_property
+    def samples(self):
+        """Analogies of all splits, the same for every method."""
+        from lorweb_jax.data.buckets import quadrant_shapes
+        from lorweb_jax.evaluation.samples import read_samples
+
+        largest = max((2 * max(shape) for shape in quadrant_shapes(self.config.data)), default=None)
+        return [
+            replace(sample, split=split)
+            for split, tasks in self.tasks.items()
+            for sample in read_samples(
+                tasks, self.per_task * (UNSEEN if "tasks" in split else 1), self.problems, largest
+            )
+        ]
+
+    def scores_of(self, word: str, seed: int) -> dict:
+        """{split: {task: {score: mean over its analogies}}} of a method, as `lorweb_jax.evaluate` takes and keeps it."""
+        from lorweb_jax.common import fingerprint
+        from lorweb_jax.evaluation.making import add_coefficients, add_scores, make_images
+        from lorweb_jax.evaluation.methods import candidate
+        from lorweb_jax.evaluation.metrics import task_means
+        from lorweb_jax.evaluation.records import Records
+        from lorweb_jax.evaluation.render import add_descriptions
+        from lorweb_jax.pipeline.folder import PARTS
+
+        folder = self.out / "evaluation" / f"seed_{seed}"
+        base = fingerprint.of_folders(self.pipeline.folder.folder / name for name in PARTS)
+        conditions = {**self.sampling, "seed": seed, "max_size": None, "dtype": "float32", "base": base}
+        records = Records.begin(folder, self.samples, conditions)
+        add_descriptions(folder, self.scores)
+        method = candidate(self.pipeline, word, **self.sampling)
+        kept = make_images(records, method, self.samples, seed=seed, batch=self.batch)
+        add_scores(kept, {sample.id: sample for sample in self.samples}, self.scores)
+        add_coefficients(kept, method, self.samples, self.batch)
+        there, by_split = kept.read(), {}
+        for split in self.tasks:
+            chosen = [sample for sample in self.samples if sample.split == split]
+            tasks = [sample.task for sample in chosen]
+            means = {
+                score.name: task_means(tasks, [there[sample.id]["scores"][score.name] for sample in chosen])
+                for score in self.scores
+            }
+            by_split[split] = {task: {name: of[task] for name, of in means.items()} for task in dict.fromkeys(tasks)}
+        return by_split
+
+    def measure(self, trial: Trial, run_folder: Path) -> Record:
+        """The trained basis is kept, without what a run needs to go on; its scores."""
+        from lorweb_jax.pipeline.adapters import basis_of_run, write_run
+
+        config, arrays = basis_of_run(run_folder)
+        kept = self.out / "trained" / trial.name
+        shutil.rmtree(kept, ignore_errors=True)  # of a measurement that was broken off
+        write_run(kept, config, arrays)
+        parameters = sum(array.size for parts in arrays.values() for array in parts.values())
+        return {"parameters": parameters, "scores": self.scores_of(f"{trial.name}={kept}", trial.labels["seed"])}
+
+    def references(self, seed: int) -> None:
+        """Records of the base without an adapter, and of b as it is."""
+        for word in REFERENCES:
+            self.record(f"{word}_{seed}", lambda word=word: {"scores": self.scores_of(word, seed)}, word, seed)
+
+    def record(self, name: str, make: Callable[[], Record], method: str, seed: int) -> None:
+        """A measurement that is no training, unless there is a record of it."""
+        from lorweb_jax.files.safetensors_io import write_json
+
+        path = self.out / "records" / f"{name}.json"
+        if not path.is_file():
+            write_json(path, {"labels": {"method": method, "seed": seed}, **make()})
+
+    def rate(self, method: str, start: float) -> float:
+        """The learning rate with the least LPIPS on training analogies after a run with seed 0."""
+        from experiments.basis_tables import mean_score
+
+        def error(rate: float) -> float:
+            [record] = run([self.trial(method, rate, 0)], self.out, self.measure)
+            return mean_score(record["scores"]["train"], "lpips")
+
+        return climb(error, start)
+
+
+def climb(error: Callable[[float], float], start: float) -> float:
+    """Doubles `start` as long as the error falls, or else halves it as long as it falls: the best that was tried."""
+    errors = {start: error(start)}
+    for factor in (2.0, 0.5):
+        best = min(errors, key=errors.__getitem__)
+        if best != start:
+            break
+        for _ in range(RATE_STEPS):
+            errors[best * factor] = error(best * factor)
+            if errors[best * factor] >= errors[best]:
+                break
+            best *= factor
+    return min(errors, key=errors.__getitem__)
+
+
+def parse(arguments: Sequence[str] | None):
+    parser = Parser(prog="python tools/experiments/basis.py", description=__doc__)
+    parser.add_argument("--out", type=nonempty_path, default=Path("runs/experiments"), help="default: %(default)s")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="in this order")
+    parser.add_argument(
+        "--seeds", type=positive, help="of each method (default: 5 of the main comparison, 3 of others)"
+    )
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="of the groups, these alone")
+    parser.add_argument(
+        "--config", default=str(ROOT / "configs" / "basis.py"), metavar="FILE[:VARIANT]", help="of the basis"
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for fields of it")
+    parser.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="learning rates of the methods that have "
+                        "a sweep (basis, lora_nr, lora_r), in its place; one serves all")  # fmt: skip
+    parser.add_argument("--only-tables", action="store_true", help="train nothing")
+    parser.add_argument("--docs", type=nonempty_path, metavar="FILE", help="Markdown page that takes the tables")
+    return parser.parse_args(arguments)
+
+
+def rates_of(study: Study, given: Sequence[float] | None, methods: Sequence[str]) -> dict[str, float]:
+    """{method: learning rate} of those methods that have a sweep and of those that others take theirs from."""
+    swept = [name for name, method in METHODS.items() if not method.rate_of]
+    if given is not None:
+        if len(given) not in (1, len(swept)):
+            raise UserError(f"--rates has {len(given)} values; give one, or one each for {', '.join(swept)}", 2)
+        return dict(zip(swept, given * len(swept) if len(given) == 1 else given))
+    needed = {METHODS[name].rate_of or name for name in methods}
+    return {name: study.rate(name, study.config.optimizer.learning_rate) for name in swept if name in needed}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    from experiments.basis_tables import write_tables
+    from lorweb_jax.processes.host_memory import keep_freed_memory
+
+    if not args.only_tables:
+        keep_freed_memory()
+        config = read_config(args.config)
+        for option in args.set:
+            set_field(config, option)
+        configs.check(config)
+        study = Study(config, args.out)
+        for group in args.groups:
+            methods = [name for name in GROUPS[group].methods if args.methods is None or name in args.methods]
+            seeds = range(args.seeds or GROUPS[group].seeds)
+            study.precompute(methods)
+            for seed in seeds:
+                study.references(seed)
+            rates = rates_of(study, args.rates, methods)
+            # A seed after the other, so that what is there at any time can be compared.
+            trials = [
+                study.trial(name, rates[METHODS[name].rate_of or name], seed) for seed in seeds for name in methods
+            ]
+            run(trials, args.out, study.measure)
+            write_tables(args.out, args.docs)
+    print(write_tables(args.out, args.docs))
+
+
+if __name__ == "__main__":
+    run_command(main)

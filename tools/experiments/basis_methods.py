@@ -1,0 +1,89 @@
+"""What the experiments with a basis compare: each method's changes to the config, and the lists that they are run in."""
+
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+
+class Method(NamedTuple):
+    """A training. changes: to the config of the basis, by dotted field; sizes may be functions of that config.
+
+    rate_of: the method whose learning rate it takes; "" for one that has a sweep of its own.
+    """
+
+    title: str
+    changes: dict[str, Any]
+    rate_of: str = "basis"
+
+    def apply(self, config: ConfigDict) -> None:
+        values = {name: value(config) if callable(value) else value for name, value in self.changes.items()}
+        config.update_from_flattened_dict(values)
+
+
+_LORA = {"basis.size": 1, "basis.query": "fixed"}
+
+
+def _whole_rank(config: ConfigDict) -> int:
+    return config.basis.size * config.basis.rank
+
+
+def _equal_rank(config: ConfigDict) -> int:
+    """The rank at which one LoRA has as many trained numbers as the basis with its router, as nearly as may be."""
+    from flax import nnx
+
+    from lorweb_jax.adapters.basis import BasisConfig, BasisParam
+    from lorweb_jax.pipeline.folder import PipelineFolder
+
+    folder = PipelineFolder(config.pipeline, config.basis.encoder or None)
+    model = nnx.eval_shape(lambda: folder.make(nnx.Rngs(0), BasisConfig(**config.basis)))
+    parameters = sum(array.size for array in nnx.to_flat_state(nnx.state(model, BasisParam)).leaves)
+    of_one_rank = sum(each.depth * (each.inputs + each.outputs) for each in folder.backbone.adapted.values())
+    return round(parameters / of_one_rank)
+
+
+def _sizes(size: int, rank: int) -> dict[str, int]:
+    return {"basis.size": size, "basis.rank": rank}
+
+
+METHODS = {
+    "basis": Method("basis", {}, ""),
+    "lora_nr": Method("one LoRA of rank N·r", {"basis.rank": _whole_rank, **_LORA}, ""),
+    "lora_r": Method("one LoRA of rank r", _LORA, ""),
+    "lora_equal": Method("one LoRA of as many trained numbers", {"basis.rank": _equal_rank, **_LORA}, "lora_nr"),
+    "basis_4x16": Method("basis, N = 4, r = 16", _sizes(4, 16)),
+    "basis_8x8": Method("basis, N = 8, r = 8", _sizes(8, 8)),
+    "basis_32x2": Method("basis, N = 32, r = 2", _sizes(32, 2)),
+    "basis_4x4": Method("basis, N = 4, r = 4", _sizes(4, 4)),
+    "basis_8x4": Method("basis, N = 8, r = 4", _sizes(8, 4)),
+    "basis_32x4": Method("basis, N = 32, r = 4", _sizes(32, 4)),
+    "tanh": Method("basis, tanh", {"basis.activation": "tanh"}),
+    "grid_query": Method("basis, one encoding of the 2×2 grid", {"basis.query_mode": "caa'b"}),
+    "difference_query": Method("basis, query E(a′) − E(a)", {"basis.query_mode": "ca'-ca"}),
+    "internal": Method("basis, each layer's own input", {"basis.query": "internal", "basis.query_mode": "aa'bb'"}),
+    "silent": Method("basis, trained without instruction", {"data.caption_drop": 1.0}),
+}
+
+
+REFERENCES = {"base": "frozen base", "copy": "copy b"}  # words of `lorweb_jax.evaluate` that need no training
+TITLES = REFERENCES | {name: method.title for name, method in METHODS.items()}
+
+
+class Group(NamedTuple):
+    """A list of methods that are run together. seeds: how many by default. references: shown beside them."""
+
+    title: str
+    methods: tuple[str, ...]
+    seeds: int = 3
+    references: tuple[str, ...] = ()
+
+
+GROUPS = {
+    "main": Group("Basis against one LoRA", ("basis", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
+    "sizes": Group(
+        "Members and rank",
+        ("basis", "lora_equal", "basis_4x16", "basis_8x8", "basis_32x2", "basis_4x4", "basis_8x4", "basis_32x4"),
+    ),
+    "router": Group(
+        "What the router sees and says", ("basis", "tanh", "grid_query", "difference_query", "internal", "silent")
+    ),
+}
