@@ -49,7 +49,7 @@ def default():
         root="embedded",  # a data set (docs/data.md), or "embedded": drawings that pip has installed
         held_out="",  # a second data set, of tasks that are evaluated, not trained on
         cache="local_data",  # where the embedded data set is built
-        quadrant_size=32,  # side of a, a', b and b' in the grid, pixels
+        quadrant_size=64,  # side of a, a', b and b' in the grid, pixels
         buckets=(),  # several (height, width) in its place, for pictures of several aspects (docs/data.md)
         caption_drop=0.05,  # share of captions that are left empty
         reverse_probability=0.0,  # share of analogies shown in reverse, a' -> a

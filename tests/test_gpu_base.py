@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import Conv, Linear
 from lorweb_jax.small_base.corpus import Corpus
 from lorweb_jax.training.optimizer import make_optimizer
@@ -217,3 +218,20 @@ def test_prepared_weights_are_taken_where_they_fit(script, tmp_path, monkeypatch
     assert set(taken) == set(given) and all(array.dtype == np.float32 for array in taken.values())
     np.savez(tmp_path / "editor.npz", **given | {next(iter(given)): np.ones(9)})
     assert script["prepared_weights"]("editor", partition) is None
+
+
+def test_numbers_of_the_prepared_configs(script):
+    configs = {"base_transformer": {"data": {"style": 0.12}, "train": {"batch": 6}, "job": "base_transformer"}}
+    script["change_field"](configs, "base_transformer.data.style=0.2")
+    script["change_field"](configs, "base_transformer.train.batch=8")
+    assert configs["base_transformer"] == {"data": {"style": 0.2}, "train": {"batch": 8}, "job": "base_transformer"}
+    for change in (
+        "base_transformer.data.stile=0.2",
+        "style=0.2",
+        "base_transformer.data=1",
+        "base_transformer.job.x=1",
+    ):
+        with pytest.raises(UserError, match="is no field"):
+            script["change_field"](configs, change)
+    with pytest.raises(UserError, match="'many', a number like 8"):
+        script["change_field"](configs, "base_transformer.train.batch=many")

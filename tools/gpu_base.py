@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
 
 from lorweb_jax.common.command_line import Parser, nonempty_path  # noqa: E402
-from lorweb_jax.common.errors import run_command  # noqa: E402
+from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
 
 VAE = Path("assets/small_kontext/vae")
 SECONDS_TO_END = 7  # for the last writing
@@ -48,7 +48,7 @@ UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are and twice as large
 
 
-def prepare(drawings_path: Path, vae: Path, initial: Path | None) -> None:
+def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[str]) -> None:
     """Writes what a machine without tokenizers, ml_collections and pydantic needs; and the tokenizers, into
     runs/base_transformer."""
     import runpy
@@ -67,6 +67,8 @@ def prepare(drawings_path: Path, vae: Path, initial: Path | None) -> None:
         name: runpy.run_path(f"configs/{name}.py")["get_config"]().to_dict()
         for name in ("base_vae", "base_transformer")
     }
+    for change in changes:
+        change_field(configs, change)
     length = configs["base_transformer"]["data"]["text_tokens"]
     drawings = load_sets(drawings_path)
     captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
@@ -95,6 +97,21 @@ def prepare(drawings_path: Path, vae: Path, initial: Path | None) -> None:
     print(
         f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut"
     )
+
+
+def change_field(configs: dict, change: str) -> None:
+    """`change`, such as base_transformer.data.style=0.2, in the configs {name: fields}; UserError for no such field."""
+    path, _, value = change.partition("=")
+    *outer, name = path.split(".")
+    fields = configs
+    for key in outer:
+        fields = fields.get(key, {}) if isinstance(fields, dict) else {}
+    if not outer or not isinstance(fields, dict) or name not in fields or isinstance(fields[name], dict):
+        raise UserError(f"{path!r} is no field; give one such as base_transformer.optimizer.learning_rate=5e-3", 2)
+    try:
+        fields[name] = type(fields[name])(value)
+    except ValueError:
+        raise UserError(f"{path} is {value!r}, a number like {fields[name]} was expected", 2) from None
 
 
 def finish(out: Path) -> None:
@@ -214,6 +231,13 @@ def main() -> None:
         type=nonempty_path,
         help="with --prepare: a folder of transformer, text_encoder and text_encoder_2 to go on from",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="with --prepare: a number in a config, such as base_transformer.optimizer.learning_rate=5e-3; repeatable",
+    )
     parser.add_argument("--groups", type=int, default=48, help="of examples in a step of the transformer (default: 48)")
     parser.add_argument(
         "--autoencoder",
@@ -233,7 +257,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
     if args.prepare:
-        prepare(args.drawings, args.vae, args.initial)
+        prepare(args.drawings, args.vae, args.initial, args.set)
     elif args.finish:
         finish(args.finish)
     else:

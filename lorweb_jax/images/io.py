@@ -199,10 +199,11 @@ def require_image_name(path: str | Path, size: tuple[int, int] | None = None) ->
         )
 
 
-def write_image(path: str | Path, image: np.ndarray, overwrite: bool = True) -> Path:
+def write_image(path: str | Path, image: np.ndarray, overwrite: bool = True, *, quality: int = 95) -> Path:
     """Write uint8 [H,W,3] in the format that the suffix says, whole or not at all; makes missing folders.
 
-    A file of this name is replaced; with `overwrite` False a free name beside it is taken. Returns where the image is.
+    A file of this name is replaced; with `overwrite` False a free name beside it is taken. `quality`, 1 to 100, is that
+    of JPEG and WebP. Returns where the image is.
     Raises UserError for an unknown suffix, another kind of array, or when the file cannot be written.
     """
     if not isinstance(path, str | os.PathLike):
@@ -211,6 +212,6 @@ def write_image(path: str | Path, image: np.ndarray, overwrite: bool = True) -> 
     require_image_name(path, image.shape[1::-1])
     kind = WRITTEN[Path(path).suffix.lower()]
     data = io.BytesIO()
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    options = {"JPEG": {"quality": quality, "subsampling": 0}, "WEBP": {"quality": quality}}.get(kind, {})
     Image.fromarray(image).save(data, kind, **options)
     return write_file(path, data.getvalue(), overwrite)

@@ -1,4 +1,4 @@
-"""The page of lorweb_jax.base_report: tables in Markdown, figures in JSON, sheets in PNG."""
+"""The page of lorweb_jax.base_report: tables in Markdown, figures in JSON, sheets in WebP."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.small_base import evaluation as base
 
 NAMES = ("red apple", "cat", "rocket", "house with garden", "grinning face", "sunflower", "robot", "sailboat")
+QUALITY = 75  # of the sheets, which may be large
 
 
 def write_page(
@@ -33,7 +34,7 @@ def write_page(
     """Measure everything; returns what figures.json holds."""
     results = base.measure_edits(pipeline, base.choose_edits(drawings, per_cell, seed), steps=steps, seed=seed)
     figures = {"edits": edit_figures(results)}
-    write_image(out / "edits.png", edit_sheet(results))
+    write_image(out / "edits.webp", edit_sheet(results), quality=QUALITY)
     figures["text_to_image"] = _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed)
     figures["reconstruction"] = _reconstruction(pipeline, drawings, out, per_cell)
     write_json(out / "figures.json", figures)
@@ -85,7 +86,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
     by_style = np.resize(np.repeat(np.arange(len(STYLE_WORDS)), samples), len(kinds))
     per_kind = len(STYLE_WORDS) * samples
     write_image(
-        out / "kinds.png",
+        out / "kinds.webp",
         sheet(
             [
                 (f"a drawing of {with_article(kind)} in … style", images[k * per_kind : (k + 1) * per_kind : samples])
@@ -93,12 +94,13 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
             ],
             list(STYLE_WORDS.values()),
         ),
+        quality=QUALITY,
     )
 
     names = [name for name in NAMES if name in drawings.names]
     titles = [f"a drawing of {with_article(name)} in {word} style" for name in names for word in STYLE_WORDS.values()]
     columns, count = list(STYLE_WORDS.values()), len(STYLE_WORDS)
-    for file, size in (("names.png", side), ("names_large.png", 2 * side)):
+    for file, size in (("names.webp", side), ("names_large.webp", 2 * side)):
         images = base.draw(pipeline, titles, size, steps=steps, cfg=cfg, seed=seed + 1)
         held_out = {name for name, out_ in zip(drawings.names, drawings.held_out) if out_}
         write_image(
@@ -110,6 +112,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
                 ],
                 columns,
             ),
+            quality=QUALITY,
         )
     return {
         "samples": len(captions),
@@ -142,7 +145,7 @@ def _reconstruction(pipeline, drawings, out, most: int) -> dict:
     figures["mean_of_drawings"] = {
         key: round(float(np.mean([value[key] for value in drawn])), 2) for key in ("plain", "after_operations")
     }
-    write_image(out / "reconstruction.png", sheet(rows))
+    write_image(out / "reconstruction.webp", sheet(rows), quality=QUALITY)
     return figures
 
 
@@ -170,7 +173,7 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         "",
         _table("family", columns, edits["lpips"], lambda family, column: _both(edits, family, column)),
         "",
-        "![edits](edits.png)",
+        "![edits](edits.webp)",
         "",
         "## Text to image",
         "",
@@ -183,11 +186,11 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         "",
         "By style: " + ", ".join(f"{word} {share:.0%}" for word, share in text["right_by_style"].items()) + ".",
         "",
-        "![kinds](kinds.png)",
+        "![kinds](kinds.webp)",
         "",
         "By name, at a drawing's size and at the canvas's:",
         "",
-        "![names](names.png) ![names, large](names_large.png)",
+        "![names](names.webp) ![names, large](names_large.webp)",
         "",
         "## Reconstruction",
         "",
@@ -195,7 +198,7 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
         "",
         _table("set", ["plain", "after_operations"], autoencoder, lambda name, key: f"{autoencoder[name][key]:.1f}"),
         "",
-        "![reconstruction](reconstruction.png)",
+        "![reconstruction](reconstruction.webp)",
         "",
     ]
     return "\n".join(lines)
