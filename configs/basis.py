@@ -74,11 +74,11 @@ def default():
         guidance=2.5,
     )
 
-    config.train.steps = 1200
-    config.train.batch = 24
+    config.train.steps = 600
+    config.train.batch = 12
     config.train.log_every = 20
     config.train.checkpoint_every = 100
-    config.train.log_images_every = 400
+    config.train.log_images_every = 200
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"

@@ -46,7 +46,7 @@ def default():
         style="embedded:lines_pencil",
         condition="",  # a third image, which both are edits of (FLUX.1 Kontext's reference); "" learns from text alone
         cache="local_data",  # where embedded drawings are rendered
-        caption="sbu dog",  # of the content image
+        caption="a drawing of a sbu dog in openmoji style",  # of the content image
         style_words="in black lines",  # the stylised image's caption is the content's with these after it
         long_edge=64,  # pixels; both sides become multiples of 32
         augment=False,  # random ratio, crop and flip, the same for all images, as published
@@ -74,7 +74,8 @@ def default():
 
     # Images that are logged while training: change neither what is trained nor a checkpoint.
     config.evaluation = dict(
-        prompts=("cat", "apple", "house"),  # drawn by the base, and by the style with its words after them
+        # Drawn by the base, and by the style with its words after them.
+        prompts=tuple(f"a drawing of a {word} in openmoji style" for word in ("cat", "grinning face", "sailboat")),
         batch=8,  # images drawn at once
         steps=12,  # sampling steps
         guidance=3.5,

@@ -245,9 +245,9 @@ def _folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
     folders = []
     for split, root in args.data:
         if root == EMBEDDED:
-            from lorweb_jax.data.embedded.build import build_embedded_dataset
+            from lorweb_jax.data.embedded.build import embedded_dataset
 
-            built = build_embedded_dataset(args.cache / "embedded", args.cache / "drawings")
+            built = embedded_dataset(args.cache)
             prefix = f"{split}, " if split else ""
             folders += [(f"{prefix}seen tasks", built.heldout_drawings), (f"{prefix}unseen tasks", built.heldout_tasks)]
         else:

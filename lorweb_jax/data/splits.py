@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lorweb_jax.data.analogies import Task
-from lorweb_jax.data.embedded.build import build_embedded_dataset
+from lorweb_jax.data.embedded.build import embedded_dataset
 from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
 
@@ -14,7 +14,7 @@ def read_splits(config, problems: Problems) -> dict[str, list[Task]]:
     The embedded data set is built on the first call. Raises UserError for a folder without a usable task.
     """
     if config.data.root == "embedded":
-        data = build_embedded_dataset(Path(config.data.cache) / "embedded", Path(config.data.cache) / "drawings")
+        data = embedded_dataset(config.data.cache, config.data.quadrant_size)
         roots = {"train": data.train, "held_out_drawings": data.heldout_drawings, "held_out_tasks": data.heldout_tasks}
     else:
         roots = {"train": Path(config.data.root)}

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.locks import locked
-from lorweb_jax.data.embedded.drawings import Drawings, load_drawings
+from lorweb_jax.data.embedded.drawings import SIDE, Drawings, load_drawings
 from lorweb_jax.data.embedded.operations import HELD_OUT_TASKS, TRAINING_TASKS, Operation, on_white, operation
 from lorweb_jax.images.io import write_image
 
@@ -26,8 +26,13 @@ class EmbeddedDataset(NamedTuple):
     heldout_drawings: Path
 
 
+def embedded_dataset(cache: str | Path, size: int = SIDE) -> EmbeddedDataset:
+    """The data set of drawings of `size` pixels, in a folder of its own below `cache`; see build_embedded_dataset."""
+    return build_embedded_dataset(Path(cache) / f"embedded_{size}px", Path(cache) / "drawings", size)
+
+
 def build_embedded_dataset(
-    folder: str | Path, cache_folder: str | Path, size: int = 32, pairs_per_task: int = 40, seed: int = 0
+    folder: str | Path, cache_folder: str | Path, size: int = SIDE, pairs_per_task: int = 40, seed: int = 0
 ) -> EmbeddedDataset:
     """Write the data set below `folder` unless it is there; returns its roots.
 

