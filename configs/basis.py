@@ -124,6 +124,7 @@ def internal():
 def smoke():
     config = default()
     config.basis.size, config.basis.key_dim = 4, 16
+    config.data.quadrant_size = 32
     config.train.batch = 4
     config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.log_images_every = 4
     config.optimizer.warmup = 0
