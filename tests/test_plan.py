@@ -251,7 +251,7 @@ def test_a_pair_of_adapters():
     assert memory["basis"] == trained + frozen and memory["gradients"] == trained and frozen
     assert 0 <= memory["optimizer"] - 2 * trained <= 16
     table = report.table(plan)
-    assert "batch 4 in 2 parts, 32 + 16 tokens, 2 passes" in table and "adapters, trained" in table
+    assert "batch 4 in 2 parts, 32 + 20 tokens, 2 passes" in table and "adapters, trained" in table
     assert 0 <= plan.work.recomputed < 0.1 * plan.work.model
     # Shapes of what the job makes of its images, which a plan doesn't read.
     images = PairBatches(Augmentation([np.zeros((64, 64, 3), np.uint8)] * 3, 64), pair_smoke()).at(0)["images"]
