@@ -131,10 +131,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="keep the transformer's blocks in 8 bit, half of bfloat16's memory (default: none)",
     )
     parser.add_argument(
+        "--unstacked",
+        action="store_true",
+        help="give each of the transformer's blocks arrays of its own: faster steps on a GPU, longer compiling; for "
+        "many images",
+    )
+    parser.add_argument(
         "--round-to-bfloat16",
         action="store_true",
         help="round timestep and guidance as the published pipeline does, to compare pixel by pixel",
     )
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What Pipeline.load takes of `add_model_options`."""
+    return {name: getattr(args, name) for name in ("dtype", "attention", "quantization", "unstacked")}
 
 
 def member(text: str) -> tuple[str, float]:
@@ -253,9 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
             fit_to_model(within(image, args.max_size), name="image")
     from lorweb_jax.pipeline.pipeline import Pipeline
 
-    pipeline = Pipeline.load(
-        args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention, quantization=args.quantization
-    )
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
         _require_members(pipeline, args.basis, args.member or ())

@@ -31,6 +31,7 @@ from lorweb_jax.edit import (
     add_model_options,
     add_pipeline,
     is_analogy,
+    model_options,
     progress,
     require_used,
     size,
@@ -260,9 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for style in args.style
     ]
-    pipeline = Pipeline.load(
-        args.pipeline, args.image_encoder, dtype=args.dtype, attention=args.attention, quantization=args.quantization
-    )
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
     work = Work(pipeline, styles, args, [(*example, picture) for picture in pictures] if example else pictures)

@@ -1,4 +1,4 @@
-"""Attention's implementations and rope's two forms against each other; GPU and TPU kernels emulated or skipped."""
+"""Attention's implementations and rope's forms against their formulas; GPU and TPU kernels emulated or skipped."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from compare import relative
 from jax.experimental.pallas import tpu as pltpu
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.models.flux1.embeddings import _rotate_lanes, _rotate_pairs, rotary
+from lorweb_jax.models.flux1.embeddings import _rotate_lanes, _rotate_pairs, _rotate_swapped, rotary, rotate
 from lorweb_jax.nn.attention import attend, candidates, choose, fastest, resolve
 
 
@@ -29,10 +29,21 @@ def test_the_tpu_kernel_is_the_formula(tokens):
     assert relative(attend(*inputs, "xla"), expected) <= 1e-5
 
 
-def test_rope_in_lanes_equals_rope_in_pairs():
-    x = jax.random.normal(jax.random.key(0), (2, 6, 3, 20))
-    rope = rotary(jnp.arange(18).reshape(6, 3), (4, 6, 10))
-    assert relative(_rotate_lanes(x, *rope), _rotate_pairs(x, *rope)) <= 1e-6
+@pytest.mark.parametrize("form", [_rotate_pairs, _rotate_swapped, _rotate_lanes])
+def test_rope_is_a_product_with_complex_numbers_in_every_form(form):
+    """Pairs as complex numbers in float64, times e^iφ; the transpose, which `rotate` writes itself, times e^−iφ."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 2, 6, 3, 20)).astype(np.float32)
+    cos, sin = rope = rotary(jnp.arange(18).reshape(6, 3), (4, 6, 10))
+    turn = (np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64))[None, :, None]
+
+    def turned(x, turn):
+        return (x.astype(np.float64).view(np.complex128) * turn).view(np.float64)
+
+    assert relative(form(jnp.asarray(x), *rope), turned(x, turn)) <= 1e-6
+    y, transpose = jax.vjp(rotate, jnp.asarray(x), rope)
+    assert relative(y, turned(x, turn)) <= 1e-6
+    assert relative(transpose(jnp.asarray(dy))[0], turned(dy, turn.conj())) <= 1e-6
+    assert relative(jax.vjp(form, jnp.asarray(x), *rope)[1](jnp.asarray(dy))[0], turned(dy, turn.conj())) <= 1e-6
 
 
 def test_auto_takes_what_runs_there():

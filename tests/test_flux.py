@@ -1,6 +1,7 @@
 """The transformer against diffusers' FluxTransformer2DModel (torch, float32) and the golden data."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import build, flat_state, shapes
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import REMAT_POLICIES
 from lorweb_jax.pipeline.pretrained import load_transformer
 
@@ -50,7 +52,9 @@ def test_rounding_like_the_published_pipeline(tmp_path):
     assert relative(found[True], found[False]) > 1e-3
 
 
-def test_equals_golden():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # proj_out's product joined, and in parts
+def test_equals_golden(platform, monkeypatch):
+    monkeypatch.setattr(sharding, "device_in_use", lambda: SimpleNamespace(platform=platform))
     config, parameters = load_transformer(golden_dir() / "tiny_pipeline" / "transformer")
     model = build(lambda: Flux(FluxConfig.from_json(config), rngs=nnx.Rngs(0)), parameters)
     with np.load(golden_dir() / "case_a.npz") as case:
@@ -60,7 +64,7 @@ def test_equals_golden():
             for name in ("base_output", "dbg/x_embedder", "dbg/context_embedder", "dbg/time_text_embed")
         }
     found = {
-        "base_output": velocity(model, values),
+        "base_output": jax.jit(lambda model, values: model(*values))(model, values),
         "dbg/x_embedder": model.x_embedder(jnp.asarray(values[0])),
         "dbg/context_embedder": model.context_embedder(jnp.asarray(values[1])),
         "dbg/time_text_embed": model.time_text_embed(*(jnp.asarray(values[index]) for index in (3, 4, 2))),
@@ -97,11 +101,26 @@ def test_remat_policies_and_unrolling_give_the_same_gradients():
         return flat_state(nnx.merge(graphdef, loss(state)))
 
     expected = gradients()
-    assert set(REMAT_POLICIES) == {"none", "full", "attention", "dots"}
-    for options in ({"remat": "full"}, {"remat": "attention"}, {"remat": "dots", "unroll": 2}):
+    policies = {"full": 1, "attention": 1, "outputs": 1, "dots": 2}
+    assert set(REMAT_POLICIES) == {"none", *policies}
+    for options in ({"remat": remat, "unroll": unroll} for remat, unroll in policies.items()):
         for path, found in gradients(**options).items():
             size = np.linalg.norm(expected[path])
             assert np.linalg.norm(found - expected[path]) <= TOLERANCE * max(size, 1e-3), (options, path)
+
+
+def test_unstacked_blocks_compute_the_same(tmp_path):
+    """Against diffusers; no weight is there twice."""
+    tiny = pytest.importorskip("tiny_flux")
+    theirs, values = tiny.theirs(), tiny.inputs()
+    ours = tiny.ours(theirs, tmp_path)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(ours)))
+    ours.unstack()
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(ours))) == size
+    kernel = ours.single_transformer_blocks.blocks[1].proj_out.kernel[...]
+    expected = theirs.single_transformer_blocks[1].proj_out.weight.detach().numpy().T
+    np.testing.assert_array_equal(kernel, expected)
+    assert relative(velocity(ours, [values[name] for name in INPUTS]), tiny.run(theirs, values)) <= TOLERANCE
 
 
 def test_real_model_has_the_published_number_of_parameters():

@@ -75,6 +75,17 @@ def test_folded_equals_low_rank(model, values):
     assert relative(velocity(fold(model, {}), first(values)), plain) == 0
 
 
+def test_folded_into_unstacked_blocks(theirs, model, values, tmp_path):
+    basis = trained(model, CONFIG)
+    mix = basis.adapters(basis.coefficients(jax.random.normal(jax.random.key(0), (1, 10))))
+    low_rank = velocity(model, first(values), mix)
+    unstacked = tiny.ours(theirs, tmp_path)
+    unstacked.unstack()
+    assert relative(velocity(unstacked, first(values), mix), low_rank) <= TOLERANCE
+    assert relative(velocity(fold(unstacked, mix), first(values)), low_rank) <= TOLERANCE
+    assert relative(velocity(unstacked, first(values)), velocity(model, first(values))) <= TOLERANCE
+
+
 def test_different_analogies_in_a_batch(model, values):
     basis = trained(model, CONFIG)
     query = jax.random.normal(jax.random.key(0), (2, 10))

@@ -2,7 +2,7 @@
 
   tools/benchmark.py                                       the small base, one sampling step
   tools/benchmark.py --quant=none,int8,fp8                 the same, the frozen weights also in 8 bit
-  tools/benchmark.py --size=mid --what=train --threads=2 --remat=none,full,attention,dots
+  tools/benchmark.py --size=mid --what=train --threads=2 --remat=none,full,attention,outputs,dots
                                                            training a 0.16 B model, and what each remat policy costs
   tools/benchmark.py --size=kontext                        FLUX.1 Kontext's real sizes, bfloat16: a GPU of 80 GB
   tools/benchmark.py --size=kontext --what=train --moments=float32,int8
@@ -102,10 +102,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--remat",
-        type=one_or_more("none", "full", "attention", "dots"),
+        type=one_or_more("none", "full", "attention", "outputs", "dots"),
         metavar="POLICY,…",
         help="what the backward pass computes again, training only: none, full (all of a block), "
-        "attention (all but attention), dots (all but products) (default: none; full for kontext)",
+        "attention (all but attention), outputs (all but attention and the products that end a branch), dots (all but "
+        "products and attention) (default: none; full for kontext)",
     )
     parser.add_argument(
         "--moments",

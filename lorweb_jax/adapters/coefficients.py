@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lorweb_jax.adapters.router import Router, internal_query
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
+from lorweb_jax.nn.layers import Input, parts
 from lorweb_jax.settings.rules import shown
 
 # Router parameters of a stack of layers: keys [l, n, k], and projection [l, k, q] or None.
@@ -79,9 +80,10 @@ class Internal:
     def query_width(self, inputs: int) -> int:
         return inputs
 
-    def of_input(self, parameters: RouterParameters, x: jax.Array, text_tokens: int) -> jax.Array:
+    def of_input(self, parameters: RouterParameters, x: Input, text_tokens: int) -> jax.Array:
         """c [b, n] for one layer's input x [b, s, i] or [b, i], whose first tokens are text."""
-        return self.router(internal_query(x, text_tokens, self.query_mode, self.pooling), *parameters)
+        query = [internal_query(part, text_tokens, self.query_mode, self.pooling) for part in parts(x)]
+        return self.router(jnp.concatenate(query, axis=-1), *parameters)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """A mix folded into the weights: W + scale · Σ_n c_n A_n B_n (method.md §3); a step then costs what the base costs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.nn.layers import Linear, Scale
+from lorweb_jax.nn.layers import Linear, Scale, Unstacked
 
 
 def can_fold(module: nnx.Module) -> bool:
@@ -16,18 +14,23 @@ def can_fold(module: nnx.Module) -> bool:
     return not jax.tree.leaves(nnx.state(module, Scale))
 
 
-def layer_at(module: nnx.Module, path: str) -> Linear:
-    """The layer, or stack of layers, at a dotted path."""
-    return functools.reduce(getattr, path.split("."), module)
+def layers_at(module: nnx.Module, path: str) -> list[Linear]:
+    """The one layer, or stack of layers, at a dotted path; of an Unstacked, each block's layer."""
+    layers = [module]
+    for name in path.split("."):
+        if isinstance(layers[0], Unstacked) and not hasattr(layers[0], name):
+            layers = list(layers[0].blocks)
+        layers = [getattr(each, name) for each in layers]
+    return layers
 
 
 def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
     """A module whose linear layers, by path, have the updates added to their kernels; all else is `module`'s own.
 
     Every mix must be of one example (coeff [l, 1, n]), l = 1 for a layer outside the stacks, whose kernel is [i, o].
-    Kernels keep their dtype; the sum is computed in float32, one
-    layer at a time, so that beside the new kernels a single layer's update is held. Raises UserError for 8-bit
-    kernels, whose codes are coarser than the update: see `can_fold`.
+    Kernels keep their dtype; the sum is computed in float32, one layer at a time, so that beside the new kernels a
+    single layer's update is held. Raises UserError for 8-bit kernels, whose codes are coarser than the update: see
+    `can_fold`.
     """
     if not can_fold(module):
         raise UserError(
@@ -38,10 +41,14 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
     graphdef, state = nnx.split(module)
     folded = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     for path, mix in mixes.items():
-        layer = layer_at(folded, path)
-        kernel = layer.kernel[...]
-        kernel_lio = kernel.reshape(-1, *kernel.shape[-2:])
-        layer.kernel.set_value(_updated(kernel_lio, mix).reshape(kernel.shape))
+        layers = layers_at(folded, path)
+        mixes_of = (
+            [mix] if len(layers) == 1 else [jax.tree.map(lambda x: x[i : i + 1], mix) for i in range(len(layers))]
+        )
+        for layer, own in zip(layers, mixes_of, strict=True):
+            kernel = layer.kernel[...]
+            kernel_lio = kernel.reshape(-1, *kernel.shape[-2:])
+            layer.kernel.set_value(_updated(kernel_lio, own).reshape(kernel.shape))
     return folded
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lorweb_jax.adapters.coefficients import Internal
 from lorweb_jax.nn import sharding
-from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.nn.layers import Adapter, Input, parts, sum_of_products
 
 
 @jax.tree_util.register_dataclass
@@ -26,16 +26,17 @@ class LowRankAdapter:
     coeff_bn: jax.Array
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
-    def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
+    def __call__(self, x: Input, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
+        dtype, tokens = parts(x)[0].dtype, tuple(range(1, parts(x)[0].ndim - 1))
         # Members split over devices are gathered here, one layer at a time and in the dtype of the product.
-        a = sharding.constrain(self.a_nir.astype(x.dtype), None, sharding.ANY, None)
-        b = sharding.constrain(self.b_nro.astype(x.dtype), None, None, sharding.ANY)
-        c = jnp.expand_dims(self.scale * self.coeff_bn, tuple(range(1, x.ndim - 1))).astype(x.dtype)
+        a = sharding.constrain(self.a_nir.astype(dtype), None, sharding.ANY, None)
+        b = sharding.constrain(self.b_nro.astype(dtype), None, None, sharding.ANY)
+        c = jnp.expand_dims(self.scale * self.coeff_bn, tokens).astype(dtype)
         # Eq. 4 as "bsi,nir,bn,nro->bso", or "bi,nir,bn,nro->bo", from the left to the right: two products of inner
         # width n·r, as wide as the hardware likes. The updates A_n B_n [i, o] of the weights are never formed.
-        h = jnp.einsum("b...i,nir->b...nr", x, a) * c[..., None]
-        return jnp.einsum("b...nr,nro->b...o", h, b)
+        h = sum_of_products(x, a, lambda part, rows: jnp.einsum("b...i,nir->b...nr", part, rows), axis=1)
+        return jnp.einsum("b...nr,nro->b...o", h * c[..., None], b)
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +46,7 @@ class AdapterSum:
 
     parts: tuple[Adapter, ...]
 
-    def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
+    def __call__(self, x: Input, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
         return sum(part(x, text_tokens) for part in self.parts)
 
@@ -72,10 +73,10 @@ class RoutedAdapter:
     scale: float = dataclasses.field(metadata={"static": True})
     internal: Internal = dataclasses.field(metadata={"static": True})
 
-    def coefficients(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
+    def coefficients(self, x: Input, text_tokens: int = 0) -> jax.Array:
         """c [b, n] for the layer's input x."""
         return self.internal.of_input((self.keys_nk, self.projection_ki), x, text_tokens)
 
-    def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
+    def __call__(self, x: Input, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
         return LowRankAdapter(self.a_nir, self.b_nro, self.coefficients(x, text_tokens), self.scale)(x)

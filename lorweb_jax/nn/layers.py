@@ -4,6 +4,9 @@ Parameters may be stored in one dtype and used in another: a layer computes in t
 except normalisation statistics, which are always float32.
 """
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -12,13 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lorweb_jax.nn import sharding
+from lorweb_jax.nn.attention import SAVED
 from lorweb_jax.nn.quantization import product, quantize
 
+M = TypeVar("M", bound=nnx.Module)
+# A linear layer's input [.., i]: one array, or several whose features stand side by side (`sum_of_products`).
+Input = jax.Array | tuple[jax.Array, ...]
 # What a linear layer may be given on top of its product: `adapter(x, text_tokens)` returns an update of
 # the same shape as the layer's output. `text_tokens` says how many of x's leading tokens are text tokens
 # that precede image tokens (0 where the stream holds one kind).
-M = TypeVar("M", bound=nnx.Module)
-Adapter = Callable[[jax.Array, int], jax.Array]
+Adapter = Callable[[Input, int], jax.Array]
 
 
 class Weight(nnx.Variable):
@@ -65,17 +71,37 @@ class Linear(nnx.Module):
         self.scale = None if scale is None else Scale(scale, axes=kernel_axes)
         self.bias = Weight(jnp.zeros((out_features,), jnp.float32), axes=bias_axes) if bias else None
 
-    def __call__(self, x: jax.Array, adapter: Adapter | None = None, text_tokens: int = 0) -> jax.Array:
+    def __call__(self, x: Input, adapter: Adapter | None = None, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] or [b, i] -> [b, s, o] or [b, o]."""
         if self.scale is None:
-            y = x @ self.kernel[...].astype(x.dtype)
+            y = sum_of_products(x, self.kernel[...], lambda part, rows: part @ rows.astype(part.dtype))
         else:
-            y = product(x, self.kernel[...], self.scale[...])
+            scale = self.scale[...]
+            y = sum_of_products(x, self.kernel[...], lambda part, codes: product(part, codes, scale))
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + self.bias[...].astype(y.dtype)
         if adapter is not None:
             y = y + adapter(x, text_tokens)
         return y
+
+
+def parts(x: Input) -> tuple[jax.Array, ...]:
+    """The arrays that a linear layer's input consists of."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def sum_of_products(
+    x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], axis: int = 0
+) -> jax.Array:
+    """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel, whose inputs lie along
+    `axis`. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its gradients
+    takes them less than two."""
+    if not isinstance(x, tuple):
+        return product(x, kernel)
+    if sharding.device_in_use().platform == "cpu":
+        return product(jnp.concatenate(x, axis=-1), kernel)
+    ends = list(itertools.accumulate(part.shape[-1] for part in x))
+    return functools.reduce(operator.add, map(product, x, jnp.split(kernel, ends[:-1], axis)))
 
 
 class Conv(nnx.Module):
@@ -184,6 +210,28 @@ def stacked(make: Callable[[nnx.Rngs], M], depth: int, rngs: nnx.Rngs) -> M:
     return build(rngs)
 
 
+class Unstacked(nnx.Module):
+    """A stack whose blocks have arrays of their own: `blocks` lists them, without the layers named in `whole`, which
+    are attributes here, stacked as before.
+
+    A scan copies each block's weights out of the stack before a product reads them; here nothing is copied, and as many
+    blocks are compiled as there are. The stack's other arrays are deleted, one after the other, as they are taken
+    apart, so that no more than one of them is there twice: the stack can't be used any more.
+    """
+
+    def __init__(self, stack: nnx.Module, whole: Collection[str] = ()):
+        for name in whole:
+            setattr(self, name, getattr(stack, name))
+            delattr(stack, name)
+        graphdef, state = nnx.split(stack)
+        leaves, structure = jax.tree.flatten(state)
+        slices = []
+        for leaf in leaves:
+            slices.append(jax.block_until_ready(tuple(leaf)))
+            leaf.delete()
+        self.blocks = nnx.List([nnx.merge(graphdef, structure.unflatten(block)) for block in zip(*slices)])
+
+
 def map_stack(stack: nnx.Module, f: Callable[[nnx.Module, Any], jax.Array], xs: Any = None) -> jax.Array:
     """f(block, xs[block]) of all blocks of a stack at once, [l, …]: one batched product where a scan has l."""
     graphdef, state = nnx.split(stack)
@@ -201,12 +249,34 @@ def stack_outputs(stack: nnx.Module, x: jax.Array) -> tuple[jax.Array, ...]:
     return (x, *jax.lax.scan(step, x, state)[1])
 
 
-# What the backward pass of a scanned block may keep; everything else is recomputed.
+# What the backward pass of a scanned block may keep has one of these names (jax.ad_checkpoint.checkpoint_name): what
+# attention is (attention.SAVED), and the products that end a block's branches. Those are added to the block's input
+# times a gate, whose gradient asks for them: recomputing them alone recomputes all of the block.
+OUTPUTS = "outputs"
+
+
+def _policy(*names: str, products: bool = False) -> Callable[..., bool]:
+    """Keeps values of these names and cuDNN's forward attention with its log-sum-exp, which jax gives no name and
+    without which attention would run again; with `products`, those of all linear layers too."""
+    policies = [jax.checkpoint_policies.save_only_these_names(*names)]
+    if products:
+        policies.append(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+    def keeps(primitive: Any, *args: Any, **parameters: Any) -> bool:
+        if primitive.name.startswith("dot_product_attention_fwd"):
+            return True
+        return any(policy(primitive, *args, **parameters) for policy in policies)
+
+    return keeps
+
+
+# By how much they keep, most first; everything else is recomputed.
 REMAT_POLICIES = {
     "none": None,
+    "dots": _policy(SAVED, products=True),
+    "outputs": _policy(SAVED, OUTPUTS),
+    "attention": _policy(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -221,13 +291,17 @@ def scan_stack(
     remat: str = "none",
     unroll: int = 1,
 ) -> Any:
-    """carry after `carry = body(block, carry, xs[block])` for each block of a stack made by `stacked`.
+    """carry after `carry = body(block, carry, xs[block])` for each block of a stack made by `stacked`, or Unstacked.
 
     Layers named in `without` are not scanned over: the body must not use them. `prepare` is applied to a block's
     weights as a step begins. `remat` names an entry of REMAT_POLICIES; "none" keeps every intermediate for the
-    backward pass.
+    backward pass. `unroll`: how many blocks of a stack are compiled side by side.
     """
-    graphdef, unused, state = nnx.split(stack, lambda path, _: path[0] in without, ...)
+    if isinstance(stack, Unstacked):
+        [graphdef, *_], states = zip(*map(nnx.split, stack.blocks))
+        unused = nnx.State({})
+    else:
+        graphdef, unused, states = nnx.split(stack, lambda path, _: path[0] in without, ...)
 
     def step(carry, slices):
         block_state, block_xs = slices
@@ -236,4 +310,8 @@ def scan_stack(
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(step, carry, (state, xs), unroll=unroll)[0]
+    if isinstance(stack, Unstacked):
+        for index, state in enumerate(states):
+            carry, _ = step(carry, (state, jax.tree.map(lambda x: x[index], xs)))
+        return carry
+    return jax.lax.scan(step, carry, (states, xs), unroll=unroll)[0]

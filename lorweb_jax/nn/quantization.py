@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.nn.sharding import device_in_use
 
 KINDS = ("none", "int8", "fp8")
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -86,8 +87,7 @@ def multiplies_fp8() -> bool:
 
     Asked of the mesh in context, so that compiling for a topology elsewhere gets what will run there.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+    device = device_in_use()
     if device.platform == "tpu":
         return "7" in device.device_kind
     if device.platform in ("gpu", "cuda"):

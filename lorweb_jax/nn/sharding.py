@@ -240,6 +240,12 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def device_in_use() -> Any:
+    """A device of the mesh in context, which need not be this machine's, or this machine's first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+
+
 ANY = P.UNCONSTRAINED  # in `constrain`: whatever the partitioner likes best
 
 

@@ -15,11 +15,17 @@ from lorweb_jax.nn.quantization import KINDS
 from lorweb_jax.pipeline.arguments import as_dtype, as_path
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
-from lorweb_jax.settings.rules import Choice, as_value
+from lorweb_jax.settings.rules import Choice, Flag, as_value
 
 
 def load(
-    folder: str | Path, image_encoder: str | Path | None, *, dtype: Any, attention: str, quantization: str
+    folder: str | Path,
+    image_encoder: str | Path | None,
+    *,
+    dtype: Any,
+    attention: str,
+    quantization: str,
+    unstacked: bool,
 ) -> tuple[PipelineFolder, AnalogyModel]:
     """See Pipeline.load. All weights lie on this process's first device."""
     quantization = as_value(quantization, "quantization", Choice(KINDS))
@@ -40,4 +46,7 @@ def load(
         return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
 
     targets = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in shapes.items()}
-    return pipeline, fill(model, pipeline.read(targets), str(folder))
+    model = fill(model, pipeline.read(targets), str(folder))
+    if as_value(unstacked, "unstacked", Flag()):
+        model.transformer.unstack()
+    return pipeline, model

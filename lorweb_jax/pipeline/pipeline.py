@@ -74,16 +74,22 @@ class Pipeline:
         dtype: Any = "float32",
         attention: str = "auto",
         quantization: str = "none",
+        unstacked: bool = False,
     ) -> "Pipeline":
         """From a folder in diffusers' layout.
 
         image_encoder: the router's image encoder (CLIP ViT-L/14 or SigLIP2 folder); default `folder`/clip_vision.
         dtype: what weights of transformer and text encoders are kept and computed in. attention, quantization: see
-        Flux; nothing is folded into a quantised transformer.
+        Flux; nothing is folded into a quantised transformer. unstacked: each block has arrays of its own, from which
+        steps on a GPU are some per cent faster; each block is compiled, which takes longer.
         Raises UserError for missing, truncated, damaged or foreign files, with the difference where keys don't match,
         and for weights that are not finite.
         """
-        return cls(*loading.load(folder, image_encoder, dtype=dtype, attention=attention, quantization=quantization))
+        return cls(
+            *loading.load(
+                folder, image_encoder, dtype=dtype, attention=attention, quantization=quantization, unstacked=unstacked
+            )
+        )
 
     def attach(self, basis: Basis | str | Path, config: str | Path | None = None) -> "Pipeline":
         """A pipeline with this basis: a Basis, a run's folder, a published basis, or an ordinary LoRA's file.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorweb_jax.adapters.basis import Basis
-from lorweb_jax.adapters.fold import fold, layer_at
+from lorweb_jax.adapters.fold import fold, layers_at
 from lorweb_jax.adapters.mixture import added
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import Adapter
@@ -53,7 +53,7 @@ class Session:
         self._model, self._own = pipeline.model, ()
         if folded:
             transformer = fold(pipeline.model.transformer, basis.adapters(coefficients))
-            self._own = tuple(layer_at(transformer, path).kernel[...] for path in coefficients)
+            self._own = tuple(layer.kernel[...] for path in coefficients for layer in layers_at(transformer, path))
             self._model, self._basis = pipeline.model.replace(transformer=transformer), None
 
     def edit(

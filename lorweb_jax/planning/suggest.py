@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.nn.layers import REMAT_POLICIES
 from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan, arguments, make_program
@@ -44,7 +45,7 @@ def faster(config, plan: Plan) -> list[Change]:
     """Of a plan that fits, the policy that recomputes least and still fits with a tenth to spare; none or one."""
     if plan.program.what != "train":
         return []
-    estimator, order = _Estimator(plan), ("none", "dots", "attention", "full")
+    estimator, order = _Estimator(plan), tuple(REMAT_POLICIES)
     offset = plan.peak - estimator.bytes(config)
     for remat in order[: order.index(config.remat)]:
         change = Change({"remat": remat}, estimator.changed(config, {"remat": remat}) + offset)
@@ -82,7 +83,7 @@ class _Estimator:
 def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
     training = plan.program.what == "train"
     if training and config.remat != "full":
-        for remat in ("dots", "attention", "full"):
+        for remat in list(REMAT_POLICIES)[1:]:
             if remat != config.remat:
                 yield {"remat": remat}
     if config.train.param_dtype == "float32":

@@ -88,8 +88,9 @@ def add_computation(config: ConfigDict) -> None:
     """The fields that say how a job computes over a frozen transformer."""
     config.compute_dtype = "float32"
     config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
-    # What the backward pass recomputes: none, dots (all but products), attention (all but attention), full (everything
-    # inside a block).
+    # What the backward pass recomputes, the least first: none, dots (all but products and attention), outputs (all but
+    # attention and the products that end a block's branches), attention (all but attention), full (all of a block).
+    # `python -m lorweb_jax.plan` lists the memory of each.
     config.remat = "none"
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
     config.unroll = 8  # blocks compiled side by side

@@ -65,7 +65,7 @@ _FROZEN: dict[str, Rule] = {
     "guidance": GUIDANCE,
     "compute_dtype": _DTYPE,
     "quantization": Choice(("none", "int8", "fp8")),
-    "remat": Choice(("none", "dots", "attention", "full")),
+    "remat": Choice(("none", "dots", "outputs", "attention", "full")),
     "attention": Choice(("auto", "xla", "cudnn", "pallas")),
     "unroll": _LAYERS,
 }

@@ -8,12 +8,13 @@ name of a linear layer in the block to what is added to that layer's product. `m
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lorweb_jax.models.backbone import MakeLinear
 from lorweb_jax.models.flux1.embeddings import rotate
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import attend
-from lorweb_jax.nn.layers import Adapter, Linear, RMSNorm, layer_norm
+from lorweb_jax.nn.layers import OUTPUTS, Adapter, Linear, RMSNorm, layer_norm
 
 Additions = dict[str, Adapter]
 Modulations = dict[str, jax.Array]
@@ -47,7 +48,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, add: Additions, name: str) -> jax.Array:
         hidden = gelu(self.net_0_proj(x, add.get(f"{name}.net_0_proj")))
         hidden = sharding.constrain(hidden, "batch", None, "hidden")
-        return self.net_2(hidden, add.get(f"{name}.net_2"))
+        return checkpoint_name(self.net_2(hidden, add.get(f"{name}.net_2")), OUTPUTS)
 
 
 def _joined(out: jax.Array) -> jax.Array:
@@ -82,10 +83,9 @@ class JointAttention(nnx.Module):
         v = jnp.concatenate([project(text, "add_v_proj"), project(image, "to_v")], 1)
         out = _joined(attend(rotate(q, rope), rotate(k, rope), v, self.implementation))
         length = text.shape[1]
-        return (
-            self.to_out_0(out[:, length:], add.get("attn.to_out_0")),
-            self.to_add_out(out[:, :length], add.get("attn.to_add_out")),
-        )
+        image = self.to_out_0(out[:, length:], add.get("attn.to_out_0"))
+        text = self.to_add_out(out[:, :length], add.get("attn.to_add_out"))
+        return checkpoint_name(image, OUTPUTS), checkpoint_name(text, OUTPUTS)
 
 
 class DoubleBlock(nnx.Module):
@@ -152,8 +152,9 @@ class SingleBlock(nnx.Module):
         normed = modulate(x, shift, scale)
         hidden = gelu(self.proj_mlp(normed, add.get("proj_mlp"), text_tokens))
         hidden = sharding.constrain(hidden, "batch", None, "hidden")
-        joined = jnp.concatenate([self.attn(normed, rope, add, text_tokens), hidden], axis=-1)
-        return x + gate[:, None] * self.proj_out(joined, add.get("proj_out"), text_tokens)
+        attended = self.attn(normed, rope, add, text_tokens)
+        update = checkpoint_name(self.proj_out((attended, hidden), add.get("proj_out"), text_tokens), OUTPUTS)
+        return x + gate[:, None] * update
 
 
 class OutputNorm(nnx.Module):

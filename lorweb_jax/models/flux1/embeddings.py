@@ -81,9 +81,29 @@ def rotary(ids_s3: jax.Array, axes_dims: tuple[int, ...], theta: float = 10_000.
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.custom_vjp
 def rotate(x_bsha: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate neighbouring channel pairs of x [b, s, heads, a] by the angles of `rotary`; in float32."""
-    return jax.lax.platform_dependent(x_bsha, *rope, tpu=_rotate_lanes, default=_rotate_pairs)
+    """Rotate neighbouring channel pairs of x [b, s, heads, a] by the angles of `rotary`; in float32.
+
+    No gradient reaches `rope`.
+    """
+    return jax.lax.platform_dependent(
+        x_bsha, *rope, tpu=_rotate_lanes, cuda=_rotate_swapped, rocm=_rotate_swapped, default=_rotate_pairs
+    )
+
+
+def _rotate_forward(x, rope):
+    return rotate(x, rope), rope
+
+
+def _rotate_backward(rope, dy):
+    # A rotation's transpose is the rotation back: as fast as the way there, where the derivative of a stack or a roll
+    # is a chain of pads and slices, and nothing of one platform's form is kept for another's.
+    cos, sin = rope
+    return rotate(dy, (cos, -sin)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -91,6 +111,14 @@ def _rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_swapped(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The same as (x₀, x₁) cos + (x₁, x₀) (−sin, sin), which GPUs write in one pass with what comes before."""
+    cos, sin = (part[None, :, None, :, None] for part in (cos, sin))
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = pairs * cos + pairs[..., ::-1] * (sin * jnp.float32([-1, 1]))
     return turned.reshape(x.shape).astype(x.dtype)
 
 

@@ -12,7 +12,7 @@ from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.embeddings import TimeTextEmbedding, rotary
 from lorweb_jax.models.flux1.record import DOUBLE, SINGLE, backbone
 from lorweb_jax.nn import sharding
-from lorweb_jax.nn.layers import Adapter, map_stack, scan_stack, stacked
+from lorweb_jax.nn.layers import Adapter, Unstacked, map_stack, scan_stack, stacked
 
 
 class Modulations(NamedTuple):
@@ -59,6 +59,13 @@ class Flux(nnx.Module):
         self.single_transformer_blocks = blocks(SingleBlock, SINGLE, config.num_single_layers)
         self.norm_out = OutputNorm(linear)
         self.proj_out = linear("proj_out")
+
+    def unstack(self) -> None:
+        """Give each block arrays of its own (layers.Unstacked), but for the modulations: sampling on a GPU is faster so,
+        and compiling slower. Weights are moved, not copied."""
+        for stack, depth in self.backbone.stacks:
+            if depth:
+                setattr(self, stack, Unstacked(getattr(self, stack), self.modulation_names(stack)))
 
     @property
     def backbone(self) -> Backbone:
