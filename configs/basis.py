@@ -61,6 +61,13 @@ def default():
     # them from there and has no encoders on its devices. "" computes them in every step.
     config.precomputed = ""
 
+    # What may spread the work over the members, beside basis.normalised, .temperature, .temperature_mode and .key_scale;
+    # the published recipe has none of it.
+    config.routing = dict(
+        balance=0.0,  # weight in the loss of log n − H(mean share of the members over the batch), in nats
+        member_dropout=0.0,  # share of the members that each example and layer goes without in a training step
+    )
+
     config.loss_weight = "bell"  # by timestep: bell, as published, or uniform
     config.guidance = 1.0  # guidance input while training
     add_computation(config)

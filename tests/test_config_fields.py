@@ -108,6 +108,11 @@ def test_values_of_no_sense_for_every_field(config):
         ("basis.query_mode", ("aa'b", "")),
         ("basis.pooling", ("mean",)),
         ("basis.projection", ("mlp",)),
+        ("basis.temperature", (0, 0.0, 1e7)),
+        ("basis.temperature_mode", ("", "falling")),
+        ("basis.key_scale", (0.0,)),
+        ("routing.balance", (-0.1,)),
+        ("routing.member_dropout", (1.0, 1)),
         ("data.root", ("",)),
         ("data.cache", ("",)),
         ("data.held_out", ("folder",)),  # the root is embedded
@@ -182,6 +187,15 @@ def test_values_beyond_the_range_of_other_jobs(config, name, bad):
             "query_dim is 96; it must be None",
         ),
         ({"basis.query": "fixed", "basis.query_dim": 96}, "query_dim is 96; it must be None: a fixed query"),
+        (
+            {"basis.query": "internal", "basis.query_mode": "caa'b", "routing.balance": 0.1},
+            "routing.balance is 0.1; it must be 0, as config.basis.query is internal",
+        ),
+        (
+            {"basis.query": "internal", "basis.query_mode": "caa'b", "basis.temperature_mode": "annealed"},
+            "temperature_mode is 'annealed'; it must be fixed or learnt",
+        ),
+        ({"basis.query": "fixed", "basis.normalised": True}, "it must be False.*there is no router"),
         ({"basis.projection": "none", "basis.query_dim": 96}, "it must be config.basis.key_dim, which is 64"),
         ({"optimizer.name": "muon", "optimizer.moments": "int8"}, "muon keeps its averages in float32"),
         ({"mesh.data": -1}, "one of them can be -1"),
@@ -234,6 +248,8 @@ def test_a_field_that_is_missing():
         {"basis.encoder": "with spaces/é"},
         {"data.caption_drop": 1},
         {"basis.query": "fixed"},
+        {"basis.normalised": True, "basis.temperature": 0.5, "basis.temperature_mode": "annealed"},
+        {"routing.balance": 0.1, "routing.member_dropout": 0.5, "basis.key_scale": 0.1},
         {"data.root": "not_utf8_\udce9"},
     ],
 )

@@ -70,7 +70,7 @@ def _zeros(config: BasisConfig, arrays: Arrays, layer: AdaptedLayer) -> dict[str
         "b": np.zeros((layer.depth, config.size, config.rank, layer.outputs), np.float32),
     }
     example = next(iter(arrays.values()))
-    for part in ("keys", "projection"):
+    for part in ("keys", "projection", "log_temperature"):
         if part in example:
             zeros[part] = np.zeros((layer.depth, *example[part].shape[1:]), np.float32)
     return zeros

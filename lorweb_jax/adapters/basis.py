@@ -1,6 +1,7 @@
 """A learned basis of low-rank updates for stacks of linear layers, and the router's parameters (method.md §3)."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -60,9 +61,10 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
 
 
 class LayerBasis(nnx.Module):
-    """The basis of one stack of linear layers: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q].
+    """The basis of one stack of linear layers: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q],
+    and log_temperature [l] where that is learnt.
 
-    keys and projection are None without a router. A member of lower rank than r has zero columns of A and rows of B,
+    keys, projection and log_temperature are None without a router. A member of lower rank than r has zero columns of A and rows of B,
     one that adapts only some blocks has zeros for the others.
     """
 
@@ -79,17 +81,21 @@ class LayerBasis(nnx.Module):
             raise UserError(
                 f"basis.projection is none, but a query is {width} wide and key_dim is {k}; use projection linear", 2
             )
-        keys = projection = None
+        keys = projection = log_temperature = None
         if routed:
-            keys = BasisParam(jax.random.normal(rngs.params(), (depth, config.own, k), jnp.float32), axes=axes["keys"])
+            normal = jax.random.normal(rngs.params(), (depth, config.own, k), jnp.float32)
+            keys = BasisParam(normal if config.key_scale == 1.0 else normal * config.key_scale, axes=axes["keys"])
         if routed and linear:
             projection = BasisParam(_uniform(rngs.params(), (depth, k, width), width**-0.5), axes=axes["projection"])
-        self.keys, self.projection = keys, projection
+        if routed and config.temperature_mode == "learnt":
+            start = jnp.full((depth,), math.log(config.temperature), jnp.float32)
+            log_temperature = BasisParam(start, axes=())
+        self.keys, self.projection, self.log_temperature = keys, projection, log_temperature
 
     @property
     def router(self) -> RouterParameters:
-        """keys [l, n, k], and projection [l, k, q] or None."""
-        return self.keys[...], None if self.projection is None else self.projection[...]
+        parts = (self.keys, self.projection, self.log_temperature)
+        return RouterParameters(*(None if part is None else part[...] for part in parts))
 
 
 class Basis(nnx.Module):
@@ -103,16 +109,20 @@ class Basis(nnx.Module):
         self.config = config
         self.layers = nnx.Dict({path: LayerBasis(config, shape, rngs=rngs) for path, shape in layers.items()})
 
-    def coefficients(self, query_bq: jax.Array | None = None, batch: int = 1) -> dict[str, jax.Array] | None:
+    def coefficients(
+        self, query_bq: jax.Array | None = None, batch: int = 1, temperature_b: jax.Array | None = None
+    ) -> dict[str, jax.Array] | None:
         """Every stack's coefficients c [l, b, n], computed once for an analogy; None where layers compute them from
         their own input (query "internal").
 
         query_bq: the external query [b, q] or [b, tokens, width], of use to a routed basis. batch: b, where there is no
-        query. Raises UserError for a query of the wrong width.
+        query. temperature_b: of a routed basis's scores, of each example, while it is annealed. Raises UserError for a
+        query of the wrong width.
         """
         match self.config.coefficients:
             case Routed() as routed:
-                own = routed.of_stacks({path: layer.router for path, layer in self.layers.items()}, query_bq)
+                parameters = {path: layer.router for path, layer in self.layers.items()}
+                own = routed.of_stacks(parameters, query_bq, temperature_b)
                 more = ((0, 0), (0, 0), (0, self.config.size - self.config.own))
                 return {path: jnp.pad(c, more) for path, c in own.items()} if self.config.appended else own
             case Fixed() as fixed:
@@ -216,7 +226,7 @@ class Basis(nnx.Module):
         return digest.hexdigest()[:16]
 
     def to_arrays(self) -> dict[str, dict[str, jax.Array]]:
-        """{path: {"a", "b", "keys", "projection"}}, what files hold; absent parts are left out."""
+        """{path: {"a", "b", "keys", "projection", "log_temperature"}}, what runs hold; absent parts are left out."""
         return {
             path: {name: param[...] for name, param in vars(layer).items() if isinstance(param, _PARAMS)}
             for path, layer in self.layers.items()

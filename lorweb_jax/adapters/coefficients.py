@@ -13,7 +13,7 @@ The rest of the package asks them three things:
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,13 @@ from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import Input, parts
 from lorweb_jax.settings.rules import shown
 
-# Router parameters of a stack of layers: keys [l, n, k], and projection [l, k, q] or None.
-RouterParameters = tuple[jax.Array, jax.Array | None]
+
+class RouterParameters(NamedTuple):
+    """Of a stack of layers: keys [l, n, k], projection [l, k, q] or None, log_temperature [l] where it is learnt."""
+
+    keys: jax.Array
+    projection: jax.Array | None
+    log_temperature: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +49,12 @@ class Routed:
         """q for a layer of so many inputs; None until the image encoder is known."""
         return self.query_dim
 
-    def of_stacks(self, parameters: Mapping[str, RouterParameters], query_bq: jax.Array) -> dict[str, jax.Array]:
+    def of_stacks(
+        self, parameters: Mapping[str, RouterParameters], query_bq: jax.Array, temperature_b: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """c [l, b, n] of every stack. A query of several tokens [b, tokens, width] is flattened.
 
+        temperature_b: what scores are divided by besides, of each example, while it is annealed.
         Raises UserError for a query of another width than `query_dim`.
         """
         query_bq = query_bq.reshape(query_bq.shape[0], -1)
@@ -58,8 +66,8 @@ class Routed:
         # Rows are few, projections many: rows travel, and every device works with its share of k.
         query_bq = sharding.constrain(query_bq, "vectors", None)
 
-        def stack(keys_lnk, projection_lkq):
-            c = jax.vmap(lambda keys, projection: self.router(query_bq, keys, projection))(keys_lnk, projection_lkq)
+        def stack(*of_layers):
+            c = jax.vmap(lambda *of_layer: self.router(query_bq, *of_layer, temperature_b))(*of_layers)
             return sharding.constrain(c, None, "batch", None)
 
         return {path: stack(*arrays) for path, arrays in parameters.items()}

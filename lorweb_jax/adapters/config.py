@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 # A file's basis may be larger than one that a config asks for; the words are the same.
 _RULES = {
-    **{name: BASIS[f"basis.{name}"] for name in ("activation", "reduction", "pooling", "query", "projection")},
+    **{
+        name: BASIS[f"basis.{name}"]
+        for name in (
+            *("activation", "reduction", "pooling", "query", "projection"),
+            *("normalised", "temperature", "temperature_mode", "key_scale"),
+        )
+    },
     **{name: Whole(1, 65_536) for name in ("size", "rank", "key_dim", "heads")},
     "query_dim": Whole(1, 2**31, also=(None,)),
     "scale": Real(-1e6, 1e6),
@@ -31,6 +37,9 @@ class BasisConfig:
     query_mode: which images or tokens the query is made of. pooling: "avg" or "max", of an internal query.
     projection: "linear" [k, q], or "none", where the query's width must equal k.
     scale: alpha / r.
+    normalised, temperature: see router.Router. temperature_mode: "fixed"; "learnt", one number a layer that begins at
+      `temperature`; or "annealed" while training, from `temperature` to 1, which it is afterwards. key_scale: standard
+      deviation of fresh keys. The published recipe has none of these, the published format no place for normalised.
     encoder: which image encoder makes the external query, a name or a folder; "" if unknown. encoder_sketch: of its
       weights (models/image_encoder/identity.py), or "".
     table: rows of fixed coefficients by name, {name: n numbers}, such as {"content": (1, 0), "style": (0, 1)}; the
@@ -52,6 +61,10 @@ class BasisConfig:
     projection: str = "linear"
     query_dim: int | None = 2304
     scale: float = 1.0
+    normalised: bool = False
+    temperature: float = 1.0
+    temperature_mode: str = "fixed"
+    key_scale: float = 1.0
     encoder: str = ""
     encoder_sketch: str = ""
     table: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -151,7 +164,8 @@ class BasisConfig:
 
         if self.query == "fixed":
             return Fixed(self.rows)
-        router = Router(self.heads, self.activation, self.reduction)
+        temperature = self.temperature if self.temperature_mode == "fixed" else 1.0
+        router = Router(self.heads, self.activation, self.reduction, self.normalised, temperature)
         if self.query == "internal":
             return Internal(router, self.query_mode, self.pooling)
         return Routed(router, self.query_mode, self.query_dim)

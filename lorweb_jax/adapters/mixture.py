@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from lorweb_jax.adapters.coefficients import Internal
+from lorweb_jax.adapters.coefficients import Internal, RouterParameters
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import Adapter, Input, parts, sum_of_products
 
@@ -70,12 +70,14 @@ class RoutedAdapter:
     b_nro: jax.Array
     keys_nk: jax.Array
     projection_ki: jax.Array | None
+    log_temperature: jax.Array | None
     scale: float = dataclasses.field(metadata={"static": True})
     internal: Internal = dataclasses.field(metadata={"static": True})
 
     def coefficients(self, x: Input, text_tokens: int = 0) -> jax.Array:
         """c [b, n] for the layer's input x."""
-        return self.internal.of_input((self.keys_nk, self.projection_ki), x, text_tokens)
+        parameters = RouterParameters(self.keys_nk, self.projection_ki, self.log_temperature)
+        return self.internal.of_input(parameters, x, text_tokens)
 
     def __call__(self, x: Input, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""

@@ -15,6 +15,8 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.adapters.basis import BasisConfig, BasisParam
+from lorweb_jax.adapters.formats.basis_file import unpublishable
+from lorweb_jax.adapters.sharing import drop_members, imbalance
 from lorweb_jax.common import fingerprint
 from lorweb_jax.data.analogies import Analogies, contents
 from lorweb_jax.data.buckets import quadrant_shapes
@@ -151,6 +153,7 @@ class BasisJob(Job):
         )
         if loader.bucketed:
             print(loader.bucketed.summary(), flush=True)
+        self._loader = loader
         return loader
 
     def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
@@ -166,6 +169,8 @@ class BasisJob(Job):
         precomputed."""
         # An example's two grids side by side, [b, 2, H, W, 3]: a split of the batch keeps them together.
         prepared = {"grids": np.stack([batch["target"], batch["condition"]], axis=1)}
+        if self.basis_config.temperature_mode == "annealed":
+            prepared["temperature"] = np.full(len(batch["target"]), self._temperature(), np.float32)
         if self.precomputed:
             prepared["text"], prepared["pooled"] = self.precomputed.prompt(list(batch["caption"]))
             query = self.precomputed.batch_query(batch["images"], batch["task"])
@@ -178,6 +183,11 @@ class BasisJob(Job):
                 self.basis_config.query_mode, list(batch["condition"]), self.folder.encoder.processor
             )
         return prepared
+
+    def _temperature(self) -> float:
+        """Of the step whose batch was read last: from basis.temperature to 1, falling or rising geometrically."""
+        done = self._loader.get_state()["batches"]
+        return self.basis_config.temperature ** max(0.0, 1 - (done - 1) / self.config.train.steps)
 
     def encode(self, model, batch):
         """Latents of target and condition [b, 2, h, w, c]; of what is not precomputed, text [b, t, j] and pooled [b,
@@ -197,6 +207,14 @@ class BasisJob(Job):
         noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
         height, width = (side * self.folder.vae_config.downscale for side in batch["latents"].shape[2:4])
         guidance = jnp.full(x0.shape[:1], self.config.guidance)
+        coefficients = model.basis.coefficients(batch.get("query"), x0.shape[0], batch.get("temperature"))
+        routing, metrics, penalty = self.config.routing, {}, 0.0
+        if routing.balance:
+            metrics["imbalance"] = imbalance(coefficients)
+            penalty = routing.balance * metrics["imbalance"]
+        if routing.member_dropout:
+            softmax = self.basis_config.activation == "softmax"
+            coefficients = drop_members(coefficients, jax.random.fold_in(key, 1), routing.member_dropout, softmax)
         velocity = model.velocity(
             noised.tokens_bsc,
             condition,
@@ -205,9 +223,9 @@ class BasisJob(Job):
             noised.time_b,
             guidance,
             (height, width),
-            model.adapters(batch.get("query"), x0.shape[0]),
+            model.basis.adapters(coefficients),
         )
-        return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0], {}
+        return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0] + penalty, metrics
 
     def log_images(self, model, step: int) -> dict[str, np.ndarray]:
         """For each split a, a′, b, the result and the truth; and which members of the basis each task uses."""
@@ -237,12 +255,15 @@ class BasisJob(Job):
         return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
 
     def finish(self, model, workdir: Path) -> None:
-        """Writes the basis in the published format (an ordinary LoRA if nothing is routed); then tables, sheets and a
-        list of unusable data files, whose failure doesn't end the run."""
+        """Writes the basis in the published format, if that can hold it (an ordinary LoRA if nothing is routed); then
+        tables, sheets and a list of unusable data files, whose failure doesn't end the run."""
         pipeline = Pipeline(self.folder, model, self.precomputed)
         config = model.basis.config
         if config.coefficients.has_router:
-            pipeline.save_basis(workdir / "export" / "basis.safetensors")
+            if reason := unpublishable(config):
+                print(f"no export: {reason}; this folder is as good as one for every command", flush=True)
+            else:
+                pipeline.save_basis(workdir / "export" / "basis.safetensors")
             if config.encoder_sketch:
                 write_json(workdir / ENCODER, {"name": config.encoder, "sketch": config.encoder_sketch})
         else:

@@ -24,7 +24,7 @@ from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.models.image_encoder.identity import Identity, identity, is_sketch, publishable
 
 ENCODER = "encoder.json"  # in a run's folder: which image encoder the basis was trained with
-_PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|projection)")
+_PARAMETER = re.compile(r"(?:.*\.)?layers\.(?P<path>.+)\.(?P<part>a|b|keys|projection|log_temperature)")
 
 
 def load_basis(

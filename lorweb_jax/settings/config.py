@@ -39,7 +39,16 @@ _MAY_CHANGE = frozenset(
     }
 )
 # Fields that saved configs may lack, as they are older, with the values that mean what was done then.
-_ADDED: dict[str, Any] = {"train.accumulate": 1, "data.buckets": []}
+_ADDED: dict[str, Any] = {
+    "train.accumulate": 1,
+    "data.buckets": [],
+    "basis.normalised": False,
+    "basis.temperature": 1.0,
+    "basis.temperature_mode": "fixed",
+    "basis.key_scale": 1.0,
+    "routing.balance": 0.0,
+    "routing.member_dropout": 0.0,
+}
 
 
 def may_change(field: str) -> bool:

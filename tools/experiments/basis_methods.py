@@ -60,6 +60,16 @@ METHODS = {
     "grid_query": Method("basis, one encoding of the 2×2 grid", {"basis.query_mode": "caa'b"}),
     "difference_query": Method("basis, query E(a′) − E(a)", {"basis.query_mode": "ca'-ca"}),
     "internal": Method("basis, each layer's own input", {"basis.query": "internal", "basis.query_mode": "aa'bb'"}),
+    "balance_01": Method("basis, balance 0.01", {"routing.balance": 0.01}),
+    "balance_1": Method("basis, balance 0.1", {"routing.balance": 0.1}),
+    "warm": Method("basis, temperature 4", {"basis.temperature": 4.0}),
+    "learnt": Method("basis, learnt temperature", {"basis.temperature": 4.0, "basis.temperature_mode": "learnt"}),
+    "annealed": Method("basis, temperature 16 to 1", {"basis.temperature": 16.0, "basis.temperature_mode": "annealed"}),
+    "normalised": Method("basis, normalised query and keys", {"basis.normalised": True}),
+    "small_keys": Method("basis, fresh keys of 0.1", {"basis.key_scale": 0.1}),
+    "heads": Method("basis, 4 heads", {"basis.heads": 4}),
+    "dropout": Method("basis, a quarter of the members dropped", {"routing.member_dropout": 0.25}),
+    "constant": Method("basis, every coefficient 1/N", {"basis.temperature": 1e6}),
     "silent": Method("basis, trained without instruction", {"data.caption_drop": 1.0}),
 }
 
@@ -84,6 +94,22 @@ GROUPS = {
         ("basis", "lora_equal", "basis_4x16", "basis_8x8", "basis_32x2", "basis_4x4", "basis_8x4", "basis_32x4"),
     ),
     "router": Group(
-        "What the router sees and says", ("basis", "tanh", "grid_query", "difference_query", "internal", "silent")
+        "What the router sees and says",
+        ("basis", "tanh", "grid_query", "difference_query", "constant", "internal", "silent"),
+    ),
+    "sharing": Group(
+        "Members that share the work",
+        (
+            "basis",
+            "balance_01",
+            "balance_1",
+            "warm",
+            "learnt",
+            "annealed",
+            "normalised",
+            "small_keys",
+            "heads",
+            "dropout",
+        ),
     ),
 }

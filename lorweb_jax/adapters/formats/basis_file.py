@@ -132,7 +132,8 @@ def write_basis(
 ) -> None:
     """Write the .safetensors file and config.yaml beside it, in the arrays' dtypes or in `dtype`.
 
-    The format has no scale: a scale other than 1 is multiplied into lora_B. A config.yaml that describes this basis is
+    The format has no scale: a scale other than 1 is multiplied into lora_B. Nor has it a temperature: keys are divided
+    by it, which gives the same coefficients. A config.yaml that describes this basis is
     left as it is. Nothing of this machine is written, such as the encoder's path; a line says so where the published
     program doesn't know the encoder. Raises UserError for a basis without a router, numbers that `dtype` can't hold,
     and where config.yaml is of something else.
@@ -150,7 +151,11 @@ def write_basis(
     tensors = {}
     for stack, parts in arrays.items():
         for part, stacked in parts.items():
+            if part == "log_temperature":
+                continue
             stacked = np.asarray(stacked)
+            if part == "keys":
+                stacked = _divided(stacked, config, parts.get("log_temperature"))
             if part == "b" and config.scale != 1.0:
                 stacked = stacked * np.asarray(config.scale, stacked.dtype)
             with np.errstate(over="ignore"):  # `write` tells
@@ -169,12 +174,41 @@ def write_basis(
         )
 
 
+def _divided(keys_lnk: np.ndarray, config: BasisConfig, log_temperature: Any) -> np.ndarray:
+    """Keys that give the same scores at temperature 1."""
+    temperature = np.float32(config.temperature if config.temperature_mode == "fixed" else 1.0)
+    if log_temperature is not None:
+        temperature = np.exp(np.asarray(log_temperature, np.float32))[:, None, None]
+    return keys_lnk if np.all(temperature == 1.0) else (keys_lnk / temperature).astype(keys_lnk.dtype)
+
+
+def unpublishable(config: BasisConfig) -> str:
+    """Why the published format can't hold a basis; empty where it can."""
+    if not config.coefficients.has_router:
+        return (
+            "this basis has fixed coefficients and no router, which the published format cannot hold; "
+            "export it as an ordinary LoRA instead"
+        )
+    if config.appended:
+        return (
+            f"the basis has appended members ({', '.join(name for name, _ in config.appended)}) without router keys, "
+            "which the published format cannot hold; export the basis that they were appended to"
+        )
+    if config.normalised:
+        return (
+            "this basis normalises query and keys (basis.normalised), which the published format cannot hold; "
+            "give its run's folder, or export one analogy's mix as an ordinary LoRA"
+        )
+    return ""
+
+
 def _describes(config_file: Path, config: BasisConfig, arrays: Mapping[str, Mapping[str, Any]]) -> bool:
     try:
         stated = config_from_network(read_network(config_file), arrays)
     except UserError:
         return False
-    return stated == dataclasses.replace(config, scale=1.0, encoder=publishable(config.encoder), encoder_sketch="")
+    folded = {"scale": 1.0, "temperature": 1.0, "temperature_mode": "fixed", "key_scale": 1.0}
+    return stated == dataclasses.replace(config, **folded, encoder=publishable(config.encoder), encoder_sketch="")
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
@@ -218,18 +252,9 @@ def config_from_network(network: Mapping[str, Any], arrays: Arrays, where: str =
 
 
 def network_from_config(config: BasisConfig) -> dict[str, Any]:
-    """Inverse of `config_from_network`. UserError for a basis without a router, or with appended members,
-    which the format cannot hold."""
-    if not config.coefficients.has_router:
-        raise UserError(
-            "this basis has fixed coefficients and no router, which the published format cannot hold; "
-            "export it as an ordinary LoRA instead"
-        )
-    if config.appended:
-        raise UserError(
-            f"the basis has appended members ({', '.join(name for name, _ in config.appended)}) without router keys, "
-            "which the published format cannot hold; export the basis that they were appended to"
-        )
+    """Inverse of `config_from_network`. UserError for what the format cannot hold, see `unpublishable`."""
+    if reason := unpublishable(config):
+        raise UserError(reason)
     kwargs = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()}
     kwargs |= {"lora_softmax": config.activation == "softmax", "external_query": config.query == "external"}
     if config.query == "external":
