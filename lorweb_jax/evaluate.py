@@ -6,7 +6,8 @@
   python -m lorweb_jax.evaluate --out eval --judge http://localhost:8000/v1 --judge-model NAME
 
 A method is a run's folder, a LoRWeB basis, a LoRA (file, folder or Hub name), or a pair style (style:PATH:STRENGTH, a
-run of configs/pair.py); "base", the base with the instruction alone, and "copy", b as it is, are added. NAME=METHOD
+run of configs/pair.py); wrong:BASIS, mean:BASIS or adapted:BASIS are a basis with other coefficients than its
+router's: for another task's pair, their mean, or adapted to the one pair (docs/evaluation.md). "base", the base with the instruction alone, and "copy", b as it is, are added. NAME=METHOD
 names one. Data: in any layout of docs/data.md, such as Relation252K's, or <category>/<instruction>/ with images a, a2,
 b and b2, each with the name of its split (seen=FOLDER); or "embedded", the drawings that come with the package.
 
@@ -35,7 +36,9 @@ EMBEDDED = "embedded"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m lorweb_jax.evaluate", description=__doc__)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help="[NAME=] run, basis, LoRA, style:PATH, base, copy")
+    parser.add_argument(
+        "methods", nargs="*", metavar="METHOD", help="[NAME=] run, basis, LoRA, style:PATH, wrong:BASIS, base, copy"
+    )
     parser.add_argument("--pipeline", type=nonempty_path, help="folder or Hub name of the base model")
     parser.add_argument("--data", nargs="+", metavar="[SPLIT=]FOLDER", help=f"data folders, or {EMBEDDED}")
     parser.add_argument(
@@ -232,7 +235,9 @@ def make(args: argparse.Namespace) -> None:
     sampling = {"steps": args.steps, "guidance": args.guidance}
     truths = [truth()] if any(sample.b2 is not None for sample in samples) else []
     # One at a time: a method holds its weights.
-    candidates = (candidate(pipeline, text, config=args.basis_config, **sampling) for text in args.methods)
+    candidates = (
+        candidate(pipeline, text, config=args.basis_config, samples=samples, **sampling) for text in args.methods
+    )
     for method in itertools.chain(candidates, truths):
         kept = make_images(records, method, mine, seed=args.seed, batch=args.batch)
         add_scores(kept, by_id, scores)

@@ -69,6 +69,19 @@ def test_a_mix_in_the_routers_place(pipeline, recorded):
     assert np.array_equal(nothing, edit(pipeline, recorded, use_basis=False))
 
 
+def test_a_mix_for_each_analogy(pipeline, recorded):
+    """Two analogies with a mix each are what each is with its own; a number of mixes that fits nothing is refused."""
+    mixes, noise = [pipeline.mix(0), pipeline.coefficients(*images(recorded))], recorded["latents_packed"]
+    prompts = [str(recorded["prompt"])] * 2
+    options = {"steps": 4, "guidance": float(recorded["guidance_scale"]), "noise": np.concatenate([noise, noise])}
+    both = pipeline.edit_batch([images(recorded)] * 2, prompts, mix=mixes, **options)
+    for image, mix in zip(both, mixes):
+        alone = edit(pipeline, recorded, mix=mix, folded=False)
+        assert np.abs(image.astype(int) - alone).max() <= 1
+    with pytest.raises(UserError, match="3 mixes were given for 2 analogies"):
+        pipeline.edit_batch([images(recorded)] * 2, prompts, mix=[*mixes, mixes[0]], **options)
+
+
 def test_files_that_a_pipeline_saves(pipeline, recorded, tmp_path):
     """The published format byte for byte, and one mix as a LoRA that makes the same image."""
     pipeline.save_basis(tmp_path / "basis.safetensors", dtype="float32")

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.formats.pair_file import is_published
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.evaluation import probes
 from lorweb_jax.evaluation.evaluate import Method, evaluate, rows_sheet
 from lorweb_jax.evaluation.samples import Sample, batches
 from lorweb_jax.evaluation.table import TRUTH, Table
-from lorweb_jax.evaluation.words import Named, parse_method
+from lorweb_jax.evaluation.words import PROBES, Named, parse_method
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.images.io import write_image
-from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.adapters import existing_basis, is_run, job_of
 from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT
@@ -46,10 +45,13 @@ class Candidate:
         return {name: getattr(self, name) for name in ("kind", "source", "fingerprint", "parameters")}
 
 
-def candidate(pipeline: Pipeline, text: str, *, config: Path | None = None, **sampling) -> Candidate:
+def candidate(
+    pipeline: Pipeline, text: str, *, config: Path | None = None, samples: Sequence[Sample] = (), **sampling
+) -> Candidate:
     """The method of one word of the command line, as `parse_method` takes it.
 
-    pipeline: the base. config: config.yaml of a published basis, if not beside it. sampling: steps and guidance.
+    pipeline: the base. config: config.yaml of a published basis, if not beside it. samples: all that are evaluated, by
+    which a probe (probes.py) chooses its coefficients. sampling: steps and guidance.
     Raises UserError for what holds no adapter, or one of another base.
     """
     named = parse_method(text)
@@ -66,15 +68,17 @@ def candidate(pipeline: Pipeline, text: str, *, config: Path | None = None, **sa
     assert basis is not None  # attach gives one
     coefficients = basis.config.coefficients
     parameters = sum(array.size for parts in basis.to_arrays().values() for array in parts.values())
-    return Candidate(
-        name or _name(Path(source)),
-        "basis" if coefficients.has_router else "LoRA",
-        _edits(attached, **sampling),
-        basis.fingerprint(),
-        source,
-        parameters,
-        (lambda samples: _route(attached, basis, samples)) if coefficients.from_images else None,
-    )
+    name = name or ", ".join([_name(Path(source)), *([PROBES[named.probe]] if named.probe else [])])
+    kind, fingerprint = "basis" if coefficients.has_router else "LoRA", basis.fingerprint()
+    if named.probe:
+        choose = probes.chooser(named.probe, attached, samples)
+
+        def make(chosen: Sequence[Sample], seeds: Sequence[int]) -> list[np.ndarray]:
+            return _edits(attached, mix=choose(chosen), **sampling)(chosen, seeds)
+
+        return Candidate(name, kind, make, f"{fingerprint} {named.probe}", named.text, parameters)
+    route = (lambda samples: probes.route(attached, samples)) if coefficients.from_images else None
+    return Candidate(name, kind, _edits(attached, **sampling), fingerprint, source, parameters, route)
 
 
 def truth() -> Candidate:
@@ -117,11 +121,6 @@ def _edits(pipeline: Pipeline, **options):
         return pipeline.edit_batch(conditions, captions, seed=list(seeds), **options)
 
     return make
-
-
-def _route(pipeline: Pipeline, basis: Basis, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    coefficients = basis.coefficients(pipeline.query([sample.condition for sample in samples]))
-    return {path: np.asarray(to_host(c), np.float32) for path, c in (coefficients or {}).items()}
 
 
 def edit_samples(

@@ -8,6 +8,8 @@ from lorweb_jax.common.errors import UserError
 
 STYLE = "style:"
 WORDS = ("base", "copy")  # methods that need no file
+# What a basis does with other coefficients than its router's (evaluation/probes.py), by the word before its path.
+PROBES = {"wrong": "wrong pair", "mean": "mean coefficients", "adapted": "adapted"}
 
 
 class Named(NamedTuple):
@@ -17,6 +19,7 @@ class Named(NamedTuple):
     text: str
     path: str | None
     strength: float | None = None
+    probe: str = ""  # of PROBES
 
     @property
     def is_style(self) -> bool:
@@ -24,17 +27,22 @@ class Named(NamedTuple):
 
 
 def parse_method(text: str) -> Named:
-    """[NAME=]SOURCE, of which SOURCE is copy, base, a path, or style:PATH[:STRENGTH].
+    """[NAME=]SOURCE, of which SOURCE is copy, base, a path, style:PATH[:STRENGTH], or PROBE:PATH.
 
     An = in a path that is there begins no source. UserError for an empty name, source or strength.
     """
     name, sign, source = text.partition("=")
-    if not sign or Path(text).exists() or "/" in name or name.startswith(STYLE):
+    if not sign or Path(text).exists() or "/" in name or name.startswith((STYLE, *(f"{probe}:" for probe in PROBES))):
         name, source = None, text
     elif not name.strip() or not source.strip():
         raise UserError(f"the method {text!r} is no NAME=PATH; give one such as ours=runs/basis", 2)
     if source in WORDS:
         return Named(name, source, None)
+    probe, sign, path = source.partition(":")
+    if sign and probe in PROBES and not Path(source).exists():
+        if not path:
+            raise UserError(f"the method {text!r} names no basis; give one such as {probe}:runs/basis", 2)
+        return Named(name, source, path, probe=probe)
     if not source.startswith(STYLE):
         return Named(name, source, source)
     path, strength = source.removeprefix(STYLE), None

@@ -190,14 +190,14 @@ class Pipeline:
         max_size: int | None = None,
         folded: bool | None = None,
         use_basis: bool = True,
-        mix: Mix | None = None,
+        mix: Mix | Sequence[Mix] | None = None,
         styles: Style | Sequence[Style] = (),
         **sampling,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
-        use_basis False leaves the basis out. `mix` serves all of them; without it each has its router's coefficients,
-        and several are not folded. styles: guide all of them (see `session`).
+        use_basis False leaves the basis out. `mix` serves all of them, or there is one for each; without it each has
+        its router's coefficients. Several mixes are not folded. styles: guide all of them (see `session`).
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
         styles = as_styles(styles)
@@ -352,7 +352,7 @@ class Pipeline:
     def _open(
         self,
         conditions: list[Images],
-        mix: Mix | None,
+        mix: Mix | Sequence[Mix] | None,
         folded: bool | None,
         use_basis: bool,
         styles: Sequence[Style] = (),
@@ -364,7 +364,14 @@ class Pipeline:
             raise UserError("a mix was given, and use_basis is False; leave one of them out")
         basis = self.model.basis if use_basis else None
         if mix is not None:
-            coefficients = {path: jnp.asarray(c)[:, None] for path, c in self._basis().own(mix).coefficients.items()}
+            basis = self._basis()
+            mixes = [basis.own(each) for each in (mix if isinstance(mix, Sequence) else [mix])]
+            if len(mixes) not in (1, len(conditions)):
+                raise UserError(f"{len(mixes)} mixes were given for {len(conditions)} analogies; give one, or one each")
+            coefficients = {
+                path: jnp.stack([jnp.asarray(each.coefficients[path]) for each in mixes], 1)
+                for path in mixes[0].coefficients
+            }
         elif basis is None or not basis.config.coefficients.in_advance:
             coefficients = None
         elif conditions or not basis.config.coefficients.from_images:

@@ -19,13 +19,13 @@ a report of it), OUT/results.json and results.md what comes of them. --docs writ
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from experiments.basis_methods import GROUPS, METHODS, REFERENCES  # noqa: E402
+from experiments.basis_methods import GROUPS, METHODS, PROBES, REFERENCES  # noqa: E402
 from experiments.runner import Record, Trial, run  # noqa: E402
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
@@ -88,22 +88,41 @@ class Study:
 
         return scores.standard(self.pipeline.image_encoder)
 
-    @functools.cached_property
-    def samples(self):
-        """Analogies of all splits, the same for every method."""
+    @functools.cache  # noqa: B019  one study a process
+    def samples(self, wording: str = "reduced"):
+        """Analogies of all splits, the same for every method.
+
+        wording: of their instructions. "reduced": as the data have them, which of the embedded data leave the parameter
+        open; "full": with the parameter, of the embedded data alone; "none": empty.
+        """
         from lorweb_jax.data.buckets import quadrant_shapes
+        from lorweb_jax.data.embedded.operations import OPERATIONS
         from lorweb_jax.evaluation.samples import read_samples
 
+        if wording != "reduced":
+            try:
+                return [
+                    replace(each, caption=OPERATIONS[each.task].specific[0] if wording == "full" else "")
+                    for each in self.samples()
+                ]
+            except KeyError as error:
+                raise UserError(
+                    f"only embedded data have full instructions, not the task {error}; leave the group out"
+                ) from None
         largest = max((2 * max(shape) for shape in quadrant_shapes(self.config.data)), default=None)
         return [
             replace(sample, split=split)
             for split, tasks in self.tasks.items()
-            for sample in read_samples(
-                tasks, self.per_task * (UNSEEN if "tasks" in split else 1), self.problems, largest
-            )
+            for sample in read_samples(tasks, self.analogies(split), self.problems, largest)
         ]
 
-    def scores_of(self, word: str, seed: int) -> dict:
+    def analogies(self, split: str) -> int:
+        """How many of each task: fewer of tasks that only choose learning rates, more of those that are few."""
+        if split == "train":
+            return max(1, self.per_task // 2)
+        return self.per_task * (UNSEEN if split == "held_out_tasks" else 1)
+
+    def scores_of(self, word: str, seed: int, wording: str = "reduced") -> dict:
         """{split: {task: {score: mean over its analogies}}} of a method, as `lorweb_jax.evaluate` takes and keeps it."""
         from lorweb_jax.common import fingerprint
         from lorweb_jax.evaluation.making import add_coefficients, add_scores, make_images
@@ -113,18 +132,19 @@ class Study:
         from lorweb_jax.evaluation.render import add_descriptions
         from lorweb_jax.pipeline.folder import PARTS
 
-        folder = self.out / "evaluation" / f"seed_{seed}"
+        samples = self.samples(wording)
+        folder = self.out / "evaluation" / (f"seed_{seed}" + (f"_{wording}" if wording != "reduced" else ""))
         base = fingerprint.of_folders(self.pipeline.folder.folder / name for name in PARTS)
         conditions = {**self.sampling, "seed": seed, "max_size": None, "dtype": "float32", "base": base}
-        records = Records.begin(folder, self.samples, conditions)
+        records = Records.begin(folder, samples, conditions)
         add_descriptions(folder, self.scores)
-        method = candidate(self.pipeline, word, **self.sampling)
-        kept = make_images(records, method, self.samples, seed=seed, batch=self.batch)
-        add_scores(kept, {sample.id: sample for sample in self.samples}, self.scores)
-        add_coefficients(kept, method, self.samples, self.batch)
+        method = candidate(self.pipeline, word, samples=samples, **self.sampling)
+        kept = make_images(records, method, samples, seed=seed, batch=self.batch)
+        add_scores(kept, {sample.id: sample for sample in samples}, self.scores)
+        add_coefficients(kept, method, samples, self.batch)
         there, by_split = kept.read(), {}
         for split in self.tasks:
-            chosen = [sample for sample in self.samples if sample.split == split]
+            chosen = [sample for sample in samples if sample.split == split]
             tasks = [sample.task for sample in chosen]
             means = {
                 score.name: task_means(tasks, [there[sample.id]["scores"][score.name] for sample in chosen])
@@ -148,6 +168,27 @@ class Study:
         """Records of the base without an adapter, and of b as it is."""
         for word in REFERENCES:
             self.record(f"{word}_{seed}", lambda word=word: {"scores": self.scores_of(word, seed)}, word, seed)
+
+    def probe(self, name: str, trials: Sequence[Trial]) -> None:
+        """Records of a probe of what these trials trained."""
+        about = PROBES[name]
+        for trial in trials:
+            kept, seed = self.out / "trained" / trial.name, trial.labels["seed"]
+            word = f"{name}={about.kind}:{kept}" if about.kind else f"{name}={kept}"
+            self.record(
+                f"{name}_{seed}",
+                lambda word=word, seed=seed: {"scores": self.scores_of(word, seed, about.wording)},
+                name,
+                seed,
+            )
+
+    def base_probe(self, name: str, seeds: Iterable[int]) -> None:
+        """Records of the base with instructions in another wording."""
+        wording = PROBES[name].wording
+        for seed in seeds:
+            self.record(
+                f"{name}_{seed}", lambda seed=seed: {"scores": self.scores_of("base", seed, wording)}, name, seed
+            )
 
     def record(self, name: str, make: Callable[[], Record], method: str, seed: int) -> None:
         """A measurement that is no training, unless there is a record of it."""
@@ -229,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             methods = [name for name in GROUPS[group].methods if args.methods is None or name in args.methods]
             seeds = range(args.seeds or GROUPS[group].seeds)
             study.precompute(methods)
-            for seed in seeds:
+            for seed in seeds if GROUPS[group].references else ():
                 study.references(seed)
             rates = rates_of(study, args.rates, methods)
             # A seed after the other, so that what is there at any time can be compared.
@@ -237,6 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 study.trial(name, rates[METHODS[name].rate_of or name], seed) for seed in seeds for name in methods
             ]
             run(trials, args.out, study.measure)
+            for name in GROUPS[group].probes:
+                if PROBES[name].of == "base":
+                    study.base_probe(name, seeds)
+                else:
+                    study.probe(name, [trial for trial in trials if trial.labels["method"] == PROBES[name].of])
             write_tables(args.out, args.docs)
     print(write_tables(args.out, args.docs))
 

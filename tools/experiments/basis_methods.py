@@ -75,27 +75,55 @@ METHODS = {
 
 
 REFERENCES = {"base": "frozen base", "copy": "copy b"}  # words of `lorweb_jax.evaluate` that need no training
-TITLES = REFERENCES | {name: method.title for name, method in METHODS.items()}
+
+
+class Probe(NamedTuple):
+    """Another evaluation of what a method trained.
+
+    of: a method, or "base". kind: of words.PROBES, or "". wording: of the instructions, see `Study.samples`.
+    """
+
+    title: str
+    of: str
+    kind: str = ""
+    wording: str = "reduced"
+
+
+PROBES = {
+    "wrong": Probe("basis, router shown the pair of another task", "basis", "wrong"),
+    "mean": Probe("basis, the router's average for every analogy", "basis", "mean"),
+    "adapted": Probe("basis, coefficients adapted to the pair", "basis", "adapted"),
+    "base_full": Probe("frozen base, full instruction", "base", wording="full"),
+    "lora_full": Probe("one LoRA of rank N·r, full instruction", "lora_nr", wording="full"),
+    "basis_full": Probe("basis, full instruction", "basis", wording="full"),
+    "base_none": Probe("frozen base, no instruction", "base", wording="none"),
+    "lora_none": Probe("one LoRA of rank N·r, no instruction", "lora_nr", wording="none"),
+    "basis_none": Probe("basis, no instruction", "basis", wording="none"),
+    "silent_none": Probe("basis, trained and asked without instruction", "silent", wording="none"),
+}
+TITLES = REFERENCES | {name: each.title for name, each in (METHODS | PROBES).items()}
 
 
 class Group(NamedTuple):
-    """A list of methods that are run together. seeds: how many by default. references: shown beside them."""
+    """A list of methods that are run together. seeds: how many by default. references: shown beside them. probes: measured of what
+    they trained."""
 
     title: str
     methods: tuple[str, ...]
     seeds: int = 3
     references: tuple[str, ...] = ()
+    probes: tuple[str, ...] = ()
 
 
 GROUPS = {
     "main": Group("Basis against one LoRA", ("basis", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
+    "listening": Group("Does it listen to the pair?", ("basis",), 5, (), ("wrong", "mean", "adapted")),
     "sizes": Group(
         "Members and rank",
         ("basis", "lora_equal", "basis_4x16", "basis_8x8", "basis_32x2", "basis_4x4", "basis_8x4", "basis_32x4"),
     ),
     "router": Group(
-        "What the router sees and says",
-        ("basis", "tanh", "grid_query", "difference_query", "constant", "internal", "silent"),
+        "What the router sees and says", ("basis", "tanh", "grid_query", "difference_query", "constant", "internal")
     ),
     "sharing": Group(
         "Members that share the work",
@@ -111,5 +139,12 @@ GROUPS = {
             "heads",
             "dropout",
         ),
+    ),
+    "instruction": Group(
+        "Full, reduced and no instruction",
+        ("basis", "lora_nr", "silent"),
+        3,
+        ("base",),
+        tuple(name for name, probe in PROBES.items() if probe.wording != "reduced"),
     ),
 }

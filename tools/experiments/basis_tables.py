@@ -131,8 +131,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _group(results: Mapping[str, Any], group: Group) -> list[str]:
     methods = results["methods"]
-    names = [name for name in (*group.references, *group.methods) if name in methods]
-    if not any(name in methods for name in group.methods if name != REFERENCE):
+    names = [name for name in (*group.references, *group.methods, *group.probes) if name in methods]
+    if not any(name in methods for name in (*group.methods, *group.probes) if name != REFERENCE):
         return []
     parts = [f"### {group.title}", ""]
     for split in methods[names[0]]["scores"]:
