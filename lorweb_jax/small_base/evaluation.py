@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.data.embedded.drawing_sets import PHOTOGRAPH, SETS, STYLE_WORDS, DrawingSets, with_article
 from lorweb_jax.data.embedded.operations import LAST_ONLY, OPERATIONS, STYLES, on_white
 from lorweb_jax.evaluation.lpips import lpips
@@ -118,16 +119,18 @@ def measure_edits(
 ) -> list[Result]:
     """Each edit by `Pipeline.edit_batch`: a canvas of four drawings, with an instruction to change the last."""
     results, batch = [], min(batch, len(edits))
-    for start in range(0, len(edits), batch):
-        part = list(edits[start : start + batch])
-        padded = part + part[:1] * (batch - len(part))  # one compilation
-        results += pipeline.edit_batch(
-            [(*edit.others, edit.b) for edit in padded],
-            [edit.prompt for edit in padded],
-            steps=steps,
-            guidance=guidance,
-            seed=seed + start,
-        )[: len(part)]
+    with progress_bar("edits", len(edits), 0, seconds=30.0, unit=" edits") as bar:
+        for start in range(0, len(edits), batch):
+            part = list(edits[start : start + batch])
+            padded = part + part[:1] * (batch - len(part))  # one compilation
+            results += pipeline.edit_batch(
+                [(*edit.others, edit.b) for edit in padded],
+                [edit.prompt for edit in padded],
+                steps=steps,
+                guidance=guidance,
+                seed=seed + start,
+            )[: len(part)]
+            bar.update(len(part))
     truth, b = (np.stack([getattr(edit, name) for edit in edits]) for name in ("truth", "b"))
     near, far = _distances(np.stack(results), truth), _distances(b, truth)
     return [
@@ -174,17 +177,19 @@ def draw(
         keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(captions))]
         noise = np.stack([jax.random.normal(key, latents) for key in keys])
     images: list[np.ndarray] = []
-    for start in range(0, len(captions), batch):
-        part = range(start, min(start + batch, len(captions)))
-        padded = [*part, *[start] * (batch - len(part))]  # one compilation
-        images += pipeline.generate_batch(
-            [captions[i] for i in padded],
-            size=(side, side),
-            steps=steps,
-            guidance=guidance,
-            true_guidance=cfg,
-            noise=noise[np.array(padded)],
-        )[: len(part)]
+    with progress_bar("drawings from text", len(captions), 0, seconds=30.0, unit=" drawings") as bar:
+        for start in range(0, len(captions), batch):
+            part = range(start, min(start + batch, len(captions)))
+            padded = [*part, *[start] * (batch - len(part))]  # one compilation
+            images += pipeline.generate_batch(
+                [captions[i] for i in padded],
+                size=(side, side),
+                steps=steps,
+                guidance=guidance,
+                true_guidance=cfg,
+                noise=noise[np.array(padded)],
+            )[: len(part)]
+            bar.update(len(part))
     return images
 
 
