@@ -61,8 +61,8 @@ def default():
     # them from there and has no encoders on its devices. "" computes them in every step.
     config.precomputed = ""
 
-    # What may spread the work over the members, beside basis.normalised, .temperature, .temperature_mode and .key_scale;
-    # the published recipe has none of it.
+    # What may spread the work over the members, beside basis.normalised, .temperature, .temperature_mode and
+    # .key_scale; the published recipe has none of it.
     config.routing = dict(
         balance=0.0,  # weight in the loss of log n − H(mean share of the members over the batch), in nats
         member_dropout=0.0,  # share of the members that each example and layer goes without in a training step

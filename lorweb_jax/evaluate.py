@@ -7,9 +7,10 @@
 
 A method is a run's folder, a LoRWeB basis, a LoRA (file, folder or Hub name), or a pair style (style:PATH:STRENGTH, a
 run of configs/pair.py); wrong:BASIS, mean:BASIS or adapted:BASIS are a basis with other coefficients than its
-router's: for another task's pair, their mean, or adapted to the one pair (docs/evaluation.md). "base", the base with the instruction alone, and "copy", b as it is, are added. NAME=METHOD
-names one. Data: in any layout of docs/data.md, such as Relation252K's, or <category>/<instruction>/ with images a, a2,
-b and b2, each with the name of its split (seen=FOLDER); or "embedded", the drawings that come with the package.
+router's: for another task's pair, their mean, or adapted to the one pair (docs/evaluation.md). "base", the base with
+the instruction alone, and "copy", b as it is, are added. NAME=METHOD names one. Data: in any layout of docs/data.md,
+such as Relation252K's, or <category>/<instruction>/ with images a, a2, b and b2, each with the name of its split
+(seen=FOLDER); or "embedded", the drawings that come with the package.
 
 OUT keeps one record a result. The same command goes on where it was stopped, another one with other methods adds
 theirs; records of other triplets, sizes or seeds are refused. Written are results.json, results.md and report.html.

@@ -64,8 +64,8 @@ class LayerBasis(nnx.Module):
     """The basis of one stack of linear layers: a [l, n, i, r], b [l, n, r, o], keys [l, n, k], projection [l, k, q],
     and log_temperature [l] where that is learnt.
 
-    keys, projection and log_temperature are None without a router. A member of lower rank than r has zero columns of A and rows of B,
-    one that adapts only some blocks has zeros for the others.
+    keys, projection and log_temperature are None without a router. A member of lower rank than r has zero columns of A
+    and rows of B, one that adapts only some blocks has zeros for the others.
     """
 
     def __init__(self, config: BasisConfig, shape: AdaptedLayer, *, rngs: nnx.Rngs):

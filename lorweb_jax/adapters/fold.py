@@ -1,5 +1,7 @@
 """A mix folded into the weights: W + scale · Σ_n c_n A_n B_n (method.md §3); a step then costs what the base costs."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -42,9 +44,8 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
     folded = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     for path, mix in mixes.items():
         layers = layers_at(folded, path)
-        mixes_of = (
-            [mix] if len(layers) == 1 else [jax.tree.map(lambda x: x[i : i + 1], mix) for i in range(len(layers))]
-        )
+        depths = [slice(None)] if len(layers) == 1 else [slice(i, i + 1) for i in range(len(layers))]
+        mixes_of = [jax.tree.map(operator.itemgetter(depth), mix) for depth in depths]
         for layer, own in zip(layers, mixes_of, strict=True):
             kernel = layer.kernel[...]
             kernel_lio = kernel.reshape(-1, *kernel.shape[-2:])

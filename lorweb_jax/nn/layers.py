@@ -94,8 +94,8 @@ def sum_of_products(
     x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], axis: int = 0
 ) -> jax.Array:
     """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel, whose inputs lie along
-    `axis`. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its gradients
-    takes them less than two."""
+    `axis`. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its
+    gradients takes them less than two."""
     if not isinstance(x, tuple):
         return product(x, kernel)
     if sharding.device_in_use().platform == "cpu":
@@ -312,6 +312,6 @@ def scan_stack(
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     if isinstance(stack, Unstacked):
         for index, state in enumerate(states):
-            carry, _ = step(carry, (state, jax.tree.map(lambda x: x[index], xs)))
+            carry, _ = step(carry, (state, jax.tree.map(operator.itemgetter(index), xs)))
         return carry
     return jax.lax.scan(step, carry, (states, xs), unroll=unroll)[0]

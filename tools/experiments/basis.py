@@ -12,8 +12,8 @@ basis and of each LoRA is chosen first, by LPIPS on training analogies of traini
 doubled and halved as long as that helps. Variants of the basis take the basis's.
 
 OUT/records has a record of each run and of each further measurement, OUT/trained the trained bases, which every command
-takes for runs, OUT/evaluation/seed_S what was sampled (`python -m lorweb_jax.evaluate --out OUT/evaluation/seed_0` makes
-a report of it), OUT/results.json and results.md what comes of them. --docs writes the tables into docs/results.md too.
+takes for runs, OUT/evaluation/seed_S what was sampled (`python -m lorweb_jax.evaluate --out OUT/evaluation/seed_0`
+makes a report of it), OUT/results.json and results.md what comes of them. --docs writes the tables into docs/results.md too.
 """
 
 import functools
@@ -123,7 +123,7 @@ class Study:
         return self.per_task * (UNSEEN if split == "held_out_tasks" else 1)
 
     def scores_of(self, word: str, seed: int, wording: str = "reduced") -> dict:
-        """{split: {task: {score: mean over its analogies}}} of a method, as `lorweb_jax.evaluate` takes and keeps it."""
+        """{split: {task: {score: mean over its analogies}}} of a method, as `lorweb_jax.evaluate` keeps it."""
         from lorweb_jax.common import fingerprint
         from lorweb_jax.evaluation.making import add_coefficients, add_scores, make_images
         from lorweb_jax.evaluation.methods import candidate
@@ -236,8 +236,13 @@ def parse(arguments: Sequence[str] | None):
         "--config", default=str(ROOT / "configs" / "basis.py"), metavar="FILE[:VARIANT]", help="of the basis"
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for fields of it")
-    parser.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="learning rates of the methods that have "
-                        "a sweep (basis, lora_nr, lora_r), in its place; one serves all")  # fmt: skip
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="learning rates of the methods that have a sweep (basis, lora_nr, lora_r), in its place; one serves all",
+    )
     parser.add_argument("--only-tables", action="store_true", help="train nothing")
     parser.add_argument("--docs", type=nonempty_path, metavar="FILE", help="Markdown page that takes the tables")
     return parser.parse_args(arguments)

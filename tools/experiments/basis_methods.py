@@ -1,4 +1,4 @@
-"""What the experiments with a basis compare: each method's changes to the config, and the lists that they are run in."""
+"""What the experiments with a basis compare: each method's changes to the config, and the lists they are run in."""
 
 from typing import Any, NamedTuple
 
@@ -105,8 +105,8 @@ TITLES = REFERENCES | {name: each.title for name, each in (METHODS | PROBES).ite
 
 
 class Group(NamedTuple):
-    """A list of methods that are run together. seeds: how many by default. references: shown beside them. probes: measured of what
-    they trained."""
+    """A list of methods that are run together. seeds: how many by default. references: shown beside them. probes:
+    measured of what they trained."""
 
     title: str
     methods: tuple[str, ...]

@@ -107,7 +107,7 @@ def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_tables(out: Path, docs: Path | None = None) -> str:
-    """Writes results.json and results.md of the records in `out`; the Markdown, which `docs` takes between its marks."""
+    """Writes results.json and results.md of the records in `out`; the Markdown goes into `docs`, between its marks."""
     results = figures(read_records(out))
     text = markdown(results)
     write_json(out / "results.json", results)

@@ -61,8 +61,8 @@ class Flux(nnx.Module):
         self.proj_out = linear("proj_out")
 
     def unstack(self) -> None:
-        """Give each block arrays of its own (layers.Unstacked), but for the modulations: sampling on a GPU is faster so,
-        and compiling slower. Weights are moved, not copied."""
+        """Give each block arrays of its own (layers.Unstacked), but for the modulations: sampling on a GPU is faster
+        so, and compiling slower. Weights are moved, not copied."""
         for stack, depth in self.backbone.stacks:
             if depth:
                 setattr(self, stack, Unstacked(getattr(self, stack), self.modulation_names(stack)))
