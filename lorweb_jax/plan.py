@@ -61,8 +61,9 @@ def command() -> None:
         raise UserError(f"nothing is compiled for {there.name}; leave --hlo and --confirm out", 2)
     plan = make_plan(config, there, FLAGS.what)
     print(report.table(plan), flush=True)
-    changes = (suggest.faster if plan.fits else suggest.suggestions)(config, plan)
-    print("\n".join(["", *suggest.lines(plan, changes)]), flush=True)
+    estimator = suggest.Estimator(config, plan)
+    changes = (suggest.faster if plan.fits else suggest.suggestions)(estimator)
+    print("\n".join(["", *suggest.lines(estimator, changes)]), flush=True)
     if FLAGS.confirm and changes and not plan.fits:
         config.update_from_flattened_dict(changes[0].values)
         print(f"\ncompiled with {changes[0].flags()}:\n")

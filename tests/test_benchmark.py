@@ -356,6 +356,7 @@ def test_columns_stay_apart(platform):
         ["--moments=int8"],
         ["--quant=int4"],
         ["--what=train", "--remat=full,full"],
+        ["--what=train", "--unstacked"],
         ["--json=/dev/null/all.json"],
         ["--json=/dev/null"],
         ["--nonsense"],
@@ -395,7 +396,7 @@ import sys
 sys.modules.update(dict.fromkeys({absent}))
 import {modules}, lorweb_jax.flow.sampling
 from benchmark.setting import Setting
-setting = Setting(**{dataclasses.replace(TINY, what="sample").to_json()})
+setting = Setting(**{dataclasses.replace(TINY, what="sample", unstacked=True).to_json()})
 benchmark.ceilings.attention_seconds(setting)
 benchmark.ours.make_step("low-rank", setting).run(1)
 """

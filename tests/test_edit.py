@@ -13,6 +13,7 @@ from PIL import Image
 from lorweb_jax import Pipeline, UserError, edit, read_image, write_image
 from lorweb_jax.files.checkpoint import read_all
 from lorweb_jax.files.safetensors_io import Spec, write_stream
+from lorweb_jax.nn.layers import Unstacked
 
 PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safetensors"
 
@@ -68,7 +69,7 @@ def listed(folder):
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
 
 
-def test_one_and_several(images, capsys):
+def test_one_and_several(images, monkeypatch, capsys):
     """Into a file, and into a folder whose name has a dot and that isn't there yet."""
     edit.main(arguments(images))
     edit.main(arguments(images, b=("b.png", "c.png"), out="results/v1.5"))
@@ -83,7 +84,10 @@ def test_one_and_several(images, capsys):
     with pytest.raises(UserError, match="out.png exists already"):
         edit.main(arguments(images, "--seed", "1"))
     np.testing.assert_array_equal(read_image(images / "out.png"), one)
-    edit.main(arguments(images, "--seed", "1", "--overwrite"))
+    loaded, load = [], Pipeline.load
+    monkeypatch.setattr(Pipeline, "load", lambda *args, **more: loaded.append(load(*args, **more)) or loaded[0])
+    edit.main(arguments(images, "--seed", "1", "--overwrite", "--unstacked"))
+    assert isinstance(loaded[0].model.transformer.transformer_blocks, Unstacked)
     assert np.abs(read_image(images / "out.png").astype(int) - one).max() > 1
 
 

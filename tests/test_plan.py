@@ -267,12 +267,31 @@ def test_pictures_of_a_pair():
 def test_suggestions_fit(gpu_plan):
     """With too little memory, each change that is offered makes the plan fit; the flags are options of the command."""
     plan = dataclasses.replace(gpu_plan, capacity=0.9 * gpu_plan.peak)
-    changes = suggest.suggestions(smoke(), plan)
+    estimator = suggest.Estimator(smoke(), plan)
+    changes = suggest.suggestions(estimator)
     assert not plan.fits and {"remat": "full"} in [change.values for change in changes]
     changed = make_plan(smoke(**changes[-1].values), plan.target, "train")
     assert changed.peak == pytest.approx(changes[-1].peak, rel=0.05)
     for change in changes:
         assert change.peak <= plan.capacity and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
+
+
+def test_what_remat_keeps(gpu_plan):
+    """Blocks' inputs; attention's results beside them; the last products of each branch; by width d and token, in float32.
+
+    By hand: each of 2 + 6 blocks has one attention over all tokens; a double block has two products a token, a single
+    block one."""
+    estimator = suggest.Estimator(smoke(), gpu_plan)
+    peaks = {remat: change.peak for remat, change in suggest.policies(estimator).items()}
+    assert list(peaks) == ["none", "dots", "outputs", "attention", "full"]
+    assert sorted(peaks.values(), reverse=True) == list(peaks.values()) and peaks[smoke().remat] == gpu_plan.peak
+    program, folder = gpu_plan.program, gpu_plan.program.job.folder
+    vector = 4 * program.batch * (program.job.sequence + folder.text_tokens) * folder.backbone.features
+    depths = dict(folder.backbone.stacks)
+    double, single = depths["transformer_blocks"], depths["single_transformer_blocks"]
+    assert peaks["attention"] - peaks["full"] == pytest.approx((double + single) * vector)
+    assert peaks["outputs"] - peaks["attention"] == pytest.approx((2 * double + single) * vector)
+    assert "GiB at the peak by --config.remat (estimated): none " in "\n".join(suggest.lines(estimator, []))
 
 
 def test_a_card_whose_name_ends_like_a_count():

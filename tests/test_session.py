@@ -102,6 +102,13 @@ def test_a_session_folds_once_and_frees_its_weights(pipeline, analogy, mix, monk
             use()
 
 
+def test_unstacked_blocks_make_the_same_image(pipeline, analogy, mix):
+    unstacked = Pipeline.load(FOLDER, unstacked=True).attach(golden_dir() / "basis_a.safetensors")
+    with unstacked.session(mix) as session, pipeline.session(mix) as stacked:
+        assert apart(session.edit(*analogy, steps=2), stacked.edit(*analogy, steps=2)) <= 1
+        assert session.nbytes == stacked.nbytes and len(session._own) > len(stacked._own)
+
+
 def test_an_edit_leaves_no_folded_weights(pipeline, analogy):
     pipeline.edit(*analogy, steps=1, folded=True)
     held = sum(array.nbytes for array in jax.live_arrays())

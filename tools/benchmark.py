@@ -118,6 +118,11 @@ def parse() -> argparse.Namespace:
         "--unroll", type=positive, metavar="N", help="blocks compiled side by side (default: 1; 8 for tiny)"
     )
     parser.add_argument(
+        "--unstacked",
+        action="store_true",
+        help="give each block arrays of its own, as edit's --unstacked does; sampling only",
+    )
+    parser.add_argument(
         "--attention",
         choices=["auto", "xla", "cudnn", "pallas"],
         default="auto",
@@ -153,6 +158,8 @@ def make_variants(args: argparse.Namespace) -> list:
                 "out or give --what=train",
                 2,
             )
+    if args.unstacked and args.what == "train":
+        raise UserError("--unstacked is for sampling; leave it out or give --what=sample", 2)
     if args.attention == "cudnn" and given["dtype"] == "float32":
         raise UserError("cuDNN's attention has no float32; give --dtype=bfloat16 or --attention=xla", 2)
     if args.json:

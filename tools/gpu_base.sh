@@ -3,7 +3,7 @@
 #   OUT=folder tools/gpu_base.sh [seconds, default 300] [options of gpu_base.py, such as --tiny]
 # Needs local_data/drawings64.npz and local_data/gpu (python tools/gpu_base.py --prepare), and of packages jax, flax,
 # optax, numpy and Pillow. Results are written to $OUT as they come. CLIP's vision tower is trained beside, unless
-# CLIP_SECONDS=0 (it needs python tools/gpu_clip.py --prepare).
+# CLIP_SECONDS=0 (it needs python tools/gpu_clip.py --prepare). tools/gpu_session.sh says how speed.py shares the call.
 set -u
 cd "$(dirname "$0")/.."
 seconds=${1:-300}

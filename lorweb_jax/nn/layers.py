@@ -228,7 +228,8 @@ class Unstacked(nnx.Module):
         slices = []
         for leaf in leaves:
             slices.append(jax.block_until_ready(tuple(leaf)))
-            leaf.delete()
+            if not isinstance(leaf, jax.core.Tracer):
+                leaf.delete()
         self.blocks = nnx.List([nnx.merge(graphdef, structure.unflatten(block)) for block in zip(*slices)])
 
 

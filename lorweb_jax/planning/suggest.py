@@ -24,53 +24,25 @@ class Change:
         return " ".join(f"--config.{name}={value}" for name, value in self.values.items())
 
 
-def suggestions(config, plan: Plan) -> list[Change]:
-    """Single changes that suffice; where none does, the fewest of them together that do, or that come nearest."""
-    estimator = _Estimator(plan)
-    # What the estimate misses now, it is taken to miss then.
-    offset = plan.peak - estimator.bytes(config)
-    sufficient, together, nearest = [], {}, None
-    for values in _candidates(config, plan):
-        change = Change(values, estimator.changed(config, values) + offset)
-        if change.peak <= plan.capacity:
-            sufficient.append(change)
-        elif not sufficient and change.peak < plan.peak:
-            joint = Change(together | values, estimator.changed(config, together | values) + offset)
-            if nearest is None or joint.peak < nearest.peak:
-                nearest, together = joint, joint.values
-    return sufficient or ([nearest] if nearest else [])
+class Estimator:
+    """Bytes on a device of a planned config with changes; programs are traced once for each remat policy."""
 
+    def __init__(self, config, plan: Plan):
+        self.config, self.plan, self._kept = config, plan, {}
+        # What the estimate misses now, it is taken to miss then.
+        self._offset = plan.peak - self._bytes(config)
 
-def faster(config, plan: Plan) -> list[Change]:
-    """Of a plan that fits, the policy that recomputes least and still fits with a tenth to spare; none or one."""
-    if plan.program.what != "train":
-        return []
-    estimator, order = _Estimator(plan), tuple(REMAT_POLICIES)
-    offset = plan.peak - estimator.bytes(config)
-    for remat in order[: order.index(config.remat)]:
-        change = Change({"remat": remat}, estimator.changed(config, {"remat": remat}) + offset)
-        if change.peak <= 0.9 * plan.capacity:
-            return [change]
-    return []
-
-
-class _Estimator:
-    """Bytes on a device of changed configs; programs are traced once for each remat policy."""
-
-    def __init__(self, plan: Plan):
-        self._plan, self._kept = plan, {}
-
-    def changed(self, config, values: dict[str, object]) -> float:
-        """Infinite where the changed config can't run."""
-        changed = config.copy_and_resolve_references()
+    def change(self, values: dict[str, object]) -> Change:
+        """The peak is infinite where the changed config can't run."""
+        changed = self.config.copy_and_resolve_references()
         changed.update_from_flattened_dict(values)
         try:
-            return self.bytes(changed)
+            return Change(values, self._bytes(changed) + self._offset)
         except UserError:
-            return math.inf
+            return Change(values, math.inf)
 
-    def bytes(self, config) -> float:
-        program = make_program(config, self._plan.target, self._plan.program.what)
+    def _bytes(self, config) -> float:
+        program = make_program(config, self.plan.target, self.plan.program.what)
         if config.remat not in self._kept:
             self._kept[config.remat] = kept_by_example(program, program.traced())
         return (
@@ -78,6 +50,38 @@ class _Estimator:
             + device_bytes(program.gradients)
             + estimate(program, self._kept[config.remat]).total
         )
+
+
+def suggestions(estimator: Estimator) -> list[Change]:
+    """Single changes that suffice; where none does, the fewest of them together that do, or that come nearest."""
+    plan = estimator.plan
+    sufficient, together, nearest = [], {}, None
+    for values in _candidates(estimator.config, plan):
+        change = estimator.change(values)
+        if change.peak <= plan.capacity:
+            sufficient.append(change)
+        elif not sufficient and change.peak < plan.peak:
+            joint = estimator.change(together | values)
+            if nearest is None or joint.peak < nearest.peak:
+                nearest, together = joint, joint.values
+    return sufficient or ([nearest] if nearest else [])
+
+
+def policies(estimator: Estimator) -> dict[str, Change]:
+    """What a device holds at the peak by what the backward pass recomputes, the least first; {} of sampling."""
+    if estimator.plan.program.what != "train":
+        return {}
+    return {remat: estimator.change({"remat": remat}) for remat in REMAT_POLICIES}
+
+
+def faster(estimator: Estimator) -> list[Change]:
+    """Of a plan that fits, the policy that recomputes least and still fits with a tenth to spare; none or one."""
+    for remat, change in policies(estimator).items():
+        if remat == estimator.config.remat:
+            break
+        if change.peak <= 0.9 * estimator.plan.capacity:
+            return [change]
+    return []
 
 
 def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
@@ -115,8 +119,14 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
         batch = batch // 2 // shares * shares
 
 
-def lines(plan: Plan, changes: list[Change]) -> list[str]:
-    """What to tell of `suggestions`, or of `faster` for a plan that fits."""
+def lines(estimator: Estimator, changes: list[Change]) -> list[str]:
+    """What to tell of `policies`, and of `suggestions`, or of `faster` for a plan that fits."""
+    peaks = [f"{remat} {change.peak / GIB:.2f}" for remat, change in policies(estimator).items()]
+    head = ["GiB at the peak by --config.remat (estimated): " + ", ".join(peaks)] if peaks else []
+    return head + _lines(estimator.plan, changes)
+
+
+def _lines(plan: Plan, changes: list[Change]) -> list[str]:
     shown = [f"  {change.flags()}   {change.peak / GIB:.2f} of {plan.capacity / GIB:.2f} GiB" for change in changes]
     if plan.fits:
         return ["there is room to recompute less (estimated):", *shown] if changes else []

@@ -88,7 +88,10 @@ def random_flux(setting: Setting) -> Flux:
             flat[path] = normal(
                 seed, leaf.shape, setting.dtype, 0.02 if path.endswith(".bias") else leaf.shape[-2] ** -0.5
             )
-    return build(make, flat)
+    flux = build(make, flat)
+    if setting.unstacked:
+        flux.unstack()
+    return flux
 
 
 def random_basis(setting: Setting, dtype: str) -> Basis:

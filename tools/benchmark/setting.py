@@ -40,7 +40,8 @@ DEFAULTS = {
 class Setting:
     """All that a measuring process is told. `tokens` counts noisy and conditioning tokens, half of each; `threads`
     CPU threads; `attention` one of attention.IMPLEMENTATIONS; `quantization` one of quantization.KINDS, of the blocks'
-    frozen linear layers; `moments` what the optimizer keeps its moments in."""
+    frozen linear layers; `moments` what the optimizer keeps its moments in; `unstacked` whether each
+    block has arrays of its own."""
 
     size: str
     what: str
@@ -57,6 +58,7 @@ class Setting:
     unroll: int
     attention: str
     threads: int
+    unstacked: bool = False
 
     @property
     def model(self) -> FluxConfig:

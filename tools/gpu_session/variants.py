@@ -1,6 +1,8 @@
-"""Other ways to compute the same step, tried on the device before they become the code's own.
+"""Other ways to compute the same step: what the code did before, for the ratio on one device, and what is tried there
+before it becomes the code's own.
 
-Each is a set of replacements that hold while a step is traced (`applied`); results equal the code's to rounding.
+Each is a set of replacements that hold while a step is traced (`applied`); results equal the code's to rounding, but for
+"fp8-tensor".
 """
 
 import contextlib
@@ -10,99 +12,41 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lorweb_jax.models.flux1 import blocks
-from lorweb_jax.models.flux1 import model as flux
-from lorweb_jax.models.flux1.blocks import gelu, modulate
-from lorweb_jax.nn import layers, sharding
+from lorweb_jax.adapters import mixture
+from lorweb_jax.models.flux1 import blocks, embeddings
+from lorweb_jax.nn import layers
 
+# What is replaced, and every module that has imported it.
 _TARGETS = {
-    "rotate": (blocks, "rotate"),
-    "attend": (blocks, "attend"),
-    "scan_stack": (flux, "scan_stack"),
-    "product": (layers, "product"),
-    "joint": (blocks.JointAttention, "__call__"),
-    "feed_forward": (blocks.FeedForward, "__call__"),
-    "single": (blocks.SingleBlock, "__call__"),
+    "rotate": ((blocks, "rotate"),),
+    "attend": ((blocks, "attend"),),
+    "product": ((layers, "product"),),
+    "sum_of_products": ((layers, "sum_of_products"), (mixture, "sum_of_products")),
 }
 
 
 @contextlib.contextmanager
 def applied(names):
     """The named variants in the code's place while the body runs."""
-    replaced = {}
-    for name in names:
-        replaced |= VARIANTS[name]()
-    before = {key: getattr(*_TARGETS[key]) for key in replaced}
+    replacements = functools.reduce(lambda all_, name: all_ | VARIANTS[name](), names, {})
+    targets = [(target, value) for key, value in replacements.items() for target in _TARGETS[key]]
+    before = [(target, getattr(*target)) for target, _ in targets]
     try:
-        for key, value in replaced.items():
-            setattr(*_TARGETS[key], value)
+        for target, value in targets:
+            setattr(*target, value)
         yield
     finally:
-        for key, value in before.items():
-            setattr(*_TARGETS[key], value)
+        for target, value in before:
+            setattr(*target, value)
 
 
-def policy(names, attention=True):
-    """Keeps values of these names and, with `attention`, what cuDNN's forward attention returns."""
-    named = jax.checkpoint_policies.save_only_these_names(*names)
-
-    def keeps(primitive, *args, **parameters):
-        if attention and primitive.name.startswith("dot_product_attention_fwd"):
-            return True
-        return named(primitive, *args, **parameters)
-
-    return keeps
+def _joined(x, kernel, product, axis=0):
+    return product(jnp.concatenate(x, axis=-1) if isinstance(x, tuple) else x, kernel)
 
 
-def _rope_flipped():
-    def rotate(x, rope):
-        cos, sin = (part[None, :, None, :, None] for part in rope)
-        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-        turned = pairs * cos + pairs[..., ::-1] * (sin * jnp.asarray([-1.0, 1.0]))
-        return turned.reshape(x.shape).astype(x.dtype)
-
-    return {"rotate": rotate}
-
-
-def _low_rank_of_parts(mix, parts):
-    n, i, r = mix.a_nir.shape
-    dtype = parts[0].dtype
-    a = mix.a_nir.astype(dtype).transpose(1, 0, 2).reshape(i, n * r)
-    start, h = 0, 0
-    for part in parts:
-        h = h + part @ a[start : start + part.shape[-1]]
-        start += part.shape[-1]
-    coeff = jnp.repeat(mix.scale * mix.coeff_bn, r, axis=-1).astype(dtype)
-    return (h * coeff[:, None]) @ mix.b_nro.astype(dtype).reshape(n * r, -1)
-
-
-def _split_proj_out():
-    def single(self, x, mod, rope, add, text_tokens):
-        shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
-        normed = modulate(x, shift, scale)
-        hidden = gelu(self.proj_mlp(normed, add.get("proj_mlp"), text_tokens))
-        hidden = sharding.constrain(hidden, "batch", None, "hidden")
-        attended = self.attn(normed, rope, add, text_tokens)
-        kernel = self.proj_out.kernel[...].astype(x.dtype)
-        d = attended.shape[-1]
-        y = attended @ kernel[:d] + hidden @ kernel[d:] + self.proj_out.bias[...].astype(x.dtype)
-        if "proj_out" in add:
-            y = y + _low_rank_of_parts(add["proj_out"], (attended, hidden))
-        return x + gate[:, None] * checkpoint_name(y, "outputs")
-
-    return {"single": single}
-
-
-def _named_outputs():
-    joint, feed_forward = blocks.JointAttention.__call__, blocks.FeedForward.__call__
-
-    def named_joint(self, *args, **kwargs):
-        return tuple(checkpoint_name(y, "outputs") for y in joint(self, *args, **kwargs))
-
-    def named_feed_forward(self, *args, **kwargs):
-        return checkpoint_name(feed_forward(self, *args, **kwargs), "outputs")
-
-    return {"joint": named_joint, "feed_forward": named_feed_forward}
+def _before():
+    """Until 27 November 2026: rope by stacking the turned pairs, and [attention | hidden] joined for proj_out."""
+    return {"rotate": lambda x, rope: embeddings._rotate_pairs(x, *rope), "sum_of_products": _joined}
 
 
 def _named_qkv():
@@ -114,22 +58,6 @@ def _named_qkv():
     return {"attend": named}
 
 
-def _unstacked():
-    """Stacks whose leaves are lists of one array a block; see session.unstacked_state."""
-
-    def loop(stack, body, carry, xs=None, *, without=(), prepare=lambda weights: weights, remat="none", unroll=1):
-        from flax import nnx
-
-        graphdef, unused, state = nnx.split(stack, lambda path, _: path[0] in without, ...)
-        held, structure = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, list))
-        for index in range(len(held[0])):
-            block = structure.unflatten([leaf[index] for leaf in held])
-            carry = body(nnx.merge(graphdef, unused, block), carry, jax.tree.map(lambda x, i=index: x[i], xs))
-        return carry
-
-    return {"scan_stack": loop}
-
-
 def _fp8_per_tensor():
     """Products as cuBLASLt makes them in e4m3: codes [o, i], one scale a kernel, a constant one for the input."""
 
@@ -139,19 +67,9 @@ def _fp8_per_tensor():
         kernel = codes_oi.astype(x.dtype) * scale.reshape(()).astype(x.dtype)
         return jax.lax.dot_general(rounded.astype(x.dtype) * step, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
-    return {"product": product}
+    return {"product": product, "sum_of_products": _joined}
 
 
-VARIANTS = {
-    "rope": _rope_flipped,
-    "split": _split_proj_out,
-    "outputs": _named_outputs,
-    "qkv": _named_qkv,
-    "unstacked": _unstacked,
-    "fp8-tensor": _fp8_per_tensor,
-}
-POLICIES = {
-    "attention+": functools.partial(policy, ()),
-    "outputs": functools.partial(policy, ("outputs",)),
-    "outputs+qkv": functools.partial(policy, ("outputs", "qkv")),
-}
+VARIANTS = {"before": _before, "qkv": _named_qkv, "fp8-tensor": _fp8_per_tensor}
+# Beside layers.REMAT_POLICIES.
+POLICIES = {"outputs+qkv": layers._policy(layers.SAVED, layers.OUTPUTS, "qkv")}
