@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -19,6 +20,9 @@ HALF = "9ed153e0d8f8fbb00cf72605d9534accf0cfcf7cf830d4f78d4aa61b7fbc8637"
 @functools.cache
 def golden_dir() -> Path:
     """The folder of the golden data, complete."""
+    for packed in GOLDEN.glob("*.xz"):
+        if not packed.with_suffix("").is_file():
+            _write(packed.stem, lzma.decompress(packed.read_bytes()))
     if not (GOLDEN / "basis_a_fp16.safetensors").is_file():
         _write_half()
     return GOLDEN
@@ -32,6 +36,10 @@ def _write_half() -> None:
     arrays = load_file(GOLDEN / "basis_a.safetensors")
     half = header + b"".join(arrays[key].astype(np.float16).tobytes() for key in sorted(places, key=places.get))
     assert hashlib.sha256(half).hexdigest() == HALF
-    new = GOLDEN / f".basis_a_fp16.{os.getpid()}"
-    new.write_bytes(half)
-    new.rename(GOLDEN / "basis_a_fp16.safetensors")  # other processes of the tests may be making it, too
+    _write("basis_a_fp16.safetensors", half)
+
+
+def _write(name: str, data: bytes) -> None:
+    new = GOLDEN / f".{name}.{os.getpid()}"
+    new.write_bytes(data)
+    new.rename(GOLDEN / name)  # other processes of the tests may be making it, too

@@ -11,16 +11,16 @@ from lorweb_jax.common.errors import printable
 from lorweb_jax.images.io import write_image
 
 MARGIN, LINE = 6, 14  # px around a cell; height of a line of the default font
-SMALLEST = 96  # images are enlarged by a whole factor until their longer edge is at least this, px
+SMALLEST = 96  # the longer edge that images have at least, by default, px
 
 
 def _font():
     return ImageFont.load_default(size=11)
 
 
-def _enlarged(image: np.ndarray) -> Image.Image:
+def _enlarged(image: np.ndarray, smallest: int) -> Image.Image:
     """uint8 [h, w, 3] -> PIL image, enlarged by a whole factor with hard edges."""
-    factor = max(1, -(-SMALLEST // max(image.shape[:2])))
+    factor = max(1, -(-smallest // max(image.shape[:2])))
     return Image.fromarray(np.repeat(np.repeat(image, factor, 0), factor, 1))
 
 
@@ -34,9 +34,14 @@ def _shortened(text: str, width: int) -> str:
     return text[: max(0, fitting - 1)] + "…"
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str] = ()) -> np.ndarray:
-    """Rows of (caption, images uint8 [h, w, 3]) under the columns' titles -> one picture uint8 [H, W, 3]."""
-    pictures = [(caption, [_enlarged(image) for image in images]) for caption, images in rows]
+def sheet(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str] = (), smallest: int = SMALLEST
+) -> np.ndarray:
+    """Rows of (caption, images uint8 [h, w, 3]) under the columns' titles -> one picture uint8 [H, W, 3].
+
+    Images are enlarged by a whole factor until their longer edge has at least `smallest` px.
+    """
+    pictures = [(caption, [_enlarged(image, smallest) for image in images]) for caption, images in rows]
     count = max(len(images) for _, images in pictures)
     widths = [max((images[i].width for _, images in pictures if i < len(images)), default=0) for i in range(count)]
     heights = [max(image.height for image in images) for _, images in pictures]

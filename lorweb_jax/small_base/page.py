@@ -16,7 +16,7 @@ from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.small_base import evaluation as base
 
 NAMES = ("red apple", "cat", "rocket", "house with garden", "grinning face", "sunflower", "robot", "sailboat")
-QUALITY = 75  # of the sheets, which may be large
+SIDE, QUALITY = 64, 65  # least size of a picture in the sheets, px, and their quality: many are shown
 
 
 def write_page(
@@ -74,7 +74,7 @@ def edit_sheet(results: Sequence[base.Result]) -> np.ndarray:
                 [image for result in first for image in (result.edit.b, result.image, result.edit.truth)],
             )
         )
-    return sheet(rows, ("b", "edited", "truth") * 3)
+    return sheet(rows, ("b", "edited", "truth") * 3, SIDE)
 
 
 def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
@@ -93,6 +93,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
                 for k, kind in enumerate(base.KINDS)
             ],
             list(STYLE_WORDS.values()),
+            SIDE,
         ),
         quality=QUALITY,
     )
@@ -111,6 +112,7 @@ def _text_to_image(pipeline, drawings, out, samples, steps, cfg, seed) -> dict:
                     for i, name in enumerate(names)
                 ],
                 columns,
+                SIDE,
             ),
             quality=QUALITY,
         )
@@ -145,7 +147,7 @@ def _reconstruction(pipeline, drawings, out, most: int) -> dict:
     figures["mean_of_drawings"] = {
         key: round(float(np.mean([value[key] for value in drawn])), 2) for key in ("plain", "after_operations")
     }
-    write_image(out / "reconstruction.webp", sheet(rows), quality=QUALITY)
+    write_image(out / "reconstruction.webp", sheet(rows, smallest=SIDE), quality=QUALITY)
     return figures
 
 

@@ -1,6 +1,7 @@
 """What a folder of recordings holds: recordings (.npz), bases with their configs, and the models of a pipeline."""
 
 import functools
+import lzma
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,13 +138,21 @@ class RecordedModels:
 
 
 class Bases:
-    """The bases of a folder: basis_X.safetensors (or only basis_X_fp16) with the entry X of configs.json."""
+    """The bases of a folder: basis_X.safetensors (or only basis_X_fp16), also compressed by xz, with the entry X of
+    configs.json."""
 
     def __init__(self, folder: Path, models: RecordedModels, report: Comparison):
         self._folder, self._models = folder, models
         self._found: dict[str, RecordedBasis] = {}
         self._missing: dict[str, str] = {}
-        files = {path.stem.removeprefix("basis_"): path for path in sorted(folder.glob("basis_*.safetensors"))}
+        self._unpacked = tempfile.TemporaryDirectory()
+        for packed in folder.glob("basis_*.safetensors.xz"):
+            try:
+                (Path(self._unpacked.name) / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+            except (OSError, lzma.LZMAError) as error:
+                report.fail(packed.name, f"{packed} could not be unpacked ({error}); copy it anew")
+        paths = [path for place in (self._unpacked.name, folder) for path in Path(place).glob("basis_*.safetensors")]
+        files = {path.stem.removeprefix("basis_"): path for path in sorted(paths)}
         configs = self._configs(report) if files else {}
         for name in sorted({name.removesuffix("_fp16") for name in files}):
             if name not in configs:
