@@ -76,6 +76,7 @@ def default():
     config.evaluation = dict(
         tasks=12,  # of each split, in the logged images; the tables have all of them. 0: no images
         per_task=2,  # analogies of every task in the tables; 0: no tables
+        validate=0,  # held-out analogies whose loss marks the best checkpoint, kept in best/; 0: none are looked at
         batch=12,  # analogies sampled at once
         steps=12,  # sampling steps
         guidance=2.5,

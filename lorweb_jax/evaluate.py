@@ -193,7 +193,7 @@ def make(args: argparse.Namespace) -> None:
     from lorweb_jax.common import fingerprint
     from lorweb_jax.data.problems import Problems
     from lorweb_jax.evaluation import scores as scoring
-    from lorweb_jax.evaluation.making import add_coefficients, add_scores, make_images
+    from lorweb_jax.evaluation.making import add_coefficients, add_edits, add_path, add_scores, make_images
     from lorweb_jax.evaluation.methods import candidate, truth
     from lorweb_jax.evaluation.records import Records
     from lorweb_jax.evaluation.render import add_descriptions
@@ -244,6 +244,9 @@ def make(args: argparse.Namespace) -> None:
         add_scores(kept, by_id, scores)
         if number == parts:
             add_coefficients(kept, method, samples, args.batch)
+            add_path(kept, method, samples, args.seed)
+            if method.route is not None:
+                add_edits(records, samples)
 
 
 def _folders(args: argparse.Namespace) -> list[tuple[str, Path]]:

@@ -26,7 +26,7 @@ from lorweb_jax.jobs import basis as basis_job
 from lorweb_jax.jobs.basis import BasisJob
 from lorweb_jax.models.image_encoder.identity import identity
 from lorweb_jax.nn.layers import Weight
-from lorweb_jax.pipeline.adapters import load_basis
+from lorweb_jax.pipeline.adapters import basis_of_run, load_basis
 from lorweb_jax.pipeline.folder import PipelineFolder
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,7 @@ def run(tmp_path_factory):
             f"--config={ROOT}/configs/basis.py:smoke",
             f"--config.pipeline={ROOT}/assets/small_kontext",
             f"--config.data.cache={folder}/data",
+            "--config.evaluation.validate=4",
             f"--workdir={folder}/run",
         ],
         capture_output=True,
@@ -58,7 +59,8 @@ def test_run_leaves_pictures_tables_and_a_basis(run):
     folder, printed = run
     assert "step 4/4" in printed and "base, text only" in printed
     assert {path.name for path in (folder / "pictures").iterdir()} == {
-        f"{name}_000004.png" for name in ("train", "held_out_drawings", "held_out_tasks", "router")
+        f"{name}_000004.png"
+        for name in ("train", "held_out_drawings", "held_out_tasks", "router", "router_layers", "router_plane")
     }
     for split in ("held_out_drawings", "held_out_tasks"):
         table = json.loads((folder / "evaluation" / split / "table.json").read_text())
@@ -100,6 +102,19 @@ def get_config():
         with pytest.raises(UserError, match=message) as told:
             compare(option)
         assert told.value.code == 2
+
+
+def test_the_best_checkpoint_is_a_run_of_its_own(run):
+    """After four steps with one checkpoint it is that one; its score is near the training loss."""
+    folder, printed = run
+    best = json.loads((folder / "best.json").read_text())
+    assert best["step"] == 4 and 0.01 < best["score"] < 10
+    _, trained = basis_of_run(folder)
+    config, kept = basis_of_run(folder / "best")
+    assert config.encoder == "other-clip" and kept.keys() == trained.keys()
+    for path, parts in trained.items():
+        for name, array in parts.items():
+            np.testing.assert_array_equal(kept[path][name], array)
 
 
 def test_exported_basis_is_the_checkpoints(run):

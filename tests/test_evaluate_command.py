@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
+from scipy.spatial import distance
 
 from lorweb_jax import BasisConfig
 from lorweb_jax import evaluate as command
@@ -62,8 +63,9 @@ class FakeBasis:
         return f"weights {self.seed}"
 
     def coefficients(self, query):
-        row = np.array([0.7, 0.3, 0.0])
-        return {"blocks.to_q": np.broadcast_to(row, (2, len(query), 3)), "blocks.to_v": np.ones((1, len(query), 3)) / 3}
+        q = np.linspace(0.7, 0.3, len(query))
+        rows = np.broadcast_to(np.stack([q, 1 - q, 0 * q], 1), (2, len(query), 3))
+        return {"blocks.to_q": rows, "blocks.to_v": np.ones((1, len(query), 3)) / 3}
 
 
 class FakePipeline:
@@ -87,8 +89,11 @@ class FakePipeline:
     def query(self, conditions):
         return np.zeros((len(conditions), 2))
 
-    def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True):
+    def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True, mix=None):
         assert len(seed) == len(conditions) == len(prompts)
+        if mix is not None:  # shades by the first coefficient, so that mixes can be told apart
+            assert all(each.basis == self.model.basis.fingerprint() for each in mix)
+            return [np.full_like(conditions[0][2], round(200 * each.coefficients["blocks.to_q"][0, 0])) for each in mix]
         FakePipeline.calls.append((steps, tuple(seed), use_basis))
         if not use_basis:
             return [np.full_like(b, 128) for _, _, b in conditions]
@@ -286,12 +291,13 @@ def test_report_is_one_page_that_asks_nothing_of_the_network(run, data):
     assert page.urls and all(url.startswith("data:image/") for url in page.urls)
     assert "http" not in text.replace("http-equiv", "") and "@import" not in text and "url(" not in text
     assert "prefers-color-scheme:dark" in text and "default-src 'none'" in text and "<script" not in text
-    # Two splits, two methods, best, median and worst: a, a′, b, three results, the truth.
-    assert page.counts["img"] == 2 * 2 * 3 * 7
+    # Two splits, two methods, best, median and worst: a, a′, b, three results, the truth; the path of each method's mix.
+    assert page.counts["img"] == 2 * 2 * 3 * 7 + 2 * 8
     for word in ("ours: best", "theirs.x: worst", "“invert <it>”", "Router of ours", "Cost", "unseen/two"):
         assert word in words
-    assert page.counts["svg"] == 3 + 2 and page.counts["circle"] == 3 * 5
-    assert page.counts["rect"] == 2 * 3 * 3
+    # Of each split a scatter; of each method members by task and by layer, 12 analogies on a plane, 3 pairs of tasks.
+    assert page.counts["svg"] == 3 + 2 * 4 and page.counts["circle"] == 3 * 5 + 2 * (12 + 3)
+    assert page.counts["rect"] == 2 * (3 * 3 + 3 * 3)
     assert len(text) < 1_000_000
 
 
@@ -437,6 +443,69 @@ def test_routing_counts_members():
     np.testing.assert_allclose(
         routing.effective_members(np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0]])), [4, 1, 2]
     )
+
+
+def test_routing_by_layer_and_task():
+    """Counts in effect, unused members, distances and the map, each against scipy or the definition in float64."""
+    random = np.random.default_rng(0)
+    c = {"one": random.normal(size=(12, 2, 5)), "two": random.normal(size=(12, 1, 5))}
+    c["one"][..., 3] = c["two"][..., 3] = 1e-3  # of no use to any layer
+    c["one"][:, 1, 0] = 0  # of no use to one layer
+    tasks = ["x", "y", "z", "x"] * 3
+    found = routing.routing_of({path: array.astype(np.float32) for path, array in c.items()}, tasks)
+    assert [(layer.path, layer.block, layer.dead) for layer in found.layers] == [
+        ("one", 0, 1),
+        ("one", 1, 2),
+        ("two", 0, 1),
+    ]
+    share = np.abs(c["one"][:, 1]) / np.abs(c["one"][:, 1]).sum(-1, keepdims=True)
+    of_task = [np.exp(stats.entropy(share[[i for i, t in enumerate(tasks) if t == task]].mean(0))) for task in "xyz"]
+    expected = np.exp(stats.entropy(share, axis=-1)).mean(), np.mean(of_task), np.exp(stats.entropy(share.mean(0)))
+    np.testing.assert_allclose(found.layers[1].effective, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.effective("one"), np.mean([each.effective for each in found.layers[:2]], axis=0))
+    assert found.dead == [3] and found.members == 5
+    points = np.concatenate([c["one"].reshape(12, -1), c["two"].reshape(12, -1)], 1) / np.sqrt(3)
+    means = [points[[i for i, t in enumerate(tasks) if t == task]].mean(0) for task in "xyz"]
+    np.testing.assert_allclose(found.distances, distance.cdist(means, means), atol=1e-6)
+    # Distances on the map are those of the doubly centred squares' two largest eigenvalues (classical scaling).
+    squares = distance.cdist(points, points, "sqeuclidean")
+    centre = np.eye(12) - 1 / 12
+    values, vectors = np.linalg.eigh(-0.5 * centre @ squares @ centre)
+    scaled = vectors[:, -2:] * np.sqrt(values[-2:])
+    np.testing.assert_allclose(distance.pdist(found.place), distance.pdist(scaled), atol=1e-5)
+    assert found.explained == pytest.approx(values[-2:].sum() / values.sum(), rel=1e-5)
+
+
+def test_rank_correlation_and_distances_of_edits():
+    random = np.random.default_rng(1)
+    x, y = random.integers(0, 6, 40), random.normal(size=40)
+    assert routing.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert routing.rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+    directions = random.normal(size=(6, 4))
+    means = [directions[i::3].mean(0) for i in range(3)]
+    found = routing.edit_distances(directions, ["b", "a", "c"] * 2)
+    np.testing.assert_allclose(found, distance.cdist(means, means, "cosine"), atol=1e-12)
+
+
+def test_the_report_shows_a_router(run, data):
+    """A map of analogies with a mark each, a dot for every two tasks, and the path from one mix to the farthest."""
+    run("--scores", "mse")
+    folder = data / "out" / "methods" / "ours"
+    page = (data / "out" / "report.html").read_text()
+    ids = np.load(folder / "coefficients.npz")["ids"]
+    assert page.count("<circle cx") >= len(ids) + 15 and "Spearman" in page and "Every layer" in page
+    strip = np.asarray(Image.open(folder / "path.png"))
+    assert strip.shape == (32, 8 * 32, 3)
+    # The fake's first coefficient falls by place: the last split's first analogy against the farthest one, the first.
+    shades = strip[0, 32::32, 0].astype(int)
+    row = ids.tolist().index(
+        next(key for key in ids if key.startswith("one") and list(ids).index(key) >= len(ids) // 2)
+    )
+    own, far = (round(200 * q) for q in (np.linspace(0.7, 0.3, len(ids))[row], 0.7))
+    assert shades[0] == pytest.approx(own, abs=1) and shades[-1] == pytest.approx(far, abs=1)
+    np.testing.assert_allclose(np.diff(shades), (far - own) / 6, atol=1.01)
+    directions = np.load(data / "out" / "edits.npz")
+    assert directions["directions"].shape == (len(ids), 1152)
 
 
 @pytest.mark.parametrize("low, high", [(0.1, 0.9), (-3, 4000), (0.5, 0.5), (0, 0), (1e-9, 2e-9)])

@@ -146,7 +146,8 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
     records = [
         basis_record("basis", 0.001, 0, [0.9, 0.9, 0.9]),  # tried by the sweep
         basis_record("basis", 0.002, 0, [0.2, 0.4, 0.3], 77),
-        basis_record("basis", 0.002, 1, [0.3, 0.3, 0.3]),
+        basis_record("basis", 0.002, 1, [0.3, 0.3, 0.3])
+        | {"router": {"members": 16, "one": 2.5, "task": 3.0, "all": 9.04, "unused": 1.0}},
         basis_record("lora_nr", 0.004, 0, [0.3, 0.3, 0.4]),
         basis_record("base", None, 0, [0.6, 0.6, 0.6]),
     ]
@@ -169,7 +170,7 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
     assert (
         lpips["seeds"] == [0] and lpips["mean"] == pytest.approx(0.1 / 3) and lpips["tasks_won"] == pytest.approx(1 / 3)
     )
-    assert "one LoRA of rank N·r − basis" in text and "5 trainings" not in text and "Unseen tasks (3)" in text
+    assert "one LoRA of rank N·r − basis" in text and "2.5, 3.0, 9.0 of 16" in text and "Unseen tasks (3)" in text
     assert page.read_text().startswith("before") and page.read_text().endswith("after\n") and text in page.read_text()
     page.write_text("no marks")
     with pytest.raises(UserError, match="between which the tables go"):

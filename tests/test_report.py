@@ -29,12 +29,13 @@ def test_means_reach_the_log_and_tensorboard(tmp_path):
     for step, loss in enumerate([1.0, 2.0, 6.0]):
         report.add(step, {"error": np.float32(2 * loss), "loss": np.float32(loss)})
     report.write(3, 0.05)
-    report.log_images(3, {"rows": np.full((4, 6, 3), 255, np.uint8)})
+    report.log_images(3, {"rows": np.full((4, 6, 3), 255, np.uint8), "members": 2.5})
     report.close()
     assert (tmp_path / "log.txt").read_text() == "step 3  loss 3  error 6  learning_rate 0.05\n"
     values = {value.tag: value for event in events(tmp_path) if event.step == 3 for value in event.summary.value}
     assert values["loss"].simple_value == 3.0 and values["error"].simple_value == 6.0
     assert (values["rows"].image.height, values["rows"].image.width) == (4, 6)
+    assert values["members"].simple_value == 2.5 and "members" not in (tmp_path / "log.txt").read_text()
     assert "tensorflow" not in sys.modules
 
 
@@ -146,6 +147,15 @@ def test_a_heat_map_is_darkest_where_the_value_is_highest():
     shown = plots.heat_map(values, rows=["frame", "shift", "pixelate"], columns=[str(i) for i in range(5)])
     rows, columns = np.nonzero((shown == (8, 48, 107)).all(-1))
     assert len(rows) > 100 and rows.min() > shown.shape[0] / 2 and columns.min() > shown.shape[1] / 2
+
+
+def test_a_plane_has_a_colour_for_each_label():
+    """Two tasks far apart: the dots of one are red, at the left, the other's cyan, at the right."""
+    place = np.array([[0.0, 0], [0.1, 1], [5, 0], [5.1, 1]])
+    shown = plots.plane(place, ["a", "a", "b\n", "b\n"], "title").astype(int)
+    red = np.nonzero((shown[..., 0] > 200) & (shown[..., 1:] < 100).all(-1))[1]
+    cyan = np.nonzero((shown[..., 0] < 100) & (shown[..., 1:] > 200).all(-1))[1]
+    assert len(red) > 20 and len(cyan) > 20 and red.max() < cyan.min()
 
 
 def test_any_text_can_be_drawn():

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +14,13 @@ from lorweb_jax.common.outputs import write_file
 from lorweb_jax.evaluation.memory import peak_bytes, reset_peak
 from lorweb_jax.evaluation.methods import Candidate
 from lorweb_jax.evaluation.records import MethodRecords, Records
+from lorweb_jax.evaluation.routing import read_coefficients
 from lorweb_jax.evaluation.samples import Sample, batches
-from lorweb_jax.evaluation.scores import Score
+from lorweb_jax.evaluation.scores import AlexNet, Score
+from lorweb_jax.images.io import write_image
 
-COEFFICIENTS = "coefficients.npz"
+COEFFICIENTS, EDITS, PATH = "coefficients.npz", "edits.npz", "path.png"
+BLENDS = 7  # pictures from one analogy's mix to another's, both included
 AT_ONCE = 64  # records whose images are in memory while they are scored
 
 
@@ -97,7 +101,37 @@ def add_coefficients(kept: MethodRecords, method: Candidate, samples: Sequence[S
         for name, c in method.route([samples[i] for i in padded]).items():
             rows.setdefault(name, []).append(np.moveaxis(c, 1, 0)[: len(chosen)])
         ids += [samples[i].id for i in chosen]
+    _write(path, ids=np.array(ids), **{name: np.concatenate(parts) for name, parts in rows.items()})
+
+
+def add_edits(records: Records, samples: Sequence[Sample]) -> None:
+    """edits.npz: "ids" [b], and "directions" [b, p], what the edit a → a′ of each triplet changes as AlexNet sees it;
+    unless it is there."""
+    path = records.folder / EDITS
+    if not path.exists():
+        before, after = (AlexNet().embed([getattr(sample, part) for sample in samples]) for part in ("a", "a2"))
+        _write(path, ids=np.array([sample.id for sample in samples]), directions=after - before)
+
+
+def add_path(kept: MethodRecords, method: Candidate, samples: Sequence[Sample], seed: int = 0) -> None:
+    """path.png: b of one analogy and what becomes of it by BLENDS mixes, from its own coefficients to those of the
+    analogy whose are farthest from them; unless it is there. The analogy is the first of the last split."""
+    path, stored = kept.folder / PATH, kept.folder / COEFFICIENTS
+    if method.blend is None or path.exists() or not stored.exists():
+        return
+    coefficients, ids = read_coefficients(stored, {sample.id: sample.task for sample in samples})
+    sample = next(each for each in samples if each.split == samples[-1].split)
+    row = ids.index(sample.id)
+    squares = [np.square(c - c[row]).sum((1, 2)) for c in coefficients.values()]
+    far = np.sum(squares, axis=0).argmax()
+    blends = [
+        {name: (1 - t) * c[row] + t * c[far] for name, c in coefficients.items()} for t in np.linspace(0, 1, BLENDS)
+    ]
+    images = method.blend(sample, blends, (seed + sample.noise_seed) % 2**64)
+    write_image(path, np.concatenate([sample.b, *images], 1))
+
+
+def _write(path: Path, **arrays: Any) -> None:
     data = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in rows.items()}
-    np.savez_compressed(data, ids=np.array(ids), **arrays)
+    np.savez_compressed(data, **arrays)
     write_file(path, data.getvalue())

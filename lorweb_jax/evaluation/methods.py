@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lorweb_jax.adapters.formats.pair_file import is_published
+from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.evaluation import probes
 from lorweb_jax.evaluation.evaluate import Method, evaluate, rows_sheet
@@ -29,7 +30,8 @@ class Candidate:
     """A method whose results are kept as records.
 
     make(samples, seeds) -> b′ of each, uint8; samples of one size, a seed each. route(samples) -> the coefficients
-    {path: [l, b, n]} that its router chooses, where it has one that chooses beforehand. fingerprint: of its weights.
+    {path: [l, b, n]} that its router chooses, where it has one that chooses beforehand; blend(sample, coefficients,
+    seed) -> b′ of one sample by each of several {path: [l, n]}. fingerprint: of its weights.
     parameters: of its adapter. kind: "copy", "base", "truth", "basis", "LoRA" or "style".
     """
 
@@ -40,6 +42,7 @@ class Candidate:
     source: str = ""
     parameters: int = 0
     route: Callable[[Sequence[Sample]], dict[str, np.ndarray]] | None = None
+    blend: Callable[[Sample, Sequence[Mapping[str, np.ndarray]], int], list[np.ndarray]] | None = None
 
     def describe(self) -> dict:
         return {name: getattr(self, name) for name in ("kind", "source", "fingerprint", "parameters")}
@@ -77,8 +80,17 @@ def candidate(
             return _edits(attached, mix=choose(chosen), **sampling)(chosen, seeds)
 
         return Candidate(name, kind, make, f"{fingerprint} {named.probe}", named.text, parameters)
-    route = (lambda samples: probes.route(attached, samples)) if coefficients.from_images else None
-    return Candidate(name, kind, _edits(attached, **sampling), fingerprint, source, parameters, route)
+    make = _edits(attached, **sampling)
+    if not coefficients.from_images:
+        return Candidate(name, kind, make, fingerprint, source, parameters)
+
+    def blend(sample: Sample, coefficients: Sequence[Mapping[str, np.ndarray]], seed: int) -> list[np.ndarray]:
+        mixes = [Mix(each, fingerprint) for each in coefficients]
+        return _edits(attached, mix=mixes, **sampling)([sample] * len(mixes), [seed] * len(mixes))
+
+    return Candidate(
+        name, kind, make, fingerprint, source, parameters, lambda samples: probes.route(attached, samples), blend
+    )
 
 
 def truth() -> Candidate:

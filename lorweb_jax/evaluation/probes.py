@@ -7,6 +7,7 @@ adapted   those of the router, moved by gradient steps on the analogy's one pair
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.evaluation.samples import Sample, batches
@@ -35,8 +37,14 @@ def route(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, np.ndarray
     return _of_conditions(pipeline, [sample.condition for sample in samples])
 
 
+def _basis(model: AnalogyModel) -> Basis:
+    assert model.basis is not None  # probes are asked of a basis
+    return model.basis
+
+
 def _of_conditions(pipeline: Pipeline, conditions) -> dict[str, np.ndarray]:
-    coefficients = pipeline.model.basis.coefficients(pipeline.query(conditions))
+    coefficients = _basis(pipeline.model).coefficients(pipeline.query(conditions))
+    assert coefficients is not None  # they are known in advance
     return {path: np.asarray(to_host(c), np.float32) for path, c in coefficients.items()}
 
 
@@ -45,7 +53,7 @@ def chooser(kind: str, pipeline: Pipeline, samples: Sequence[Sample]) -> Chooser
 
     Raises UserError for a basis whose coefficients don't come from images, and for "wrong" without a second task.
     """
-    basis = pipeline.model.basis
+    basis = _basis(pipeline.model)
     if not basis.config.coefficients.from_images:
         raise UserError(
             f"{kind}: asks a router that chooses by images, and this basis has a {basis.config.query} query; "
@@ -106,7 +114,7 @@ def adapted(
     target, condition = (jnp.asarray(np.stack(images)) for images in zip(*grids))
     text, pooled = pipeline.prompt([sample.caption for sample in samples])
     keys = jnp.stack([random_key(sample.noise_seed) for sample in samples])
-    start = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
+    start = _basis(pipeline.model).coefficients(pipeline.query([sample.condition for sample in samples]))
     model = pipeline.model.only("transformer", "vae", "basis")
     moved = _adapt(model, steps, rate, target, condition, text, pooled, keys, start)
     return {path: np.asarray(to_host(c), np.float32) for path, c in moved.items()}
@@ -124,16 +132,8 @@ def _adapt(model: AnalogyModel, steps: int, rate: float, target, condition, text
             return jax.tree.map(lambda each: each[0], noised)
 
         noised = jax.vmap(of_sample)(keys, x0)
-        velocity = model.velocity(
-            noised.tokens_bsc,
-            references,
-            text,
-            pooled,
-            noised.time_b,
-            guidance,
-            size,
-            model.basis.adapters(coefficients),
-        )
+        adapters: dict[str, Any] = {**_basis(model).adapters(coefficients)}
+        velocity = model.velocity(noised.tokens_bsc, references, text, pooled, noised.time_b, guidance, size, adapters)
         # The sum: each sample's coefficients have the gradient of its own loss.
         return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[1].sum()
 

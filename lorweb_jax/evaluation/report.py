@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from lorweb_jax.evaluation import svg
-from lorweb_jax.evaluation.making import COEFFICIENTS
 from lorweb_jax.evaluation.results import (
     ALL,
     COST_HEAD,
@@ -25,13 +24,12 @@ from lorweb_jax.evaluation.results import (
     judged_scores,
     notes,
 )
-from lorweb_jax.evaluation.routing import read_routing
+from lorweb_jax.evaluation.routing_report import routers
 from lorweb_jax.evaluation.samples import Sample
 from lorweb_jax.evaluation.table import TRUTH
 from lorweb_jax.images.grid import within
 
 SHOWN = 160  # px of an embedded picture's longer edge
-MOST_TASKS = 60  # rows of a router map
 # What ranks pictures, and what counts as accuracy in the scatter: the first that there is.
 RANKS = ("lpips", "mse", "clip_directional", "alexnet_directional")
 ACCURACY = ("clip_directional", "alexnet_directional", "lpips")
@@ -89,7 +87,13 @@ def report(
         ]
         if split != ALL or len(results["splits"]) == 1:
             parts.append(_pictures(data, results, samples, data.splits[split]))
-    parts += [_judge(results.get("judge")), *_routers(data), _cost(results), _tasks(results), _meaning(data, results)]
+    parts += [
+        _judge(results.get("judge")),
+        *routers(data, _table, picture),
+        _cost(results),
+        _tasks(results),
+        _meaning(data, results),
+    ]
     return "\n".join(part for part in parts if part) + "\n</body></html>\n"
 
 
@@ -237,31 +241,6 @@ def _judge(judged: Mapping[str, Any] | None) -> str:
         rows = _html(judged_choices(judged))
         parts.append(_table(["forced choice", "wins (68 %)", "answered", "unanswered"], rows))
     return "".join(parts)
-
-
-def _routers(data: Evaluated) -> list[str]:
-    parts = []
-    for name, method in data.methods.items():
-        path = method.folder / COEFFICIENTS
-        if not path.exists():
-            continue
-        routing = read_routing(path, {key: about["task"] for key, about in data.triplets.items()})
-        tasks = list(routing.weights)
-        step = -(-len(tasks) // MOST_TASKS)
-        shown = tasks[::step]
-        rows = [
-            [escape(layers), f"{one:.1f}", f"{together:.1f}"] for layers, (one, together) in routing.effective.items()
-        ]
-        members = len(next(iter(routing.weights.values())))
-        dead = ", ".join(map(str, routing.dead)) or "none"
-        parts += [
-            f"<h2>Router of {escape(name)}</h2><p>Share of each member by task, averaged over all layers"
-            f"{f'; every {step}th task' if step > 1 else ''}. Members that no layer uses: {dead}.</p>",
-            svg.heat_map(np.stack([routing.weights[task] for task in shown]), shown),
-            f"<h3>Effective number of members, of {members}</h3>",
-            _table(["layers", "of one analogy", "of all together"], rows),
-        ]
-    return parts
 
 
 def _cost(results: Mapping[str, Any]) -> str:

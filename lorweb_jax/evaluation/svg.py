@@ -65,9 +65,45 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def dots(
+    points: Sequence[tuple[float, float]],
+    x_title: str,
+    y_title: str,
+    labels: Sequence[str] = (),
+    colours: Sequence[str] = (),
+) -> str:
+    """Many small marks. labels: what each says when pointed at. colours: of each, as CSS has them; none: the page's."""
+    x_ticks, y_ticks = (ticks(min(values), max(values)) for values in zip(*points))
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
+    parts = [f'<svg class="figure" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)}">']
+    for value in x_ticks:
+        x = LEFT + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * width
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
+    for value in y_ticks:
+        y = TOP + height - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * height
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    parts.append(f'<text x="{LEFT + width / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
+    turned = f'transform="translate(12 {TOP + height / 2:.0f}) rotate(-90)"'
+    parts.append(f'<text {turned} text-anchor="middle">{escape(y_title)}</text>')
+    for i, (x, y) in enumerate(points):
+        x = LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * width
+        y = TOP + height - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * height
+        style = f' style="fill:{colours[i]}"' if colours else ' class="cell"'
+        title = f"<title>{escape(labels[i])}</title>" if labels else ""
+        parts.append(f'<g>{title}<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill-opacity=".75"{style}/></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def hues(count: int) -> list[str]:
+    """Colours that differ as much as so many can, readable on light and dark."""
+    return [f"hsl({360 * i / max(count, 1):.0f} {70 if i % 2 else 55}% {45 if i % 3 else 60}%)" for i in range(count)]
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers at equal distances, the first at most `low`, the last at least `high`."""
-    span = max(high - low, 1e-9 * max(abs(low), abs(high)), 1e-12)
+    span = max(high - low, 1e-9 * max(abs(low), abs(high)), 1e-9)
     step = 10 ** np.floor(np.log10(span / count))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (factor * step) <= count)
     first, last = int(np.floor(low / step + 1e-9)), int(np.ceil(high / step - 1e-9))

@@ -33,6 +33,28 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
     axes.tick_params(length=0)
     scale = figure.add_axes((0.0, -0.15 / height, 1.0, 0.08 / height))
     figure.colorbar(cells, scale, orientation="horizontal").ax.tick_params(labelsize=7)
+    return _drawn(figure)
+
+
+def plane(place: np.ndarray, labels: Sequence[str], title: str = "") -> np.ndarray:
+    """Points [b, 2] as dots, coloured by label, each label once beside the mean of its dots -> uint8 [H, W, 3]."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure((7.0, 5.5), dpi=DPI)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(labels))
+    for number, name in enumerate(names):
+        own = place[[i for i, label in enumerate(labels) if label == name]]
+        colour = colormaps["hsv"](number / len(names))
+        axes.scatter(own[:, 0], own[:, 1], s=14, color=colour, alpha=0.8, linewidths=0)
+        axes.annotate(printable(name, LABEL), own.mean(0), fontsize=6, color="0.25", parse_math=False)
+    axes.set_title(printable(title, TITLE), loc="left", fontsize=8, parse_math=False)
+    axes.tick_params(labelsize=7)
+    return _drawn(figure)
+
+
+def _drawn(figure) -> np.ndarray:
     with io.BytesIO() as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # of other scripts; a box is drawn
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.05)

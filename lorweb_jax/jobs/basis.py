@@ -23,26 +23,32 @@ from lorweb_jax.data.buckets import quadrant_shapes
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.splits import read_splits
-from lorweb_jax.evaluation import lpips
+from lorweb_jax.evaluation import lpips, probes
 from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.methods import edit_samples, evaluate_pipeline
+from lorweb_jax.evaluation.routing import routing_of
 from lorweb_jax.evaluation.samples import Sample, read_samples
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
-from lorweb_jax.images.plots import heat_map
+from lorweb_jax.images.plots import heat_map, plane
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.identity import identity
 from lorweb_jax.nn import quantization, sharding
 from lorweb_jax.nn.attention import choose
-from lorweb_jax.pipeline.adapters import ENCODER
+from lorweb_jax.pipeline.adapters import ENCODER, write_run
 from lorweb_jax.pipeline.folder import MODEL_PARTS, PARTS, PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.pipeline import Pipeline
+from lorweb_jax.pipeline.saving import arrays_of
 from lorweb_jax.precomputed.read import Precomputed
 from lorweb_jax.precomputed.scope import Scope
+from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.report import report_only
+from lorweb_jax.training.step import numeric
+
+LAYERS_SHOWN = 100  # rows of the picture of all layers, about
 
 
 def make(config) -> "BasisJob":
@@ -131,30 +137,32 @@ class BasisJob(Job):
 
     def data(self, config) -> AnalogyLoader:
         """Those rows of each global batch that this process's devices hold."""
-        data, batch = config.data, config.train.batch
         if self.precomputed:
             print(f"text{'' if self.scope.queries_kept else ' and queries'} from {self.scope.root}", flush=True)
         else:
             self.folder.tell_left_out(
                 (pair.instruction for task in self.tasks["train"] for pair in task.pairs), "caption"
             )
-        loader = AnalogyLoader(
-            Analogies(self.tasks["train"]),
-            batch,
-            quadrant_size=None if data.buckets else data.quadrant_size,
-            buckets=data.buckets,
-            seed=config.seed,
-            caption_drop=data.caption_drop,
-            task_balanced=data.task_balanced,
-            reverse_probability=data.reverse_probability,
-            workers=data.workers,
-            rows=sharding.batch_rows(sharding.make_mesh(config.mesh), batch),
-            problems=self.problems,
-        )
+        drops = {name: config.data[name] for name in ("caption_drop", "reverse_probability", "workers")}
+        loader = self._loader_of("train", self.problems, seed=config.seed, **drops)
         if loader.bucketed:
             print(loader.bucketed.summary(), flush=True)
         self._loader = loader
         return loader
+
+    def _loader_of(self, split: str, problems: Problems, **options) -> AnalogyLoader:
+        """Those rows of each batch of a split that this process's devices hold."""
+        data, batch = self.config.data, self.config.train.batch
+        return AnalogyLoader(
+            Analogies(self.tasks[split]),
+            batch,
+            quadrant_size=None if data.buckets else data.quadrant_size,
+            buckets=data.buckets,
+            task_balanced=data.task_balanced,
+            rows=sharding.batch_rows(sharding.make_mesh(self.config.mesh), batch),
+            problems=problems,
+            **options,
+        )
 
     def _samples(self, split: str, per_task: int, tasks: int | None = None) -> list[Sample]:
         """Analogies of a split for images and tables, always the same; of `tasks` tasks spread over the split."""
@@ -203,11 +211,8 @@ class BasisJob(Job):
         return encoded
 
     def loss(self, model, batch, key):
-        x0, condition = (model.backbone.latents.pack(batch["latents"][:, image]) for image in (0, 1))
-        noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
-        height, width = (side * self.folder.vae_config.downscale for side in batch["latents"].shape[2:4])
-        guidance = jnp.full(x0.shape[:1], self.config.guidance)
-        coefficients = model.basis.coefficients(batch.get("query"), x0.shape[0], batch.get("temperature"))
+        examples = batch["latents"].shape[0]
+        coefficients = model.basis.coefficients(batch.get("query"), examples, batch.get("temperature"))
         routing, metrics, penalty = self.config.routing, {}, 0.0
         if routing.balance:
             metrics["imbalance"] = imbalance(coefficients)
@@ -215,6 +220,13 @@ class BasisJob(Job):
         if routing.member_dropout:
             softmax = self.basis_config.activation == "softmax"
             coefficients = drop_members(coefficients, jax.random.fold_in(key, 1), routing.member_dropout, softmax)
+        return self._denoising_error(model, batch, key, coefficients) + penalty, metrics
+
+    def _denoising_error(self, model, batch, key, coefficients) -> jax.Array:
+        x0, condition = (model.backbone.latents.pack(batch["latents"][:, image]) for image in (0, 1))
+        noised = draw(key, x0, train_timesteps(), train_weights(self.config.loss_weight))
+        height, width = (side * self.folder.vae_config.downscale for side in batch["latents"].shape[2:4])
+        guidance = jnp.full(x0.shape[:1], self.config.guidance)
         velocity = model.velocity(
             noised.tokens_bsc,
             condition,
@@ -225,10 +237,42 @@ class BasisJob(Job):
             (height, width),
             model.basis.adapters(coefficients),
         )
-        return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0] + penalty, metrics
+        return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0]
 
-    def log_images(self, model, step: int) -> dict[str, np.ndarray]:
-        """For each split a, a′, b, the result and the truth; and which members of the basis each task uses."""
+    def validate(self, model, step: int) -> float | None:
+        """The denoising error on config.evaluation.validate analogies of the first held-out split, always the same ones
+        with the same noise; nothing is dropped or added."""
+        if not self.config.evaluation.validate or len(self.tasks) < 2:
+            return None
+        errors = [self._validation_error(model, batch, random_key(i)) for i, batch in enumerate(self._validation)]
+        return float(np.mean(jax.device_get(errors)))
+
+    @functools.cached_property
+    def _validation(self) -> list[dict[str, jax.Array]]:
+        """The batches of `validate`."""
+        config, split = self.config, list(self.tasks)[1]
+        loader = self._loader_of(split, self._looked_at, seed=0, caption_drop=0.0, reverse_probability=0.0, workers=0)
+        mesh, count = sharding.make_mesh(config.mesh), -(-config.evaluation.validate // config.train.batch)
+        batches = [sharding.put_batch(mesh, numeric(self.prepare(next(loader)))) for _ in range(count)]
+        loader.close()
+        return batches
+
+    @functools.cached_property
+    def _validation_error(self):
+        @nnx.jit
+        def error(model, batch, key):
+            batch = batch | self.encode(model, batch)
+            coefficients = model.basis.coefficients(batch.get("query"), batch["latents"].shape[0])
+            return self._denoising_error(model, batch, key, coefficients)
+
+        return error
+
+    def keep(self, model, folder: Path) -> None:
+        """The basis as a run of its own, which every command takes: runs/basis/best."""
+        write_run(folder, model.basis.config, arrays_of(model.basis))
+
+    def log_images(self, model, step: int) -> dict[str, np.ndarray | float]:
+        """For each split a, a′, b, the result and the truth; and how the members of the basis are used."""
         if not self.config.evaluation.tasks:
             return {}
         pipeline, images = Pipeline(self.folder, model, self.precomputed), {}
@@ -236,23 +280,32 @@ class BasisJob(Job):
             samples = self._samples(split, 1, self.config.evaluation.tasks)
             images[split] = rows_sheet(samples, {"result": edit_samples(pipeline, samples, **self.sampling)})
         if self.basis_config.coefficients.from_images:
-            images["router"] = self._router_map(pipeline)
+            images |= self._router(pipeline)
         if self.precomputed:
             self.precomputed.release()
         return images
 
-    def _router_map(self, pipeline: Pipeline) -> np.ndarray:
-        """A heat map of the coefficients [tasks, n] of the middle layer, averaged over each task's examples."""
+    def _router(self, pipeline: Pipeline) -> dict[str, np.ndarray | float]:
+        """Of two analogies of every training task: shares of the members by task and by layer, analogies on a plane by
+        their coefficients, and the numbers of members in effect (evaluation/routing.py)."""
         samples = self._samples("train", 2)
-        coefficients = pipeline.model.basis.coefficients(pipeline.query([sample.condition for sample in samples]))
-        stacks = [path for path in coefficients if path.endswith("attn.to_v")]
-        middle = sharding.to_host(coefficients[stacks[-1]])
-        layer = middle.shape[0] // 2
-        tasks = list(dict.fromkeys(sample.task for sample in samples))
-        rows = np.stack(
-            [middle[layer, [i for i, sample in enumerate(samples) if sample.task == task]].mean(0) for task in tasks]
+        coefficients = probes.route(pipeline, samples)
+        routing = routing_of(
+            {path: np.moveaxis(c, 1, 0) for path, c in coefficients.items()}, [sample.task for sample in samples]
         )
-        return heat_map(rows, tasks, [str(n) for n in range(rows.shape[1])], f"{stacks[-1]} {layer}")
+        members, tasks = [str(n) for n in range(routing.members)], list(routing.weights)
+        shown = routing.layers[:: -(-len(routing.layers) // LAYERS_SHOWN)]
+        layers = [f"{layer.path} {layer.block}" for layer in shown]
+        images: dict[str, np.ndarray | float] = {
+            "router": heat_map(np.stack(list(routing.weights.values())), tasks, members, "mean of all layers"),
+            "router_layers": heat_map(np.stack([layer.usage for layer in shown]), layers, members, "all tasks"),
+            "router_plane": plane(routing.place, routing.tasks, f"{routing.explained:.0%} of the variance"),
+        }
+        one, task, together = routing.effective()
+        numbers = {"one_analogy": one, "one_task": task, "all_tasks": together}
+        images |= {f"router/effective_members/{name}": value for name, value in numbers.items()}
+        images["router/unused_members"] = float(np.mean([layer.dead for layer in routing.layers]))
+        return images
 
     def finish(self, model, workdir: Path) -> None:
         """Writes the basis in the published format, if that can hold it (an ordinary LoRA if nothing is routed); then

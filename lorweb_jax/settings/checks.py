@@ -99,8 +99,8 @@ def _basis(values: Values) -> None:
             width,
             f"config.basis.key_dim, which is {values['basis.key_dim']}, or None, as config.basis.projection is none",
         )
+    why = f"as config.basis.query is {query}"
     if query != "external":
-        why = f"as config.basis.query is {query}"
         for name, expected in (("routing.balance", 0), ("routing.member_dropout", 0)):
             if values[name] != expected:
                 raise refused(name, values[name], f"{expected}, {why}: coefficients aren't known before layers run")

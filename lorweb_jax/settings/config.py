@@ -48,6 +48,7 @@ _ADDED: dict[str, Any] = {
     "basis.key_scale": 1.0,
     "routing.balance": 0.0,
     "routing.member_dropout": 0.0,
+    "evaluation.validate": 0,
 }
 
 

@@ -102,6 +102,7 @@ BASIS: dict[str, Rule] = _FROZEN | {
     "routing.member_dropout": Real(0, 1, below=True),
     "evaluation.tasks": Whole(0, 10**6),
     "evaluation.per_task": Whole(0, 10**6),
+    "evaluation.validate": Whole(0, 10**6),
     "evaluation.batch": SHOWN_AT_ONCE,
     "evaluation.steps": SAMPLING_STEPS,
     "evaluation.guidance": GUIDANCE,

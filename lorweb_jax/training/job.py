@@ -6,7 +6,7 @@ A job says which model is trained, on what, by which loss, and what to log and e
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,18 @@ class Job:
         """The passes of a step, in order; by default one, which trains everything by `loss`."""
         return [Phase("train", self.loss)]
 
-    def log_images(self, model: nnx.Module, step: int) -> dict[str, np.ndarray]:
-        """Images uint8 [height, width, 3] by name; `model` holds the averaged weights where an EMA is kept."""
+    def log_images(self, model: nnx.Module, step: int) -> Mapping[str, np.ndarray | float]:
+        """Images uint8 [height, width, 3] by name, and numbers for TensorBoard; `model` holds the averaged weights where
+        an EMA is kept."""
         return {}
+
+    def validate(self, model: nnx.Module, step: int) -> float | None:
+        """A score of held-out data at each checkpoint, the lower the better; None (the default): there is none. `model`
+        as for `log_images`."""
+        return None
+
+    def keep(self, model: nnx.Module, folder: Path) -> None:
+        """Write into an empty folder what is to be kept of the checkpoint with the best score so far."""
 
     def finish(self, model: nnx.Module, workdir: Path) -> None:
         """Write what the run is for (an exported basis, a part of a pipeline folder, a table) at its end."""

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.quantization import bytes_by_dtype
 from lorweb_jax.processes.stop import StopRequest
+from lorweb_jax.runs.best import mark_best
 from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
 from lorweb_jax.runs.folder import open_run, owned
 from lorweb_jax.settings import config as configs
@@ -101,6 +102,11 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                 # report.state() comes first: it refuses a loss that is not finite.
                 log_state = report.state()
                 checkpoints.save(done, state, data.get_state(), log_state)
+                with report_only(f"the held-out score of step {done}"):
+                    score = mark_best(workdir, job, partition.model(state.exported, frozen), done)
+                    if score is not None:
+                        report.log_images(done, {"held_out_score": score})
+                        report.restart_clock()
             if stopping and done < steps:
                 checkpoints.finish()
                 report.end_progress()

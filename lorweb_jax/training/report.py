@@ -123,8 +123,9 @@ class Report:
         self.workdir = workdir
         self.total, self.batch, self.every = config.train.steps, config.train.batch, config.train.log_every
         self.writes = jax.process_index() == 0  # the others keep the same metrics, for the checkpoint
+        self.summaries = SummaryWriter(workdir, first_step) if self.writes else None
         self.writer = metric_writers.MultiWriter(
-            [TextWriter(workdir / LOG, first_step), SummaryWriter(workdir, first_step)] if self.writes else []
+            [TextWriter(workdir / LOG, first_step), self.summaries] if self.writes else []
         )
         self.means = list(log_state)  # metrics of steps that are not logged yet, on the host
         self.waiting: list[tuple[int, dict[str, jax.Array]]] = []  # (step, metrics on the device)
@@ -187,15 +188,18 @@ class Report:
         if steps_done == self.total:
             self.end_progress()
 
-    def log_images(self, steps_done: int, images: Mapping[str, np.ndarray]) -> None:
-        """Write images uint8 [h, w, 3] by name for TensorBoard and into workdir/pictures."""
+    def log_images(self, steps_done: int, shown: Mapping[str, np.ndarray | float]) -> None:
+        """Write images uint8 [h, w, 3] by name for TensorBoard and into workdir/pictures, and numbers for TensorBoard."""
         if self.writes:
+            images = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
+            numbers = {name: float(value) for name, value in shown.items() if name not in images}
             self._write("write_images", steps_done, images)
+            self._write("write_scalars", steps_done, numbers, writer=self.summaries)
             pictures.save(self.workdir / "pictures", steps_done, images)
 
-    def _write(self, kind: str, *values: Any) -> None:
+    def _write(self, kind: str, *values: Any, writer: metric_writers.MetricWriter | None = None) -> None:
         try:
-            getattr(self.writer, kind)(*values)
+            getattr(writer or self.writer, kind)(*values)
         except OSError as error:
             raise UserError(
                 f"the metrics of {self.workdir} could not be written ({error.strerror}); make room and "

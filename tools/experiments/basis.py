@@ -163,7 +163,23 @@ class Study:
         shutil.rmtree(kept, ignore_errors=True)  # of a measurement that was broken off
         write_run(kept, config, arrays)
         parameters = sum(array.size for parts in arrays.values() for array in parts.values())
-        return {"parameters": parameters, "scores": self.scores_of(f"{trial.name}={kept}", trial.labels["seed"])}
+        scores = self.scores_of(f"{trial.name}={kept}", trial.labels["seed"])
+        return {"parameters": parameters, "scores": scores, "router": self.router_of(trial)}
+
+    def router_of(self, trial: Trial) -> Record | None:
+        """How many members a basis uses in effect, averaged over its layers; None where nothing is routed beforehand."""
+        from lorweb_jax.evaluation.making import COEFFICIENTS
+        from lorweb_jax.evaluation.records import Records
+        from lorweb_jax.evaluation.routing import read_routing
+
+        records = Records(self.out / "evaluation" / f"seed_{trial.labels['seed']}")
+        path = records.method(trial.name).folder / COEFFICIENTS
+        if not path.exists():
+            return None
+        routing = read_routing(path, {sample.id: sample.task for sample in self.samples()})
+        one, task, together = routing.effective()
+        unused = sum(layer.dead for layer in routing.layers) / len(routing.layers)
+        return {"members": routing.members, "one": one, "task": task, "all": together, "unused": unused}
 
     def references(self, seed: int) -> None:
         """Records of the base without an adapter, and of b as it is."""

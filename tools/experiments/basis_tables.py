@@ -87,6 +87,7 @@ def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "rate": first["labels"].get("rate"),
             "parameters": first.get("parameters", 0),
             "seeds": seeds,
+            "router": _mean_router([record.get("router") for record in by_seed.values()]),
             "minutes": float(np.mean([record.get("seconds", 0) for record in by_seed.values()])) / 60,
             "scores": {
                 split: {score: estimated(matrix(by_seed, seeds, split, score)) for score in SHOWN} for split in splits
@@ -104,6 +105,11 @@ def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 about_both = {"method": method, "against": REFERENCE, "split": split, "score": score, "seeds": common}
                 differences.append({**about_both, **estimated(two[0] - two[1]), "tasks_won": won})
     return {"methods": methods, "differences": differences, "confidence": CONFIDENCE}
+
+
+def _mean_router(routers: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    known = [router for router in routers if router]
+    return {name: float(np.mean([router[name] for router in known])) for name in known[0]} if known else None
 
 
 def write_tables(out: Path, docs: Path | None = None) -> str:
@@ -156,11 +162,29 @@ def _group(results: Mapping[str, Any], group: Group) -> list[str]:
         if rows:
             parts += [_pipe(["difference, tasks won", *(about.label for about in SHOWN.values())], rows), ""]
     rows = [
-        [of["title"], str(len(of["seeds"])), f"{of['rate']:g}", f"{of['parameters']:,}", f"{of['minutes']:.1f}"]
+        [
+            of["title"],
+            str(len(of["seeds"])),
+            f"{of['rate']:g}",
+            f"{of['parameters']:,}",
+            f"{of['minutes']:.1f}",
+            _members(of["router"]),
+        ]
         for of in (methods[name] for name in names)
         if of["rate"]
     ]
-    return [*parts, _pipe(["method", "seeds", "learning rate", "trained numbers", "minutes a training"], rows), ""]
+    return [
+        *parts,
+        _pipe(["method", "seeds", "learning rate", "trained numbers", "minutes a training", "members in effect"], rows),
+        "",
+    ]
+
+
+def _members(router: Mapping[str, float] | None) -> str:
+    """Of one analogy, of one task, of all together, of how many."""
+    if not router:
+        return "–"
+    return f"{router['one']:.1f}, {router['task']:.1f}, {router['all']:.1f} of {router['members']:.0f}"
 
 
 def cell(estimate: Mapping[str, Any], digits: int, sign: str = "") -> str:
