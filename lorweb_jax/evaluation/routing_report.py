@@ -85,6 +85,7 @@ def _map(routing: Routing) -> list[str]:
             "second",
             routing.tasks,
             [colours[task] for task in routing.tasks],
+            least_height=0.7,
         ),
     ]
 

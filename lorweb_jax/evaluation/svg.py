@@ -71,9 +71,14 @@ def dots(
     y_title: str,
     labels: Sequence[str] = (),
     colours: Sequence[str] = (),
+    least_height: float = 0.0,
 ) -> str:
-    """Many small marks. labels: what each says when pointed at. colours: of each, as CSS has them; none: the page's."""
-    x_ticks, y_ticks = (ticks(min(values), max(values)) for values in zip(*points))
+    """Many small marks. labels: what each says when pointed at. colours: of each, as CSS has them; none: the page's.
+    least_height: what part of the horizontal axis's span the vertical one has at least."""
+    xs, ys = zip(*points)
+    middle, half = (min(ys) + max(ys)) / 2, least_height * (max(xs) - min(xs)) / 2
+    x_ticks = ticks(min(xs), max(xs))
+    y_ticks = ticks(min(*ys, middle - half), max(*ys, middle + half))
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
     parts = [f'<svg class="figure" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)}">']
     for value in x_ticks:
