@@ -3,7 +3,7 @@
 import json
 import math
 
-from lorweb_jax.runs.best import mark_best
+from lorweb_jax.training.best import mark_best
 from lorweb_jax.training.job import Job
 
 

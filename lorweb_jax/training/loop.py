@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.quantization import bytes_by_dtype
 from lorweb_jax.processes.stop import StopRequest
-from lorweb_jax.runs.best import mark_best
 from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
 from lorweb_jax.runs.folder import open_run, owned
 from lorweb_jax.settings import config as configs
+from lorweb_jax.training.best import mark_best
 from lorweb_jax.training.compile_cache import FOLDER, compile_cache
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.optimizer import make_optimizer, make_schedule
