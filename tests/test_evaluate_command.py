@@ -291,7 +291,7 @@ def test_report_is_one_page_that_asks_nothing_of_the_network(run, data):
     assert page.urls and all(url.startswith("data:image/") for url in page.urls)
     assert "http" not in text.replace("http-equiv", "") and "@import" not in text and "url(" not in text
     assert "prefers-color-scheme:dark" in text and "default-src 'none'" in text and "<script" not in text
-    # Two splits, two methods, best, median and worst: a, a′, b, three results, the truth; the path of each method's mix.
+    # Two splits, two methods, best, median and worst: a, a′, b, three results, the truth; paths of mixes.
     assert page.counts["img"] == 2 * 2 * 3 * 7 + 2 * 8
     for word in ("ours: best", "theirs.x: worst", "“invert <it>”", "Router of ours", "Cost", "unseen/two"):
         assert word in words

@@ -277,7 +277,7 @@ def test_suggestions_fit(gpu_plan):
 
 
 def test_what_remat_keeps(gpu_plan):
-    """Blocks' inputs; attention's results beside them; the last products of each branch; by width d and token, in float32.
+    """Blocks' inputs; attention's results beside them; each branch's last products; by width d and token, float32.
 
     By hand: each of 2 + 6 blocks has one attention over all tokens; a double block has two products a token, a single
     block one."""

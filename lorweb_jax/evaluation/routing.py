@@ -126,7 +126,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def edit_distances(directions: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
-    """Between tasks [tasks, tasks], in their first order: 1 − the cosine of their mean E(a′) − E(a), directions [b, p]."""
+    """Between tasks [tasks, tasks], in their first order: 1 − the cosine of mean E(a′) − E(a), directions [b, p]."""
     means = np.stack(
         [directions[[i for i, name in enumerate(tasks) if name == task]].mean(0) for task in dict.fromkeys(tasks)]
     )

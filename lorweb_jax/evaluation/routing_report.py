@@ -77,8 +77,8 @@ def _map(routing: Routing) -> list[str]:
     names = list(routing.weights)
     colours = dict(zip(names, svg.hues(len(names))))
     return [
-        f"<h3>Analogies by their coefficients</h3><p class=soft>The plane keeps {routing.explained:.0%} of the variance; "
-        "one colour a task, named when pointed at.</p>",
+        f"<h3>Analogies by their coefficients</h3><p class=soft>The plane keeps {routing.explained:.0%} of the "
+        "variance; one colour a task, named when pointed at.</p>",
         svg.dots(
             routing.place.tolist(),
             "first component",
@@ -103,8 +103,8 @@ def _distances(routing: Routing, path: Path, tasks: Mapping[str, str]) -> list[s
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
     x, y = ([matrix[pair] for pair in pairs] for matrix in (edits, routing.distances))
     return [
-        "<h3>Do tasks that edit alike have coefficients alike?</h3><p class=soft>A dot for two tasks. Edits differ by 1 − "
-        "the cosine of their mean E(a′) − E(a), E by AlexNet; coefficients by the root mean square over layers. "
+        "<h3>Do tasks that edit alike have coefficients alike?</h3><p class=soft>A dot for two tasks. Edits differ by "
+        "1 − the cosine of their mean E(a′) − E(a), E by AlexNet; coefficients by the root mean square over layers. "
         f"Spearman's rank correlation: {rank_correlation(x, y):.2f}.</p>",
         svg.dots(
             list(zip(x, y)),
@@ -123,6 +123,6 @@ def _strip(image: np.ndarray, picture) -> str:
         f"<figure>{picture(each)}<figcaption>{caption}</figcaption></figure>" for each, caption in zip(images, captions)
     )
     return (
-        "<h3>From one analogy's coefficients to another's</h3><p class=soft>The same b, pair and noise throughout; the mix "
-        f"goes from its own (0) to that of the analogy farthest from it (1).</p><div class=pictures>{figures}</div>"
+        "<h3>From one analogy's coefficients to another's</h3><p class=soft>The same b, pair and noise throughout; the "
+        f"mix goes from its own (0) to that of the analogy farthest from it (1).</p><div class=pictures>{figures}</div>"
     )

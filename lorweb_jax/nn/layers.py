@@ -130,9 +130,9 @@ class Conv(nnx.Module):
         # partitioners pass pieces of images around.
         kernel = sharding.constrain(self.kernel[...], None, None, None, None).astype(x.dtype)
         if self.by_products:
-            return self._shifted(x, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(
-                x.dtype
-            )
+            height, width, _, features = kernel.shape
+            product = self._shifted(x, height, width) @ kernel.reshape(-1, features)
+            return product + self.bias[...].astype(x.dtype)
         y = jax.lax.conv_general_dilated(
             sharding.constrain(x, "batch", None, None, None),
             kernel,
@@ -142,15 +142,15 @@ class Conv(nnx.Module):
         )
         return y + self.bias[...].astype(x.dtype)
 
-    def _shifted(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def _shifted(self, x: jax.Array, kernel_height: int, kernel_width: int) -> jax.Array:
         """[b, h', w', kh·kw·i]: what each output pixel sees, in the order of the kernel's rows."""
         padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
-        high, wide = (length - k + 1 for length, k in zip(padded.shape[1:3], size))
+        high, wide = padded.shape[1] - kernel_height + 1, padded.shape[2] - kernel_width + 1
         return jnp.concatenate(
             [
                 padded[:, i : i + high : self.stride, j : j + wide : self.stride]
-                for i in range(size[0])
-                for j in range(size[1])
+                for i in range(kernel_height)
+                for j in range(kernel_width)
             ],
             axis=-1,
         )

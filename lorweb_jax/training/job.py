@@ -148,8 +148,8 @@ class Job:
         return [Phase("train", self.loss)]
 
     def log_images(self, model: nnx.Module, step: int) -> Mapping[str, np.ndarray | float]:
-        """Images uint8 [height, width, 3] by name, and numbers for TensorBoard; `model` holds the averaged weights where
-        an EMA is kept."""
+        """Images uint8 [height, width, 3] by name, and numbers for TensorBoard; `model` holds the averaged weights
+        where an EMA is kept."""
         return {}
 
     def validate(self, model: nnx.Module, step: int) -> float | None:

@@ -167,7 +167,7 @@ class Study:
         return {"parameters": parameters, "scores": scores, "router": self.router_of(trial)}
 
     def router_of(self, trial: Trial) -> Record | None:
-        """How many members a basis uses in effect, averaged over its layers; None where nothing is routed beforehand."""
+        """How many members a basis uses in effect, averaged over layers; None where nothing is routed beforehand."""
         from lorweb_jax.evaluation.making import COEFFICIENTS
         from lorweb_jax.evaluation.records import Records
         from lorweb_jax.evaluation.routing import read_routing

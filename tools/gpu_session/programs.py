@@ -1,4 +1,4 @@
-"""The full-size model's steps as programs, traced from shapes alone: nothing is on the device until they are measured."""
+"""The full-size model's steps as programs, traced from shapes alone: nothing is on the device before measuring."""
 
 import concurrent.futures
 import dataclasses

@@ -1,8 +1,8 @@
 """Other ways to compute the same step: what the code did before, for the ratio on one device, and what is tried there
 before it becomes the code's own.
 
-Each is a set of replacements that hold while a step is traced (`applied`); results equal the code's to rounding, but for
-"fp8-tensor".
+Each is a set of replacements that hold while a step is traced (`applied`); results equal the code's to rounding, but
+for "fp8-tensor".
 """
 
 import contextlib
