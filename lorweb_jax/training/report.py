@@ -189,7 +189,7 @@ class Report:
             self.end_progress()
 
     def log_images(self, steps_done: int, shown: Mapping[str, np.ndarray | float]) -> None:
-        """Write images uint8 [h, w, 3] by name into workdir/pictures and for TensorBoard, and numbers for the latter."""
+        """Images uint8 [h, w, 3] by name into workdir/pictures and for TensorBoard, and numbers for the latter."""
         if self.writes:
             images = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
             numbers = {name: float(value) for name, value in shown.items() if name not in images}
