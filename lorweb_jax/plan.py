@@ -12,11 +12,14 @@
 --what=train              one step of training (default), or sample: all steps of one batch of config.evaluation
 --confirm                 if it doesn't fit, compile again with the first change that should make it fit
 --json=FILE               the same figures as json
---hlo=FILE                the compiled program's text (TPUs)
+--hlo=FILE                the compiled program's text
+--profile=FILE            its fifty most expensive instructions by the compiler's cost model (GPUs)
 --overwrite               replace files of these names
 
 TPU programs are compiled by libtpu (pip install libtpu==0.0.52), which needs no TPU; minutes on two CPU cores, and
-about 4 GB of memory. For GPUs, bytes of arguments are exact and the rest is estimated.
+about 4 GB of memory. One H100 (gpu:h100) is compiled for by jax's CUDA plugin where that is installed, without a GPU:
+pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own version; the plan then says how long a
+step takes by the compiler's cost model. For other GPUs, bytes of arguments are exact and the rest is estimated.
 """
 
 import json
@@ -37,6 +40,7 @@ flags.DEFINE_enum("what", "train", ["train", "sample"], "what is planned")
 flags.DEFINE_bool("confirm", False, "compile the first change that should make it fit")
 flags.DEFINE_string("json", None, "file for the figures as json")
 flags.DEFINE_string("hlo", None, "file for the compiled program's text")
+flags.DEFINE_string("profile", None, "file for the most expensive instructions")
 flags.DEFINE_bool("overwrite", False, "replace files of these names")
 
 
@@ -50,15 +54,17 @@ def command() -> None:
     if not FLAGS.topology:
         raise UserError("no topology was given; add --topology=v6e:4x4, or see --help", 2)
     configs.check(config)
-    require_writable([Path(name) for name in (FLAGS.json, FLAGS.hlo) if name], overwrite=FLAGS.overwrite)
+    require_writable([Path(name) for name in (FLAGS.json, FLAGS.hlo, FLAGS.profile) if name], overwrite=FLAGS.overwrite)
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has, nothing runs on it
     from lorweb_jax.planning import report, suggest
     from lorweb_jax.planning.figures import make_plan
     from lorweb_jax.planning.topology import target
 
     there = target(FLAGS.topology)
-    if not there.compiles and (FLAGS.hlo or FLAGS.confirm):
-        raise UserError(f"nothing is compiled for {there.name}; leave --hlo and --confirm out", 2)
+    if not there.compiles and (FLAGS.hlo or FLAGS.confirm or FLAGS.profile):
+        raise UserError(f"nothing is compiled for {there.name}; leave --hlo, --profile and --confirm out", 2)
+    if FLAGS.profile and there.platform != "gpu":
+        raise UserError("instructions have known costs on GPUs alone; leave --profile out, or plan for gpu:h100", 2)
     plan = make_plan(config, there, FLAGS.what)
     print(report.table(plan), flush=True)
     estimator = suggest.Estimator(config, plan)
@@ -70,6 +76,8 @@ def command() -> None:
         print(report.table(make_plan(config, there, FLAGS.what)))
     if FLAGS.json:
         write_text(FLAGS.json, json.dumps(report.to_json(plan), indent=1) + "\n")
+    if FLAGS.profile:
+        write_text(FLAGS.profile, report.instructions(plan))
     if FLAGS.hlo and plan.compiled:
         write_text(FLAGS.hlo, plan.compiled.text)
 

@@ -23,8 +23,9 @@ from lorweb_jax.jobs.pair import PairBatches
 from lorweb_jax.main import read_config
 from lorweb_jax.nn import sharding
 from lorweb_jax.pipeline.published import KontextSizes
-from lorweb_jax.planning import collectives, report, suggest
+from lorweb_jax.planning import collectives, estimated_time, gpu_compiler, report, suggest
 from lorweb_jax.planning.activations import kept_bytes
+from lorweb_jax.planning.chips import GPUS
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import compile_program
 from lorweb_jax.planning.figures import make_plan
@@ -45,8 +46,16 @@ def smoke(**changes):
     return config
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu_compiler():
+    """Plans for GPUs are estimates here, whatever is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_compiler, "installed", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module")
-def gpu_plan():
+def gpu_plan(no_gpu_compiler):
     """Without encoders, which take seconds to trace."""
     return make_plan(smoke(), target("gpu:h100"), "train")
 
@@ -232,6 +241,7 @@ def test_bytes_from_shapes(gpu_plan):
     assert 0 <= memory["optimizer"] - 2 * memory["basis"] <= 16 and memory["gradients"] == memory["basis"]
     assert gpu_plan.fits and gpu_plan.peak == sum(memory.values()) and gpu_plan.compiled is None
     assert "it fits" in report.table(gpu_plan)
+    assert f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} " in report.table(gpu_plan)
     assert json.loads(json.dumps(report.to_json(gpu_plan)))["memory"] == memory
 
 
@@ -274,6 +284,66 @@ def test_suggestions_fit(gpu_plan):
     assert changed.peak == pytest.approx(changes[-1].peak, rel=0.05)
     for change in changes:
         assert change.peak <= plan.capacity and re.fullmatch(r"(--config\.[a-z_.]+=[\w/]+ ?)+", change.flags())
+
+
+GPU_HLO = """
+%fused_gelu (p.1: bf16[8,64]) -> bf16[8,64] {
+  %p.1 = bf16[8,64]{1,0} parameter(0)
+  ROOT %tanh.1 = bf16[8,64]{1,0} tanh(%p.1)
+}
+
+%fused_copy (p.2: bf16[4,8,64]) -> bf16[8,64] {
+  %p.2 = bf16[4,8,64]{2,1,0} parameter(0)
+  ROOT %slice.1 = bf16[1,8,64]{2,1,0} dynamic-slice(%p.2, %i)
+}
+
+%body (p.3: (bf16[4,8,64])) -> (bf16[4,8,64]) {
+  %w = bf16[8,64]{1,0} fusion(%p.3), kind=kLoop, calls=%fused_copy, backend_config={"custom":"dynamic_memcpy"}
+  %y = bf16[8,64]{1,0} custom-call(%w), custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(f)/jvp(blocks)/dot"}, backend_config={"reification_cost":[\
+{"exec_time_us":90.0,"name":""},{"exec_time_us":7.0,"name":"sol"}],"x":1}
+  %a = (bf16[1,2,50,128]{3,2,1,0}, u8[0]{0}) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmaxBackward", \
+metadata={op_name="jit(f)/transpose(jvp(blocks))/dot_product_attention_bwd"}, backend_config={\
+"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["1", "2", "50", "60"]}}
+  ROOT %g = bf16[8,64]{1,0} fusion(%y), kind=kLoop, calls=%fused_gelu, \
+metadata={op_name="jit(f)/transpose(jvp(blocks))/rematted_computation/gelu"}
+}
+
+ENTRY %main (p.4: bf16[4,8,64]) -> bf16[8,64] {
+  %p.4 = bf16[4,8,64]{2,1,0} parameter(0)
+  ROOT %loop = (bf16[4,8,64]) while(%p.4), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+}
+"""
+
+
+def test_time_of_a_gpu_program():
+    """Four runs of a loop, by hand: a copy reads and writes 1 KiB; a product takes what its model says; attention's
+    five products of the way back 10·2·50·60·128 FLOPs at 51 % of the peak; a fusion without an estimate, its bytes."""
+    chip = GPUS["h100"]
+    total = estimated_time.table(estimated_time.costs(GPU_HLO, chip))
+    expected = {
+        ("copies, slices", "forward"): 4 * 2048 / chip.bandwidth,
+        ("products", "forward"): 4 * 7e-6,
+        ("attention", "backward"): 4 * 10 * 2 * 50 * 60 * 128 / (0.51 * chip.flops),
+        ("elementwise, reductions", "recomputed"): 4 * 2048 / chip.bandwidth,
+    }
+    seconds = {(kind, phase): value for kind, phases in total.items() for phase, value in phases.items() if value}
+    assert seconds == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not gpu_compiler.installed(), reason="jax's CUDA plugin is not installed")
+def test_compiled_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu_compiler, "installed", lambda: True)
+    half = {"compute_dtype": "bfloat16", "train.param_dtype": "bfloat16"}
+    plan = make_plan(smoke(**half), target("gpu:h100"), "train")
+    assert plan.compiled and plan.fits and plan.program.job.planned_attention == "cudnn"
+    kinds = {(cost.kind, cost.phase) for cost in plan.costs}
+    assert {(kind, phase) for kind in estimated_time.KINDS[:3] for phase in ("forward", "backward")} <= kinds
+    blocks = sum(depth for _, depth in plan.program.job.folder.backbone.stacks)
+    runs = [cost.times for cost in plan.costs if (cost.kind, cost.phase) == ("attention", "forward")]
+    assert sum(runs) == blocks  # once each, as remat is none
+    assert "time by the compiler's cost model" in report.table(plan)
+    assert report.instructions(plan).count("\n") == 51
 
 
 def test_what_remat_keeps(gpu_plan):

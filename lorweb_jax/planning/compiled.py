@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.planning import collectives
+from lorweb_jax.planning import collectives, gpu_compiler
 from lorweb_jax.planning.program import Program
 from lorweb_jax.training.step import side_by_side
 
@@ -47,8 +47,9 @@ def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platf
     """All parts, side by side. UserError for a failure of the compiler other than too little memory."""
     clock, cores = time.perf_counter(), time.process_time()
     with jax.set_mesh(program.mesh):
-        lowered = [part.lower(lowering_platforms=(platform,)) for part in traced]
-    parts = side_by_side([functools.partial(_compile, part, program.mesh.size) for part in lowered])
+        lowered = [part.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)) for part in traced]
+    compile = _compile_gpu if platform == "gpu" else _compile
+    parts = side_by_side([functools.partial(compile, part, program.mesh.size) for part in lowered])
     took = time.perf_counter() - clock, time.process_time() - cores
     if failed := [part for part in parts if isinstance(part, str)]:
         return max((_too_large(message, *took) for message in failed), key=lambda complaint: complaint.needed)
@@ -85,6 +86,16 @@ def _compile(lowered: jax.stages.Lowered, devices: int) -> _Part | str:
         except Exception as error:  # jax raises whatever the compiler does
             return str(error)
         text = "".join(path.read_text() for path in Path(dump).glob("*.after_optimizations.txt"))
+    return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text)
+
+
+def _compile_gpu(lowered: jax.stages.Lowered, devices: int) -> _Part:
+    """The same for a GPU, whose compiler doesn't mind too little memory."""
+    try:
+        compiled = lowered.compile(compiler_options=gpu_compiler.OPTIONS)
+    except Exception as error:  # jax raises whatever the compiler does
+        raise UserError("the compiler failed: " + str(error).strip().splitlines()[0]) from None
+    text = compiled.as_text()
     return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text)
 
 

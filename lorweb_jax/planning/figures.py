@@ -9,6 +9,7 @@ from lorweb_jax.nn import sharding
 from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
+from lorweb_jax.planning.estimated_time import Cost, costs
 from lorweb_jax.planning.expected_traffic import expected_traffic
 from lorweb_jax.planning.program import PROGRAMS, Part, Program
 from lorweb_jax.planning.roofline import Roofline, roofline
@@ -20,7 +21,7 @@ from lorweb_jax.planning.work import Work, work
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """`memory`: bytes on a device by what they are for, adding up to `peak`; `compiled` is None where they are
-    estimated from shapes."""
+    estimated from shapes; `costs` are its instructions' where their compiler tells."""
 
     target: Target
     program: Program
@@ -31,22 +32,31 @@ class Plan:
     work: Work
     roofline: Roofline
     compiled: Compiled | None
+    costs: list[Cost]
 
     @property
     def fits(self) -> bool:
         return self.peak <= self.capacity and (self.compiled is None or self.compiled.fits)
 
 
-def make_program(config, there: Target, what: str) -> Program:
-    """UserError for a mesh, a batch or a config that can't be; nothing has been compiled by then."""
-    return PROGRAMS[what](planned_job(config, there.platform), sharding.make_mesh(config.mesh, there.devices))
+def make_program(config, there: Target, what: str, as_run: bool = False) -> Program:
+    """UserError for a mesh, a batch or a config that can't be; nothing has been compiled by then. as_run: with the
+    attention that runs there, which can be traced only where its library is, or taken for granted (gpu_compiler.py)."""
+    job = planned_job(config, there.platform)
+    if as_run:
+        job.attention = job.planned_attention
+    return PROGRAMS[what](job, sharding.make_mesh(config.mesh, there.devices))
 
 
 def make_plan(config, there: Target, what: str) -> Plan:
     """By the devices' compiler where there is one; otherwise estimated."""
     program = make_program(config, there, what)
     traced = program.traced()
-    compiled = compile_program(program, traced, there.platform) if there.compiles else None
+    compiled = None
+    if there.compiles:
+        # cuDNN's attention is one call, in which no products can be counted.
+        as_run = make_program(config, there, what, as_run=True) if there.platform == "gpu" else program
+        compiled = compile_program(as_run, as_run.traced() if as_run is not program else traced, there.platform)
     memory = arguments(program)
     gradients = device_bytes(program.gradients)
     if compiled and compiled.fits:
@@ -78,6 +88,7 @@ def make_plan(config, there: Target, what: str) -> Plan:
         done,
         roofline(program, done, sent, there.chip),
         compiled,
+        costs(compiled.text, there.chip) if compiled and there.platform == "gpu" else [],
     )
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
 from tabulate import tabulate
 
+from lorweb_jax.planning import estimated_time, gpu_compiler
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan
 from lorweb_jax.planning.roofline import parts
@@ -108,6 +110,8 @@ def _time(plan: Plan) -> list[Line]:
     for name, peak in peaks.items():
         bottleneck = ", the bottleneck" * (name == roofline.bottleneck)
         rows.append((f"  {name}{bottleneck}", f"{1e3 * getattr(roofline, name):.1f}", peak))
+    if plan.costs:
+        rows += [(), *_estimated(plan)]
     if plan.compiled:
         rows.append(
             ("compiled in", f"{plan.compiled.seconds:.0f} s", f"{plan.compiled.core_seconds:.0f} s of CPU cores")
@@ -115,8 +119,35 @@ def _time(plan: Plan) -> list[Line]:
     return rows
 
 
+def _estimated(plan: Plan) -> list[Line]:
+    """Milliseconds by what is done; of training also by phase, in the remark."""
+    rows: list[Line] = [("time by the compiler's cost model", "ms")]
+    total = estimated_time.table(plan.costs)
+    for kind, phases in total.items():
+        spent = [f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items() if seconds]
+        rows.append((f"  {kind}", f"{1e3 * sum(phases.values()):.1f}", ", ".join(spent) * (len(spent) > 1)))
+    whole = sum(sum(phases.values()) for phases in total.values())
+    return [*rows, ("  all", f"{1e3 * whole:.1f}", "an H100 took 3 to 10 % more than such estimates")]
+
+
+def instructions(plan: Plan, count: int = 50) -> str:
+    """The most expensive ones, a line each: milliseconds of all runs, runs, what it is, and where it comes from."""
+    most = sorted(plan.costs, key=lambda cost: -cost.seconds)[:count]
+    rows = [
+        (f"{1e3 * cost.seconds:.3f}", f"x{cost.times}", cost.kind, cost.phase, cost.name, cost.source) for cost in most
+    ]
+    return tabulate(rows, ("ms", "runs", "kind", "phase", "instruction", "source"), tablefmt="plain") + "\n"
+
+
 def _notes(plan: Plan) -> list[str]:
     program, divided = plan.program, parts(plan.program)
+    if (
+        plan.target.platform == "gpu"
+        and not plan.compiled
+        and program.mesh.size == 1
+        and gpu_compiler.described(plan.target.chip.name)
+    ):
+        return [f"to have it compiled, and its time estimated, {gpu_compiler.INSTALL.format(jax.__version__)}"]
     if divided == program.mesh.size:
         return []
     return [
@@ -143,6 +174,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "flops": dataclasses.asdict(plan.work),
         "roofline": dataclasses.asdict(plan.roofline),
+        "estimated_seconds": estimated_time.table(plan.costs) if plan.costs else None,
         "traffic": {kind: dataclasses.asdict(traffic) for kind, traffic in plan.traffic.items()},
         "compile_seconds": compiled and compiled.seconds,
         "compile_core_seconds": compiled and compiled.core_seconds,

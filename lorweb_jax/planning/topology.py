@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.planning import gpu_compiler
 from lorweb_jax.planning.chips import GPUS, TPUS, Chip
 
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4, v6e:4x4, tpu7x:2x2x1, gpu:h100 or gpu:h100x8"
@@ -72,7 +73,7 @@ def _slice(name: str, chip: Chip) -> Target:
 
 
 def _gpus(name: str, shape: str) -> Target:
-    """CPU devices stand in for GPUs: they give a mesh its size, and nothing runs on them."""
+    """One GPU that the compiler knows, or CPU devices that stand in for GPUs: they give a mesh its size."""
     kind, count = (shape, None) if shape in GPUS else re.fullmatch(r"(.*?)(?:x(\d+))?", shape).groups()
     if kind not in GPUS:
         raise UserError(
@@ -81,6 +82,8 @@ def _gpus(name: str, shape: str) -> Target:
             2,
         )
     count = int(count or 1)
+    if count == 1 and gpu_compiler.described(kind) and gpu_compiler.installed():
+        return Target(name.lower(), "gpu", GPUS[kind], gpu_compiler.devices(kind), True)
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # jax has made its devices already

@@ -1,0 +1,86 @@
+"""The text of a compiled program, HLO, as instructions."""
+
+import dataclasses
+import math
+import re
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+_ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
+# %name = shape opcode(operands), attributes
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+    root: bool
+
+    def operands(self) -> list[str]:
+        """Names; a part of a tuple that is named in place, as name#place."""
+        return re.findall(r"%([\w.-]+(?:#\d+)*)", self.rest.split("), ")[0])
+
+    def attribute(self, name: str) -> str | None:
+        match = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
+        return match and match.group(1)
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """({name: instructions} of its computations, the entry's name)."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations.setdefault(head.group(2), [])
+            entry = head.group(2) if head.group(1) else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            root, name, shape, opcode, rest = match.groups()
+            current.append(Instruction(name, shape, opcode, rest, bool(root)))
+    return computations, entry
+
+
+def size_of(shape: str) -> float:
+    """Of a shape or a tuple of shapes; layouts in braces don't count."""
+    total = 0.0
+    for dtype, axes in _ARRAY.findall(re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)):
+        bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype).group())
+        total += bits / 8 * math.prod(int(axis) for axis in axes.split(",") if axis)
+    return total
+
+
+def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a loop runs: what the compiler says, or counted from 0 by its step to its bound; None if neither."""
+    if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(match.group(1))
+    condition = {instruction.name: instruction for instruction in computations.get(loop.attribute("condition"), ())}
+    body = {instruction.name: instruction for instruction in computations.get(loop.attribute("body"), ())}
+    root = next((instruction for instruction in condition.values() if instruction.root), None)
+    if root is None or root.opcode != "compare" or root.attribute("direction") != "LT":
+        return None
+    counter, bound = root.operands()[:2]
+    limit, place = _constant(condition.get(bound)), _place(counter, condition)
+    if limit is None or place is None:
+        return None
+    step, result = 1, next((instruction for instruction in body.values() if instruction.root), None)
+    if result is not None and result.opcode == "tuple":
+        following = body.get(result.operands()[place])
+        if following is not None and following.opcode == "add":
+            step = next((value for name in following.operands() if (value := _constant(body.get(name)))), 1)
+    return -(-limit // step)
+
+
+def _place(operand: str, instructions: dict[str, Instruction]) -> int | None:
+    """Which part of a tuple an operand is: an instruction get-tuple-element of its own (jax 0.10), or named in place as
+    %tuple#0 (jax 0.11 and later). None if it isn't one."""
+    if "#" in operand:
+        return int(operand.rpartition("#")[2])
+    taken = instructions.get(operand)
+    return int(taken.attribute("index")) if taken and taken.opcode == "get-tuple-element" else None
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    match = re.match(r"(\d+)\)", instruction.rest) if instruction and instruction.opcode == "constant" else None
+    return int(match.group(1)) if match else None
