@@ -1,6 +1,7 @@
 """What would make a plan fit that doesn't: changes of its config, estimated from shapes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -31,6 +32,13 @@ class Estimator:
         self.config, self.plan, self._kept = config, plan, {}
         # What the estimate misses now, it is taken to miss then.
         self._offset = plan.peak - self._bytes(config)
+
+    @functools.cached_property
+    def policies(self) -> dict[str, Change]:
+        """What a device holds at the peak by what the backward pass recomputes, the least first; {} of sampling."""
+        if self.plan.program.what != "train":
+            return {}
+        return {remat: self.change({"remat": remat}) for remat in REMAT_POLICIES}
 
     def change(self, values: dict[str, object]) -> Change:
         """The peak is infinite where the changed config can't run."""
@@ -67,16 +75,9 @@ def suggestions(estimator: Estimator) -> list[Change]:
     return sufficient or ([nearest] if nearest else [])
 
 
-def policies(estimator: Estimator) -> dict[str, Change]:
-    """What a device holds at the peak by what the backward pass recomputes, the least first; {} of sampling."""
-    if estimator.plan.program.what != "train":
-        return {}
-    return {remat: estimator.change({"remat": remat}) for remat in REMAT_POLICIES}
-
-
 def faster(estimator: Estimator) -> list[Change]:
     """Of a plan that fits, the policy that recomputes least and still fits with a tenth to spare; none or one."""
-    for remat, change in policies(estimator).items():
+    for remat, change in estimator.policies.items():
         if remat == estimator.config.remat:
             break
         if change.peak <= 0.9 * estimator.plan.capacity:
@@ -120,8 +121,8 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
 
 
 def lines(estimator: Estimator, changes: list[Change]) -> list[str]:
-    """What to tell of `policies`, and of `suggestions`, or of `faster` for a plan that fits."""
-    peaks = [f"{remat} {change.peak / GIB:.2f}" for remat, change in policies(estimator).items()]
+    """What to tell of its policies, and of `suggestions`, or of `faster` for a plan that fits."""
+    peaks = [f"{remat} {change.peak / GIB:.2f}" for remat, change in estimator.policies.items()]
     head = ["GiB at the peak by --config.remat (estimated): " + ", ".join(peaks)] if peaks else []
     return head + _lines(estimator.plan, changes)
 
