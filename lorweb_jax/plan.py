@@ -18,8 +18,8 @@
 
 TPU programs are compiled by libtpu (pip install libtpu==0.0.52), which needs no TPU; minutes on two CPU cores, and
 about 4 GB of memory. One H100 (gpu:h100) is compiled for by jax's CUDA plugin where that is installed, without a GPU:
-pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own version; the plan then says how long a
-step takes by the compiler's cost model. For other GPUs, bytes of arguments are exact and the rest is estimated.
+pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own version; the plan then says how
+long a step takes by the compiler's cost model. For other GPUs, bytes of arguments are exact and the rest is estimated.
 """
 
 import json
