@@ -9,6 +9,7 @@ figures.json and the pictures.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive
@@ -45,6 +46,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of noise and choice (default: 0)")
     args = parser.parse_args(arguments)
+    if args.seed < 0 or not math.isfinite(args.cfg):
+        parser.error(f"--seed is {args.seed}, --cfg {args.cfg}; give a seed of 0 or more and a finite guidance")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; name a folder")
     if not args.pipeline.is_dir():
         raise UserError(f"there is no folder {args.pipeline}; give a pipeline, such as assets/small_kontext", 2)
     return args

@@ -231,7 +231,7 @@ def test_numbers_of_the_prepared_configs(script):
         "base_transformer.data=1",
         "base_transformer.job.x=1",
     ):
-        with pytest.raises(UserError, match="is no field"):
+        with pytest.raises(UserError, match="is no field that holds a number"):
             script["change_field"](configs, change)
     with pytest.raises(UserError, match="'many', a number like 8"):
         script["change_field"](configs, "base_transformer.train.batch=many")

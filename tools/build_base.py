@@ -27,6 +27,7 @@ PARTS = {
     "tokenizer": "base_transformer",
     "tokenizer_2": "base_transformer",
 }
+RECORDS = ("quality.json", "config.json", "curves.json")  # of a run, that are kept
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "_diffusers_version": "0.35.1",
@@ -70,11 +71,14 @@ def main() -> None:
     with replacing_folder(args.out) as new:
         for part, source in sources.items():
             shutil.copytree(source, new / part)
+        (new / "training").mkdir()
         for run in dict.fromkeys(PARTS.values()):
-            for name in ("quality.json", "config.json"):
-                if (args.runs / run / name).is_file():
-                    (new / "training").mkdir(exist_ok=True)
-                    shutil.copy(args.runs / run / name, new / "training" / f"{run}_{name}")
+            records = [path for name in RECORDS if (path := args.runs / run / name).is_file()]
+            for path in records:
+                shutil.copy(path, new / "training" / f"{run}_{path.name}")
+            if not records:  # a part that was taken over, with its records
+                for path in (args.out / "training").glob(f"{run}_*.json"):
+                    shutil.copy(path, new / "training")
         write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER)
         write_json(new / "model_index.json", INDEX)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())

@@ -22,6 +22,8 @@ compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128 dr
 
 import dataclasses
 import json
+import math
+import shutil
 import sys
 import time
 import traceback
@@ -30,12 +32,15 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import gpu_loop  # noqa: E402
 import numpy as np  # noqa: E402
-from gpu_loop import DRAWINGS, PREPARED, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
+from gpu_loop import DRAWINGS, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
 
-from lorweb_jax.common.command_line import Parser, nonempty_path  # noqa: E402
+from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.outputs import replacing_folder  # noqa: E402
 
+PREPARED = gpu_loop.PREPARED / "base"  # the other files there are gpu_clip.py's
 VAE = Path("assets/small_kontext/vae")
 SECONDS_TO_END = 7  # for the last writing
 VAE_SHARE = 0.33  # of the time, from the start: when the autoencoder has to be done
@@ -49,8 +54,8 @@ ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are an
 
 
 def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[str]) -> None:
-    """Writes what a machine without tokenizers, ml_collections and pydantic needs; and the tokenizers, into
-    runs/base_transformer."""
+    """Writes what a machine without tokenizers, ml_collections and pydantic needs into local_data/gpu: all of it, or
+    nothing where something given can't be used."""
     import runpy
 
     from flax import nnx
@@ -72,27 +77,24 @@ def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[
     length = configs["base_transformer"]["data"]["text_tokens"]
     drawings = load_sets(drawings_path)
     captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
-    folder = Path("runs/base_transformer")
-    clip_words, t5_words = make_tokenizers(captions.texts, folder, length)
-    clip_ids, t5_ids = tokens_of(captions.texts, folder, length)
-    PREPARED.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        PREPARED / "captions.npz",
-        texts=np.array(captions.texts),
-        clip_ids=clip_ids.astype(np.int16),
-        t5_ids=t5_ids.astype(np.int16),
-        words=np.array([clip_words, t5_words]),
-    )
     vae_config, weights = load_vae(vae)
-    np.savez(PREPARED / "vae.npz", **{name: np.asarray(weights[name], np.float32) for name in weights})
-    (PREPARED / "editor.npz").unlink(missing_ok=True)
-    if initial:
-        sizes = editor_config(Settings.of(configs["base_transformer"]), clip_words, t5_words)
-        wanted = shapes(lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)))
-        begun = read_editor(initial, sizes, wanted)
-        np.savez(PREPARED / "editor.npz", **{name: np.asarray(begun[name], np.float16) for name in begun})
     configs["vae"] = {name: vae_config[name] for name in ("scaling_factor", "shift_factor")}
-    (PREPARED / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
+    with replacing_folder(PREPARED) as new:
+        clip_words, t5_words = make_tokenizers(captions.texts, new / "tokenizers", length)
+        clip_ids, t5_ids = tokens_of(captions.texts, new / "tokenizers", length)
+        np.savez_compressed(
+            new / "captions.npz",
+            texts=np.array(captions.texts),
+            clip_ids=clip_ids.astype(np.int16),
+            t5_ids=t5_ids.astype(np.int16),
+            words=np.array([clip_words, t5_words]),
+        )
+        np.savez(new / "vae.npz", **{name: np.asarray(weights[name], np.float32) for name in weights})
+        if initial:
+            sizes = editor_config(Settings.of(configs["base_transformer"]), clip_words, t5_words)
+            begun = read_editor(initial, sizes, shapes(lambda: Editor(sizes, 1, rngs=nnx.Rngs(0))))
+            np.savez(new / "editor.npz", **{name: np.asarray(begun[name], np.float16) for name in begun})
+        (new / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     cut = (clip_ids[:, -1] == clip_words - 1).sum() - (clip_ids[:, -2] == clip_words - 1).sum()
     print(
         f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut"
@@ -106,12 +108,28 @@ def change_field(configs: dict, change: str) -> None:
     fields = configs
     for key in outer:
         fields = fields.get(key, {}) if isinstance(fields, dict) else {}
-    if not outer or not isinstance(fields, dict) or name not in fields or isinstance(fields[name], dict):
-        raise UserError(f"{path!r} is no field; give one such as base_transformer.optimizer.learning_rate=5e-3", 2)
+    if not outer or not isinstance(fields, dict) or type(fields.get(name)) not in (int, float):
+        raise UserError(
+            f"{path!r} is no field that holds a number; give one such as base_transformer.data.style=0.2", 2
+        )
     try:
-        fields[name] = type(fields[name])(value)
+        number = type(fields[name])(value)
     except ValueError:
-        raise UserError(f"{path} is {value!r}, a number like {fields[name]} was expected", 2) from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{path} is {value!r}, a number like {fields[name]} was expected", 2)
+    fields[name] = number
+
+
+def numbers_of(fields: dict, prefix: str = "") -> dict[str, float]:
+    """{dotted path: value} of the numbers in nested fields."""
+    found: dict[str, float] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found |= numbers_of(value, f"{prefix}{name}.")
+        elif type(value) in (int, float):
+            found[prefix + name] = value
+    return found
 
 
 def finish(out: Path) -> None:
@@ -132,6 +150,8 @@ def finish(out: Path) -> None:
     record = json.loads((out / "base.json").read_text())
     made = {name: runpy.run_path(f"configs/{name}.py")["get_config"]() for name in ("base_vae", "base_transformer")}
     for name, config in made.items():
+        for field, value in numbers_of(record["configs"][name]).items():  # as --set changed them
+            config.update_from_flattened_dict({field: value})
         configs.save(config, Path("runs") / name / "config.json")
     job = BaseVAE(made["base_vae"])
     vae = build(lambda: AutoencoderKL(job.vae_config, rngs=nnx.Rngs(0)), load_file(out / "vae.safetensors"))
@@ -139,6 +159,10 @@ def finish(out: Path) -> None:
     for name, picture in job.log_images(vae, 0).items():
         write_image(Path(f"runs/base_vae/pictures/{name}.png"), picture)
     sizes = editor_config(made["base_transformer"], *map(int, np.load(PREPARED / "captions.npz")["words"]))
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(PREPARED / "tokenizers" / part, Path("runs/base_transformer") / part, dirs_exist_ok=True)
+    curves = {key: record[key] for key in ("device", "sizes", "transformer")}
+    (Path("runs/base_transformer") / "curves.json").write_text(json.dumps(curves) + "\n")
     editor = build(
         lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)),
         {name: array.astype(np.float32) for name, array in load_file(out / "transformer.safetensors").items()},
@@ -236,9 +260,11 @@ def main() -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="with --prepare: a number in a config, such as base_transformer.optimizer.learning_rate=5e-3; repeatable",
+        help="with --prepare: a number in a config, such as base_transformer.data.style=0.2; repeatable",
     )
-    parser.add_argument("--groups", type=int, default=48, help="of examples in a step of the transformer (default: 48)")
+    parser.add_argument(
+        "--groups", type=positive, default=48, help="of examples in a step of the transformer (default: 48)"
+    )
     parser.add_argument(
         "--autoencoder",
         choices=("train", "prepared"),
@@ -251,11 +277,13 @@ def main() -> None:
     parser.add_argument(
         "--drawings", type=nonempty_path, default=DRAWINGS, help=f"the pack of drawings (default: {DRAWINGS})"
     )
-    parser.add_argument("--seconds", type=float, default=300.0, help="when all has to be done (default: 300)")
+    parser.add_argument("--seconds", type=positive, default=300, help="when all has to be done (default: 300)")
     parser.add_argument("--out", type=nonempty_path, default=Path("runs/gpu_base"), help="where results go")
-    parser.add_argument("--processes", type=int, default=13, help="that make pixels (default: 13)")
+    parser.add_argument("--processes", type=positive, default=13, help="that make pixels (default: 13)")
     parser.add_argument("--tiny", action="store_true", help="few drawings, small batches: a rehearsal on a CPU")
     args = parser.parse_args()
+    if not args.prepare and (args.set or args.initial):
+        parser.error("--set and --initial are for --prepare; add it, and train from what it leaves")
     if args.prepare:
         prepare(args.drawings, args.vae, args.initial, args.set)
     elif args.finish:
@@ -266,6 +294,9 @@ def main() -> None:
 
 def train_logged(args) -> None:
     """Train, with the time of each line and an error's traceback in the log of the folder for results."""
+    for file in (args.drawings, PREPARED / "configs.json"):
+        if not file.is_file():
+            raise UserError(f"there is no {file}; make the drawings, then call gpu_base.py --prepare", 2)
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, args.seconds)
     try:
@@ -314,7 +345,7 @@ def train(args, log: Log) -> None:
     import jax
 
     log.say(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
-    log.set(device=jax.devices()[0].device_kind, jax=jax.__version__, sizes=vars(size))
+    log.set(device=jax.devices()[0].device_kind, jax=jax.__version__, sizes=vars(size), configs=configs)
     on_gpu = jax.default_backend() == "gpu"
     stage = Stages(args, log, size, "bfloat16" if on_gpu else "float32")
     corpus = corpora[len(variants)]

@@ -132,9 +132,10 @@ def _reconstruction(pipeline, drawings, out, most: int) -> dict:
     figures, rows, random = {}, [], np.random.default_rng(0)
     names = ["", *random.choice(list(OPERATIONS), 12, replace=False)]
     for of, name in enumerate(SETS):
-        chosen = np.flatnonzero(drawings.held_out & (drawings.set_of == of))[:most]
-        if not len(chosen):
+        there = np.flatnonzero(drawings.held_out & (drawings.set_of == of))
+        if not len(there):
             continue
+        chosen = random.choice(there, min(most, len(there)), replace=False)
         images = operated_chunk(drawings.images[chosen], names)
         plain, edited = images[:, 0], images[:, 1:].reshape(-1, *images.shape[2:])
         result = base.reconstructed(pipeline, plain)
@@ -161,8 +162,9 @@ def page(figures: dict, command: str, per_cell: int, steps: int, cfg: float) -> 
     lines = [
         "# What the small base can do",
         "",
-        f"Made by `{command}`. Nothing that is shown here was shown in training: the same signs are held out in every "
-        "set, and three photographs as a whole.",
+        f"Made by `{command}`. No drawing and no photograph that is edited, compared or reconstructed here was shown "
+        "in training: the same signs are held out in every set, and three photographs as a whole. Figures: "
+        "figures.json.",
         "",
         "## Edits by instruction",
         "",
