@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import lorweb_jax
@@ -89,9 +90,12 @@ def test_commands_stand_loose_and_nothing_else():
 
 
 def test_every_folder_is_installed():
-    """setuptools leaves out a folder without __init__.py, and every file that isn't Python."""
+    """setuptools leaves out folders without __init__.py, and files that are neither Python nor named as data."""
+    data = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    named = {path for name, globs in data.items() for each in globs for path in PACKAGE.parent.joinpath(
+        *name.split(".")).glob(each)}  # fmt: skip
     for file in (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        assert file.suffix == ".py" and (file.parent / "__init__.py").exists(), file
+        assert file in named or file.suffix == ".py" and (file.parent / "__init__.py").exists(), file
 
 
 def at_import(file: Path) -> set[str]:

@@ -305,7 +305,7 @@ def test_bad_images_and_captions_are_one_sentence_each(images, tmp_path):
             "of the ratios that .*augment draws, 16:9 fails: .*shorter than",
         ),
         ({"data.style": "embedded:lines_pencil"}, "stands for an operation on an embedded drawing, but the content"),
-        ({"pair.content_rank": 100, "pair.style_rank": 29}, "100 and 29 need 129 orthonormal rows"),
+        ({"pair.content_rank": 130, "pair.style_rank": 31}, "130 and 31 need 161 orthonormal rows"),
         ({"pair.double_style": "2"}, r"config\.pair\.double_style names block 2, but there are 2"),
     ):
         with pytest.raises(UserError, match=told) as caught:

@@ -78,6 +78,6 @@ def test_the_internal_query_of_parts_is_that_of_the_joined_input(mode, pooling):
     c = np.tanh(query @ projection.T.astype(np.float64) @ keys.T / np.sqrt(K))
     internal = Internal(Router(1, "tanh", "mean"), mode, pooling)
     arrays = (jnp.asarray(array) for array in (a, b, keys, projection))
-    adapter = RoutedAdapter(*arrays, 0.5, internal)
+    adapter = RoutedAdapter(*arrays, None, 0.5, internal)
     assert relative(adapter.coefficients(parted(x), TEXT), c) <= 1e-5
     assert relative(adapter(parted(x), TEXT), 0.5 * low_rank(x, a, b, c)) <= 1e-5
