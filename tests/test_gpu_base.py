@@ -1,6 +1,8 @@
 """The GPU script's own parts: steps by the dozen, the clock, blocks of pixels."""
 
 import dataclasses
+import functools
+import importlib
 import runpy
 from types import SimpleNamespace
 
@@ -19,7 +21,9 @@ from lorweb_jax.training.state import TrainState
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(ROOT / "tools" / "gpu_base.py"))
+    names = runpy.run_path(str(ROOT / "tools" / "gpu_base.py"))  # it puts tools/ on the path
+    modules = map(importlib.import_module, ("gpu_latents", "gpu_prepare"))
+    return functools.reduce(lambda all_, module: vars(module) | all_, modules, names)
 
 
 class Model(nnx.Module):
@@ -121,14 +125,13 @@ def test_a_loss_that_is_lost_is_tried_again_more_slowly(script, log):
 
 
 @pytest.mark.parametrize("held", [None, {"w": np.float32(2)}])
-def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held, monkeypatch):
+def test_a_poor_autoencoder_gives_way_to_the_prepared_one(script, log, held):
     """At 12 dB the weights that --prepare was given are used, where there are some that fit."""
     log.seconds = 100
     used, images = [], np.zeros((4, 2, 8, 8, 3), np.uint8)
     stage = script["Stages"](
-        SimpleNamespace(out=log.file.parent), log, SimpleNamespace(table=4, vae_steps=5), "float32"
+        SimpleNamespace(out=log.file.parent), log, SimpleNamespace(table=4, vae_steps=5, encoded=4), "float32"
     )
-    monkeypatch.setitem(script["Stages"].train_autoencoder.__globals__, "ENCODED", 4)
 
     def program(state, steps, *rest):
         used.append(state.trainable)

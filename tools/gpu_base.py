@@ -15,15 +15,14 @@ tools/build_base.py makes the pipeline folder of them.
 The autoencoder begins with the weights of the folder that --prepare was given (--vae), where their shapes are the
 config's; and these take the place of what came of its training where that is too slow or ends below 20 dB. On an H200,
 16 processes: with XLA's autotuning off a step of 64 canvases took 2.8 s, since cuDNN's default algorithms for narrow
-convolutions are absurd; so programs with convolutions are autotuned, before anything else runs on the card. The
-transformer's have none: compiled in 44 s without. All drawings of a variant after all operations took 40 s, beside the
-compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128 drawings.
+convolutions are absurd; so the autoencoder's steps are autotuned, before anything else runs on the card. Its encoder
+runs as products, and the transformer has no convolutions: compiled in 44 s without. All drawings of a variant after
+all operations took 40 s, beside the compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128
+drawings. The steps are in gpu_latents.py (pixels and latents), gpu_loop.py (the loop) and gpu_prepare.py.
 """
 
 import dataclasses
 import json
-import math
-import shutil
 import sys
 import time
 import traceback
@@ -32,184 +31,20 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import gpu_loop  # noqa: E402
 import numpy as np  # noqa: E402
-from gpu_loop import DRAWINGS, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
+from gpu_latents import Pixels, encode_all, encoders  # noqa: E402
+from gpu_loop import DRAWINGS, UNSEARCHED, Background, Log, Settings, TooSlow, run_until, save, trainer  # noqa: E402
+from gpu_prepare import PREPARED, finish, prepare  # noqa: E402
 
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
-from lorweb_jax.common.outputs import replacing_folder  # noqa: E402
 
-PREPARED = gpu_loop.PREPARED / "base"  # the other files there are gpu_clip.py's
 VAE = Path("assets/small_kontext/vae")
 SECONDS_TO_END = 7  # for the last writing
 VAE_SHARE = 0.33  # of the time, from the start: when the autoencoder has to be done
-LATENTS_SHARE = 0.45  # and when no other variant's latents are begun
 LEAST_STEPS = 500  # of the autoencoder: with fewer it is no better than what it begins with
 LEAST_PSNR = 20.0  # dB on training canvases
-# Searching for the fastest products took longer than it saves (they are cuBLAS's); convolutions need it.
-SEARCHED = {"xla_gpu_autotune_level": 1}
-UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-ENCODED, ENLARGED = 2048, 256  # images that are encoded at once, as they are and twice as large
-
-
-def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[str]) -> None:
-    """Writes what a machine without tokenizers, ml_collections and pydantic needs into local_data/gpu: all of it, or
-    nothing where something given can't be used."""
-    import runpy
-
-    from flax import nnx
-
-    from lorweb_jax.data.embedded.drawing_sets import load_sets
-    from lorweb_jax.files.state import shapes
-    from lorweb_jax.pipeline.pretrained import load_vae
-    from lorweb_jax.small_base.captions import Captions
-    from lorweb_jax.small_base.editor import Editor, editor_config
-    from lorweb_jax.small_base.jobs.transformer import read_editor
-    from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
-
-    configs = {
-        name: runpy.run_path(f"configs/{name}.py")["get_config"]().to_dict()
-        for name in ("base_vae", "base_transformer")
-    }
-    for change in changes:
-        change_field(configs, change)
-    length = configs["base_transformer"]["data"]["text_tokens"]
-    drawings = load_sets(drawings_path)
-    captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
-    vae_config, weights = load_vae(vae)
-    configs["vae"] = {name: vae_config[name] for name in ("scaling_factor", "shift_factor")}
-    with replacing_folder(PREPARED) as new:
-        clip_words, t5_words = make_tokenizers(captions.texts, new / "tokenizers", length)
-        clip_ids, t5_ids = tokens_of(captions.texts, new / "tokenizers", length)
-        np.savez_compressed(
-            new / "captions.npz",
-            texts=np.array(captions.texts),
-            clip_ids=clip_ids.astype(np.int16),
-            t5_ids=t5_ids.astype(np.int16),
-            words=np.array([clip_words, t5_words]),
-        )
-        np.savez(new / "vae.npz", **{name: np.asarray(weights[name], np.float32) for name in weights})
-        if initial:
-            sizes = editor_config(Settings.of(configs["base_transformer"]), clip_words, t5_words)
-            begun = read_editor(initial, sizes, shapes(lambda: Editor(sizes, 1, rngs=nnx.Rngs(0))))
-            np.savez(new / "editor.npz", **{name: np.asarray(begun[name], np.float16) for name in begun})
-        (new / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
-    cut = (clip_ids[:, -1] == clip_words - 1).sum() - (clip_ids[:, -2] == clip_words - 1).sum()
-    print(
-        f"{len(captions.texts)} captions, {clip_words} and {t5_words} words, {cut} captions of {length} tokens or cut"
-    )
-
-
-def change_field(configs: dict, change: str) -> None:
-    """`change`, such as base_transformer.data.style=0.2, in the configs {name: fields}; UserError for no such field."""
-    path, _, value = change.partition("=")
-    *outer, name = path.split(".")
-    fields = configs
-    for key in outer:
-        fields = fields.get(key, {}) if isinstance(fields, dict) else {}
-    if not outer or not isinstance(fields, dict) or type(fields.get(name)) not in (int, float):
-        raise UserError(
-            f"{path!r} is no field that holds a number; give one such as base_transformer.data.style=0.2", 2
-        )
-    try:
-        number = type(fields[name])(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{path} is {value!r}, a number like {fields[name]} was expected", 2)
-    fields[name] = number
-
-
-def numbers_of(fields: dict, prefix: str = "") -> dict[str, float]:
-    """{dotted path: value} of the numbers in nested fields."""
-    found: dict[str, float] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            found |= numbers_of(value, f"{prefix}{name}.")
-        elif type(value) in (int, float):
-            found[prefix + name] = value
-    return found
-
-
-def finish(out: Path) -> None:
-    """Writes runs/base_vae and the models of runs/base_transformer, as the jobs would, of the weights in `out`."""
-    import runpy
-
-    from flax import nnx
-    from safetensors.numpy import load_file
-
-    from lorweb_jax.files.state import build
-    from lorweb_jax.images.io import write_image
-    from lorweb_jax.models.autoencoder.model import AutoencoderKL
-    from lorweb_jax.settings import config as configs
-    from lorweb_jax.small_base.editor import Editor, editor_config
-    from lorweb_jax.small_base.jobs.transformer import write_editor
-    from lorweb_jax.small_base.jobs.vae import BaseVAE, write_autoencoder
-
-    record = json.loads((out / "base.json").read_text())
-    made = {name: runpy.run_path(f"configs/{name}.py")["get_config"]() for name in ("base_vae", "base_transformer")}
-    for name, config in made.items():
-        for field, value in numbers_of(record["configs"][name]).items():  # as --set changed them
-            config.update_from_flattened_dict({field: value})
-        configs.save(config, Path("runs") / name / "config.json")
-    job = BaseVAE(made["base_vae"])
-    vae = build(lambda: AutoencoderKL(job.vae_config, rngs=nnx.Rngs(0)), load_file(out / "vae.safetensors"))
-    write_autoencoder(Path("runs/base_vae"), job, vae, record["scaling_factor"], record["shift_factor"])
-    for name, picture in job.log_images(vae, 0).items():
-        write_image(Path(f"runs/base_vae/pictures/{name}.png"), picture)
-    sizes = editor_config(made["base_transformer"], *map(int, np.load(PREPARED / "captions.npz")["words"]))
-    for part in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(PREPARED / "tokenizers" / part, Path("runs/base_transformer") / part, dirs_exist_ok=True)
-    curves = {key: record[key] for key in ("device", "sizes", "transformer")}
-    (Path("runs/base_transformer") / "curves.json").write_text(json.dumps(curves) + "\n")
-    editor = build(
-        lambda: Editor(sizes, 1, rngs=nnx.Rngs(0)),
-        {name: array.astype(np.float32) for name, array in load_file(out / "transformer.safetensors").items()},
-    )
-    write_editor(Path("runs/base_transformer"), sizes, editor)
-
-
-class Pixels:
-    """All drawings after all operations, made by worker processes: originals first, each part in random order."""
-
-    def __init__(self, drawings, operations: list[str], variants, processes: int, log: Log):
-        self.total, self.log, self.names = len(drawings.names), log, operations
-        self.held_out = np.tile(drawings.held_out, len(variants))
-        self.pieces: list[tuple[np.ndarray, np.ndarray]] = []  # (drawings or variants, uint8 [n, 1 + o, h, w, 3])
-        self.made = [0] * len(variants)
-        self.thread = Background(self._make, drawings.images, variants, processes)
-
-    def _make(self, images, variants, processes):
-        from lorweb_jax.data.embedded.bulk import operated
-
-        for v, variant in enumerate(variants):
-            order = np.random.default_rng(v).permutation(self.total)
-            for start, stop, made in operated(np.ascontiguousarray(variant(images)[order]), self.names, processes):
-                self.pieces.append((order[start:stop] + v * self.total, made))
-                self.made[v] += stop - start
-            self.log.say(f"variant {v}: all {self.total} drawings after {len(self.names)} operations")
-
-    def variants_ready(self) -> int:
-        return sum(made == self.total for made in self.made)
-
-    def table(self, size: int, seed: int) -> np.ndarray:
-        """uint8 [size, 1 + o, h, w, 3] of training drawings made so far, chosen at random."""
-        pieces = list(self.pieces)
-        where = [(p, row) for p, (index, _) in enumerate(pieces) for row in np.flatnonzero(~self.held_out[index])]
-        chosen = np.random.default_rng(seed).permutation(len(where))
-        table = np.empty((size, *pieces[0][1].shape[1:]), np.uint8)
-        for to, i in enumerate(np.resize(chosen, size)):
-            p, row = where[i]
-            table[to] = pieces[p][1][row]
-        return table
-
-    def wait_for(self, drawings: int) -> None:
-        """Until so many drawings, of the first variant and then of the next ones, are made."""
-        while sum(self.made) < min(drawings, len(self.held_out)):
-            if self.thread.error:
-                self.thread.result()
-            time.sleep(0.2)
+SEARCHED = {"xla_gpu_autotune_level": 1}  # for convolutions, which need it
 
 
 def prepared_weights(part: str, partition) -> dict[str, np.ndarray] | None:
@@ -318,11 +153,13 @@ def train(args, log: Log) -> None:
     held = np.load(PREPARED / "captions.npz")
     drawings = load_sets(args.drawings)
     # Sizes of this machine's batches, about ten times the configs' own; all else is theirs.
-    size = SimpleNamespace(groups=args.groups, vae=64, table=1200, vae_steps=25, flow_steps=25)
+    # `encoded` and `enlarged` images are encoded at once, as they are and twice as large.
+    size = SimpleNamespace(
+        groups=args.groups, vae=64, table=1200, vae_steps=25, flow_steps=25, encoded=2048, enlarged=256
+    )
     if args.tiny:
-        size = SimpleNamespace(groups=1, vae=2, table=40, vae_steps=2, flow_steps=2)
+        size = SimpleNamespace(groups=1, vae=2, table=40, vae_steps=2, flow_steps=2, encoded=64, enlarged=8)
         drawings = some(drawings, 6)
-        globals().update(ENCODED=64, ENLARGED=8)
         if args.autoencoder == "train":
             vae.model.update(block_out_channels=(8, 8, 8, 8))
         flow.transformer.update(num_layers=1, num_single_layers=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
@@ -350,19 +187,27 @@ def train(args, log: Log) -> None:
     stage = Stages(args, log, size, "bfloat16" if on_gpu else "float32")
     corpus = corpora[len(variants)]
     autoencoder, editor = stage.autoencoder(vae, corpus), stage.editor(flow, drawings, corpus, words, held["words"])
-    encoders = stage.encoders(vae, autoencoder)
+    encoder = encoders(vae, autoencoder, size, stage.dtype, log)
     training = args.autoencoder == "train"
     # One after the other: programs that compile at once get in each other's way. What is autotuned comes first, on a
     # card that does nothing else.
-    programs = Background(lambda: [made.compile() for made in (*[autoencoder] * training, encoders, editor)])
+    programs = Background(lambda: [made.compile() for made in (*[autoencoder] * training, encoder, editor)])
     weights, scale = (
-        stage.train_autoencoder(autoencoder, encoders, pixels, programs)
+        stage.train_autoencoder(autoencoder, encoder, pixels, programs)
         if training
         else stage.prepared_autoencoder(autoencoder, configs.vae)
     )
-    wait_for(encoders, programs)
-    tables, count = stage.encode_all(
-        encoders.program, weights, scale, pixels, drawings, len(OPERATIONS) + 1, 1 if training else len(variants)
+    wait_for(encoder, programs)
+    tables, count = encode_all(
+        log,
+        size,
+        encoder.program,
+        weights,
+        scale,
+        pixels,
+        drawings,
+        len(OPERATIONS) + 1,
+        1 if training else len(variants),
     )
     stage.train_editor(editor, tables, same_shapes(corpora[count], corpus), words, programs)
 
@@ -497,9 +342,9 @@ class Stages:
             weights = made.held
         del table
         sample = pixels.table(min(256, self.size.table), 9).reshape(-1, *pixels.pieces[0][1].shape[2:])
-        sample = sample[np.random.default_rng(0).permutation(len(sample))[:ENCODED]]
+        sample = sample[np.random.default_rng(0).permutation(len(sample))[: self.size.encoded]]
         latents = encoders.program[0](
-            weights, np.float32(1), np.float32(0), np.resize(sample, (ENCODED, *sample.shape[1:]))
+            weights, np.float32(1), np.float32(0), np.resize(sample, (self.size.encoded, *sample.shape[1:]))
         )
         latents = np.asarray(latents).astype(np.float32)
         scale, shift = round(float(1 / latents.std()), 4), round(float(latents.mean()), 4)
@@ -509,98 +354,6 @@ class Stages:
         save(self.args.out / "vae.safetensors", weights, np.float32)
         self.log.say(f"autoencoder written, scale {scale}, shift {shift}")
         return weights, (scale, shift)
-
-    def encoders(self, config, autoencoder):
-        """Programs (weights, scale, shift, images uint8 [n, h, w, 3]) -> latents float16, of images as they are and
-        twice as large."""
-        import jax
-        import jax.numpy as jnp
-        from flax import nnx
-
-        from lorweb_jax.images.levels import to_float
-        from lorweb_jax.nn.layers import Conv
-        from lorweb_jax.small_base.autoencoder import enlarged
-
-        def latents(weights, scale, shift, x):
-            model = autoencoder.partition.model(weights, {})
-            for _, module in nnx.iter_modules(model):
-                if isinstance(module, Conv):
-                    module.by_products = True
-            z = model.encode(to_float(x).astype(self.dtype))[0].astype(jnp.float32)
-            return ((z - shift) * scale).astype(jnp.float16)
-
-        made, side, number = SimpleNamespace(program=None), config.data.size, jax.ShapeDtypeStruct((), np.float32)
-
-        def compile_both():
-            begin = self.log.now()
-            weights = autoencoder.begun.result().trainable
-            made.program = [
-                jax.jit(function)
-                .lower(weights, number, number, jax.ShapeDtypeStruct((count, side, side, 3), np.uint8))
-                .compile(compiler_options=UNSEARCHED)
-                for function, count in (
-                    (latents, ENCODED),
-                    (lambda w, a, b, x: latents(w, a, b, enlarged(x)), ENLARGED),
-                )
-            ]
-            self.log.say(f"encoders: compiled in {self.log.now() - begin:.1f} s")
-
-        made.compile = compile_both
-        return made
-
-    def encode_all(self, programs, weights, scale, pixels, drawings, operations, least: int):
-        """((quadrants, large), variants that are in it): latents of everything, float16 on the device; of at least
-        `least` variants unless they take too long."""
-        import functools
-
-        import jax
-        import jax.numpy as jnp
-
-        total, side = len(drawings.names), pixels.pieces[0][1].shape[2] // 8
-        ready = max(least, pixels.variants_ready())
-        encode, encode_large = programs
-        weights, scale = jax.device_put(weights), tuple(map(np.float32, scale))
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def put(table, at, latents):
-            return jax.lax.dynamic_update_slice(table, latents, (at, 0, 0, 0))
-
-        # In the order of the pieces first, then in the drawings' order: one gather at the end.
-        table = jnp.zeros((-(-ready * total * operations // ENCODED) * ENCODED, side, side, 16), jnp.float16)
-        for block in range(len(table) // ENCODED):
-            rows = block * ENCODED
-            if block % 16 == 0:
-                jax.block_until_ready(table)
-                if rows >= total * operations and self.log.now() > LATENTS_SHARE * self.log.seconds:
-                    ready = rows // (total * operations)
-                    break
-            pixels.wait_for(-(-(rows + ENCODED) // operations))
-            table = put(
-                table, np.int32(rows), encode(weights, *scale, blocks(list(pixels.pieces), block, ENCODED, operations))
-            )
-        kept = [(index, images) for index, images in list(pixels.pieces) if index[0] < ready * total]
-        order = np.concatenate([index for index, _ in kept])
-        place = np.zeros(len(pixels.held_out), np.int64)
-        place[order] = np.arange(len(order))
-        rows = (place[:, None] * operations + np.arange(operations)).astype(np.int32)
-        quadrants = jax.jit(lambda table, rows: table[rows])(table, rows)
-        del table
-        plain = np.empty((total, *kept[0][1].shape[2:]), np.uint8)
-        for index, images in kept:
-            original = index < total
-            plain[index[original]] = images[original, 0]
-        large = jnp.concatenate(
-            [
-                encode_large(weights, *scale, np.resize(plain[i : i + ENLARGED], (ENLARGED, *plain.shape[1:])))
-                for i in range(0, total, ENLARGED)
-            ]
-        )[:total]
-        jax.block_until_ready((quadrants, large))
-        self.log.say(
-            f"latents of {ready} variants on the device: {quadrants.nbytes / 1e9:.2f} GB, "
-            f"deviation {float(quadrants[:64].astype(jnp.float32).std()):.3f}"
-        )
-        return (quadrants, large), ready
 
     def train_editor(self, made, tables, corpus, words, programs):
         import jax
@@ -637,25 +390,6 @@ def wait_for(made, programs: Background) -> None:
         if programs.error:
             programs.result()
         time.sleep(0.1)
-
-
-def blocks(kept, block, size, operations):
-    """Block number `block` of `size` quadrants, uint8 [size, h, w, 3]; the last is filled up."""
-    starts = np.cumsum([0, *(len(index) * operations for index, _ in kept)])
-    first, parts, missing = block * size, [], size
-    piece = int(np.searchsorted(starts, first, "right")) - 1
-    while missing and piece < len(kept):
-        images = kept[piece][1]
-        images = images.reshape(-1, *images.shape[2:])
-        at = first - int(starts[piece])
-        part = images[at : at + missing]
-        parts.append(part)
-        missing -= len(part)
-        first += len(part)
-        piece += 1
-    if missing:
-        parts.append(np.zeros((missing, *parts[0].shape[1:]), np.uint8))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import numpy as np
 
 PREPARED = Path("local_data/gpu")
 DRAWINGS = Path("local_data/drawings64.npz")
+# Searching for the fastest products took longer than it saves (they are cuBLAS's).
+UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 DISPATCH = 0.7  # seconds that a dispatch of steps should take
 
 
