@@ -4,8 +4,7 @@
     python -m lorweb_jax.main --config=configs/base_vae.py --config.initial=assets/small_kontext/vae
 
 Leaves runs/base_vae/vae, a diffusers folder (0.97 M parameters, 2 MB), pictures of held-out drawings beside their
-reconstructions, and quality.json (peak signal-to-noise ratio on held-out drawings). tools/gpu_base.sh trains the same
-in minutes on a GPU.
+reconstructions, and quality.json (peak signal-to-noise ratio on held-out drawings).
 """
 
 from lorweb_jax.settings.config import base_config, choose_variant

@@ -223,18 +223,18 @@ def test_prepared_weights_are_taken_where_they_fit(script, tmp_path, monkeypatch
     assert script["prepared_weights"]("editor", partition) is None
 
 
-def test_numbers_of_the_prepared_configs(script):
-    configs = {"base_transformer": {"data": {"style": 0.12}, "train": {"batch": 6}, "job": "base_transformer"}}
-    script["change_field"](configs, "base_transformer.data.style=0.2")
-    script["change_field"](configs, "base_transformer.train.batch=8")
-    assert configs["base_transformer"] == {"data": {"style": 0.2}, "train": {"batch": 8}, "job": "base_transformer"}
-    for change in (
-        "base_transformer.data.stile=0.2",
-        "style=0.2",
-        "base_transformer.data=1",
-        "base_transformer.job.x=1",
+def test_configs_as_they_are_changed(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    change = script["changed_configs"]
+    configs = change(["base_transformer.data.style=0.2", "base_transformer.train.batch=8", "base_vae.seed=3"])
+    assert configs["base_transformer"]["data"]["style"] == 0.2 and configs["base_transformer"]["train"]["batch"] == 8
+    assert configs["base_vae"]["seed"] == 3
+    for text, message in (
+        ("style=0.2", "names none of base_vae, base_transformer"),
+        ("base_transformer.data.stile=0.2", "stile"),
+        ("base_transformer.train.batch=many", "'many' is no value"),
+        ("base_transformer.data.style=nan", "'nan' is no value"),
+        ("base_transformer.data.style=7", "data.style"),
     ):
-        with pytest.raises(UserError, match="is no field that holds a number"):
-            script["change_field"](configs, change)
-    with pytest.raises(UserError, match="'many', a number like 8"):
-        script["change_field"](configs, "base_transformer.train.batch=many")
+        with pytest.raises(UserError, match=message):
+            change([text])

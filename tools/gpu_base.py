@@ -18,7 +18,9 @@ config's; and these take the place of what came of its training where that is to
 convolutions are absurd; so the autoencoder's steps are autotuned, before anything else runs on the card. Its encoder
 runs as products, and the transformer has no convolutions: compiled in 44 s without. All drawings of a variant after
 all operations took 40 s, beside the compilers. CLIP's vision tower (tools/gpu_clip.py) took 31.6 ms a step of 128
-drawings. The steps are in gpu_latents.py (pixels and latents), gpu_loop.py (the loop) and gpu_prepare.py.
+drawings. **On a GPU the autoencoder's training never ran to its end** (25 steps on that H200); --autoencoder prepared
+did, on an H100. gpu_latents.py has pixels and latents, gpu_loop.py the loop, gpu_prepare.py what comes before and
+after.
 """
 
 import dataclasses
@@ -95,7 +97,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="with --prepare: a number in a config, such as base_transformer.data.style=0.2; repeatable",
+        help="with --prepare: a value in a config, such as base_transformer.data.style=0.2; repeatable",
     )
     parser.add_argument(
         "--groups", type=positive, default=48, help="of examples in a step of the transformer (default: 48)"

@@ -1,7 +1,6 @@
 """Before and after the small base's training on a GPU: what goes to that machine, what is made of its results."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -12,14 +11,14 @@ from gpu_loop import Settings
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import replacing_folder
 
+JOBS = ("base_vae", "base_transformer")
+EXAMPLE = "base_transformer.data.style=0.2"
 PREPARED = gpu_loop.PREPARED / "base"  # the other files there are gpu_clip.py's
 
 
 def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[str]) -> None:
     """Writes what a machine without tokenizers, ml_collections and pydantic needs into local_data/gpu: all of it, or
     nothing where something given can't be used."""
-    import runpy
-
     from flax import nnx
 
     from lorweb_jax.data.embedded.drawing_sets import load_sets
@@ -30,12 +29,7 @@ def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[
     from lorweb_jax.small_base.jobs.transformer import read_editor
     from lorweb_jax.small_base.tokens import make_tokenizers, tokens_of
 
-    configs = {
-        name: runpy.run_path(f"configs/{name}.py")["get_config"]().to_dict()
-        for name in ("base_vae", "base_transformer")
-    }
-    for change in changes:
-        change_field(configs, change)
+    configs = changed_configs(changes)
     length = configs["base_transformer"]["data"]["text_tokens"]
     drawings = load_sets(drawings_path)
     captions = Captions([drawings.captions(i) for i in range(len(drawings.names))])
@@ -63,44 +57,32 @@ def prepare(drawings_path: Path, vae: Path, initial: Path | None, changes: list[
     )
 
 
-def change_field(configs: dict, change: str) -> None:
-    """`change`, such as base_transformer.data.style=0.2, in the configs {name: fields}; UserError for no such field."""
-    path, _, value = change.partition("=")
-    *outer, name = path.split(".")
-    fields = configs
-    for key in outer:
-        fields = fields.get(key, {}) if isinstance(fields, dict) else {}
-    if not outer or not isinstance(fields, dict) or type(fields.get(name)) not in (int, float):
-        raise UserError(
-            f"{path!r} is no field that holds a number; give one such as base_transformer.data.style=0.2", 2
-        )
-    try:
-        number = type(fields[name])(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{path} is {value!r}, a number like {fields[name]} was expected", 2)
-    fields[name] = number
+def changed_configs(changes: list[str]) -> dict[str, dict]:
+    """{job: its config's fields} with changes such as base_transformer.data.style=0.2; UserError for one that no run
+    could use."""
+    import runpy
 
+    from lorweb_jax.main import set_field
+    from lorweb_jax.settings.config import check
 
-def numbers_of(fields: dict, prefix: str = "") -> dict[str, float]:
-    """{dotted path: value} of the numbers in nested fields."""
-    found: dict[str, float] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            found |= numbers_of(value, f"{prefix}{name}.")
-        elif type(value) in (int, float):
-            found[prefix + name] = value
-    return found
+    configs = {name: runpy.run_path(f"configs/{name}.py")["get_config"]() for name in JOBS}
+    for change in changes:
+        name, _, field = change.partition(".")
+        if name not in configs:
+            raise UserError(f"{change!r} names none of {', '.join(JOBS)}; give one such as {EXAMPLE}", 2)
+        set_field(configs[name], field)
+    for config in configs.values():
+        check(config)
+    return {name: config.to_dict() for name, config in configs.items()}
 
 
 def finish(out: Path) -> None:
     """Writes runs/base_vae and the models of runs/base_transformer, as the jobs would, of the weights in `out`."""
-    import runpy
-
     from flax import nnx
+    from ml_collections import ConfigDict
     from safetensors.numpy import load_file
 
+    from lorweb_jax.common.schema import read_json
     from lorweb_jax.files.state import build
     from lorweb_jax.images.io import write_image
     from lorweb_jax.models.autoencoder.model import AutoencoderKL
@@ -109,11 +91,11 @@ def finish(out: Path) -> None:
     from lorweb_jax.small_base.jobs.transformer import write_editor
     from lorweb_jax.small_base.jobs.vae import BaseVAE, write_autoencoder
 
-    record = json.loads((out / "base.json").read_text())
-    made = {name: runpy.run_path(f"configs/{name}.py")["get_config"]() for name in ("base_vae", "base_transformer")}
+    record = read_json(out / "base.json", remedy="name the folder that a training by gpu_base.py left")
+    if "configs" not in record:
+        raise UserError(f"{out / 'base.json'} doesn't say which configs were trained; train again", 2)
+    made = {name: ConfigDict(record["configs"][name]) for name in JOBS}
     for name, config in made.items():
-        for field, value in numbers_of(record["configs"][name]).items():  # as --set changed them
-            config.update_from_flattened_dict({field: value})
         configs.save(config, Path("runs") / name / "config.json")
     job = BaseVAE(made["base_vae"])
     vae = build(lambda: AutoencoderKL(job.vae_config, rngs=nnx.Rngs(0)), load_file(out / "vae.safetensors"))

@@ -16,6 +16,10 @@ KINDS = ("products", "attention", "elementwise, reductions", "copies, slices")
 PHASES = ("forward", "recomputed", "backward")
 # cuDNN's share of the peak, forward and backward: 563 and 506 of an H100's 989 TFLOP/s at 8,704 and 2,560 tokens.
 _ATTENTION = {False: 0.57, True: 0.51}
+_MOVES = {
+    *("slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "copy"),
+    *("bitcast", "parameter", "constant"),
+}
 _NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 
 
@@ -73,20 +77,10 @@ def _kind(instruction: Instruction, computations: dict[str, list[Instruction]]) 
     inside = collections.Counter(each.opcode for each in computations.get(instruction.attribute("calls") or "", ()))
     if inside["dot"] or instruction.opcode == "dot":
         return "products"
-    moves = {
-        "dynamic-slice",
-        "dynamic-update-slice",
-        "slice",
-        "copy",
-        "bitcast",
-        "parameter",
-        "constant",
-        "concatenate",
-    }
     # What XLA makes a plain copy of has nothing else inside; places in a stack are computed beside it.
     if instruction.opcode in ("copy", "copy-start") or "dynamic_memcpy" in instruction.rest:
         return "copies, slices"
-    return "copies, slices" if inside and set(inside) <= moves else "elementwise, reductions"
+    return "copies, slices" if inside and inside.keys() <= _MOVES else "elementwise, reductions"
 
 
 def _phase(source: str) -> str:

@@ -59,22 +59,24 @@ def _quantised_on_device(key, shape, dtype, kind):
     )
 
 
+def new_flux(setting: Setting) -> Flux:
+    """The transformer as the setting has it, fresh; its stacks are stacked."""
+    return Flux(
+        setting.model,
+        remat=setting.remat,
+        attention=setting.attention,
+        unroll=setting.unroll,
+        quantization=setting.quantization,
+        rngs=nnx.Rngs(0),
+    )
+
+
 def random_flux(setting: Setting) -> Flux:
     """The transformer with random weights in the setting's dtype, linear layers of the blocks perhaps in 8 bit.
 
     Nothing is left at zero, as a fresh model has it: products of zeros can run faster than real ones.
     """
-
-    def make():
-        return Flux(
-            setting.model,
-            remat=setting.remat,
-            attention=setting.attention,
-            unroll=setting.unroll,
-            quantization=setting.quantization,
-            rngs=nnx.Rngs(0),
-        )
-
+    make = functools.partial(new_flux, setting)
     held, flat = shapes(make), {}
     # The largest first, while there is most room for what its making needs.
     for seed, (path, leaf) in enumerate(sorted(held.items(), key=lambda item: -item[1].size)):

@@ -80,9 +80,9 @@ def _runner(program, state):
         if program.kind == "low-rank":
             basis = random_basis(setting, setting.dtype)
             adapters = basis.adapters(nnx.jit(lambda b, q: b.coefficients(q))(basis, query))
-        return _repeated(program, state, arguments, modulations, adapters)
+        return ours.repeated(program.compiled, state, arguments, modulations, adapters)
     if program.kind != "basis":
-        return _repeated(program, state, arguments)
+        return ours.repeated(program.compiled, state, arguments)
     trainable = {
         path: normal(seed, s.shape, "float32", 0.02)
         for seed, (path, s) in enumerate(trainable_shapes(setting)[0].items())
@@ -93,15 +93,6 @@ def _runner(program, state):
         for _ in range(count):
             carried[0], carried[1], value = program.compiled(*carried, state, arguments)
         jax.block_until_ready((value, carried[0]))
-
-    return run
-
-
-def _repeated(program, *arguments):
-    def run(count):
-        for _ in range(count):
-            result = program.compiled(*arguments)
-        jax.block_until_ready(result)
 
     return run
 

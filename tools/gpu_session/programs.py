@@ -10,10 +10,9 @@ from flax import nnx
 from variants import POLICIES, applied
 
 from benchmark import ours
-from benchmark.random_weights import inputs
+from benchmark.random_weights import inputs, new_flux
 from benchmark.setting import DEFAULTS, Setting
 from lorweb_jax.adapters.mixture import LowRankAdapter
-from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.nn import layers
 from lorweb_jax.planning.flops import base_flops, basis_flops
 
@@ -50,22 +49,12 @@ def graph(setting):
     """(graphdef, state's shapes) of the transformer, weights in the setting's dtype."""
 
     def make():
-        return Flux(
-            setting.model,
-            remat=setting.remat,
-            attention=setting.attention,
-            unroll=setting.unroll,
-            quantization=setting.quantization,
-            rngs=nnx.Rngs(0),
-        )
-
-    def split():
-        flux = make()
+        flux = new_flux(setting)
         if setting.unstacked:
             flux.unstack()
         return flux
 
-    graphdef, state = nnx.split(nnx.eval_shape(split))
+    graphdef, state = nnx.split(nnx.eval_shape(make))
 
     def cast(leaf):
         wide = leaf.dtype == jnp.float32 and leaf.shape[-2:-1] != (1,)
