@@ -19,13 +19,12 @@ class Scored(Job):
 
 def test_the_lowest_score_is_kept(tmp_path):
     job = Scored()
-    (tmp_path / ".best.part").mkdir()  # of a run that was killed
-    (tmp_path / ".best.part" / "half").touch()
     for step, score in enumerate([math.nan, 3.0, 1.0, 2.0, 1.0, math.inf], 1):
         mark_best(tmp_path, job, score, step)
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "score": 1.0}
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["kept"]
-    assert (tmp_path / "best" / "kept").read_text() == "1.0" and not (tmp_path / ".best.part").exists()
+    assert (tmp_path / "best" / "kept").read_text() == "1.0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best.json"]
 
 
 def test_a_job_without_a_score_marks_nothing(tmp_path):

@@ -50,6 +50,10 @@ class Routing(NamedTuple):
         one, task, together = np.mean(chosen, axis=0).tolist()
         return one, task, together
 
+    def unused(self, path: str | None = None) -> float:
+        """`Layer.dead` averaged likewise."""
+        return float(np.mean([layer.dead for layer in self.layers if path in (None, layer.path)]))
+
 
 def shares(coefficients: np.ndarray) -> np.ndarray:
     """|c| / Σ|c| over the last axis; equal shares where all are 0."""
@@ -125,18 +129,18 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def edit_distances(directions: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
-    """Between tasks [tasks, tasks], in their first order: 1 − the cosine of mean E(a′) − E(a), directions [b, p]."""
-    means = np.stack(
-        [directions[[i for i, name in enumerate(tasks) if name == task]].mean(0) for task in dict.fromkeys(tasks)]
-    )
+def edit_distances(directions: np.ndarray, tasks: Sequence[str], order: Sequence[str]) -> np.ndarray:
+    """Between the tasks in `order`: 1 − the cosine of their mean E(a′) − E(a), directions [b, p] of analogies whose
+    tasks are given."""
+    means = np.stack([directions[[i for i, name in enumerate(tasks) if name == task]].mean(0) for task in order])
     lengths = np.linalg.norm(means, axis=1, keepdims=True)
     unit = means / np.where(lengths > 0, lengths, 1)
     return 1 - unit @ unit.T
 
 
 def read_coefficients(path: str | Path, tasks: Mapping[str, str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """({path: c [b, l, n]}, sample ids [b]) of a coefficients.npz. UserError for a file that is damaged."""
+    """({name: [b, …]}, sample ids [b]) of a coefficients.npz, whose arrays are c [b, l, n] by path, or of an edits.npz.
+    UserError for a file that is damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

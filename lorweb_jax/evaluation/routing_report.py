@@ -9,7 +9,7 @@ import numpy as np
 from lorweb_jax.evaluation import svg
 from lorweb_jax.evaluation.making import BLENDS, COEFFICIENTS, EDITS, PATH
 from lorweb_jax.evaluation.results import Evaluated
-from lorweb_jax.evaluation.routing import Routing, edit_distances, rank_correlation, read_routing
+from lorweb_jax.evaluation.routing import Routing, edit_distances, rank_correlation, read_coefficients, read_routing
 from lorweb_jax.images.io import read_image
 
 MOST_TASKS = 60  # rows of a router map
@@ -36,15 +36,14 @@ def routers(data: Evaluated, table, picture) -> list[str]:
 def _members(routing: Routing, table) -> list[str]:
     shown, step = _some(list(routing.weights))
     rows = [
-        [escape(path), *(f"{x:.1f}" for x in routing.effective(path)), _dead(routing, path)]
+        [escape(path), *(f"{x:.1f}" for x in routing.effective(path)), f"{routing.unused(path):.1f}"]
         for path in dict.fromkeys(layer.path for layer in routing.layers)
     ]
-    rows.append(["<b>all layers</b>", *(f"<b>{x:.1f}</b>" for x in routing.effective()), _dead(routing, None)])
+    rows.append(["<b>all layers</b>", *(f"<b>{x:.1f}</b>" for x in routing.effective()), f"{routing.unused():.1f}"])
     by_layer = [
-        [f"{escape(layer.path)} {layer.block}", *(f"{x:.1f}" for x in layer.effective),
-         *(f"{np.log(x):.2f}" for x in layer.effective), str(layer.dead)]
+        [f"{escape(layer.path)} {layer.block}", *(f"{x:.1f}" for x in layer.effective), str(layer.dead)]
         for layer in routing.layers
-    ]  # fmt: skip
+    ]
     head = ["layers", "of one analogy", "of one task", "of all together", "unused members a layer"]
     names = [f"{layer.path.split('.')[-1]} {layer.block}" for layer in routing.layers]
     usage = np.stack([layer.usage for layer in routing.layers])
@@ -56,13 +55,9 @@ def _members(routing: Routing, table) -> list[str]:
         f"<h3>Effective number of members, of {routing.members}</h3>",
         table(head, rows),
         "<details><summary>Every layer</summary>",
-        table(["layer", *head[1:4], "entropy of one", "of one task", "of all", "unused"], by_layer),
+        table(["layer", *head[1:4], "unused"], by_layer),
         f"<p>Share of each member, averaged over all analogies:</p>{svg.heat_map(usage, names)}</details>",
     ]
-
-
-def _dead(routing: Routing, path: str | None) -> str:
-    return f"{np.mean([layer.dead for layer in routing.layers if path in (None, layer.path)]):.1f}"
 
 
 def _some(tasks: Sequence[str]) -> tuple[Sequence[str], int]:
@@ -95,11 +90,8 @@ def _distances(routing: Routing, path: Path, tasks: Mapping[str, str]) -> list[s
     names = list(routing.weights)
     if len(names) < 3 or not path.is_file():
         return []
-    with np.load(path, allow_pickle=False) as stored:
-        of = [tasks[key] for key in stored["ids"].tolist()]
-        edits, order = edit_distances(stored["directions"], of), list(dict.fromkeys(of))
-    places = [order.index(name) for name in names]
-    edits = edits[np.ix_(places, places)]
+    arrays, ids = read_coefficients(path, tasks)
+    edits = edit_distances(arrays["directions"], [tasks[key] for key in ids], names)
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
     x, y = ([matrix[pair] for pair in pairs] for matrix in (edits, routing.distances))
     return [

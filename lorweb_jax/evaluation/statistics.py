@@ -55,9 +55,10 @@ def crossed_interval(
     if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 2:
         raise ValueError(f"values are [seeds, tasks] with two tasks or more, not {x.shape}")
     random = np.random.default_rng(seed)
-    # How often each seed and each task is drawn.
-    seeds, tasks = (random.multinomial(count, np.full(count, 1 / count), resamples) / count for count in x.shape)
-    low, high = np.percentile(np.einsum("rs,st,rt->r", seeds, x, tasks), [50 * (1 - confidence), 50 * (1 + confidence)])
+    # Tasks first: with one seed, the draws are those of `bootstrap_interval`.
+    tasks, seeds = (random.integers(0, count, (resamples, count)) for count in x.shape[::-1])
+    means = x[seeds[:, :, None], tasks[:, None]].mean((1, 2))
+    low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
     return float(low), float(high)
 
 

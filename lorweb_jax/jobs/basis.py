@@ -18,6 +18,7 @@ from lorweb_jax.adapters.basis import BasisConfig, BasisParam
 from lorweb_jax.adapters.formats.basis_file import unpublishable
 from lorweb_jax.adapters.sharing import drop_members, imbalance
 from lorweb_jax.common import fingerprint
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.analogies import Analogies, contents
 from lorweb_jax.data.buckets import quadrant_shapes
 from lorweb_jax.data.loader import AnalogyLoader
@@ -68,6 +69,15 @@ class BasisJob(Job):
         self.problems = Problems()  # files of the data that can't be used, found now or while reading
         self._looked_at = Problems()  # the same while pictures and tables are made
         self.tasks = read_splits(config, self.problems)
+        if count := config.evaluation.validate:
+            if len(self.tasks) < 2:
+                raise UserError(
+                    f"config.evaluation.validate is {count}, but no task is held out; set config.data.held_out, or 0", 2
+                )
+            if (processes := jax.process_count()) > 1:
+                raise UserError(
+                    f"config.evaluation.validate is {count}, for one process, and {processes} train; set it to 0", 2
+                )
         if len(self.problems):
             print(self.problems.summary(), flush=True)
         self.scope = Scope.of(config, self.folder, self.tasks) if config.precomputed else None
@@ -242,7 +252,7 @@ class BasisJob(Job):
     def validate(self, model, step: int) -> float | None:
         """The denoising error on config.evaluation.validate analogies of the first held-out split, always the same ones
         with the same noise; nothing is dropped or added."""
-        if not self.config.evaluation.validate or len(self.tasks) < 2:
+        if not self.config.evaluation.validate:
             return None
         errors = [self._validation_error(model, batch, random_key(i)) for i, batch in enumerate(self._validation)]
         return float(np.mean(jax.device_get(errors)))
@@ -304,7 +314,7 @@ class BasisJob(Job):
         one, task, together = routing.effective()
         numbers = {"one_analogy": one, "one_task": task, "all_tasks": together}
         images |= {f"router/effective_members/{name}": value for name, value in numbers.items()}
-        images["router/unused_members"] = float(np.mean([layer.dead for layer in routing.layers]))
+        images["router/unused_members"] = routing.unused()
         return images
 
     def finish(self, model, workdir: Path) -> None:

@@ -100,12 +100,6 @@ def _basis(values: Values) -> None:
             f"config.basis.key_dim, which is {values['basis.key_dim']}, or None, as config.basis.projection is none",
         )
     why = f"as config.basis.query is {query}"
-    if query != "external":
-        for name, expected in (("routing.balance", 0), ("routing.member_dropout", 0)):
-            if values[name] != expected:
-                raise refused(name, values[name], f"{expected}, {why}: coefficients aren't known before layers run")
-        if values["basis.temperature_mode"] == "annealed":
-            raise refused("basis.temperature_mode", "annealed", f"fixed or learnt, {why}")
     if query == "fixed":
         for name, expected in (
             ("basis.normalised", False),
@@ -115,6 +109,12 @@ def _basis(values: Values) -> None:
         ):
             if values[name] != expected:
                 raise refused(name, values[name], f"{expected}, {why}: there is no router")
+    if query != "external":
+        for name in ("routing.balance", "routing.member_dropout"):
+            if values[name]:
+                raise refused(name, values[name], f"0, {why}: coefficients aren't known before layers run")
+        if values["basis.temperature_mode"] == "annealed":
+            raise refused("basis.temperature_mode", "annealed", f"fixed or learnt, {why}")
     if len(set(map(tuple, values["data.buckets"]))) < len(values["data.buckets"]):
         raise refused("data.buckets", values["data.buckets"], "shapes of which no two are the same")
     if values["data.root"] == "embedded" and values["data.held_out"]:

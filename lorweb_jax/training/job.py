@@ -154,7 +154,7 @@ class Job:
 
     def validate(self, model: nnx.Module, step: int) -> float | None:
         """A score of held-out data at each checkpoint, the lower the better; None (the default): there is none. `model`
-        as for `log_images`."""
+        as for `log_images`. For runs of one process."""
         return None
 
     def keep(self, model: nnx.Module, folder: Path) -> None:

@@ -102,11 +102,6 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                 # report.state() comes first: it refuses a loss that is not finite.
                 log_state = report.state()
                 checkpoints.save(done, state, data.get_state(), log_state)
-                with report_only(f"the held-out score of step {done}"):
-                    score = mark_best(workdir, job, partition.model(state.exported, frozen), done)
-                    if score is not None:
-                        report.log_images(done, {"held_out_score": score})
-                        report.restart_clock()
             if stopping and done < steps:
                 checkpoints.finish()
                 report.end_progress()
@@ -115,6 +110,12 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
                     flush=True,
                 )
                 return False
+            if done % every.checkpoint_every == 0 or done == steps:
+                with report_only(f"the held-out score of step {done}"):
+                    score = mark_best(workdir, job, partition.model(state.exported, frozen), done)
+                    if score is not None:
+                        report.log_images(done, {"held_out_score": score})
+                        report.restart_clock()
             if done % every.log_images_every == 0 or done == steps:
                 with report_only(f"pictures of step {done}"):
                     report.log_images(done, job.log_images(partition.model(state.exported, frozen), done))

@@ -18,6 +18,8 @@ too.
 """
 
 import functools
+import itertools
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +28,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from experiments.basis_methods import GROUPS, METHODS, PROBES, REFERENCES  # noqa: E402
+from experiments.basis_methods import GROUPS, METHODS, PROBES  # noqa: E402
 from experiments.runner import Record, Trial, run  # noqa: E402
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
+from lorweb_jax.common.schema import read_json  # noqa: E402
+from lorweb_jax.files.safetensors_io import write_json  # noqa: E402
 from lorweb_jax.main import read_config, set_field  # noqa: E402
 from lorweb_jax.settings import config as configs  # noqa: E402
 
@@ -90,7 +94,7 @@ class Study:
         return scores.standard(self.pipeline.image_encoder)
 
     @functools.cache  # noqa: B019  one study a process
-    def samples(self, wording: str = "reduced"):
+    def samples(self, wording: str):
         """Analogies of all splits, the same for every method.
 
         wording: of their instructions. "reduced": as the data have them, which of the embedded data leave the parameter
@@ -104,7 +108,7 @@ class Study:
             try:
                 return [
                     replace(each, caption=OPERATIONS[each.task].specific[0] if wording == "full" else "")
-                    for each in self.samples()
+                    for each in self.samples("reduced")
                 ]
             except KeyError as error:
                 raise UserError(
@@ -176,44 +180,32 @@ class Study:
         path = records.method(trial.name).folder / COEFFICIENTS
         if not path.exists():
             return None
-        routing = read_routing(path, {sample.id: sample.task for sample in self.samples()})
+        routing = read_routing(path, {sample.id: sample.task for sample in self.samples("reduced")})
         one, task, together = routing.effective()
-        unused = sum(layer.dead for layer in routing.layers) / len(routing.layers)
-        return {"members": routing.members, "one": one, "task": task, "all": together, "unused": unused}
+        return {"members": routing.members, "one": one, "task": task, "all": together, "unused": routing.unused()}
 
-    def references(self, seed: int) -> None:
-        """Records of the base without an adapter, and of b as it is."""
-        for word in REFERENCES:
-            self.record(f"{word}_{seed}", lambda word=word: {"scores": self.scores_of(word, seed)}, word, seed)
-
-    def probe(self, name: str, trials: Sequence[Trial]) -> None:
-        """Records of a probe of what these trials trained."""
-        about = PROBES[name]
-        for trial in trials:
-            kept, seed = self.out / "trained" / trial.name, trial.labels["seed"]
-            word = f"{name}={about.kind}:{kept}" if about.kind else f"{name}={kept}"
-            self.record(
-                f"{name}_{seed}",
-                lambda word=word, seed=seed: {"scores": self.scores_of(word, seed, about.wording)},
-                name,
-                seed,
-            )
-
-    def base_probe(self, name: str, seeds: Iterable[int]) -> None:
-        """Records of the base with instructions in another wording."""
-        wording = PROBES[name].wording
-        for seed in seeds:
-            self.record(
-                f"{name}_{seed}", lambda seed=seed: {"scores": self.scores_of("base", seed, wording)}, name, seed
-            )
-
-    def record(self, name: str, make: Callable[[], Record], method: str, seed: int) -> None:
-        """A measurement that is no training, unless there is a record of it."""
-        from lorweb_jax.files.safetensors_io import write_json
-
-        path = self.out / "records" / f"{name}.json"
+    def record(self, method: str, word: str, seed: int, wording: str = "reduced") -> None:
+        """Scores of what needs no training of its own, unless there is a record of them; UserError if that is of
+        another measurement."""
+        path = self.out / "records" / f"{method}_{seed}.json"
+        of = {"word": word, "wording": wording, "per_task": self.per_task, **self.sampling}
         if not path.is_file():
-            write_json(path, {"labels": {"method": method, "seed": seed}, **make()})
+            scores = self.scores_of(word, seed, wording)
+            write_json(path, {"labels": {"method": method, "seed": seed}, "of": of, "scores": scores})
+        elif read_json(path).get("of") != of:
+            raise UserError(f"{path} is of another measurement than {of}; delete it, or give another --out")
+
+    def probe(self, name: str, trials: Sequence[Trial], seeds: Iterable[int]) -> None:
+        """Records of a probe of what the trials of its method trained, or of the base."""
+        kind, of, wording = PROBES[name].kind, PROBES[name].of, PROBES[name].wording
+        if of == "base":
+            for seed in seeds:
+                self.record(name, "base", seed, wording)
+        for trial in (trial for trial in trials if trial.labels["method"] == of):
+            trained = self.out / "trained" / trial.name
+            self.record(
+                name, f"{name}={kind}:{trained}" if kind else f"{name}={trained}", trial.labels["seed"], wording
+            )
 
     def rate(self, method: str, start: float) -> float:
         """The learning rate with the least LPIPS on training analogies after a run with seed 0."""
@@ -221,7 +213,8 @@ class Study:
 
         def error(rate: float) -> float:
             [record] = run([self.trial(method, rate, 0)], self.out, self.measure)
-            return mean_score(record["scores"]["train"], "lpips")
+            found = mean_score(record["scores"]["train"], "lpips")
+            return found if math.isfinite(found) else math.inf
 
         return climb(error, start)
 
@@ -292,8 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             methods = [name for name in GROUPS[group].methods if args.methods is None or name in args.methods]
             seeds = range(args.seeds or GROUPS[group].seeds)
             study.precompute(methods)
-            for seed in seeds if GROUPS[group].references else ():
-                study.references(seed)
+            for seed, word in itertools.product(seeds, GROUPS[group].references):
+                study.record(word, word, seed)
             rates = rates_of(study, args.rates, methods)
             # A seed after the other, so that what is there at any time can be compared.
             trials = [
@@ -301,11 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
             run(trials, args.out, study.measure)
             for name in GROUPS[group].probes:
-                if PROBES[name].of == "base":
-                    study.base_probe(name, seeds)
-                else:
-                    study.probe(name, [trial for trial in trials if trial.labels["method"] == PROBES[name].of])
-            write_tables(args.out, args.docs)
+                study.probe(name, trials, seeds)
+            write_tables(args.out, args.docs)  # of what is there, while the next group runs
     print(write_tables(args.out, args.docs))
 
 
