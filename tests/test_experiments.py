@@ -107,7 +107,7 @@ def test_a_learning_rate_is_doubled_or_halved_as_long_as_that_helps(best, tried)
 
 
 def rank_of_as_many_numbers(config):
-    """That of one LoRA with as many numbers as N members, their keys of width k and projections of E(a), E(a′), E(b)."""
+    """That of one LoRA with as many numbers as N members, keys of width k and projections of E(a), E(a′), E(b)."""
     folder = PipelineFolder(ROOT / config.pipeline)
     n, r, k = config.basis.size, config.basis.rank, config.basis.key_dim
     query = 3 * json.loads((ROOT / config.pipeline / "clip_vision" / "config.json").read_text())["projection_dim"]
