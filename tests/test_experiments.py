@@ -72,26 +72,30 @@ def record(seed, pair, method, settings):
 
 
 def test_a_strength_is_chosen_on_other_prompts_than_it_is_reported_on(tmp_path):
-    """Prompts 0, 2 choose, 1, 3 are reported; averages over seeds; pairs without a truth count for style alone."""
+    """For each pair: prompts 0, 2 choose, 1, 3 are reported; averages over seeds. Pairs without a truth are shown at
+    the median of the others' strengths and count for style alone."""
     records = [
         record(seed, pair, "pair", {"strength 1": [0.5, 0.1, 0.5, 0.1], "strength 2": [0.4, 0.2 + seed / 5, 0.4, 0.4]})
         for seed in (0, 1)
         for pair in ("sepia", "drawn by people")
     ]
+    records += [record(0, "ink", "pair", {"strength 1": [0.2, 0.6, 0.2, 0.6], "strength 2": [0.3, 0.1, 0.3, 0.1]})]
     records += [record(0, "sepia", "lora", {"strength 1": [0.6, 0.5, 0.6, 0.7], "weight 1": [0.3, 0.3, 0.3, 0.3]})]
+    records += [record(0, "ink", "lora", {"strength 1": [0.6, 0.5, 0.6, 0.7], "weight 1": [0.3, 0.3, 0.3, 0.3]})]
     text = pair_tables.write_tables(records, tmp_path)
     methods = json.loads((tmp_path / "table.json").read_text())["methods"]
     assert {name: figures["setting"] for name, figures in methods.items()} == {
-        "pair": "strength 2",
-        "lora": "strength 1",
-        "lora, weight": "weight 1",
+        "pair": {"sepia": "strength 2", "ink": "strength 1", "drawn by people": "strength 2"},
+        "lora": dict.fromkeys(("sepia", "ink"), "strength 1"),
+        "lora, weight": dict.fromkeys(("sepia", "ink"), "weight 1"),
     }
-    assert methods["pair"]["lpips"]["mean"] == pytest.approx(np.mean([0.3, 0.4]))
-    assert methods["pair"]["style"]["mean"] == pytest.approx(np.mean([0.3, 0.4, 0.3, 0.4]))
+    assert methods["pair"]["lpips_by_pair"] == pytest.approx({"sepia": 0.35, "ink": 0.6})
+    assert methods["pair"]["lpips"]["mean"] == pytest.approx(np.mean([0.3, 0.4, 0.6, 0.6]))
+    assert methods["pair"]["style"]["mean"] == pytest.approx(np.mean([0.3, 0.4, 0.6, 0.6, 0.3, 0.4]))
     assert methods["lora"]["mse"]["mean"] == pytest.approx(np.mean([0.25, 0.49]))
     low, high = methods["lora"]["lpips_against_first"]
-    assert low == pytest.approx(0.2) and high == pytest.approx(0.3)
-    assert "5 trainings, 2 min in all" in text and (tmp_path / "curves.png").is_file()
+    assert low == pytest.approx(-0.05, abs=0.051) and high == pytest.approx(0.25, abs=0.051)
+    assert "7 trainings, 4 min in all" in text and "0.600 (1)" in text and (tmp_path / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("best, tried", [(2, [2, 4, 1]), (8, [2, 4, 8, 16]), (0.5, [2, 4, 1, 0.5, 0.25]), (99, None)])

@@ -6,10 +6,11 @@
 Each pair is a drawing and its version after an operation that changes the look alone, or its twin that other people
 drew. The base draws prompts from fixed noise; a method draws the same prompts from the same noise in the learned style.
 For an operation the truth is known: the operation on the base's own picture. Methods are trained alike (steps, rank,
-learning rate):
+learning rate, unless said otherwise):
 
   pair       content and style adapter, the style's A orthogonal to the content's, alternating updates
-  free       the same with A's that are trained and not orthogonal
+  fast       the same at three times the learning rate: a frozen A leaves half of the numbers to learn
+  free       pair with A's that are trained and not orthogonal
   joint      one update of both adapters at one point
   disjoint   content on the even blocks, style on the odd ones
   lora       one adapter, on the stylised image alone
@@ -29,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import numpy as np  # noqa: E402
 
 from configs import pair as pair_config  # noqa: E402
+from experiments.pair_tables import BASE, write_tables  # noqa: E402
 from experiments.runner import Record, Trial, grid, run  # noqa: E402
 from lorweb_jax.common.command_line import Parser, nonempty_path, positive  # noqa: E402
 from lorweb_jax.common.errors import run_command  # noqa: E402
@@ -72,6 +74,7 @@ PROMPTS = ("robot", "sunflower", "house with garden", "grinning face", "sailboat
 
 METHODS: dict[str, dict[str, Any]] = {
     "pair": {},
+    "fast": {"optimizer.learning_rate": 3e-3},
     "free": {"pair.orthogonal": False},
     "joint": {"pair.joint": True},
     "disjoint": {
@@ -166,6 +169,12 @@ class Study:
         write_image(self.out / "sheets" / f"{trial.name}.png", self._sheet(pair, shown))
         return {"distances": rows}
 
+    def unchanged(self, name: str) -> Record:
+        """A record of the base's own pictures."""
+        pair = pair_named(name)
+        distances = {"unchanged": self.distances(pair, self.plain(pair.drawn_in))}
+        return {"labels": {"seed": 0, "pair": name, "method": BASE}, "seconds": 0.0, "distances": distances}
+
     def distances(self, pair: Pair, images: np.ndarray) -> dict[str, list[float]]:
         """By prompt. To the truth, where it is known: "mse" (pixels as 0..1) and "lpips". "content": LPIPS to what
         the base drew. "style": the cosine between the change of the image encoder's embedding from the base's
@@ -224,13 +233,11 @@ def parse(arguments: Sequence[str] | None):
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     keep_freed_memory()
-    from experiments.pair_tables import write_tables
-
     study = Study(args.pipeline, load_sets(args.drawings), args.out, args.steps)
     pairs = [pair.name for pair in PAIRS[: args.pairs]]
     trials = [study.trial(labels) for labels in grid(seed=range(args.seeds), pair=pairs, method=args.methods)]
     records = run(trials, args.out, study.measure)
-    print(write_tables(records, args.out))
+    print(write_tables([*(study.unchanged(pair) for pair in pairs), *records], args.out))
 
 
 if __name__ == "__main__":

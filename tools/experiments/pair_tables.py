@@ -1,4 +1,4 @@
-"""What the records of pair_styles.py say: a table at each method's best strength, and curves over the strength."""
+"""What the records of pair_styles.py say: tables at each method's best strengths, and curves over the strength."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ MEASURES = {
     "style": "style ↑",
     "content": "LPIPS to the base's picture",
 }
+BASE = "base"  # its own pictures, without a style
 # method and settings: {(seed, pair): distances by prompt}
 Curves = dict[tuple[str, str], dict[tuple[int, str], dict[str, list[float]]]]
 
@@ -40,31 +41,53 @@ def halves(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
 
 def cells(trials: dict, measure: str, half: int) -> np.ndarray:
     """A measure by pair and prompt, averaged over seeds [pairs · prompts]; of the pairs that have it."""
-    pairs = dict.fromkeys(pair for _, pair in trials)
-    rows = []
-    for pair in pairs:
-        by_seed = [halves(each[measure])[half] for (_, of), each in trials.items() if of == pair and measure in each]
-        if by_seed:
-            rows.append(np.mean(by_seed, axis=0))
-    return np.concatenate(rows) if rows else np.zeros(0)
+    rows = [means(trials, pair, measure, half) for pair in dict.fromkeys(pair for _, pair in trials)]
+    return np.concatenate([row for row in rows if row is not None] or [np.zeros(0)])
 
 
-def best(gathered: Curves, method: str) -> str:
-    """The setting with the least distance to the truth on the first half of the prompts."""
-    settings = [setting for name, setting in gathered if name == method]
-    return min(settings, key=lambda setting: cells(gathered[method, setting], "lpips", 0).mean())
+def means(trials: dict, pair: str, measure: str, half: int) -> np.ndarray | None:
+    """A measure of one pair by prompt, averaged over seeds [prompts]."""
+    by_seed = [halves(each[measure])[half] for (_, of), each in trials.items() if of == pair and measure in each]
+    return np.mean(by_seed, axis=0) if by_seed else None
+
+
+def best(gathered: Curves, method: str) -> dict[str, str]:
+    """{pair: the setting with the least distance to the truth, averaged over the first half of the prompts}; where the
+    truth isn't known, the median of the settings of the other pairs, which are listed by their strength."""
+    settings = {setting: trials for (name, setting), trials in gathered.items() if name == method}
+    chosen: dict[str, str] = {}
+    unknown = []
+    for pair in dict.fromkeys(pair for trials in settings.values() for _, pair in trials):
+        distances = {setting: means(trials, pair, "lpips", 0) for setting, trials in settings.items()}
+        known = {setting: each.mean() for setting, each in distances.items() if each is not None}
+        if known:
+            chosen[pair] = min(known, key=known.__getitem__)
+        else:
+            unknown.append(pair)
+    places = sorted(list(settings).index(setting) for setting in chosen.values())
+    return chosen | dict.fromkeys(unknown, list(settings)[places[len(places) // 2]])
+
+
+def at_best(gathered: Curves, method: str) -> tuple[dict[str, str], dict]:
+    """What `best` says, and the distances at that setting: {(seed, pair): distances by prompt}."""
+    chosen = best(gathered, method)
+    return chosen, {
+        key: each
+        for (name, setting), trials in gathered.items()
+        for key, each in trials.items()
+        if name == method and chosen.get(key[1]) == setting
+    }
 
 
 def write_tables(records: Sequence[Record], out: Path) -> str:
-    """Writes table.md, table.json and curves.png; the table."""
+    """Writes table.md, table.json and curves.png; the tables. Differences are taken to the first record's method."""
     gathered = curves(records)
     methods = list(dict.fromkeys(method for method, _ in gathered))
-    chosen = {method: best(gathered, method) for method in methods}
-    table, figures = [], {}
-    reference = gathered[methods[0], chosen[methods[0]]]
-    for method in methods:
-        trials = gathered[method, chosen[method]]
-        row, figures[method] = [method, chosen[method]], {"setting": chosen[method]}
+    by_method = {method: at_best(gathered, method) for method in methods}
+    reference = by_method[methods[0]][1]
+    table, by_pair, figures = [], [], {}
+    for method, (chosen, trials) in by_method.items():
+        row, figures[method] = [method], {"setting": chosen}
         for measure in MEASURES:
             values = cells(trials, measure, 1)
             low, high = bootstrap_interval(values)
@@ -73,15 +96,30 @@ def write_tables(records: Sequence[Record], out: Path) -> str:
         # Paired: the same pairs, prompts and noise.
         low, high = bootstrap_interval(cells(trials, "lpips", 1) - cells(reference, "lpips", 1))
         figures[method]["lpips_against_first"] = [low, high]
-        row.append("" if method == methods[0] else f"{low:+.3f} … {high:+.3f}")
-        table.append(row)
-    headers = ["method", "at", *MEASURES.values(), f"LPIPS against {methods[0]}, paired"]
-    text = tabulate(table, headers=headers, tablefmt="pipe", disable_numparse=True)
-    seconds = sum(record["seconds"] for record in records)
-    text += f"\n\n{len(records)} trainings, {seconds / 60:.0f} min in all.\n"
+        table.append([*row, "" if method == methods[0] else f"{low:+.3f} … {high:+.3f}"])
+        figures[method]["lpips_by_pair"] = {
+            pair: float(values.mean()) for pair in chosen if (values := means(trials, pair, "lpips", 1)) is not None
+        }
+        by_pair.append(
+            [method]
+            + [
+                f"{distance:.3f}" + (f" ({chosen[pair].split()[1]})" if " " in chosen[pair] else "")
+                for pair, distance in figures[method]["lpips_by_pair"].items()
+            ]
+        )
+    pairs = ["method", *figures[methods[0]]["lpips_by_pair"]]
+    headers = ["method", *MEASURES.values(), f"LPIPS against {methods[0]}, paired"]
+    text = "\n\n".join(
+        [
+            tabulate(table, headers=headers, tablefmt="pipe", disable_numparse=True),
+            tabulate(by_pair, headers=pairs, tablefmt="pipe", disable_numparse=True),
+        ]
+    )
+    seconds = [record["seconds"] for record in records if record["seconds"]]
+    text += f"\n\n{len(seconds)} trainings, {sum(seconds) / 60:.0f} min in all.\n"
     write_text(out / "table.md", text)
-    write_json(out / "table.json", {"methods": figures, "seconds": seconds, "trials": len(records)})
-    write_image(out / "curves.png", draw_curves(gathered, methods))
+    write_json(out / "table.json", {"methods": figures, "seconds": sum(seconds), "trials": len(seconds)})
+    write_image(out / "curves.png", draw_curves(gathered, [name for name in methods if name != BASE]))
     return text
 
 
