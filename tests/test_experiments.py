@@ -65,7 +65,7 @@ def record(seed, pair, method, settings):
     distances = {}
     for setting, values in settings.items():
         values = np.array(values)
-        distances[setting] = {"content": (1 - values).tolist(), "style": values.tolist()}
+        distances[setting] = {"content": (1 - values).tolist(), "style": values.tolist(), "example": values.tolist()}
         if pair != "drawn by people":
             distances[setting] |= {"lpips": values.tolist(), "mse": (values**2).tolist()}
     return {"labels": {"seed": seed, "pair": pair, "method": method}, "seconds": 30.0, "distances": distances}

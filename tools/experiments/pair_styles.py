@@ -178,12 +178,15 @@ class Study:
     def distances(self, pair: Pair, images: np.ndarray) -> dict[str, list[float]]:
         """By prompt. To the truth, where it is known: "mse" (pixels as 0..1) and "lpips". "content": LPIPS to what
         the base drew. "style": the cosine between the change of the image encoder's embedding from the base's
-        picture on and that from the content image to the stylised one."""
+        picture on and that from the content image to the stylised one. "example": LPIPS to the stylised image of the
+        pair, small where that is drawn in place of what the prompt says."""
         before = self.plain(pair.drawn_in)
         embedded, embedded_before = self.embed(images), self.embed(before)
         content, styled = (self.embed(image[None]) for image in self.images(pair))
+        example = np.repeat(self.images(pair)[1][None], len(images), 0)
         distances = {
             "content": lpips(images, before).tolist(),
+            "example": lpips(images, example).tolist(),
             "style": clip_directional(embedded - embedded_before, np.repeat(styled - content, len(images), 0)).tolist(),
         }
         if pair.style in OPERATIONS:

@@ -17,6 +17,7 @@ MEASURES = {
     "mse": "MSE to the truth ↓",
     "style": "style ↑",
     "content": "LPIPS to the base's picture",
+    "example": "LPIPS to the example ↑",
 }
 BASE = "base"  # its own pictures, without a style
 # method and settings: {(seed, pair): distances by prompt}
