@@ -137,6 +137,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "many images",
     )
     parser.add_argument(
+        "--offload",
+        choices=["none", "blocks"],
+        default="none",
+        help="keep the blocks of transformer and T5 in the host's memory and stream them to a device that is too small "
+        "for them, in every step (default: none)",
+    )
+    parser.add_argument(
         "--round-to-bfloat16",
         action="store_true",
         help="round timestep and guidance as the published pipeline does, to compare pixel by pixel",
@@ -145,7 +152,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What Pipeline.load takes of `add_model_options`."""
-    return {name: getattr(args, name) for name in ("dtype", "attention", "quantization", "unstacked")}
+    return {name: getattr(args, name) for name in ("dtype", "attention", "quantization", "unstacked", "offload")}
 
 
 def member(text: str) -> tuple[str, float]:

@@ -24,7 +24,7 @@ from lorweb_jax.main import read_config
 from lorweb_jax.nn import sharding
 from lorweb_jax.pipeline.published import KontextSizes
 from lorweb_jax.planning import collectives, estimated_time, gpu_compiler, report, suggest
-from lorweb_jax.planning.activations import kept_bytes
+from lorweb_jax.planning.activations import estimate, kept_bytes
 from lorweb_jax.planning.chips import GPUS
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import compile_program
@@ -329,6 +329,70 @@ def test_time_of_a_gpu_program():
     }
     seconds = {(kind, phase): value for kind, phases in total.items() for phase, value in phases.items() if value}
     assert seconds == pytest.approx(expected)
+
+
+def test_time_of_streaming():
+    """Half a MiB out of the host's memory in each of four turns, begun and ended by an instruction each; what carries
+    the stack costs nothing."""
+    text = """
+%body (p: (f32[8,64], f32[4,256,512])) -> (f32[8,64], f32[4,256,512]) {
+  %p = (f32[8,64]{1,0}, f32[4,256,512]{2,1,0:S(5)}) parameter(0)
+  %x = f32[8,64]{1,0} get-tuple-element(%p), index=0
+  %w = f32[4,256,512]{2,1,0:S(5)} get-tuple-element(%p), index=1
+  %s = ((f32[4,256,512]{2,1,0:S(5)}, s32[]), f32[1,256,512]{2,1,0}, u32[]) fusion-start(%w), kind=kCustom, calls=%slice
+  %d = f32[1,256,512]{2,1,0} fusion-done(%s)
+  ROOT %t = (f32[8,64]{1,0}, f32[4,256,512]{2,1,0:S(5)}) tuple(%x, %w)
+}
+
+%c (p.1: f32[8,64]) -> pred[] {
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (p.2: f32[8,64]) -> f32[8,64] {
+  %p.2 = (f32[8,64]{1,0}, f32[4,256,512]{2,1,0:S(5)}) parameter(0)
+  ROOT %loop = (f32[8,64]{1,0}, f32[4,256,512]{2,1,0:S(5)}) while(%p.2), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+}
+""".replace("\\\n", "")
+    [cost] = estimated_time.costs(text, GPUS["h100"])
+    assert (cost.kind, cost.times) == (estimated_time.STREAMED, 4)
+    assert cost.seconds == pytest.approx(4 * 256 * 512 * 4 / GPUS["h100"].host)
+
+
+def test_streamed_blocks(gpu_plan):
+    """The blocks' kernels are no longer on the device, but for one block of the larger kind; they are read forward and
+    backward, the modulations' forward alone."""
+    there, streams = target("gpu:rtx3060"), {"offload": "blocks", "remat": "full"}
+    plain, plan = (make_plan(smoke(**changes), there, "train") for changes in ({"remat": "full"}, streams))
+    base, record = plain.program.groups["base"], plain.program.job.folder.backbone
+    stacks = tuple(f"transformer.{path}." for path, _ in record.stacks)
+    kernels = {
+        name: shape.size * shape.dtype.itemsize
+        for name, shape in base.items()
+        if name.startswith(stacks) and name.endswith(".kernel")
+    }
+    modulations = sum(size for name, size in kernels.items() if ".norm" in name)
+    assert plan.host_memory == sum(kernels.values()) == plain.memory["base"] - plan.memory["base"] > 0
+    depths = dict(record.stacks)
+    block = max(
+        sum(size for name, size in kernels.items() if name.startswith(f"transformer.{path}.") and ".norm" not in name)
+        / depths[path]
+        for path in depths
+    )
+    assert [estimate(each.program, 0).gathered for each in (plain, plan)] == [0, block]
+    assert plan.roofline.host == pytest.approx((2 * sum(kernels.values()) - modulations) / there.chip.host)
+    assert plain.roofline.host == 0 and "blocks in the host's memory, streamed" in report.table(plan)
+    assert streams in suggest.candidates(smoke(), gpu_plan)
+
+
+@pytest.mark.skipif(not gpu_compiler.installed(), reason="jax's CUDA plugin is not installed")
+def test_compiled_for_a_small_card(monkeypatch):
+    """The compiler sees the blocks in the host's memory, and copies of a block each."""
+    monkeypatch.setattr(gpu_compiler, "installed", lambda: True)
+    half = {"compute_dtype": "bfloat16", "train.param_dtype": "bfloat16", "quantization": "int8", "remat": "full"}
+    plan = make_plan(smoke(offload="blocks", **half), target("gpu:rtx3060"), "train")
+    assert plan.compiled and plan.fits and not plan.costs
+    assert re.search(r"s8\[\d+,\d+,\d+\]\{2,1,0:S\(5\)\}.*s8\[1,\d+,\d+\]\{2,1,0\}.*fusion-start", plan.compiled.text)
 
 
 @pytest.mark.skipif(not gpu_compiler.installed(), reason="jax's CUDA plugin is not installed")

@@ -9,11 +9,12 @@ from flax import nnx
 from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import Linear, Scale, Unstacked
+from lorweb_jax.nn.offload import any_offloaded
 
 
 def can_fold(module: nnx.Module) -> bool:
-    """Whether the module's linear layers can take an update: none of them is quantised."""
-    return not jax.tree.leaves(nnx.state(module, Scale))
+    """Whether the module's linear layers can take an update: none of them is quantised, or in the host's memory."""
+    return not (jax.tree.leaves(nnx.state(module, Scale)) or any_offloaded(nnx.state(module)))
 
 
 def layers_at(module: nnx.Module, path: str) -> list[Linear]:
@@ -31,9 +32,15 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
 
     Every mix must be of one example (coeff [l, 1, n]), l = 1 for a layer outside the stacks, whose kernel is [i, o].
     Kernels keep their dtype; the sum is computed in float32, one layer at a time, so that beside the new kernels a
-    single layer's update is held. Raises UserError for 8-bit kernels, whose codes are coarser than the update: see
-    `can_fold`.
+    single layer's update is held. Raises UserError for 8-bit kernels, whose codes are coarser than the update, and for
+    kernels in the host's memory: see `can_fold`.
     """
+    if any_offloaded(nnx.state(module)):
+        raise UserError(
+            "the base's blocks are in the host's memory, where nothing is folded into them; leave folding out, or load "
+            "the base without offload",
+            2,
+        )
     if not can_fold(module):
         raise UserError(
             "the base is quantised to 8 bit, and a mix can't be folded into such kernels: rounding would "

@@ -2,7 +2,8 @@
 
 One block's tensor (or the rows of it that this host's devices hold) is read at a time. Large parameters are sent to an
 accelerator tensor by tensor: the device transposes, casts, quantises and fills its shard, and the host holds a few
-tensors at most. On a CPU, and for small parameters, the host fills the shards itself.
+tensors at most. On a CPU, for small parameters and for those that stay in the host's memory, the host fills the shards
+itself.
 """
 
 import functools
@@ -14,13 +15,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.checkpoint import ahead
 from lorweb_jax.files.table import Cut, Part, Stored
 from lorweb_jax.nn import quantization
+from lorweb_jax.nn.offload import PINNED
 from lorweb_jax.nn.sharding import held_slices
 
 SMALL = 32_000_000  # bytes of a parameter for which an accelerator compiles nothing
@@ -100,7 +102,8 @@ class _Parameter:
             for where in wanted
         ]
         self.devices = list(self.shards[0])
-        self.limit = math.inf if self.devices[0].platform == "cpu" else SMALL
+        in_host_memory = self.devices[0].platform == "cpu" or wanted[0].sharding.memory_kind == PINNED
+        self.limit = math.inf if in_host_memory else SMALL
         self.splits_blocks = self.stacked and any(
             cut[0] != (0, len(self.parts)) for shards in self.shards for cut in shards.values()
         )
@@ -158,8 +161,13 @@ class _Parameter:
             pass
         return self._assembled(
             [
-                [jax.device_put(arrays[shards[device]], device) for device in self.devices]
-                for arrays, shards in zip(buffers, self.shards)
+                [
+                    jax.device_put(
+                        arrays[shards[device]], SingleDeviceSharding(device, memory_kind=where.sharding.memory_kind)
+                    )
+                    for device in self.devices
+                ]
+                for arrays, shards, where in zip(buffers, self.shards, self.wanted)
             ]
         )
 

@@ -7,6 +7,7 @@ are read from disk (config.precomputed), and the model has no encoders.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -123,6 +124,10 @@ class BasisJob(Job):
     @property
     def attention_heads(self) -> list[int]:
         return [self.folder.backbone.heads]
+
+    @property
+    def offloaded(self) -> Sequence[str]:
+        return self.folder.stacks if self.config.offload == "blocks" else ()
 
     @property
     def sampling(self) -> dict:

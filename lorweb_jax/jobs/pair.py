@@ -6,7 +6,7 @@ adapter alone. Text encoders are needed at the start only, for the captions.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +135,10 @@ class PairJob(Job):
     @property
     def attention_heads(self) -> list[int]:
         return [self.folder.backbone.heads]
+
+    @property
+    def offloaded(self) -> Sequence[str]:
+        return self.folder.stacks if self.config.offload == "blocks" else ()
 
     def build(self, rngs: nnx.Rngs) -> PairModel:
         config, flux = self.config, self.folder.flux_config

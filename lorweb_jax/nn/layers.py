@@ -16,6 +16,7 @@ from flax import nnx
 
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import SAVED
+from lorweb_jax.nn.offload import any_offloaded, on_device
 from lorweb_jax.nn.quantization import product, quantize
 
 M = TypeVar("M", bound=nnx.Module)
@@ -234,8 +235,11 @@ class Unstacked(nnx.Module):
 
 
 def map_stack(stack: nnx.Module, f: Callable[[nnx.Module, Any], jax.Array], xs: Any = None) -> jax.Array:
-    """f(block, xs[block]) of all blocks of a stack at once, [l, …]: one batched product where a scan has l."""
+    """f(block, xs[block]) of all blocks of a stack at once, [l, …]: one batched product where a scan has l. Of a stack
+    in the host's memory one after the other (nn/offload.py)."""
     graphdef, state = nnx.split(stack)
+    if any_offloaded(state):
+        return jax.lax.map(lambda block: f(nnx.merge(graphdef, on_device(block[0])), block[1]), (state, xs))
     return jax.vmap(lambda block_state, x: f(nnx.merge(graphdef, block_state), x))(state, xs)
 
 
@@ -295,8 +299,9 @@ def scan_stack(
     """carry after `carry = body(block, carry, xs[block])` for each block of a stack made by `stacked`, or Unstacked.
 
     Layers named in `without` are not scanned over: the body must not use them. `prepare` is applied to a block's
-    weights as a step begins. `remat` names an entry of REMAT_POLICIES; "none" keeps every intermediate for the
-    backward pass. `unroll`: how many blocks of a stack are compiled side by side.
+    weights as a step begins, after those in the host's memory are copied to the device. `remat` names an entry of
+    REMAT_POLICIES; "none" keeps every intermediate for the backward pass. `unroll`: how many blocks of a stack are
+    compiled side by side.
     """
     if isinstance(stack, Unstacked):
         [graphdef, *_], states = zip(*map(nnx.split, stack.blocks))
@@ -307,7 +312,8 @@ def scan_stack(
     def step(carry, slices):
         block_state, block_xs = slices
         # What isn't used stays a whole stack, and no part of the program.
-        return body(nnx.merge(graphdef, unused, prepare(block_state)), carry, block_xs), None
+        block_state = prepare(on_device(block_state))
+        return body(nnx.merge(graphdef, unused, block_state), carry, block_xs), None
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)

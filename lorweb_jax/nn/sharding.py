@@ -8,8 +8,10 @@ Arrays name their axes: activations where they are made (`constrain`), parameter
 (`variable_axes`), by the role of the layer that they belong to (ROLES). RULES says what each name means on a mesh.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -240,8 +242,23 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+_compiled_for: ContextVar[Any] = ContextVar("compiled_for", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(device: Any) -> Iterator[None]:
+    """Within it functions are traced for this device, for which the mesh's stands in; None: for the mesh's own."""
+    token = _compiled_for.set(device)
+    try:
+        yield
+    finally:
+        _compiled_for.reset(token)
+
+
 def device_in_use() -> Any:
     """A device of the mesh in context, which need not be this machine's, or this machine's first."""
+    if device := _compiled_for.get():
+        return device
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
 

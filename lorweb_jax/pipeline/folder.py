@@ -102,6 +102,12 @@ class PipelineFolder:
         return backbone(self.flux_config)
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """Paths of the stacks of blocks, in the model, that offloading leaves in the host's memory: nearly all of the
+        transformer's and T5's weights."""
+        return (*(f"transformer.{path}" for path, depth in self.backbone.stacks if depth), "text_encoder_2.block")
+
+    @property
     def text_tokens(self) -> int:
         """t, the length that T5 instructions are padded to."""
         return min(MAX_TEXT_TOKENS, load_t5_tokenizer(str(self.folder / "tokenizer_2")).max_length)

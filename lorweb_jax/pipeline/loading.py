@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import abstract_shapes, fill
 from lorweb_jax.nn.attention import IMPLEMENTATIONS, resolve
+from lorweb_jax.nn.offload import OFFLOADS, offloaded
 from lorweb_jax.nn.quantization import KINDS
 from lorweb_jax.pipeline.arguments import as_dtype, as_path
 from lorweb_jax.pipeline.folder import PipelineFolder
@@ -26,8 +28,14 @@ def load(
     attention: str,
     quantization: str,
     unstacked: bool,
+    offload: str,
 ) -> tuple[PipelineFolder, AnalogyModel]:
-    """See Pipeline.load. All weights lie on this process's first device."""
+    """See Pipeline.load. All weights lie on this process's first device, or in the host's memory beside it."""
+    unstacked, offload = as_value(unstacked, "unstacked", Flag()), as_value(offload, "offload", Choice(OFFLOADS))
+    if unstacked and offload != "none":
+        raise UserError(
+            "unstacked blocks were asked for beside offload 'blocks', which streams stacks; leave one of them out", 2
+        )
     quantization = as_value(quantization, "quantization", Choice(KINDS))
     pipeline = PipelineFolder(
         as_path(folder, "the pipeline"), None if image_encoder is None else as_path(image_encoder, "the image encoder")
@@ -46,7 +54,9 @@ def load(
         return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
 
     targets = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in shapes.items()}
+    if offload == "blocks":
+        targets = offloaded(targets, pipeline.stacks)
     model = fill(model, pipeline.read(targets), str(folder))
-    if as_value(unstacked, "unstacked", Flag()):
+    if unstacked:
         model.transformer.unstack()
     return pipeline, model

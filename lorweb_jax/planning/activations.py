@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.shapes import host_bytes
 from lorweb_jax.planning.work import carried
 
 # Vectors of width d a token, in the compute dtype; fitted to the TPU compiler's temporaries, as the next.
@@ -49,9 +50,21 @@ def estimate(program: Program, kept: float) -> Estimate:
     last, _ = [stack for stack in backbone.stacks if stack[1]][-1]
     weights = sum(layer.inputs * layer.outputs for layer in backbone.scanned.values() if layer.stack == last)
     gathered = weights * itemsize / tensor if mesh.shape["fsdp"] > 1 else 0
+    gathered += _largest_block(program)
     pixels = local * math.prod(job.size)  # of one of an example's images; the others follow
     images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0
     return Estimate(kept * local, block, gathered, images)
+
+
+def _largest_block(program: Program) -> float:
+    """Of a block's kernels that are streamed from the host's memory, of the kind with the most."""
+    backbone, base = program.job.folder.backbone, program.groups["base"]
+    kernels = {path: base[f"transformer.{path}.kernel"] for path in backbone.scanned}
+    return max(
+        host_bytes([kernel for path, kernel in kernels.items() if backbone.scanned[path].stack == stack]) / depth
+        for stack, depth in backbone.stacks
+        if depth
+    )
 
 
 def kept_by_example(program: Program, traced: Sequence[jax.stages.Traced]) -> float:

@@ -8,8 +8,9 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One chip. `memory` in bytes that programs can have, `flops` dense bfloat16 a second, `bandwidth` of its memory
-    and `interconnect` of all its connections to other chips together, one way, in bytes a second. `variant` is the name
-    of libtpu's config for it."""
+    and `interconnect` of all its connections to other chips together, one way, in bytes a second. `host` is what it
+    reads of the host's memory in a second: assumed, as it depends on the machine. `variant` is the name of libtpu's
+    config for it."""
 
     name: str
     memory: float
@@ -17,6 +18,7 @@ class Chip:
     bandwidth: float
     interconnect: float
     variant: str = "default"
+    host: float = 25e9  # four fifths of the 31.5 GB/s of PCIe 4.0 x16
 
     def share(self, devices: int) -> "Chip":
         """What one of `devices` that jax sees on a chip has of it."""
@@ -26,6 +28,7 @@ class Chip:
             flops=self.flops / devices,
             bandwidth=self.bandwidth / devices,
             interconnect=self.interconnect / devices,
+            host=self.host / devices,
         )
 
 
@@ -43,7 +46,8 @@ TPUS = {
     )
 }
 # NVIDIA's data sheets, SXM forms, dense; NVLink is halved to one way. Memory: what the driver reports of 40, 80, 80,
-# 141, 180 and 24 GB, less about half a GiB that a CUDA process takes for itself.
+# 141, 180, 24 and 12 GB, less about half a GiB that a CUDA process takes for itself. GeForce cards have half their rate
+# where sums are float32: 128 and 28 multiprocessors x 512 FLOPs x 2.52 and 1.777 GHz. Their connections are PCIe 4.0's.
 GPUS = {
     chip.name: chip
     for chip in (
@@ -52,6 +56,7 @@ GPUS = {
         Chip("h100", 79.1 * GIB, 989e12, 3350e9, 450e9),
         Chip("h200", 139.9 * GIB, 989e12, 4800e9, 450e9),
         Chip("b200", 178.0 * GIB, 2250e12, 7700e9, 900e9),
-        Chip("rtx4090", 23.4 * GIB, 165e12, 1008e9, 31.5e9),  # its connections are those of PCIe 4.0 x16
+        Chip("rtx4090", 23.4 * GIB, 165e12, 1008e9, 31.5e9),
+        Chip("rtx3060", 11.5 * GIB, 25.5e12, 360e9, 31.5e9),
     )
 }

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from lorweb_jax.planning.hlo import Instruction, parse, size_of, trips
+from lorweb_jax.planning.hlo import Instruction, parse, second, size_of, trips
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -86,24 +86,13 @@ def _sent(kind: str, instruction: Instruction, devices: int) -> float:
     n = _group(instruction.rest, devices)
     result = instruction.shape
     if started and kind in ("all-gather", "collective-permute"):
-        result = _second(result)  # (operand, result, …)
+        result = second(result)  # (operand, result, …)
     size = size_of(result)
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
         size *= n  # its result is a device's part
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-
-
-def _second(shape: str) -> str:
-    """The second part of a tuple's shape, itself perhaps a tuple."""
-    parts, depth, start = [], 0, 1
-    for at, letter in enumerate(shape):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or depth == 0:
-            parts.append(shape[start:at])
-            start = at + 1
-    return parts[1] if len(parts) > 1 else shape
 
 
 def _group(rest: str, devices: int) -> int:

@@ -43,13 +43,16 @@ class Compiled:
         return not self.needed
 
 
-def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platform: str) -> Compiled:
-    """All parts, side by side. UserError for a failure of the compiler other than too little memory."""
+def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platform: str, chip: str = "") -> Compiled:
+    """All parts, side by side. chip: a described GPU's name. UserError for a failure of the compiler other than too
+    little memory."""
     clock, cores = time.perf_counter(), time.process_time()
     with jax.set_mesh(program.mesh):
         lowered = [part.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)) for part in traced]
-    compile = _compile_gpu if platform == "gpu" else _compile
-    parts = side_by_side([functools.partial(compile, part, program.mesh.size) for part in lowered])
+    compile = functools.partial(_compile, devices=program.mesh.size)
+    if platform == "gpu":
+        compile = functools.partial(_compile_gpu, chip=chip)
+    parts = side_by_side([functools.partial(compile, part) for part in lowered])
     took = time.perf_counter() - clock, time.process_time() - cores
     if failed := [part for part in parts if isinstance(part, str)]:
         return max((_too_large(message, *took) for message in failed), key=lambda complaint: complaint.needed)
@@ -89,14 +92,14 @@ def _compile(lowered: jax.stages.Lowered, devices: int) -> _Part | str:
     return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text)
 
 
-def _compile_gpu(lowered: jax.stages.Lowered, devices: int) -> _Part:
+def _compile_gpu(lowered: jax.stages.Lowered, chip: str) -> _Part:
     """The same for a GPU, whose compiler doesn't mind too little memory."""
     try:
-        compiled = lowered.compile(compiler_options=gpu_compiler.OPTIONS)
+        compiled = gpu_compiler.compiled(lowered, chip)
     except Exception as error:  # jax raises whatever the compiler does
         raise UserError("the compiler failed: " + str(error).strip().splitlines()[0]) from None
-    text = compiled.as_text()
-    return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text)
+    text = "\n".join(module.to_string() for module in compiled.hlo_modules())
+    return _Part(compiled.get_compiled_memory_stats(), collectives.traffic(text, 1), text)
 
 
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:

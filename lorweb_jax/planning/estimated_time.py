@@ -10,9 +10,11 @@ import json
 import re
 
 from lorweb_jax.planning.chips import Chip
-from lorweb_jax.planning.hlo import Instruction, parse, size_of, trips
+from lorweb_jax.planning.hlo import Instruction, parse, second, size_of, trips
 
-KINDS = ("products", "attention", "elementwise, reductions", "copies, slices")
+STREAMED = "from the host's memory"  # beside the others, as far as they leave time
+KINDS = ("products", "attention", "elementwise, reductions", "copies, slices", STREAMED)
+_IN_HOST_MEMORY = "S(5)"  # in a shape's layout
 PHASES = ("forward", "recomputed", "backward")
 # cuDNN's share of the peak, forward and backward: 563 and 506 of an H100's 989 TFLOP/s at 8,704 and 2,560 tokens.
 _ATTENTION = {False: 0.57, True: 0.51}
@@ -51,7 +53,7 @@ def costs(text: str, chip: Chip) -> list[Cost]:
             elif instruction.opcode == "conditional":
                 continue  # which of its branches runs isn't known; ours have none that matter
             elif instruction.opcode not in _NOTHING and not instruction.opcode.endswith("-done"):
-                kind = _kind(instruction, computations)
+                kind = STREAMED if _streams(instruction, by_name) else _kind(instruction, computations)
                 seconds = times * _seconds(instruction, kind, by_name, chip)
                 source = (re.search(r'op_name="([^"]*)"', instruction.rest) or ["", ""])[1]
                 rows.append(Cost(kind, _phase(source), times, seconds, instruction.name, source))
@@ -83,6 +85,12 @@ def _kind(instruction: Instruction, computations: dict[str, list[Instruction]]) 
     return "copies, slices" if inside and inside.keys() <= _MOVES else "elementwise, reductions"
 
 
+def _streams(instruction: Instruction, others: dict[str, Instruction]) -> bool:
+    """Whether it brings something out of the host's memory."""
+    operands = [others[name].shape for name in instruction.operands() if name in others]
+    return instruction.opcode != "tuple" and any(_IN_HOST_MEMORY in shape for shape in operands)
+
+
 def _phase(source: str) -> str:
     if "rematted" in source:
         return "recomputed"
@@ -93,6 +101,9 @@ def _seconds(instruction: Instruction, kind: str, others: dict[str, Instruction]
     if kind == "attention":
         backward = "Backward" in instruction.rest
         return _attention_flops(instruction, backward) / (_ATTENTION[backward] * chip.flops)
+    if kind == STREAMED:
+        started = instruction.opcode.endswith("-start")  # (operands, result, …)
+        return size_of(second(instruction.shape) if started else instruction.shape) / chip.host
     written = size_of(instruction.shape)
     if "dynamic_memcpy" in instruction.rest:  # reads of a stack no more than it writes
         return 2 * written / chip.bandwidth

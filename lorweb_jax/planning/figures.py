@@ -6,6 +6,7 @@ import jax
 import jax.extend
 
 from lorweb_jax.nn import sharding
+from lorweb_jax.planning import gpu_compiler
 from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
@@ -13,19 +14,21 @@ from lorweb_jax.planning.estimated_time import Cost, costs
 from lorweb_jax.planning.expected_traffic import expected_traffic
 from lorweb_jax.planning.program import PROGRAMS, Part, Program
 from lorweb_jax.planning.roofline import Roofline, roofline
-from lorweb_jax.planning.shapes import device_bytes, planned_job
+from lorweb_jax.planning.shapes import device_bytes, host_bytes, planned_job
 from lorweb_jax.planning.topology import Target
 from lorweb_jax.planning.work import Work, work
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`memory`: bytes on a device by what they are for, adding up to `peak`; `compiled` is None where they are
-    estimated from shapes; `costs` are its instructions' where their compiler tells."""
+    """`memory`: bytes on a device by what they are for, adding up to `peak`; `host_memory`: those of weights that are
+    streamed to it; `compiled` is None where they are estimated from shapes; `costs` are its instructions' where their
+    compiler tells."""
 
     target: Target
     program: Program
     memory: dict[str, float]
+    host_memory: float
     peak: float
     capacity: float
     traffic: dict[str, Traffic]
@@ -51,12 +54,12 @@ def make_program(config, there: Target, what: str, as_run: bool = False) -> Prog
 def make_plan(config, there: Target, what: str) -> Plan:
     """By the devices' compiler where there is one; otherwise estimated."""
     program = make_program(config, there, what)
-    traced = program.traced()
+    traced = program.traced(there.gpu)
     compiled = None
     if there.compiles:
         # cuDNN's attention is one call, in which no products can be counted.
-        as_run = make_program(config, there, what, as_run=True) if there.platform == "gpu" else program
-        compiled = compile_program(as_run, as_run.traced() if as_run is not program else traced, there.platform)
+        as_run = make_program(config, there, what, as_run=True).traced(there.gpu) if there.gpu else traced
+        compiled = compile_program(program, as_run, there.platform, there.chip.name)
     memory = arguments(program)
     gradients = device_bytes(program.gradients)
     if compiled and compiled.fits:
@@ -82,13 +85,14 @@ def make_plan(config, there: Target, what: str) -> Plan:
         there,
         program,
         {name: size for name, size in memory.items() if size},
+        host_bytes(program.groups),
         peak,
         capacity,
         traffic,
         done,
         roofline(program, done, sent, there.chip),
         compiled,
-        costs(compiled.text, there.chip) if compiled and there.platform == "gpu" else [],
+        costs(compiled.text, there.chip) if compiled and gpu_compiler.estimates(there.chip.name) else [],
     )
 
 

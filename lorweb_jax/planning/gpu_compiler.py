@@ -4,18 +4,21 @@ The plugin needs none of NVIDIA's own packages for it. Kernels aren't timed, as 
 compiler chooses as its cost model says.
 """
 
+import functools
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-# Descriptions as XLA prints them of a device; by the name of the chip.
+# Descriptions by the name of the chip: the H100's as XLA prints it of one, those of the cards by data sheets.
 _DESCRIPTIONS = Path(__file__).parent / "gpus"
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 INSTALL = "pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}"  # of jax's version
-# The estimates, and products by cuBLASLt alone: on an H100 no slower than with Triton's, whose estimates are too high.
-OPTIONS = {"xla_gpu_collect_cost_model_stats": True, "xla_gpu_enable_triton_gemm": False}
+# Products by cuBLASLt alone: on an H100 no slower than with Triton's, whose estimates are too high.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# The compiler has tables of products' rates for these; of a GeForce card it says "Cannot find key: sm_86".
+_ESTIMATED = ("h100",)
 
 
 def described(kind: str) -> bool:
@@ -23,15 +26,34 @@ def described(kind: str) -> bool:
     return (_DESCRIPTIONS / f"{kind}.txtpb").exists()
 
 
+def estimates(kind: str) -> bool:
+    """Whether the compiler says how long each instruction of a program for this chip takes."""
+    return kind in _ESTIMATED
+
+
 def installed() -> bool:
     return any(map(importlib.util.find_spec, _PLUGINS))
 
 
-def devices(kind: str) -> Sequence[jax.Device]:
-    """One GPU of this kind to compile for. cuDNN's attention is traced as if its library were there."""
+@functools.cache
+def device(kind: str) -> jax.Device:
+    """A GPU of this kind to compile for. cuDNN's attention is traced as if its library were there."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.experimental import topologies
 
     cudnn.check_cudnn_version = lambda: 91000
     text = (_DESCRIPTIONS / f"{kind}.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text).devices
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text).devices[0]
+
+
+def compiled(lowered: jax.stages.Lowered, kind: str) -> Any:
+    """XLA's executable, for this chip, of a function that was traced for a CPU device and lowered for "cuda"."""
+    from jax._src.lib import xla_client
+
+    options = xla_client.CompileOptions()
+    build = options.executable_build_options
+    build.num_replicas = build.num_partitions = 1
+    build.use_spmd_partitioning = build.use_shardy_partitioner = True
+    options.env_option_overrides = [*OPTIONS.items(), ("xla_gpu_collect_cost_model_stats", estimates(kind))]
+    gpu = device(kind)
+    return gpu.client.compile(lowered.compiler_ir(), xla_client.DeviceList((gpu,)), options)

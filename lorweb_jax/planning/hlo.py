@@ -51,6 +51,17 @@ def size_of(shape: str) -> float:
     return total
 
 
+def second(shape: str) -> str:
+    """The second part of a tuple's shape, itself perhaps a tuple."""
+    parts, depth, start = [], 0, 1
+    for at, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(shape[start:at])
+            start = at + 1
+    return parts[1] if len(parts) > 1 else shape
+
+
 def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
     """How often a loop runs: what the compiler says, or counted from 0 by its step to its bound; None if neither."""
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):

@@ -40,9 +40,9 @@ class Program:
     batch: int
     steps: int
 
-    def traced(self) -> list[jax.stages.Traced]:
-        """Of each part."""
-        with jax.set_mesh(self.mesh):
+    def traced(self, device: jax.Device | None = None) -> list[jax.stages.Traced]:
+        """Of each part. device: that it is to run on, where another one stands in for it in the mesh."""
+        with jax.set_mesh(self.mesh), sharding.compiling_for(device):
             return [part.function.trace(*part.arguments) for part in self.parts]
 
 

@@ -38,6 +38,8 @@ def _heading(plan: Plan) -> list[str]:
     if program.what == "train" and program.job.passes > 1:
         sizes += f", {program.job.passes} passes"
     how = [f"attention {program.job.planned_attention}", f"quantization {config.quantization}"]
+    if config.offload != "none":
+        how.append(f"offload {config.offload}")
     if program.what == "train":
         how = [f"remat {config.remat}", *how, f"moments {config.optimizer.moments}"]
     trained = program.gradients or program.groups["basis"]
@@ -61,6 +63,7 @@ def _memory(plan: Plan) -> list[Line]:
         *((f"  {names.get(name, name)}", f"{size / GIB:.2f}") for name, size in plan.memory.items()),
         ("  peak", f"{plan.peak / GIB:.2f}"),
         ("  memory", f"{plan.capacity / GIB:.2f}", "it fits" if plan.fits else "it does not fit"),
+        *([("blocks in the host's memory, streamed", f"{plan.host_memory / GIB:.2f}")] if plan.host_memory else []),
     ]
 
 
@@ -105,6 +108,8 @@ def _time(plan: Plan) -> list[Line]:
         "memory": f"{chip.bandwidth / 1e9:.0f} GB/s",
         "interconnect": f"{chip.interconnect / 1e9:.0f} GB/s one way",
     }
+    if plan.host_memory:
+        peaks["host"] = f"{chip.host / 1e9:.0f} GB/s from the host's memory, assumed"
     whole = f", all {plan.program.steps} steps" if plan.program.steps > 1 else ""
     rows: list[Line] = [(f"least time{whole}, if nothing else took any", "ms", "at a device's peak")]
     for name, peak in peaks.items():
@@ -123,11 +128,19 @@ def _estimated(plan: Plan) -> list[Line]:
     """Milliseconds by what is done; of training also by phase, in the remark."""
     rows: list[Line] = [("time by the compiler's cost model", "ms")]
     total = estimated_time.table(plan.costs)
+    streamed = sum(total.pop(estimated_time.STREAMED).values())
     for kind, phases in total.items():
         spent = [f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items() if seconds]
         rows.append((f"  {kind}", f"{1e3 * sum(phases.values()):.1f}", ", ".join(spent) * (len(spent) > 1)))
     whole = sum(sum(phases.values()) for phases in total.values())
-    return [*rows, ("  all", f"{1e3 * whole:.1f}", "an H100 took 3 to 10 % more than such estimates")]
+    rows.append(("  all", f"{1e3 * whole:.1f}", "an H100 took 3 to 10 % more than such estimates"))
+    if streamed:
+        rows += [
+            (f"  {estimated_time.STREAMED}", f"{1e3 * streamed:.1f}", "in the background"),
+            ("  together, at least", f"{1e3 * max(whole, streamed):.1f}", "if one hides the other"),
+            ("  together, at most", f"{1e3 * (whole + streamed):.1f}", "if neither does"),
+        ]
+    return rows
 
 
 def instructions(plan: Plan, count: int = 50) -> str:
@@ -147,7 +160,7 @@ def _notes(plan: Plan) -> list[str]:
         and program.mesh.size == 1
         and gpu_compiler.described(plan.target.chip.name)
     ):
-        return [f"to have it compiled, and its time estimated, {gpu_compiler.INSTALL.format(jax.__version__)}"]
+        return [f"to have it compiled, {gpu_compiler.INSTALL.format(jax.__version__)}"]
     if divided == program.mesh.size:
         return []
     return [
@@ -169,6 +182,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "parameters": {group: count(program.groups[group]) for group in ("base", "basis")},
         "estimated": compiled is None,
         "memory": plan.memory,
+        "host_memory": plan.host_memory,
         "peak": plan.peak,
         "capacity": plan.capacity,
         "fits": plan.fits,

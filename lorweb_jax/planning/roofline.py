@@ -1,11 +1,13 @@
-"""The least time that a step can take on a chip: for its products, its memory's traffic, and what it sends."""
+"""The least time that a step can take on a chip: for its products, its memory's traffic, what it sends, and what it
+reads of the host's memory."""
 
 import dataclasses
 
+from lorweb_jax.nn.offload import PINNED
 from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning.chips import Chip
 from lorweb_jax.planning.program import Program
-from lorweb_jax.planning.shapes import device_bytes
+from lorweb_jax.planning.shapes import device_bytes, share_bytes
 from lorweb_jax.planning.work import Work
 
 
@@ -16,16 +18,20 @@ class Roofline:
     compute: float
     memory: float
     interconnect: float
+    host: float
 
     @property
     def bottleneck(self) -> str:
-        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
+        return max(("compute", "memory", "interconnect", "host"), key=lambda name: getattr(self, name))
 
 
 def roofline(program: Program, work: Work, sent: float, chip: Chip) -> Roofline:
     """`sent`: bytes that a device sends."""
     return Roofline(
-        work.total / parts(program) / chip.flops, memory_bytes(program) / chip.bandwidth, sent / chip.interconnect
+        work.total / parts(program) / chip.flops,
+        memory_bytes(program) / chip.bandwidth,
+        sent / chip.interconnect,
+        streamed_bytes(program) / chip.host,
     )
 
 
@@ -48,3 +54,24 @@ def memory_bytes(program: Program) -> float:
         [shape for path, shape in base.items() if path.startswith("transformer.") and path not in kernels]
     )
     return passes * whole + once + 2 * device_bytes((program.gradients, basis, program.groups.get("optimizer", ())))
+
+
+def streamed_bytes(program: Program) -> float:
+    """What a device reads of the host's memory: the blocks' kernels for each pass over them, in training forward and
+    backward; modulations and text encoders forward alone, as nothing before them is trained."""
+    job, forward, both = program.job, 1, program.steps
+    if program.what == "train":
+        forward = job.config.train.accumulate
+        both = 2 * job.passes * forward
+    scanned = {f"transformer.{path}.kernel" for path in job.folder.backbone.scanned}
+    total = 0.0
+    for path, shape in program.groups["base"].items():
+        if shape.sharding.memory_kind != PINNED:
+            continue
+        if path in scanned:
+            total += both * share_bytes(shape)
+        elif path.startswith("transformer."):
+            total += forward * share_bytes(shape) * (job.passes if program.what == "train" else 1)
+        elif program.what == "train":
+            total += forward * share_bytes(shape)
+    return total

@@ -25,6 +25,7 @@ from lorweb_jax.jobs.pair import PairJob
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import resolve
+from lorweb_jax.nn.offload import PINNED
 from lorweb_jax.pipeline import pair_run
 from lorweb_jax.pipeline.published import open_pipeline
 from lorweb_jax.planning.flops import basis_flops
@@ -159,7 +160,8 @@ class PlannedBasisJob(Planned, BasisJob):
         return basis_flops(kind, self.folder.backbone, sizes, batch, self.sequence, self.folder.text_tokens)
 
     def can_fold(self, b: int) -> bool:
-        return b == 1 and self.basis_config.coefficients.in_advance and self.config.quantization == "none"
+        plain = self.config.quantization == self.config.offload == "none"
+        return b == 1 and self.basis_config.coefficients.in_advance and plain
 
     def sampling(self, b: int) -> tuple[tuple[int, ...], Any] | None:
         return ((b, self._query_width), jnp.float32) if self.basis_config.coefficients.from_images else None
@@ -224,6 +226,14 @@ def batch_shapes(job: Planned, mesh: Mesh) -> Shapes:
 
 def device_bytes(shapes) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
-    )
+    return sum(share_bytes(leaf) for leaf in jax.tree.leaves(shapes) if leaf.sharding.memory_kind != PINNED)
+
+
+def host_bytes(shapes) -> int:
+    """Bytes of a tree of shapes that lie in the host's memory for one device."""
+    return sum(share_bytes(leaf) for leaf in jax.tree.leaves(shapes) if leaf.sharding.memory_kind == PINNED)
+
+
+def share_bytes(shape: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a device's share, wherever it lies."""
+    return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize

@@ -38,7 +38,8 @@ class Estimator:
         """What a device holds at the peak by what the backward pass recomputes, the least first; {} of sampling."""
         if self.plan.program.what != "train":
             return {}
-        return {remat: self.change({"remat": remat}) for remat in REMAT_POLICIES}
+        policies = [remat for remat in REMAT_POLICIES if remat != "none" or self.config.offload == "none"]
+        return {remat: self.change({"remat": remat}) for remat in policies}
 
     def change(self, values: dict[str, object]) -> Change:
         """The peak is infinite where the changed config can't run."""
@@ -64,7 +65,7 @@ def suggestions(estimator: Estimator) -> list[Change]:
     """Single changes that suffice; where none does, the fewest of them together that do, or that come nearest."""
     plan = estimator.plan
     sufficient, together, nearest = [], {}, None
-    for values in _candidates(estimator.config, plan):
+    for values in candidates(estimator.config, plan):
         change = estimator.change(values)
         if change.peak <= plan.capacity:
             sufficient.append(change)
@@ -85,7 +86,8 @@ def faster(estimator: Estimator) -> list[Change]:
     return []
 
 
-def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
+def candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
+    """Fields and values that may make a plan fit, the least costly first."""
     training = plan.program.what == "train"
     if training and config.remat != "full":
         for remat in list(REMAT_POLICIES)[1:]:
@@ -97,6 +99,8 @@ def _candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
         yield {"precomputed": "local_data/precomputed"}
     if config.quantization == "none":
         yield {"quantization": "int8"}
+    if config.offload == "none":
+        yield {"offload": "blocks"} | ({"remat": "full"} if training and config.remat == "none" else {})
     if training and config.optimizer.name == "adamw":
         for moments in ("bfloat16", "int8"):
             if moments != config.optimizer.moments:

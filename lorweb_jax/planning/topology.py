@@ -16,13 +16,15 @@ EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4, v6e:4x4, tpu7x:2x2x1, gpu:h100 or gpu:h
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`devices` to make a mesh of; `chip` is what each has. `compiles`: whether there is a compiler for them."""
+    """`devices` to make a mesh of; `chip` is what each has. `compiles`: whether there is a compiler for them. gpu: what
+    that compiles for where a CPU device stands in for it, which has the memory kinds that a described GPU lacks."""
 
     name: str
     platform: str
     chip: Chip
     devices: Sequence[jax.Device]
     compiles: bool
+    gpu: jax.Device | None = None
 
 
 def target(name: str) -> Target:
@@ -73,7 +75,7 @@ def _slice(name: str, chip: Chip) -> Target:
 
 
 def _gpus(name: str, shape: str) -> Target:
-    """One GPU that the compiler knows, or CPU devices that stand in for GPUs: they give a mesh its size."""
+    """CPU devices that stand in for GPUs: they give a mesh its size. One GPU may be known to a compiler."""
     kind, count = (shape, None) if shape in GPUS else re.fullmatch(r"(.*?)(?:x(\d+))?", shape).groups()
     if kind not in GPUS:
         raise UserError(
@@ -82,8 +84,8 @@ def _gpus(name: str, shape: str) -> Target:
             2,
         )
     count = int(count or 1)
-    if count == 1 and gpu_compiler.described(kind) and gpu_compiler.installed():
-        return Target(name.lower(), "gpu", GPUS[kind], gpu_compiler.devices(kind), True)
+    known = count == 1 and gpu_compiler.described(kind) and gpu_compiler.installed()
+    gpu = gpu_compiler.device(kind) if known else None
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # jax has made its devices already
@@ -94,4 +96,4 @@ def _gpus(name: str, shape: str) -> Target:
             f"{count} GPUs were asked for, but jax has already made {len(devices)} CPU devices to stand in "
             "for them; plan in a fresh process"
         )
-    return Target(name.lower(), "gpu", GPUS[kind], devices[:count], False)
+    return Target(name.lower(), "gpu", GPUS[kind], devices[:count], gpu is not None, gpu)

@@ -86,7 +86,18 @@ def _training(values: Values) -> None:
         )
 
 
+def _streams(values: Values) -> None:
+    # What is kept for the way back would be every block's copy on the device.
+    if values["offload"] == "blocks" and values["remat"] == "none":
+        raise refused(
+            "remat",
+            "none",
+            "dots, outputs, attention or full, as config.offload is blocks, which are streamed both ways",
+        )
+
+
 def _basis(values: Values) -> None:
+    _streams(values)
     query, mode, width = (values[f"basis.{name}"] for name in ("query", "query_mode", "query_dim"))
     _divides(values, "basis.heads", "basis.key_dim")
     if query == "internal" and mode not in INTERNAL_MODES:
@@ -126,6 +137,7 @@ def _basis(values: Values) -> None:
 
 
 def _pair(values: Values) -> None:
+    _streams(values)
     start, steps = values["pair.style_start"], values["train.steps"]
     on = {
         member: any(values[f"pair.{kind}_{member}"] != "none" for kind in ("double", "single"))

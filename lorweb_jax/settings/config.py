@@ -29,6 +29,7 @@ _MAY_CHANGE = frozenset(
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
+        "offload",
         "remat",
         "attention",
         "unroll",
@@ -41,6 +42,7 @@ _MAY_CHANGE = frozenset(
 # Fields that saved configs may lack, as they are older, with the values that mean what was done then.
 _ADDED: dict[str, Any] = {
     "train.accumulate": 1,
+    "offload": "none",
     "data.buckets": [],
     "basis.normalised": False,
     "basis.temperature": 1.0,
@@ -98,6 +100,9 @@ def add_computation(config: ConfigDict) -> None:
     """The fields that say how a job computes over a frozen transformer."""
     config.compute_dtype = "float32"
     config.quantization = "none"  # of the frozen transformer's blocks: none, int8 or fp8
+    # Where the blocks of the frozen transformer and of T5 lie: none, on the device, or blocks, in the host's memory,
+    # from where they are streamed block by block, forward and backward.
+    config.offload = "none"
     # What the backward pass recomputes, the least first: none, dots (all but products and attention), outputs (all but
     # attention and the products that end a block's branches), attention (all but attention), full (all of a block).
     # `python -m lorweb_jax.plan` lists the memory of each.

@@ -65,6 +65,7 @@ _FROZEN: dict[str, Rule] = {
     "guidance": GUIDANCE,
     "compute_dtype": _DTYPE,
     "quantization": Choice(("none", "int8", "fp8")),
+    "offload": Choice(("none", "blocks")),
     "remat": Choice(("none", "dots", "outputs", "attention", "full")),
     "attention": Choice(("auto", "xla", "cudnn", "pallas")),
     "unroll": _LAYERS,

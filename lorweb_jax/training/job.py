@@ -92,6 +92,11 @@ class Job:
         """Numbers of attention heads that the mesh's tensor axis must divide; known before any weights are read."""
         return ()
 
+    @property
+    def offloaded(self) -> Sequence[str]:
+        """Dotted paths of stacks of frozen blocks whose kernels lie in the host's memory (nn/offload.py)."""
+        return ()
+
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The whole model that the loss needs, frozen parts included, freshly initialised.
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from lorweb_jax.adapters.basis import FrozenBasisParam
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.nn import sharding
+from lorweb_jax.nn import offload, sharding
 from lorweb_jax.nn.layers import Kept
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.fresh import arrays_of
@@ -53,18 +53,20 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A job's model without its arrays: its structure, and {dotted path: (path, Variable of a shape)} of each part."""
+    """A job's model without its arrays: its structure, and {dotted path: (path, Variable of a shape)} of each part.
+    offloaded: the job's."""
 
     graphdef: nnx.GraphDef
     trainable: dict[str, tuple[tuple, nnx.Variable]]
     constants: dict[str, tuple[tuple, nnx.Variable]]
     frozen: dict[str, tuple[tuple, nnx.Variable]]
+    offloaded: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, job: Job, seed: int) -> "Partition":
         """From job.build, traced; UserError if nothing in the model is trainable."""
         graphdef, *parts = split(job, nnx.eval_shape(lambda: job.build(nnx.Rngs(random_key(seed)))))
-        partition = cls(graphdef, *map(_by_path, parts))
+        partition = cls(graphdef, *map(_by_path, parts), tuple(job.offloaded))
         if not partition.trainable:
             raise UserError(
                 f"the model has no {job.trainable.__name__} that the job's filter would train; "
@@ -84,8 +86,9 @@ class Partition:
         """Shapes, shardings and stored dtypes of the frozen weights.
 
         Those that the model makes in float32 are stored in `dtype`; quantised kernels and what is `Kept` as they are.
+        Kernels of the job's `offloaded` stacks are in the host's memory; UserError where devices can't read that.
         """
-        return _shapes(self.frozen, mesh, dtype)
+        return offload.offloaded(_shapes(self.frozen, mesh, dtype), self.offloaded)
 
     def paths(self, phase: Phase) -> list[str]:
         """Dotted paths of the trainables that a phase updates; UserError where there are none."""
