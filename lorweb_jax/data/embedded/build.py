@@ -2,8 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,19 +54,28 @@ def build_embedded_dataset(
         "training_tasks": list(TRAINING_TASKS),
         "held_out_tasks": list(HELD_OUT_TASKS),
     }
+    write_once(folder, key, lambda partial: _build(partial, load_drawings(cache_folder, size), pairs_per_task, seed))
+    return roots
+
+
+def write_once(folder: Path, key: dict[str, Any], build: Callable[[Path], object]) -> None:
+    """Has `build` write a data set, unless `folder` holds the one that `key` describes; another one is replaced.
+
+    build(partial) writes into a folder beside it, which is renamed when it is complete; processes wait for each other.
+    Raises UserError when `folder` holds something else.
+    """
     if _is_built(folder, key):
-        return roots
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), wait=True):  # another process may be building it
         if not _is_built(folder, key):
             partial = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(partial, ignore_errors=True)  # what a killed build left
-            _build(partial, load_drawings(cache_folder, size), pairs_per_task, seed)
+            build(partial)
             (partial / KEY_FILE).write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
-    return roots
 
 
 def _is_built(folder: Path, key: dict) -> bool:
@@ -90,26 +100,39 @@ def _build(folder: Path, drawings: Drawings, pairs_per_task: int, seed: int) -> 
     ):
         for number, task in enumerate(tasks):
             random = np.random.default_rng([seed, EmbeddedDataset._fields.index(root), number])
-            _write_task(
-                folder / root / task / "Group1",
-                operation(task),
-                chosen,
-                random.permutation(len(chosen))[:pairs_per_task],
-            )
+            indices = random.permutation(len(chosen))[:pairs_per_task]
+            edit = operation(task)
+            write_task(folder / root / task / "Group1", edit.instruction, edited(edit, chosen, indices))
 
 
-def _write_task(folder: Path, edit: Operation, drawings: Drawings, indices: np.ndarray) -> None:
-    labels = []
+class Drawn(NamedTuple):
+    """A pair of a task: its file's name, uint8 images [h, w, 3] of one size, what they show."""
+
+    file: str
+    before: np.ndarray
+    after: np.ndarray
+    left: str
+    right: str
+
+
+def edited(edit: Operation, drawings: Drawings, indices: Iterable[int]) -> Iterable[Drawn]:
+    """Drawings on white, before and after an operation."""
     for index in indices:
         name, rgba = drawings.names[index], drawings.images[index]
-        file = f"{name.replace(' ', '_')}.png"
-        write_image(folder / file, np.concatenate([on_white(rgba), edit.apply(rgba)], 1))
+        yield Drawn(f"{name.replace(' ', '_')}.png", on_white(rgba), edit.apply(rgba), name, f"{name} {edit.describe}")
+
+
+def write_task(folder: Path, instruction: str, pairs: Iterable[Drawn]) -> None:
+    """`folder`, of a task's group, in Relation252K's layout."""
+    labels = []
+    for pair in pairs:
+        write_image(folder / pair.file, np.concatenate([pair.before, pair.after], 1))
         labels.append(
             {
-                "img_name": file,
-                "left_image_description": name,
-                "right_image_description": f"{name} {edit.describe}",
-                "edit_instruction": edit.instruction,
+                "img_name": pair.file,
+                "left_image_description": pair.left,
+                "right_image_description": pair.right,
+                "edit_instruction": instruction,
             }
         )
     (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")

