@@ -5,6 +5,12 @@
   python -m lorweb_jax.edit --prompt "put a frame around it" --image b.png --out result.png    the base, by instruction
   python -m lorweb_jax.edit --prompt "a drawing of a red apple" --out result.png               text to image
 
+An analogy can be kept, and mixed with others of the same basis (docs/mixes.md); --strength says how far it goes:
+
+  python -m lorweb_jax.edit --basis runs/basis --a a.png c.png --a2 a2.png c2.png --b b.png --save-mix frame.safetensors
+  python -m lorweb_jax.edit --basis runs/basis --mix frame.safetensors shade.safetensors:-0.5 --strength 0.8 \\
+      --a a.png --a2 a2.png --b b.png --out result.png
+
 Several --b, or several --image, give several results: with --out results/ they are written there under their names. An
 image that is there already is replaced with --overwrite only, one of the inputs never. Images: PNG, JPEG, WebP, GIF,
 BMP, TIFF, AVIF, PPM of any depth; embedded colour profiles are converted to sRGB, transparent parts laid on white.
@@ -14,7 +20,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,20 @@ from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE, Images
-from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, STRENGTH, as_value
+from lorweb_jax.pipeline.mix_options import (
+    add_example_pairs,
+    add_members,
+    add_mix_options,
+    add_save_mix,
+    check_kept,
+    check_mix_options,
+    check_pairs,
+    mix_files,
+    mix_of_files,
+    mixes_of,
+    save_mix,
+)
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
 # The small base of the repository, from whatever folder the command is given; an installed package has none.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
@@ -44,16 +63,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_basis_config(parser)
     add_image_encoder(parser)
-    parser.add_argument(
-        "--member",
-        type=member,
-        nargs="+",
-        action="extend",
-        metavar="NAME:COEFFICIENT",
-        help="styles that the basis took up (python -m lorweb_jax.export append), added to what the router chooses",
-    )
-    parser.add_argument("--a", type=nonempty_path, help="an image before the edit; its size is the result's")
-    parser.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
+    add_members(parser)
+    add_mix_options(parser)
+    add_save_mix(parser)
+    add_example_pairs(parser)
     parser.add_argument("--b", type=nonempty_path, nargs="+", help="one or more images to edit likewise")
     parser.add_argument(
         "--image", type=nonempty_path, nargs="+", help="without an analogy: images to edit as the prompt says"
@@ -67,7 +80,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        required=True,
         help=f"image file to write ({' '.join(WRITTEN)}), or a folder (for several results; write / at its end)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace images of the same names, but never an input")
@@ -155,17 +167,6 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("dtype", "attention", "quantization", "unstacked", "offload")}
 
 
-def member(text: str) -> tuple[str, float]:
-    """NAME:COEFFICIENT -> (name, coefficient)."""
-    name, _, coefficient = text.rpartition(":")
-    try:
-        if name:
-            return name, float(coefficient)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no member with its coefficient; give one such as ink:0.8")
-
-
 def size(text: str) -> tuple[int, int]:
     """WxH -> (W, H)."""
     width, _, height = text.lower().partition("x")
@@ -186,17 +187,13 @@ def _check(args: argparse.Namespace) -> None:
     if args.negative_prompt is not None and args.true_guidance == 1:
         raise UserError("--negative-prompt does nothing at --true-guidance 1; give, for example, --true-guidance 3", 2)
     require_used(args)
-    members = [name for name, _ in args.member or ()]
-    if twice := [name for name in members if members.count(name) > 1]:
-        raise UserError(f"--member {twice[0]} was given {members.count(twice[0])} times; give one coefficient", 2)
-    for name, coefficient in args.member or ():
-        as_value(coefficient, f"the coefficient of --member {name}", STRENGTH)
-    if args.member and args.basis is None:
-        raise UserError("--member is one that a basis took up, and no --basis was given; give it", 2)
+    check_mix_options(args)
+    check_pairs(args.a, args.a2, args.mix)
+    check_kept(args)
     if is_analogy(args):
         if args.apply == "folded" and len(args.b) > 1:
             raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
-    elif not args.prompt:
+    elif not args.prompt and args.out is not None:
         raise UserError("neither an analogy nor a prompt was given; give --a, --a2 and --b, or --prompt", 2)
     for side in args.size or ():
         as_value(side, "--size", SIDE)
@@ -255,13 +252,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     _check(args)
     paths = args.b or args.image or [None]
-    outs = targets(args.out, paths)
-    inputs = [args.a, args.a2, *paths, args.basis, args.basis_config]
-    require_writable(outs, [path for path in inputs if path], overwrite=args.overwrite)
+    outs = targets(args.out, paths) if args.out is not None else []
+    inputs = [*(args.a or ()), *(args.a2 or ()), *paths, args.basis, args.basis_config, *mix_files(args)]
+    files = [*outs, *([args.save_mix] if args.save_mix else [])]
+    require_writable(files, [path for path in inputs if path], overwrite=args.overwrite)
     images = [path and read_image(path) for path in paths]
     analogies: list[Images] = []
+    pairs = [(read_image(a), read_image(a2)) for a, a2 in zip(args.a or (), args.a2 or ())]
     if args.b:
-        a, a2 = read_image(args.a), read_image(args.a2)
+        a, a2 = pairs[0]
         analogies = [(a, a2, b) for b in images]
         grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
         for path in outs:
@@ -269,12 +268,17 @@ def main(arguments: list[str] | None = None) -> None:
     elif args.image:
         for image in images:
             fit_to_model(within(image, args.max_size), name="image")
+    saved = mix_of_files(args.mix, args.at) if args.mix else None
     from lorweb_jax.pipeline.pipeline import Pipeline
 
     pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
-        _require_members(pipeline, args.basis, args.member or ())
+    mixes = mixes_of(pipeline, args, saved, analogies, pairs[1:])
+    if args.save_mix:
+        save_mix(pipeline, args, mixes[0])
+    if not outs:
+        return
     sampling: dict[str, Any] = {
         "steps": args.steps,
         "seed": args.seed,
@@ -286,40 +290,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.guidance is not None:
         sampling["guidance"] = args.guidance
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
-    with progress(args.steps * (1 if analogies and not args.member else len(images))) as sampling["callback"]:
-        if analogies and args.member:
-            mixes = [_with_members(pipeline, args.member, pipeline.coefficients(*analogy)) for analogy in analogies]
-            results = [
-                pipeline.edit(*analogy, args.prompt, mix=mix, folded=folded, **sampling)
-                for analogy, mix in zip(analogies, mixes)
-            ]
-        elif analogies:
-            results = pipeline.edit_batch(analogies, [args.prompt] * len(images), folded=folded, **sampling)
+    with progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
+        if analogies:
+            results = pipeline.edit_batch(
+                analogies, [args.prompt] * len(images), mix=mixes or None, folded=folded, **sampling
+            )
         else:
-            mix = _with_members(pipeline, args.member) if args.member else None
-            with pipeline.session(mix, folded=folded) as session:
+            with pipeline.session(mixes[0] if mixes else None, folded=folded) as session:
                 results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
     write_results(outs, results, args.overwrite)
-
-
-def _require_members(pipeline: Any, basis: Path, members: Sequence[tuple[str, float]]) -> None:
-    """UserError for a member that the basis didn't take up; its mixes by name aren't added to themselves."""
-    there = dict(pipeline.model.basis.config.appended)
-    if absent := [name for name, _ in members if name not in there]:
-        raise UserError(
-            f"{basis} has taken up no member {absent[0]!r}, only {', '.join(there) or 'none at all'}; append one by "
-            "python -m lorweb_jax.export append",
-            2,
-        )
-
-
-def _with_members(pipeline: Any, members: list[tuple[str, float]], mix: Any = None) -> Any:
-    """A mix, by default what the basis has without an analogy, and members by name at their coefficients."""
-    config = pipeline.model.basis.config
-    if mix is None and not config.coefficients.has_router:
-        mix = pipeline.mix(config.coefficients.default)
-    named = sum(coefficient * pipeline.mix(name) for name, coefficient in members)
-    return named if mix is None else mix + named
 
 
 @contextlib.contextmanager

@@ -26,10 +26,20 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
+from lorweb_jax.adapters.formats.mix_file import require_basis
+from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_new_folder, require_writable, told_if_unwritable
 from lorweb_jax.pipeline.arguments import RANK, as_dtype, as_path
+from lorweb_jax.pipeline.mix_options import (
+    add_example_pairs,
+    add_mix_options,
+    check_mix_options,
+    check_pairs,
+    mix_files,
+    mix_of_files,
+)
 from lorweb_jax.settings.rules import as_value
 
 
@@ -64,8 +74,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     lora.add_argument(
         "--pipeline", type=nonempty_path, required=True, help="folder of the base model that the basis belongs to"
     )
-    lora.add_argument("--a", type=nonempty_path, help="an image before the edit")
-    lora.add_argument("--a2", type=nonempty_path, help="the same image after the edit")
+    add_mix_options(lora)
+    add_example_pairs(lora)
     lora.add_argument("--b", type=nonempty_path, help="the image to be edited likewise")
     add_image_encoder(lora)
     lora.add_argument(
@@ -198,16 +208,19 @@ def export_lora(args: argparse.Namespace) -> None:
     out = as_path(args.out, "the output", ".safetensors")
     if args.rank is not None:
         as_value(args.rank, "--rank", RANK)
-    require_writable(
-        [out], filter(None, [args.basis, args.basis_config, args.a, args.a2, args.b]), overwrite=args.overwrite
-    )
+    check_mix_options(args)
+    check_pairs(args.a, args.a2, args.mix)
+    inputs = [args.basis, args.basis_config, *(args.a or ()), *(args.a2 or ()), args.b]
+    require_writable([out], [path for path in (*inputs, *mix_files(args)) if path], overwrite=args.overwrite)
+    saved = mix_of_files(args.mix, args.at) if args.mix else None
     from lorweb_jax.adapters.formats.lora_file import mixed_factors, truncate, write_lora
     from lorweb_jax.pipeline.adapters import load_basis
     from lorweb_jax.pipeline.folder import model_layers
 
     layers = model_layers(args.pipeline)
     config, arrays = load_basis(args.basis, layers, args.basis_config)
-    factors = mixed_factors(arrays, _coefficients(args, config, arrays), config.scale)
+    mix = args.strength * _mix(args, saved, config, arrays)
+    factors = mixed_factors(arrays, mix.coefficients, config.scale)
     if args.rank is not None:
         factors, error = truncate(factors, args.rank)
         _print_error(args.rank, error)
@@ -298,24 +311,28 @@ def export_append(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: N = {config.size}, r = {config.rank}, with {', '.join(names)} for edit --member")
 
 
-def _coefficients(args: argparse.Namespace, config, arrays) -> Mapping:
-    """{path: c [l, n]} of the analogy; a basis with fixed coefficients needs no images."""
+def _mix(args: argparse.Namespace, saved: Mix | None, config, arrays) -> Mix:
+    """What --mix says, or the analogy's; a basis with fixed coefficients needs neither."""
     from lorweb_jax.adapters.basis import Basis
 
+    basis = Basis.from_arrays(config, arrays)
+    if saved is not None:
+        require_basis(args.mix[0].path, saved, basis.fingerprint())
+        return basis.own(saved)
     if not config.coefficients.has_router:
-        return Basis.from_arrays(config, arrays).mix(config.coefficients.default).coefficients
+        return basis.mix(config.coefficients.default)
     if absent := [f"--{name}" for name in ("a", "a2", "b") if getattr(args, name) is None]:
         raise UserError(
             f"{', '.join(absent)} not given; the mix of this basis is chosen by three images: "
-            "--a before.png --a2 after.png --b new.png",
+            "--a before.png --a2 after.png --b new.png, or was saved: --mix mix.safetensors",
             2,
         )
     from lorweb_jax.images.io import read_image
     from lorweb_jax.pipeline.pipeline import Pipeline
 
-    images = [read_image(path) for path in (args.a, args.a2, args.b)]
-    pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(Basis.from_arrays(config, arrays))
-    return pipeline.coefficients(*images).coefficients
+    (a, a2), *more = [(read_image(a), read_image(a2)) for a, a2 in zip(args.a, args.a2)]
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder).attach(basis)
+    return pipeline.coefficients(a, a2, read_image(args.b), more_pairs=more)
 
 
 def _layers(arrays) -> int:

@@ -18,6 +18,7 @@ RANK = Whole(1, 2**20)  # of a LoRA
 SIDE = Whole(16, 2**14)  # of an image to make, pixels
 _DTYPES = Choice(("float32", "bfloat16", "float16"))
 Images = tuple[np.ndarray, np.ndarray, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 def as_path(value: Any, name: str, suffix: str = "") -> Path:
@@ -52,6 +53,19 @@ def as_analogies(value: Any) -> list[Images]:
             raise UserError(f"analogy {number} is no triple (a, a2, b) of images; give a list of such triples")
         analogies.append(tuple(as_image(image, name + of) for image, name in zip(images, ("a", "a2", "b"))))
     return analogies
+
+
+def as_pairs(value: Any) -> list[Pair]:
+    """Example pairs (a, a′) of images, each uint8 [H, W, 3], none to many; UserError for everything else."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"the further pairs are a {type(value).__name__}; give a list of pairs (a, a2) of images")
+    pairs = []
+    for number, images in enumerate(value):
+        if not isinstance(images, Sequence | np.ndarray) or isinstance(images, str) or len(images) != 2:
+            raise UserError(f"further pair {number} is no pair (a, a2) of images; give a list of such pairs")
+        a, a2 = (as_image(image, f"{name} of further pair {number}") for image, name in zip(images, ("a", "a2")))
+        pairs.append((a, a2))
+    return pairs
 
 
 def as_prompts(value: Any, count: int | None = None) -> list[str]:

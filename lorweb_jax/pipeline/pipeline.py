@@ -20,6 +20,7 @@ from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.fold import can_fold
 from lorweb_jax.adapters.formats.basis_file import require_fits
 from lorweb_jax.adapters.formats.lora_file import TruncationError
+from lorweb_jax.adapters.formats.mix_file import SavedMix, read_mix, require_basis
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.images.grid import condition_grid, stretched
@@ -28,7 +29,7 @@ from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline import loading, saving
 from lorweb_jax.pipeline.adapters import load_basis
-from lorweb_jax.pipeline.arguments import Images, as_analogies, as_path, as_prompts
+from lorweb_jax.pipeline.arguments import Images, Pair, as_analogies, as_pairs, as_path, as_prompts
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.request import edit_request, generation_request
@@ -44,7 +45,7 @@ from lorweb_jax.pipeline.styles import (
     weighted,
     with_defaults,
 )
-from lorweb_jax.settings.rules import Flag, as_value
+from lorweb_jax.settings.rules import STRENGTH, Flag, as_value
 
 
 class Pipeline:
@@ -152,14 +153,29 @@ class Pipeline:
             return self.precomputed.image_encoder if self.precomputed else None
         return ImageEncoder(self.model.image_encoder, self.model.processor)
 
-    def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray) -> Mix:
-        """The mix that the router chooses for one analogy. UserError without a basis, or with an internal query, whose
-        coefficients depend on each layer's input."""
+    def coefficients(self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, *, more_pairs: Sequence[Pair] = ()) -> Mix:
+        """The mix that the router chooses for one analogy; with `more_pairs` (a, a′) of the same edit, the mean of what
+        it chooses for each pair with b. UserError without a basis, or with an internal query, whose coefficients depend
+        on each layer's input."""
         [images] = as_analogies([(a, a2, b)])
-        for sentence in stretched([images]):
+        for sentence in stretched([images, *((*pair, images[2]) for pair in as_pairs(more_pairs))]):
             say(sentence)
-        coefficients = {path: to_host(c[:, 0]) for path, c in self._coefficients([images]).items()}
-        return Mix(coefficients, self.model.basis.fingerprint())
+        return self.coefficients_batch([images], more_pairs=more_pairs)[0]
+
+    def coefficients_batch(self, conditions: Sequence[Images], *, more_pairs: Sequence[Pair] = ()) -> list[Mix]:
+        """The `coefficients` of several analogies (a, a′, b), all with the same further pairs."""
+        conditions, more = as_analogies(conditions), as_pairs(more_pairs)
+        rows = [(*pair, b) for a, a2, b in conditions for pair in [(a, a2), *more]]
+        chosen = {path: to_host(c) for path, c in self._coefficients(rows).items()}
+        # [l, b·pairs, n] -> the mean over pairs; of a LoRA there is one row, whatever the images.
+        means = {
+            path: c.reshape(c.shape[0], -1, 1 + len(more), c.shape[2]).mean(2) if c.shape[1] > 1 else c
+            for path, c in chosen.items()
+        }
+        own = self.model.basis.fingerprint()
+        return [
+            Mix({path: c[:, min(i, c.shape[1] - 1)] for path, c in means.items()}, own) for i in range(len(conditions))
+        ]
 
     def mix(self, which: int | str | Mapping[str, Any]) -> Mix:
         """A mix of the attached basis: a member by its index, a row of `BasisConfig.table` or an appended style by its
@@ -168,6 +184,23 @@ class Pipeline:
         Raises UserError without a basis, and for what doesn't fit it.
         """
         return self._basis().mix(which)
+
+    def save_mix(
+        self, path: str | Path, mix: Mix, *, prompt: str = "", pictures: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """A mix of the attached basis as a file (`path` .safetensors), for `load_mix` and `edit --mix`.
+
+        prompt: the instruction that it goes with. pictures: names of the example pairs (a, a′). Both are kept as they
+        are. Raises UserError for a mix of another basis, another suffix, and where the file can't be written.
+        """
+        saving.save_mix(self._basis(), path, mix, self.source, prompt, pictures)
+
+    def load_mix(self, path: str | Path) -> SavedMix:
+        """(mix, prompt, pictures) of a file that `save_mix` or `edit --save-mix` wrote. UserError for a file of another
+        kind, and for a mix of another basis than the attached one."""
+        basis, saved = self._basis(), read_mix(as_path(path, "the mix"))
+        require_basis(path, saved.mix, basis.fingerprint())
+        return saved._replace(mix=basis.own(saved.mix))
 
     def edit(
         self,
@@ -179,6 +212,8 @@ class Pipeline:
         max_size: int | None = None,
         folded: bool | None = None,
         mix: Mix | None = None,
+        strength: float = 1.0,
+        more_pairs: Sequence[Pair] = (),
         **sampling,
     ) -> np.ndarray:
         """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
@@ -187,9 +222,13 @@ class Pipeline:
         folded: fold the mix into a copy of the weights, which is held meanwhile (every step then costs what the base
         costs), or apply it beside them; None folds wherever coefficients are known beforehand and the base isn't
         quantised. mix: in the place of what the router chooses, such as `0.5 * (mix_1 + mix_2)` of two analogies'
-        `coefficients`. To make several images with one mix, open a `session`.
+        `coefficients`. strength: what the coefficients, hence the update of the weights, are multiplied by, −1000 to
+        1000: 0 is the base by itself. more_pairs: further examples (a, a′) of the same edit; the mix is then the mean
+        of what the router chooses for each, and the model is shown the first alone. To make several images with one
+        mix, open a `session`.
         """
-        return self.edit_batch([(a, a2, b)], [prompt], max_size=max_size, folded=folded, mix=mix, **sampling)[0]
+        options = {"max_size": max_size, "folded": folded, "mix": mix, "strength": strength, "more_pairs": more_pairs}
+        return self.edit_batch([(a, a2, b)], [prompt], **options, **sampling)[0]
 
     def edit_batch(
         self,
@@ -200,13 +239,16 @@ class Pipeline:
         folded: bool | None = None,
         use_basis: bool = True,
         mix: Mix | Sequence[Mix] | None = None,
+        strength: float = 1.0,
+        more_pairs: Sequence[Pair] = (),
         styles: Style | Sequence[Style] = (),
         **sampling,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
         use_basis False leaves the basis out. `mix` serves all of them, or there is one for each; without it each has
-        its router's coefficients. Several mixes are not folded. styles: guide all of them (see `session`).
+        its router's coefficients. Several mixes are not folded. strength, more_pairs: of all of them. styles: guide all
+        of them (see `session`).
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
         styles = as_styles(styles)
@@ -214,7 +256,11 @@ class Pipeline:
         conditions, request = edit_request(self.folder, conditions, prompts, sampling, max_size)
         if folded is None and len(conditions) > 1:
             folded = False
-        with self._open(conditions, mix, folded, use_basis, styles) as session:
+        if more_pairs := as_pairs(more_pairs):
+            if mix is not None:
+                raise UserError("more_pairs are for the router to choose by, and a mix was given; leave out either")
+            mix = self.coefficients_batch(conditions, more_pairs=more_pairs)
+        with self._open(conditions, mix, folded, use_basis, styles, strength) as session:
             return session.edited(request)
 
     def generate(
@@ -365,8 +411,10 @@ class Pipeline:
         folded: bool | None,
         use_basis: bool,
         styles: Sequence[Style] = (),
+        strength: float = 1.0,
     ) -> Session:
         """A session for these analogies, or for any where the mix doesn't depend on them."""
+        strength = as_value(strength, "strength", STRENGTH)
         if folded is not None:
             folded = as_value(folded, "folded", Flag())
         if mix is not None and not use_basis:
@@ -390,6 +438,13 @@ class Pipeline:
                 "this basis chooses its mix by an analogy; edit one (a, a2, b), open a session with a mix such as "
                 "pipeline.coefficients(a, a2, b), or leave the basis out"
             )
+        if strength != 1:
+            if coefficients is None:
+                raise UserError(
+                    "strength multiplies coefficients, and here there are none beforehand: no basis takes part, or its "
+                    "layers choose by their own input; leave it out"
+                )
+            coefficients = {path: strength * c for path, c in coefficients.items()}
         one = coefficients is not None and all(c.shape[1] == 1 for c in coefficients.values())
         if folded and basis is not None and not one:
             raise UserError(

@@ -18,6 +18,7 @@ from lorweb_jax.adapters.formats.lora_file import (
     truncate,
     write_lora,
 )
+from lorweb_jax.adapters.formats.mix_file import write_mix
 from lorweb_jax.adapters.formats.pair_file import write_member
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError
@@ -25,6 +26,7 @@ from lorweb_jax.common.outputs import require_free, told_if_unwritable
 from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.arguments import RANK, as_dtype, as_path
 from lorweb_jax.settings.rules import Choice, Real, as_value
+from lorweb_jax.settings.texts import as_text
 
 PUBLISHED = "published"  # names of Pair Customization's own format
 WORDS = "style_words"  # in the header of a LoRA that is a style
@@ -65,6 +67,15 @@ def save_lora(
     with told_if_unwritable(path):
         write_lora(path, factors, dtype, alpha, names, layers)
     return error
+
+
+def save_mix(
+    basis: Basis, path: str | Path, mix: Mix, source: Path | None, prompt: str, pictures: Sequence[tuple[str, str]]
+) -> None:
+    """See Pipeline.save_mix. source: as in save_basis."""
+    path, mix = _target(path, source), basis.own(mix)
+    names = [(as_text(a, "a picture's name"), as_text(a2, "a picture's name")) for a, a2 in pictures]
+    write_mix(path, mix, as_text(prompt, "the prompt"), names)
 
 
 def save_member(

@@ -1,0 +1,199 @@
+"""Saved mixes, strength, several example pairs: files read by the safetensors package, pictures by the algebra of
+mixes, from Python and from the commands; what is refused."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from golden import golden_dir
+
+from lorweb_jax import Mix, Pipeline, UserError, edit, read_image, write_image
+from lorweb_jax.adapters.formats.lora_file import mixed_factors
+from lorweb_jax.adapters.formats.mix_file import read_mix, write_mix
+from lorweb_jax.export import main as export
+from lorweb_jax.pipeline.saving import arrays_of
+
+PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safetensors"
+FAST = {"steps": 1, "folded": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "load", functools.cache(Pipeline.load))
+        patch.setattr(Pipeline, "attach", functools.cache(Pipeline.attach))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load(PIPELINE).attach(BASIS)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two pairs and a b, of one size."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    images = {name: random.integers(0, 256, (32, 32, 3), np.uint8) for name in ("a", "a2", "c", "c2", "b")}
+    for name, image in images.items():
+        write_image(folder / f"{name}.png", image)
+    return folder, images
+
+
+@pytest.fixture(scope="module")
+def mixes(pipeline, pictures):
+    _, images = pictures
+    return [pipeline.coefficients(images[a], images[a2], images["b"]) for a, a2 in (("a", "a2"), ("c", "c2"))]
+
+
+@pytest.fixture
+def saved(pipeline, mixes, tmp_path):
+    pipeline.save_mix(tmp_path / "first.safetensors", mixes[0], prompt="é", pictures=[("a.png", "a2.png")])
+    pipeline.save_mix(tmp_path / "second.safetensors", mixes[1])
+    return tmp_path
+
+
+def same(mix, other, tolerance=0.0):
+    assert mix.basis == other.basis and mix.coefficients.keys() == other.coefficients.keys()
+    for path, c in mix.coefficients.items():
+        np.testing.assert_allclose(c, other.coefficients[path], rtol=0, atol=tolerance)
+
+
+def command(pictures, folder, *more, a=("a",), a2=("a2",), out="out.png"):
+    source, _ = pictures
+    names = [[str(source / f"{name}.png") for name in each] for each in (a, a2, ("b",))]
+    edit.main(
+        ["--pipeline", str(PIPELINE), "--basis", str(BASIS), "--a", *names[0], "--a2", *names[1], "--b", *names[2]]
+        + ["--steps", "1", "--apply", "low-rank", *more, *(["--out", str(folder / out)] if out else [])]
+    )
+
+
+def test_the_file(pipeline, mixes, saved):
+    """Another reader sees the coefficients and the header; ours gives back the same numbers and words."""
+    with safetensors.safe_open(saved / "first.safetensors", "np") as file:
+        header = file.metadata()
+    assert header["basis"] == pipeline.model.basis.fingerprint() and header["prompt"] == "é"
+    assert json.loads(header["pictures"]) == [["a.png", "a2.png"]]
+    for path, c in safetensors.numpy.load_file(saved / "first.safetensors").items():
+        np.testing.assert_array_equal(c, mixes[0].coefficients[path])
+    mix, prompt, names = pipeline.load_mix(saved / "first.safetensors")
+    same(mix, mixes[0])
+    assert (prompt, names) == ("é", (("a.png", "a2.png"),))
+    assert read_mix(saved / "second.safetensors")[1:] == ("", ())
+
+
+def test_strength_multiplies_the_update(pipeline, pictures, mixes):
+    """As the mix multiplied; at 0 it is the base."""
+    _, images = pictures
+    analogy = images["a"], images["a2"], images["b"]
+    half = pipeline.edit(*analogy, strength=0.5, **FAST)
+    np.testing.assert_array_equal(half, pipeline.edit(*analogy, mix=0.5 * mixes[0], **FAST))
+    np.testing.assert_array_equal(half, pipeline.edit(*analogy, mix=mixes[0], strength=0.5, **FAST))
+    assert not np.array_equal(half, pipeline.edit(*analogy, **FAST))
+    base = pipeline.edit_batch([analogy], [""], use_basis=False, steps=1)[0]
+    np.testing.assert_array_equal(pipeline.edit(*analogy, strength=0, **FAST), base)
+
+
+def test_several_pairs_are_their_mean(pipeline, pictures, mixes):
+    """The coefficients to rounding, and the picture, of one analogy and of two at once."""
+    _, images = pictures
+    a, a2, c, c2, b = (images[name] for name in ("a", "a2", "c", "c2", "b"))
+    mean = pipeline.coefficients(a, a2, b, more_pairs=[(c, c2)])
+    same(mean, 0.5 * (mixes[0] + mixes[1]), 1e-6)
+    same(pipeline.coefficients_batch([(c, c2, b), (a, a2, a)], more_pairs=[(a, a2)])[0], mean, 1e-6)
+    one = pipeline.edit(a, a2, b, more_pairs=[(c, c2)], **FAST)
+    np.testing.assert_array_equal(one, pipeline.edit(a, a2, b, mix=mean, **FAST))
+    for pairs, said in (([a], "further pair 0 is no pair"), ([(a, 3)], "a2 of further pair 0"), (5, "further pairs")):
+        with pytest.raises(UserError, match=said):
+            pipeline.edit(a, a2, b, more_pairs=pairs)
+    with pytest.raises(UserError, match="a mix was given; leave out either"):
+        pipeline.edit(a, a2, b, more_pairs=[(c, c2)], mix=mean)
+
+
+def test_the_commands(pipeline, pictures, mixes, saved):
+    """Save, blend and subtract by edit; the LoRA of the same blend by export, against its dense update."""
+    folder, images = pictures
+    analogy = images["a"], images["a2"], images["b"]
+    first, second = saved / "first.safetensors", saved / "second.safetensors"
+    blend = saved / "blend.safetensors"
+    command(pictures, saved, "--mix", f"{first}:2", f"{second}:-0.5", "--at", "0.25", "--save-mix", str(blend))
+    expected = 1.5 * mixes[0] - 0.125 * mixes[1]
+    same(pipeline.load_mix(blend).mix, expected, 1e-6)
+    np.testing.assert_array_equal(read_image(saved / "out.png"), pipeline.edit(*analogy, mix=expected, **FAST))
+    both = saved / "both.safetensors"
+    command(
+        pictures, saved, "--save-mix", str(both), "--prompt", "go", "--strength", "3", a="ac", a2=("a2", "c2"), out=None
+    )
+    kept = pipeline.load_mix(both)
+    same(kept.mix, 1.5 * (mixes[0] + mixes[1]), 1e-5)
+    assert kept[1:] == ("go", (("a.png", "a2.png"), ("c.png", "c2.png")))
+    export(
+        ["lora", str(BASIS), str(saved / "lora.safetensors"), "--pipeline", str(PIPELINE), "--strength", "-2"]
+        + ["--mix", str(first), f"{second}:0.5"]
+    )
+    wanted = mixed_factors(arrays_of(pipeline.model.basis), (-2 * mixes[0] - mixes[1]).coefficients)
+    tensors = safetensors.numpy.load_file(saved / "lora.safetensors")
+    down, up = (tensors[f"transformer.transformer_blocks.1.attn.to_q.lora_{side}.weight"] for side in "AB")
+    path = next(path for path in wanted if path.endswith("attn.to_q") or "to_q" in path)
+    update = wanted[path].a[1] @ wanted[path].b[1]
+    np.testing.assert_allclose((up @ down).T, update, atol=1e-6 * np.abs(update).max())
+
+
+def test_a_mix_edits_by_words_too(pipeline, pictures, mixes, saved):
+    """Without an analogy, as a session of the mix does."""
+    folder, images = pictures
+    arguments = ["--pipeline", str(PIPELINE), "--basis", str(BASIS), "--image", str(folder / "b.png"), "--steps", "1"]
+    arguments += ["--prompt", "red", "--apply", "low-rank", "--mix", str(saved / "second.safetensors")]
+    edit.main([*arguments, "--out", str(saved / "words.png")])
+    with pipeline.session(mixes[1], folded=False) as session:
+        expected = session.generate("red", images["b"], steps=1)
+    np.testing.assert_array_equal(read_image(saved / "words.png"), expected)
+
+
+def test_what_is_refused(pipeline, pictures, mixes, saved, monkeypatch):
+    other = Mix(mixes[0].coefficients, "0123456789abcdef")
+    write_mix(saved / "foreign.safetensors", other)
+    (saved / "cut.safetensors").write_bytes((saved / "first.safetensors").read_bytes()[:-8])
+    tensors = dict(mixes[0].coefficients)
+    safetensors.numpy.save_file(tensors, saved / "later.safetensors", {"lorweb_mix": "2", "basis": mixes[0].basis})
+    safetensors.numpy.save_file(
+        tensors, saved / "names.safetensors", {"lorweb_mix": "1", "basis": "x", "pictures": '["a"]'}
+    )
+    path, first = next(iter(tensors.items()))
+    write_mix(saved / "short.safetensors", Mix(tensors | {path: first[:, :2]}, mixes[0].basis))
+    monkeypatch.chdir(saved)
+    before = sorted(saved.iterdir())
+    for more, said in (
+        (["--mix", "foreign.safetensors"], "foreign.safetensors is a mix of another basis .0123456789abcdef"),
+        (["--mix", "first.safetensors", "foreign.safetensors"], "mixes of two bases"),
+        (["--mix", str(BASIS)], "is no saved mix"),
+        (["--mix", "cut.safetensors"], "cut.safetensors"),
+        (["--mix", "later.safetensors"], "format 2, and 1 is read"),
+        (["--mix", "names.safetensors"], "names.safetensors: pictures"),
+        (["--mix", "short.safetensors"], "don't fit the basis"),
+        (["--mix", "nowhere.safetensors:2"], "nowhere.safetensors does not exist"),
+        (["--mix", "first.safetensors:lots"], "a number was expected; write FILE:0.5"),
+        (["--mix", "first.safetensors:nan"], "the weight of --mix first.safetensors is nan"),
+        (["--mix", "first.safetensors", "--at", "0.5"], "--at is a place between two --mix, and 1 were given"),
+        (["--strength", "1001"], "--strength is 1001"),
+        (["--save-mix", "x.bin"], "must end in .safetensors"),
+        (["--mix", "first.safetensors", "--save-mix", "first.safetensors", "--overwrite"], "one of the inputs"),
+        (["--save-mix", "second.safetensors"], "exists already"),
+        (["--save-mix", "x.safetensors", "--b", "b.png", "c.png", "--out", "r/"], "give one --b"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            command(pictures, saved, *more)
+        assert "\n" not in str(caught.value) and sorted(saved.iterdir()) == before
+    with pytest.raises(UserError, match="2 images were given by --a and 1 by --a2"):
+        command(pictures, saved, a=("a", "c"))
+    with pytest.raises(UserError, match="2 example pairs were given beside --mix"):
+        command(pictures, saved, "--mix", "first.safetensors", a=("a", "c"), a2=("a2", "c2"))
+    with pytest.raises(UserError, match="--strength is of a basis"):
+        edit.main(["--prompt", "x", "--out", "x.png", "--strength", "2"])
+    with pytest.raises(UserError, match="neither --out nor --save-mix"):
+        edit.main(["--prompt", "x"])
+    with pytest.raises(UserError, match="foreign.safetensors is a mix of another basis"):
+        pipeline.load_mix("foreign.safetensors")
