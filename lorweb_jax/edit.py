@@ -30,10 +30,12 @@ from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_e
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_free, require_writable
 from lorweb_jax.common.progress import progress_bar
+from lorweb_jax.images.fit import FITS, STRETCH
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name, write_image
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE, Images
 from lorweb_jax.pipeline.mix_options import (
+    add_adapt,
     add_example_pairs,
     add_members,
     add_mix_options,
@@ -65,9 +67,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_image_encoder(parser)
     add_members(parser)
     add_mix_options(parser)
+    add_adapt(parser)
     add_save_mix(parser)
     add_example_pairs(parser)
     parser.add_argument("--b", type=nonempty_path, nargs="+", help="one or more images to edit likewise")
+    parser.add_argument(
+        "--fit",
+        choices=FITS,
+        default=STRETCH,
+        help="what becomes of a --b of other proportions than --a: stretch gives it and the result a's (as published, "
+        "the default); pad and crop give a result of b's size, made of all of b or of its middle",
+    )
     parser.add_argument(
         "--image", type=nonempty_path, nargs="+", help="without an analogy: images to edit as the prompt says"
     )
@@ -193,6 +203,8 @@ def _check(args: argparse.Namespace) -> None:
     if is_analogy(args):
         if args.apply == "folded" and len(args.b) > 1:
             raise UserError(f"--apply folded serves one --b, {len(args.b)} were given; leave it out", 2)
+    elif args.fit != STRETCH:
+        raise UserError(f"--fit {args.fit} is of an analogy's --b, and none was given; leave it out", 2)
     elif not args.prompt and args.out is not None:
         raise UserError("neither an analogy nor a prompt was given; give --a, --a2 and --b, or --prompt", 2)
     for side in args.size or ():
@@ -263,8 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         a, a2 = pairs[0]
         analogies = [(a, a2, b) for b in images]
         grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
-        for path in outs:
-            require_image_name(path, (grid.shape[1] // 2, grid.shape[0] // 2))
+        for path, image in zip(outs, images):
+            quadrant = grid.shape[1] // 2, grid.shape[0] // 2
+            require_image_name(path, quadrant if args.fit == STRETCH else image.shape[1::-1])
     elif args.image:
         for image in images:
             fit_to_model(within(image, args.max_size), name="image")
@@ -292,9 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
     folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
     with progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
         if analogies:
-            results = pipeline.edit_batch(
-                analogies, [args.prompt] * len(images), mix=mixes or None, folded=folded, **sampling
-            )
+            options = {"mix": mixes or None, "folded": folded, "fit": args.fit}
+            results = pipeline.edit_batch(analogies, [args.prompt] * len(images), **options, **sampling)
         else:
             with pipeline.session(mixes[0] if mixes else None, folded=folded) as session:
                 results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]

@@ -6,9 +6,10 @@
   python -m lorweb_jax.evaluate --out eval --judge http://localhost:8000/v1 --judge-model NAME
 
 A method is a run's folder, a LoRWeB basis, a LoRA (file, folder or Hub name), or a pair style (style:PATH:STRENGTH, a
-run of configs/pair.py); wrong:BASIS, mean:BASIS or adapted:BASIS are a basis with other coefficients than its
-router's: for another task's pair, their mean, or adapted to the one pair (docs/evaluation.md). "base", the base with
-the instruction alone, and "copy", b as it is, are added. NAME=METHOD names one. Data: in any layout of docs/data.md,
+run of configs/pair.py); wrong:BASIS, mean:BASIS, pairs:BASIS, adapted:BASIS or strength:0.5:BASIS are a basis with
+other coefficients than its router's: for another task's pair, their mean, the mean over the task's pairs, adapted to
+the one pair, or multiplied (docs/evaluation.md). "base", the base with the instruction alone, and "copy", b as it is,
+are added. NAME=METHOD names one. Data: in any layout of docs/data.md,
 such as Relation252K's, or <category>/<instruction>/ with images a, a2, b and b2, each with the name of its split
 (seen=FOLDER); or "embedded", the drawings that come with the package; or "embedded:all", five kinds of analogies by how
 far they lie from what the default run trains on, of which "embedded:people" is one.

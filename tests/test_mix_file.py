@@ -1,20 +1,29 @@
-"""Saved mixes, strength, several example pairs: files read by the safetensors package, pictures by the algebra of
+"""Saved mixes, strength, several example pairs, adaptation, fits of b: files read by the safetensors package, pictures by the algebra of
 mixes, from Python and from the commands; what is refused."""
 
+import contextlib
 import functools
 import json
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from flax import nnx
 from golden import golden_dir
 
 from lorweb_jax import Mix, Pipeline, UserError, edit, read_image, write_image
-from lorweb_jax.adapters.formats.lora_file import mixed_factors
+from lorweb_jax.adapters.formats.lora_file import layer_name, mixed_factors
 from lorweb_jax.adapters.formats.mix_file import read_mix, write_mix
 from lorweb_jax.export import main as export
+from lorweb_jax.flow.loss import draw, weighted_mse
+from lorweb_jax.flow.schedule import train_timesteps, train_weights
+from lorweb_jax.images.fit import placement
 from lorweb_jax.pipeline.saving import arrays_of
+from lorweb_jax.settings.seeds import random_key
 
 PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safetensors"
 FAST = {"steps": 1, "folded": False}
@@ -86,15 +95,17 @@ def test_the_file(pipeline, mixes, saved):
 
 
 def test_strength_multiplies_the_update(pipeline, pictures, mixes):
-    """As the mix multiplied; at 0 it is the base."""
+    """As the mix multiplied; that a mix of zeros is the base stands in test_pipeline.py."""
     _, images = pictures
     analogy = images["a"], images["a2"], images["b"]
     half = pipeline.edit(*analogy, strength=0.5, **FAST)
     np.testing.assert_array_equal(half, pipeline.edit(*analogy, mix=0.5 * mixes[0], **FAST))
     np.testing.assert_array_equal(half, pipeline.edit(*analogy, mix=mixes[0], strength=0.5, **FAST))
     assert not np.array_equal(half, pipeline.edit(*analogy, **FAST))
-    base = pipeline.edit_batch([analogy], [""], use_basis=False, steps=1)[0]
-    np.testing.assert_array_equal(pipeline.edit(*analogy, strength=0, **FAST), base)
+    with pytest.raises(UserError, match="strength multiplies coefficients, and here there are none"):
+        pipeline.edit_batch([analogy], [""], use_basis=False, strength=2)
+    with pytest.raises(UserError, match="strength is nan"):
+        pipeline.edit(*analogy, strength=float("nan"))
 
 
 def test_several_pairs_are_their_mean(pipeline, pictures, mixes):
@@ -137,20 +148,108 @@ def test_the_commands(pipeline, pictures, mixes, saved):
     wanted = mixed_factors(arrays_of(pipeline.model.basis), (-2 * mixes[0] - mixes[1]).coefficients)
     tensors = safetensors.numpy.load_file(saved / "lora.safetensors")
     down, up = (tensors[f"transformer.transformer_blocks.1.attn.to_q.lora_{side}.weight"] for side in "AB")
-    path = next(path for path in wanted if path.endswith("attn.to_q") or "to_q" in path)
+    path = next(path for path in wanted if layer_name(path, 1) == "transformer_blocks.1.attn.to_q")
     update = wanted[path].a[1] @ wanted[path].b[1]
     np.testing.assert_allclose((up @ down).T, update, atol=1e-6 * np.abs(update).max())
 
 
-def test_a_mix_edits_by_words_too(pipeline, pictures, mixes, saved):
-    """Without an analogy, as a session of the mix does."""
+def test_adaptation(pipeline, pictures, mixes, saved, capsys):
+    """The command fits the mix that edits, then the strength counts; a step of Adam moves a coefficient by the rate, by
+    the sign of the loss's gradient as finite differences have it."""
     folder, images = pictures
-    arguments = ["--pipeline", str(PIPELINE), "--basis", str(BASIS), "--image", str(folder / "b.png"), "--steps", "1"]
-    arguments += ["--prompt", "red", "--apply", "low-rank", "--mix", str(saved / "second.safetensors")]
-    edit.main([*arguments, "--out", str(saved / "words.png")])
-    with pipeline.session(mixes[1], folded=False) as session:
-        expected = session.generate("red", images["b"], steps=1)
-    np.testing.assert_array_equal(read_image(saved / "words.png"), expected)
+    a, a2, b = (images[name] for name in ("a", "a2", "b"))
+    rate = 1e-2
+    moved = pipeline.adapt(a, a2, b, "go", steps=1, rate=rate, seed=3)
+    path, c = next(iter(mixes[0].coefficients.items()))
+    step = moved.coefficients[path] - c
+    np.testing.assert_allclose(np.abs(step[np.abs(step) > rate / 2]), rate, rtol=1e-2)
+    assert loss(pipeline, a, a2, moved, "go", 3) < loss(pipeline, a, a2, mixes[0], "go", 3)
+    for member in np.abs(step).argsort(1)[0, -2:]:
+        change = np.zeros_like(c)
+        change[0, member] = 0.05
+        up, down = (
+            loss(pipeline, a, a2, Mix(dict(mixes[0].coefficients) | {path: c + sign * change}, moved.basis), "go", 3)
+            for sign in (1, -1)
+        )
+        assert np.sign(down - up) == np.sign(step[0, member])
+    kept = saved / "adapted.safetensors"
+    options = ["--adapt", "1", "--prompt", "go", "--strength", "2", "--save-mix", str(kept)]
+    command(pictures, saved, *options, out=None)
+    same(pipeline.load_mix(kept).mix, 2 * pipeline.adapt(a, a2, b, "go", steps=1), 1e-6)
+    assert "coefficients adapted to the pair: 1 steps in" in capsys.readouterr().out
+    for option, said in (({"steps": 0}, "steps is 0"), ({"rate": 0}, "rate is 0"), ({"seed": -1}, "seed is -1")):
+        with pytest.raises(UserError, match=said):
+            pipeline.adapt(a, a2, b, **option)
+
+
+def loss(pipeline, a, a2, mix, prompt, seed):
+    """The training loss of a : a′ :: a : a′ at the first draw of a seed."""
+    grids = [np.concatenate([np.concatenate([a, a2], 1), np.concatenate([a, last], 1)])[None] for last in (a2, a)]
+    coefficients = {path: jnp.asarray(c)[:, None] for path, c in mix.coefficients.items()}
+    return float(_loss(pipeline.model, *grids, *pipeline.prompt([prompt]), random_key(seed), coefficients))
+
+
+@nnx.jit
+def _loss(model, target, condition, text, pooled, key, coefficients):
+    noised = draw(jax.random.fold_in(key, 0), model.tokens(target), train_timesteps(), train_weights("bell"))
+    adapters, references = model.basis.adapters(coefficients), model.tokens(condition)
+    velocity = model.velocity(
+        noised.tokens_bsc, references, text, pooled, noised.time_b, jnp.ones(1), (64, 64), adapters
+    )
+    return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0]
+
+
+def test_a_mix_edits_by_words_too(pictures, mixes, saved, monkeypatch):
+    """Without an analogy, through a session of the mix."""
+    folder, images = pictures
+    opened = []
+
+    def session(self, mix, folded):
+        opened.append(mix)
+        return contextlib.nullcontext(SimpleNamespace(generate=lambda prompt, image, **_: image))
+
+    monkeypatch.setattr(Pipeline, "session", session)
+    arguments = [
+        "--pipeline",
+        str(PIPELINE),
+        "--basis",
+        str(BASIS),
+        "--image",
+        str(folder / "b.png"),
+        "--prompt",
+        "red",
+    ]
+    second = saved / "second.safetensors"
+    edit.main([*arguments, "--mix", str(second), "--strength", "0.5", "--out", str(saved / "words.png")])
+    np.testing.assert_array_equal(read_image(saved / "words.png"), images["b"])
+    same(opened[0], 0.5 * mixes[1])
+    with pytest.raises(UserError, match="chooses a mix by an analogy, and none was given"):
+        edit.main([*arguments, "--strength", "0.5", "--out", str(saved / "more.png")])
+
+
+def test_b_keeps_its_shape(pipeline, pictures, mixes, saved, capsys):
+    """From Python, a session and the command: what is shown is edited, by the coefficients for b. Nothing is said of
+    stretching but where that is done."""
+    folder, images = pictures
+    a, a2 = images["a"], images["a2"]
+    wide = np.random.default_rng(1).integers(0, 256, (16, 48, 3), np.uint8)
+    write_image(saved / "wide.png", wide)
+    mix = pipeline.coefficients(a, a2, wide)
+    for fit in ("pad", "crop"):
+        capsys.readouterr()
+        result = pipeline.edit(a, a2, wide, fit=fit, **FAST)
+        assert result.shape == wide.shape and capsys.readouterr().out == ""
+        place = placement(wide, (32, 32), fit)
+        np.testing.assert_array_equal(result, place.back(pipeline.edit(a, a2, place.shown, mix=mix, **FAST)))
+        with pipeline.session(mix, folded=False) as session:
+            np.testing.assert_array_equal(session.edit(a, a2, wide, fit=fit, steps=1), result)
+        command(pictures, saved, "--fit", fit, "--b", str(saved / "wide.png"), out=f"{fit}.png")
+        np.testing.assert_array_equal(read_image(saved / f"{fit}.png"), result)
+    capsys.readouterr()
+    assert pipeline.edit(a, a2, wide, **FAST).shape == a.shape
+    assert "b is stretched to a's shape" in capsys.readouterr().out
+    with pytest.raises(UserError, match="fit is 'squash'; give stretch, pad or crop"):
+        pipeline.edit(a, a2, wide, fit="squash")
 
 
 def test_what_is_refused(pipeline, pictures, mixes, saved, monkeypatch):
@@ -178,6 +277,7 @@ def test_what_is_refused(pipeline, pictures, mixes, saved, monkeypatch):
         (["--mix", "first.safetensors:lots"], "a number was expected; write FILE:0.5"),
         (["--mix", "first.safetensors:nan"], "the weight of --mix first.safetensors is nan"),
         (["--mix", "first.safetensors", "--at", "0.5"], "--at is a place between two --mix, and 1 were given"),
+        (["--adapt", "0"], "--adapt is 0"),
         (["--strength", "1001"], "--strength is 1001"),
         (["--save-mix", "x.bin"], "must end in .safetensors"),
         (["--mix", "first.safetensors", "--save-mix", "first.safetensors", "--overwrite"], "one of the inputs"),
@@ -193,6 +293,8 @@ def test_what_is_refused(pipeline, pictures, mixes, saved, monkeypatch):
         command(pictures, saved, "--mix", "first.safetensors", a=("a", "c"), a2=("a2", "c2"))
     with pytest.raises(UserError, match="--strength is of a basis"):
         edit.main(["--prompt", "x", "--out", "x.png", "--strength", "2"])
+    with pytest.raises(UserError, match="--fit pad is of an analogy"):
+        edit.main(["--prompt", "x", "--out", "x.png", "--fit", "pad"])
     with pytest.raises(UserError, match="neither --out nor --save-mix"):
         edit.main(["--prompt", "x"])
     with pytest.raises(UserError, match="foreign.safetensors is a mix of another basis"):

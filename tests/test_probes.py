@@ -82,6 +82,18 @@ def test_the_mean_is_that_of_all_samples(pipeline, samples):
     np.testing.assert_allclose(mix.coefficients[PATH], everything.mean(1), atol=1e-6)
 
 
+def test_several_pairs_are_those_of_the_task(pipeline, samples):
+    """Every pair of the task with the sample's own b, but none that shows the answer."""
+    leak = Sample("one", "do it", samples[0].b, samples[0].b2, samples[1].a, samples[1].a2, split="x", key="x leak")
+    samples = [*samples, leak]
+    mixes = probes.chooser("pairs", pipeline, samples)([samples[0], samples[3]])
+    for mix, sample, pairs in zip(mixes, (samples[0], samples[3]), (samples[:2], samples[2:4])):
+        each = pipeline.model.basis.coefficients(pipeline.query([(pair.a, pair.a2, sample.b) for pair in pairs]))[PATH]
+        np.testing.assert_allclose(mix.coefficients[PATH], np.asarray(each, np.float64).mean(1), atol=1e-6)
+    with pytest.raises(UserError, match="each has one; give a larger --per-task"):
+        probes.further_pairs(samples[:1])
+
+
 def test_adaptation_is_adam_on_each_samples_own_loss(pipeline, samples):
     """Against gradients and Adam written out in float64; what else is in the batch makes no difference."""
     steps, rate, chosen = 3, 0.05, samples[:3]
@@ -113,6 +125,11 @@ def test_words(tmp_path, monkeypatch, pipeline, samples):
     assert parse_method("mean:a=b").path == "a=b" and parse_method("mean=runs/x").name == "mean"
     with pytest.raises(UserError, match="'adapted:' names no basis"):
         parse_method("adapted:")
+    named = parse_method("less=strength:-0.5:runs/a:b")
+    assert (named.name, named.probe, named.strength, named.path) == ("less", "strength", -0.5, "runs/a:b")
+    for text, said in (("strength:lots:x", "begins with 'lots', which is no"), ("strength:1:", "names no basis")):
+        with pytest.raises(UserError, match=said):
+            parse_method(text)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mean:x").touch()
     assert parse_method("mean:x").probe == ""

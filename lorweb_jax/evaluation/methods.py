@@ -71,8 +71,12 @@ def candidate(
     assert basis is not None  # attach gives one
     coefficients = basis.config.coefficients
     parameters = sum(array.size for parts in basis.to_arrays().values() for array in parts.values())
-    name = name or ", ".join([_name(Path(source)), *([PROBES[named.probe]] if named.probe else [])])
+    probe = PROBES.get(named.probe, "") + ("" if named.strength is None else f" {named.strength:g}")
+    name = name or ", ".join(filter(None, [_name(Path(source)), probe]))
     kind, fingerprint = "basis" if coefficients.has_router else "LoRA", basis.fingerprint()
+    if named.strength is not None:
+        make = _edits(attached, strength=named.strength, **sampling)
+        return Candidate(name, kind, make, f"{fingerprint} {probe}", named.text, parameters)
     if named.probe:
         choose = probes.chooser(named.probe, attached, samples)
 

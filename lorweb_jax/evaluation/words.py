@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.settings.rules import STRENGTH, as_value
 
 STYLE = "style:"
 WORDS = ("base", "copy")  # methods that need no file
 # What a basis does with other coefficients than its router's (evaluation/probes.py), by the word before its path.
-PROBES = {"wrong": "wrong pair", "mean": "mean coefficients", "adapted": "adapted"}
+PROBES = {
+    "wrong": "wrong pair",
+    "mean": "mean coefficients",
+    "adapted": "adapted",
+    "pairs": "several pairs",
+    "strength": "strength",
+}
 
 
 class Named(NamedTuple):
@@ -18,7 +25,7 @@ class Named(NamedTuple):
     name: str | None
     text: str
     path: str | None
-    strength: float | None = None
+    strength: float | None = None  # of a style, or of the probe "strength"
     probe: str = ""  # of PROBES
 
     @property
@@ -27,7 +34,7 @@ class Named(NamedTuple):
 
 
 def parse_method(text: str) -> Named:
-    """[NAME=]SOURCE, of which SOURCE is copy, base, a path, style:PATH[:STRENGTH], or PROBE:PATH.
+    """[NAME=]SOURCE, of which SOURCE is copy, base, a path, style:PATH[:STRENGTH], PROBE:PATH or strength:NUMBER:PATH.
 
     An = in a path that is there begins no source. UserError for an empty name, source or strength.
     """
@@ -40,23 +47,30 @@ def parse_method(text: str) -> Named:
         return Named(name, source, None)
     probe, sign, path = source.partition(":")
     if sign and probe in PROBES and not Path(source).exists():
+        strength = None
+        if probe == "strength":
+            number, sign, path = path.partition(":")
+            strength = _strength(number, f"{text!r} begins with", "strength:0.5:runs/basis")
         if not path:
             raise UserError(f"the method {text!r} names no basis; give one such as {probe}:runs/basis", 2)
-        return Named(name, source, path, probe=probe)
+        return Named(name, source, path, strength, probe)
     if not source.startswith(STYLE):
         return Named(name, source, source)
     path, strength = source.removeprefix(STYLE), None
     head, sign, last = path.rpartition(":")
     if sign and not Path(path).exists():
-        try:
-            path, strength = head, float(last)
-        except ValueError:
-            raise UserError(
-                f"{source} ends in {last!r}, which is no strength; give one such as {STYLE}{head}:4", 2
-            ) from None
+        path, strength = head, _strength(last, f"{source} ends in", f"{STYLE}{head}:4")
     if not path:
         raise UserError(f"the method {text!r} names no style; give one such as {STYLE}runs/pair:4", 2)
     return Named(name, source, path, strength)
+
+
+def _strength(number: str, where: str, example: str) -> float:
+    try:
+        strength = float(number)
+    except ValueError:
+        raise UserError(f"{where} {number!r}, which is no strength; give one such as {example}", 2) from None
+    return as_value(strength, "a method's strength", STRENGTH)
 
 
 def parse_data(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ weight_2 · mix_2); without them it is strength · the mean, over the example pa
 
 import argparse
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorweb_jax.adapters.formats.mix_file import read_mix, require_basis
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.command_line import nonempty_path
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.pipeline.arguments import Images, Pair, as_path
-from lorweb_jax.settings.rules import STRENGTH, as_value
+from lorweb_jax.settings.rules import SAMPLING_STEPS, STRENGTH, as_value
 
 if TYPE_CHECKING:  # a command imports jax once its command line is known to be good
     from lorweb_jax.adapters.basis import Basis
@@ -64,6 +65,16 @@ def add_members(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:COEFFICIENT",
         help="styles that the basis took up (python -m lorweb_jax.export append), added to what the router chooses; "
         "--strength doesn't change them",
+    )
+
+
+def add_adapt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapt",
+        type=int,
+        metavar="STEPS",
+        help="fit the coefficients, all weights frozen, to the pair a, a2 by so many gradient steps, 1 to 1000; each "
+        "takes about as long as four of sampling",
     )
 
 
@@ -147,9 +158,18 @@ def check_kept(args: argparse.Namespace) -> None:
         as_value(coefficient, f"the coefficient of --member {name}", STRENGTH)
     if args.member and args.basis is None:
         raise UserError("--member is one that a basis took up, and no --basis was given; give it", 2)
-    for name, present in (("mix", args.mix), ("strength", args.strength != 1), ("save-mix", args.save_mix)):
+    for name, present in (
+        ("mix", args.mix),
+        ("strength", args.strength != 1),
+        ("adapt", args.adapt is not None),
+        ("save-mix", args.save_mix),
+    ):
         if present and args.basis is None:
             raise UserError(f"--{name} is of a basis, and no --basis was given; give it", 2)
+    if args.adapt is not None:
+        as_value(args.adapt, "--adapt", SAMPLING_STEPS)
+        if not args.b:
+            raise UserError("--adapt fits the coefficients to a pair, and none was given; give --a, --a2 and --b", 2)
     if args.save_mix is None:
         if args.out is None:
             raise UserError("neither --out nor --save-mix was given; give a file for the result", 2)
@@ -186,10 +206,11 @@ def mixes_of(
 ) -> list[Mix]:
     """One mix for all results, or one for each analogy; none where no option asks for another than the pipeline's own.
 
-    It is the mix of --mix (`saved`), of each analogy, or of a LoRA, times --strength, and each --member at its
-    coefficient. Raises UserError for a mix of another basis, a member that there isn't, and where there is no mix.
+    It is the mix of --mix (`saved`), of each analogy, or of a LoRA, moved by --adapt, times --strength, and each
+    --member at its coefficient. Raises UserError for a mix of another basis, a member that there isn't, and where
+    there is no mix.
     """
-    if not (saved or args.member or args.strength != 1 or args.save_mix or more_pairs):
+    if not (saved or args.member or args.strength != 1 or args.adapt or args.save_mix or more_pairs):
         return []
     basis = pipeline.model.basis
     assert basis is not None  # check_kept asked for one
@@ -210,7 +231,20 @@ def mixes_of(
             "saved one by --mix",
             2,
         )
+    if args.adapt:
+        mixes = _adapted(pipeline, args, analogies, mixes)
     return [sum(named, args.strength * mix) for mix in mixes]
+
+
+def _adapted(
+    pipeline: "Pipeline", args: argparse.Namespace, analogies: Sequence[Images], mixes: Sequence[Mix]
+) -> list[Mix]:
+    """Each mix after --adapt steps on the first pair; says how long that took."""
+    began = time.perf_counter()
+    options = {"steps": args.adapt, "seed": args.seed, "max_size": args.max_size}
+    moved = [pipeline.adapt(*images, args.prompt, mix=mix, **options) for images, mix in zip(analogies, mixes)]
+    say(f"coefficients adapted to the pair: {args.adapt} steps in {time.perf_counter() - began:.1f} s")
+    return moved
 
 
 def _require_members(basis: "Basis", path: Path, members: Sequence[tuple[str, float]]) -> None:

@@ -23,13 +23,14 @@ from lorweb_jax.adapters.formats.lora_file import TruncationError
 from lorweb_jax.adapters.formats.mix_file import SavedMix, read_mix, require_basis
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError, say
+from lorweb_jax.images.fit import STRETCH
 from lorweb_jax.images.grid import condition_grid, stretched
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.sharding import to_host
-from lorweb_jax.pipeline import loading, saving
+from lorweb_jax.pipeline import adapting, loading, saving
 from lorweb_jax.pipeline.adapters import load_basis
-from lorweb_jax.pipeline.arguments import Images, Pair, as_analogies, as_pairs, as_path, as_prompts
+from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, Pair, as_analogies, as_pairs, as_path, as_prompts
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.pipeline.request import edit_request, generation_request
@@ -45,7 +46,7 @@ from lorweb_jax.pipeline.styles import (
     weighted,
     with_defaults,
 )
-from lorweb_jax.settings.rules import STRENGTH, Flag, as_value
+from lorweb_jax.settings.rules import ADAPTATION_RATE, SAMPLING_STEPS, SEED, STRENGTH, Flag, as_value
 
 
 class Pipeline:
@@ -185,6 +186,46 @@ class Pipeline:
         """
         return self._basis().mix(which)
 
+    def adapt(
+        self,
+        a: np.ndarray,
+        a2: np.ndarray,
+        b: np.ndarray,
+        prompt: str = "",
+        *,
+        steps: int = adapting.STEPS,
+        rate: float = adapting.RATE,
+        seed: int = 0,
+        max_size: int | None = None,
+        mix: Mix | None = None,
+    ) -> Mix:
+        """The `coefficients` of an analogy, or `mix`, fitted to its one pair: `steps` of Adam at `rate` on the training
+        loss of a : a′ :: a : a′ with the prompt, all weights frozen.
+
+        It needs the memory of sampling, and of each block's input for the backward pass. steps: 1 to 1000. rate: above
+        0, at most 10. seed: of noise and noise levels. max_size: as in `edit`. Raises UserError as `coefficients` does,
+        and where the coefficients become infinite.
+        """
+        steps, rate = as_value(steps, "steps", SAMPLING_STEPS), float(as_value(rate, "rate", ADAPTATION_RATE))
+        seed = as_value(seed, "seed", SEED)
+        if max_size is not None:
+            max_size = as_value(max_size, "max_size", MAX_SIZE)
+        [(a, a2, b)], prompts = as_analogies([(a, a2, b)]), as_prompts([prompt])
+        basis = self._basis()
+        start = self.coefficients_batch([(a, a2, b)])[0] if mix is None else basis.own(mix)
+        model = self.model.replace(transformer=adapting.rematerialised(self.model.transformer))
+        c = adapting.adapted(
+            Pipeline(self.folder, model, self.precomputed),
+            [(a, a2)],
+            prompts,
+            [seed],
+            {path: jnp.asarray(c)[:, None] for path, c in start.coefficients.items()},
+            steps,
+            rate,
+            max_size,
+        )
+        return Mix({path: each[:, 0] for path, each in c.items()}, start.basis)
+
     def save_mix(
         self, path: str | Path, mix: Mix, *, prompt: str = "", pictures: Sequence[tuple[str, str]] = ()
     ) -> None:
@@ -214,9 +255,13 @@ class Pipeline:
         mix: Mix | None = None,
         strength: float = 1.0,
         more_pairs: Sequence[Pair] = (),
+        fit: str = STRETCH,
         **sampling,
     ) -> np.ndarray:
         """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
+
+        fit: "stretch" gives a b of other proportions a's, as published. "pad" repeats b's border outwards until it has
+        them and takes that part away again, "crop" edits the middle of b that has them; both give an image of b's size.
 
         prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
         folded: fold the mix into a copy of the weights, which is held meanwhile (every step then costs what the base
@@ -228,7 +273,7 @@ class Pipeline:
         mix, open a `session`.
         """
         options = {"max_size": max_size, "folded": folded, "mix": mix, "strength": strength, "more_pairs": more_pairs}
-        return self.edit_batch([(a, a2, b)], [prompt], **options, **sampling)[0]
+        return self.edit_batch([(a, a2, b)], [prompt], fit=fit, **options, **sampling)[0]
 
     def edit_batch(
         self,
@@ -241,19 +286,20 @@ class Pipeline:
         mix: Mix | Sequence[Mix] | None = None,
         strength: float = 1.0,
         more_pairs: Sequence[Pair] = (),
+        fit: str = STRETCH,
         styles: Style | Sequence[Style] = (),
         **sampling,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once; their grids must have one size. See `edit`.
 
         use_basis False leaves the basis out. `mix` serves all of them, or there is one for each; without it each has
-        its router's coefficients. Several mixes are not folded. strength, more_pairs: of all of them. styles: guide all
-        of them (see `session`).
+        its router's coefficients. Several mixes are not folded. strength, more_pairs, fit: of all of them. styles:
+        guide all of them (see `session`).
         Raises UserError for arguments of another kind or range, and where the result is not finite, with the place.
         """
         styles = as_styles(styles)
         sampling = with_defaults(sampling, styles)
-        conditions, request = edit_request(self.folder, conditions, prompts, sampling, max_size)
+        conditions, request = edit_request(self.folder, conditions, prompts, sampling, max_size, fit)
         if folded is None and len(conditions) > 1:
             folded = False
         if more_pairs := as_pairs(more_pairs):

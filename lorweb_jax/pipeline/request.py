@@ -10,11 +10,12 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.finite import require_finite
+from lorweb_jax.images.fit import FITS, STRETCH, Placement, placement
 from lorweb_jax.images.grid import fit_to_model, stretched, within
 from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, as_analogies, as_prompts, as_references, as_size
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import Size
-from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, STRENGTH, Flag, Whole, as_value, shown
+from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, STRENGTH, Choice, Flag, Whole, as_value, shown
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.settings.texts import as_text
 
@@ -114,6 +115,7 @@ class Request:
 
     references: for each reference image of a row uint8 [b, H, W, 3], sides multiples of 16; none for text to image.
     noise: float32 [b, s, c], of the sampling's own or of its seed.
+    places: of an edit, how each b came into its quadrant; results go back that way.
     """
 
     prompts: list[str]
@@ -121,6 +123,7 @@ class Request:
     size: Size
     noise: np.ndarray
     sampling: Sampling
+    places: list[Placement] = dataclasses.field(default_factory=list)
 
 
 def as_sampling(options: Mapping[str, Any]) -> Sampling:
@@ -133,26 +136,35 @@ def as_sampling(options: Mapping[str, Any]) -> Sampling:
 
 
 def edit_request(
-    folder: PipelineFolder, conditions: Any, prompts: Any, sampling: Mapping[str, Any], max_size: int | None = None
+    folder: PipelineFolder,
+    conditions: Any,
+    prompts: Any,
+    sampling: Mapping[str, Any],
+    max_size: int | None = None,
+    fit: str = STRETCH,
 ) -> tuple[list[Images], Request]:
     """The analogies (a, a′, b) as uint8 images, and the request that shows them as references, such as FLUX.1's grid.
 
-    Says what is resized or stretched. Raises UserError for arguments of another kind or range, and for analogies whose
-    grids differ in size.
+    fit: how a b of other proportions than a's comes into its quadrant, and the result back (images/fit.py). Says what
+    is resized or stretched. Raises UserError for arguments of another kind or range, and for analogies whose grids
+    differ in size.
     """
     sampling = as_sampling(sampling)
     max_size = _max_size(max_size)
     conditions = as_analogies(conditions)
     prompts = as_prompts(prompts, len(conditions))
-    shown = [folder.backbone.references.images(*images, max_size) for images in conditions]
+    fit = as_value(fit, "fit", Choice(FITS))
+    places = [placement(b, a.shape[1::-1], fit) for a, _, b in conditions]
+    fitting = [(a, a2, each.shown) for (a, a2, _), each in zip(conditions, places)]
+    shown = [folder.backbone.references.images(*images, max_size) for images in fitting]
     references = [_fitted(column, "grid") for column in zip(*shown)]
-    for sentence in stretched(conditions):
+    for sentence in stretched(fitting):
         say(sentence)
     for column in references:
         _require_one_size(column, "the analogies give grids", "edit them one by one, or resize the first images alike")
     size = references[0][0].shape[:2]
     noise = _noise(folder, sampling, len(conditions), size)
-    return conditions, Request(prompts, [np.stack(column) for column in references], size, noise, sampling)
+    return conditions, Request(prompts, [np.stack(column) for column in references], size, noise, sampling, places)
 
 
 def generation_request(

@@ -18,6 +18,7 @@ from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.fold import fold, layers_at
 from lorweb_jax.adapters.mixture import added
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.images.fit import STRETCH
 from lorweb_jax.nn.layers import Adapter
 from lorweb_jax.pipeline.arguments import Images
 from lorweb_jax.pipeline.request import Request, edit_request, generation_request
@@ -57,17 +58,31 @@ class Session:
             self._model, self._basis = pipeline.model.replace(transformer=transformer), None
 
     def edit(
-        self, a: np.ndarray, a2: np.ndarray, b: np.ndarray, prompt: str = "", *, max_size: int | None = None, **sampling
+        self,
+        a: np.ndarray,
+        a2: np.ndarray,
+        b: np.ndarray,
+        prompt: str = "",
+        *,
+        max_size: int | None = None,
+        fit: str = STRETCH,
+        **sampling,
     ) -> np.ndarray:
         """b′ by this session's mix; as `Pipeline.edit`, which lets a, a2 and b choose the mix."""
-        return self.edit_batch([(a, a2, b)], [prompt], max_size=max_size, **sampling)[0]
+        return self.edit_batch([(a, a2, b)], [prompt], max_size=max_size, fit=fit, **sampling)[0]
 
     def edit_batch(
-        self, conditions: Sequence[Images], prompts: Sequence[str], *, max_size: int | None = None, **sampling
+        self,
+        conditions: Sequence[Images],
+        prompts: Sequence[str],
+        *,
+        max_size: int | None = None,
+        fit: str = STRETCH,
+        **sampling,
     ) -> list[np.ndarray]:
         """b′ of several analogies (a, a′, b) at once, all by this session's mix; as `Pipeline.edit_batch`."""
         _, request = edit_request(
-            self._pipeline.folder, conditions, prompts, with_defaults(sampling, self._styles), max_size
+            self._pipeline.folder, conditions, prompts, with_defaults(sampling, self._styles), max_size, fit
         )
         return self.edited(request)
 
@@ -102,7 +117,8 @@ class Session:
 
     def edited(self, request: Request) -> list[np.ndarray]:
         """b′ of the analogies of an edit_request."""
-        return [self._pipeline.folder.backbone.references.result(image) for image in self._images(request)]
+        result = self._pipeline.folder.backbone.references.result
+        return [place.back(result(image)) for place, image in zip(request.places, self._images(request))]
 
     def generated(self, request: Request) -> list[np.ndarray]:
         """The images of a generation_request."""

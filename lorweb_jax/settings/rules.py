@@ -189,6 +189,7 @@ Rule = Whole | Real | Choice | Flag | Folder | Several | Either | Steps | Text |
 SHARE = Real(0, 1)  # a probability
 GUIDANCE = Real(0, 100)
 STRENGTH = Real(-1000, 1000)  # of a style
+ADAPTATION_RATE = Real(0, 10, above=True)
 SAMPLING_STEPS = Whole(1, 1000)
 SHOWN_PER_TASK = Whole(1, 10**6)
 SHOWN_AT_ONCE = Whole(1, 65_536)

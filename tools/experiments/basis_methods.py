@@ -80,7 +80,8 @@ REFERENCES = {"base": "frozen base", "copy": "copy b"}  # words of `lorweb_jax.e
 class Probe(NamedTuple):
     """Another evaluation of what a method trained.
 
-    of: a method, or "base". kind: of words.PROBES, or "". wording: of the instructions, see `Study.samples`.
+    of: a method, or "base". kind: of words.PROBES, with its number, or "". wording: of the instructions, see
+    `Study.samples`.
     """
 
     title: str
@@ -93,6 +94,10 @@ PROBES = {
     "wrong": Probe("basis, router shown the pair of another task", "basis", "wrong"),
     "mean": Probe("basis, the router's average for every analogy", "basis", "mean"),
     "adapted": Probe("basis, coefficients adapted to the pair", "basis", "adapted"),
+    "pairs": Probe("basis, mean over the pairs of the task", "basis", "pairs"),
+    "strength_05": Probe("basis at strength 0.5", "basis", "strength:0.5"),
+    "strength_15": Probe("basis at strength 1.5", "basis", "strength:1.5"),
+    "strength_2": Probe("basis at strength 2", "basis", "strength:2"),
     "base_full": Probe("frozen base, full instruction", "base", wording="full"),
     "lora_full": Probe("one LoRA of rank N·r, full instruction", "lora_nr", wording="full"),
     "basis_full": Probe("basis, full instruction", "basis", wording="full"),
@@ -118,6 +123,13 @@ class Group(NamedTuple):
 GROUPS = {
     "main": Group("Basis against one LoRA", ("basis", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
     "listening": Group("Does it listen to the pair?", ("basis",), 5, (), ("wrong", "mean", "adapted")),
+    "mixes": Group(
+        "Strength, several pairs, adaptation",
+        ("basis",),
+        5,
+        ("base", "copy"),
+        ("strength_05", "strength_15", "strength_2", "pairs", "adapted"),
+    ),
     "sizes": Group(
         "Members and rank",
         ("basis", "lora_equal", "basis_4x16", "basis_8x8", "basis_32x2", "basis_4x4", "basis_8x4", "basis_32x4"),
