@@ -89,8 +89,10 @@ class FakePipeline:
     def query(self, conditions):
         return np.zeros((len(conditions), 2))
 
-    def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True, mix=None):
+    def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True, mix=None, strength=1.0):
         assert len(seed) == len(conditions) == len(prompts)
+        if strength != 1:
+            return [np.full_like(b, round(100 * strength)) for _, _, b in conditions]
         if mix is not None:  # shades by the first coefficient, so that mixes can be told apart
             assert all(each.basis == self.model.basis.fingerprint() for each in mix)
             return [np.full_like(conditions[0][2], round(200 * each.coefficients["blocks.to_q"][0, 0])) for each in mix]
@@ -117,7 +119,7 @@ def run(data, monkeypatch):
     monkeypatch.setattr(FakePipeline, "calls", [])
 
     def call(*options, methods=("ours", "theirs.x")):
-        paths = [str(data / name) for name in methods]
+        paths = [re.sub(r"[^:]+$", lambda name: str(data / name[0]), method) for method in methods]
         folders = [f"seen={data}/seen", f"unseen={data}/unseen"]
         command.main(
             [*paths, "--pipeline", "base", "--data", *folders, "--out", f"{data}/out", "--steps", "3", *options]
@@ -646,3 +648,11 @@ def test_a_pipeline_as_it_is(tmp_path, quick_compiles):
         row = stored["ids"].tolist().index(samples[0].id)
         for path, c in pipeline.coefficients(*conditions[0]).coefficients.items():
             np.testing.assert_allclose(stored[path][row], c, atol=1e-5)
+
+
+def test_strength_and_several_pairs(run, data):
+    """Two words before a path: the basis at a strength, and by the mean over a task's pairs."""
+    run("--scores", "mse", "--without-references", methods=["strength:0.5:ours", "pairs:ours"])
+    for name, shade in (("ours, strength 0.5", 50), ("ours, several pairs", 100)):  # the fake's mean is 0.5
+        images = list((data / "out" / "methods" / name).glob("*.png"))
+        assert len(images) == 12 and all((np.asarray(Image.open(path)) == shade).all() for path in images)
