@@ -653,6 +653,6 @@ def test_a_pipeline_as_it_is(tmp_path, quick_compiles):
 def test_strength_and_several_pairs(run, data):
     """Two words before a path: the basis at a strength, and by the mean over a task's pairs."""
     run("--scores", "mse", "--without-references", methods=["strength:0.5:ours", "pairs:ours"])
-    for name, shade in (("ours, strength 0.5", 50), ("ours, several pairs", 100)):  # the fake's mean is 0.5
-        images = list((data / "out" / "methods" / name).glob("*.png"))
+    for name, shade in (("ours_strength_0.5", 50), ("ours_several_pairs", 100)):  # the fake's mean is 0.5
+        images = list((data / "out" / "methods").glob(f"{name}-*/*.png"))
         assert len(images) == 12 and all((np.asarray(Image.open(path)) == shade).all() for path in images)
