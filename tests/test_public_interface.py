@@ -67,6 +67,8 @@ def refused(capsys):
         ("folded", (0, 1, "yes", [])),
         ("prompt", (None, 1, b"bytes", ["list"], math.nan)),
         ("mix", (1, "x", [], {}, {"x": 1}, {1: 2})),
+        ("strength", ("a", None, math.nan, 1001, True, [1])),
+        ("fit", (None, 1, "squash", ["pad"])),
     ],
 )
 def test_edit_refuses(pipeline, images, refused, name, values):
