@@ -8,7 +8,8 @@
     --config.FIELD=VALUE        another value for a field of it, as often as wanted
     --workdir=FOLDER            run folder; runs/<config name> by default
 
-The run folder receives log.txt, TensorBoard events, pictures/, checkpoints/ and, at the end, the exported result. The
+The run folder receives command.txt (this command line), log.txt, TensorBoard events, pictures/, checkpoints/ and, at
+the end, the exported result; `python -m lorweb_jax.runs runs/` makes a page of all runs. The
 same command resumes a run that was stopped, also on another mesh, and also after its folder, data or models were moved,
 if their contents are the same. Two runs at once in one folder are refused. A run may consist of several processes, on
 one or many hosts: the scripts in launch/ start them, and lorweb_jax/processes/distributed.py says how they find each
@@ -19,6 +20,7 @@ steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .co
 import ast
 import difflib
 import runpy
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -128,7 +130,8 @@ def command() -> int:
         from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
 
         keep_freed_memory()
-        finished = train(config, workdir, make_job)
+        words = shlex.join(sys.argv[1:])
+        finished = train(config, workdir, make_job, f"python -m lorweb_jax.main {words}")
     return 0 if finished else stop_status()
 
 

@@ -17,12 +17,13 @@ from lorweb_jax import BasisConfig
 from lorweb_jax import evaluate as command
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.evaluation import metrics, routing, scores, svg
+from lorweb_jax.evaluation import metrics, routing, scores
 from lorweb_jax.evaluation.making import add_scores
 from lorweb_jax.evaluation.records import Records
 from lorweb_jax.evaluation.samples import read_folder
 from lorweb_jax.evaluation.statistics import bootstrap_interval, estimate, paired
 from lorweb_jax.evaluation.table import TRUTH
+from lorweb_jax.images import svg
 from lorweb_jax.pipeline.folder import PARTS
 
 ROOT = Path(__file__).parents[1]

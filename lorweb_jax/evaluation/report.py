@@ -1,15 +1,11 @@
 """One HTML page of an evaluation that asks nothing of the network: tables, scatter, pictures, router maps, cost."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from lorweb_jax.evaluation import svg
 from lorweb_jax.evaluation.results import (
     ALL,
     COST_HEAD,
@@ -27,57 +23,20 @@ from lorweb_jax.evaluation.results import (
 from lorweb_jax.evaluation.routing_report import routers
 from lorweb_jax.evaluation.samples import Sample
 from lorweb_jax.evaluation.table import TRUTH
-from lorweb_jax.images.grid import within
+from lorweb_jax.images import svg
+from lorweb_jax.images.page import document, picture, table
 
-SHOWN = 160  # px of an embedded picture's longer edge
 # What ranks pictures, and what counts as accuracy in the scatter: the first that there is.
 RANKS = ("lpips", "mse", "clip_directional", "alexnet_directional")
 ACCURACY = ("clip_directional", "alexnet_directional", "lpips")
 PRESERVATION = "lpips_b"
-
-_STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#5b6570;--line:#d5dae0;--panel:#f5f7f9;--ink:#1f5fbf}
-@media (prefers-color-scheme:dark){:root{--back:#14171a;--text:#e6e9ec;--soft:#9aa5b0;--line:#363d45;--panel:#1d2226;
---ink:#7fb0ff}}
-*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:90rem;background:var(--back);color:var(--text);
-font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.25rem;margin:2rem 0 .4rem;border-top:1px solid var(--line);
-padding-top:1rem}h3{font-size:1.05rem;margin:1.2rem 0 .3rem}p,li{overflow-wrap:anywhere}
-.soft,figcaption{color:var(--soft)}
-.scroll{overflow-x:auto;margin:.5rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--back);white-space:normal;
-min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
-td small{display:block;color:var(--soft);font-weight:400}.best{font-weight:700}
-.row{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.6rem;margin:.6rem 0;
-overflow-wrap:anywhere}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.5rem,1fr));gap:.5rem;margin-top:.4rem}
-figure{margin:0}
-figure img{display:block;width:100%;height:auto;max-width:10rem;image-rendering:pixelated;border-radius:2px}
-figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}
-.figure{width:100%;max-width:34rem;height:auto;display:block}
-.figure text{fill:var(--text);font:11px system-ui,sans-serif}
-.grid{stroke:var(--line)}.whisker{stroke:currentColor;stroke-width:1.5}circle{fill:currentColor}
-.figure .number{fill:var(--back);font-weight:700}.cell{fill:var(--ink)}
-.m0{color:#1f77d0}.m1{color:#d1495b}.m2{color:#3a8f4d}.m3{color:#b07800}.m4{color:#8a56c2}.m5{color:#00868f}
-.m6{color:#b0457f}.m7{color:#6b7480}.legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1rem}
-.legend b{display:inline-block;min-width:1.4rem}summary{cursor:pointer;margin:.6rem 0}
-"""
 
 
 def report(
     data: Evaluated, results: Mapping[str, Any], samples: Mapping[str, Sample], title: str = "Evaluation"
 ) -> str:
     """The page as a text. results: of `figures`. samples: by id, as in `data.triplets`."""
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">",
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1><p class=soft>{escape(conditions_line(results))}</p>",
-    ]
+    parts = [f"<p class=soft>{escape(conditions_line(results))}</p>"]
     for split, of in results["splits"].items():
         parts += [
             f"<h2>{escape(split) or 'Results'}</h2><p>{escape(counts_line(of))}</p>",
@@ -89,19 +48,12 @@ def report(
             parts.append(_pictures(data, results, samples, data.splits[split]))
     parts += [
         _judge(results.get("judge")),
-        *routers(data, _table, picture),
+        *routers(data, table, picture),
         _cost(results),
         _tasks(results),
         _meaning(data, results),
     ]
-    return "\n".join(part for part in parts if part) + "\n</body></html>\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """head and the cells are HTML already."""
-    top = "".join(f"<th>{x}</th>" for x in head)
-    body = "".join("<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return document(title, parts)
 
 
 def _small(text: str) -> str:
@@ -111,7 +63,7 @@ def _small(text: str) -> str:
 
 
 def _html(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Rows of a name and figures as cells of `_table`."""
+    """Rows of a name and figures as cells of `table`."""
     return [[escape(name), *map(_small, figures)] for name, *figures in rows]
 
 
@@ -134,7 +86,7 @@ def _score_table(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
             cells.append(f'<span class="best">{text}</span>' if best.get(score) == name else text)
         rows.append([escape(name), *cells])
     head = ["method", *(escape(heading(about)) for about in scores.values())]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _scatter(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
@@ -173,18 +125,8 @@ def _differences(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
     body = _html([[title, *cells.values()] for title, cells in rows])
     return (
         "<h3>Differences by task</h3><p class=soft>Mean, its interval, and the share of tasks on which the first is "
-        f"better. All pairs stand in results.json.</p>{_table(head, body)}"
+        f"better. All pairs stand in results.json.</p>{table(head, body)}"
     )
-
-
-def picture(image: np.ndarray) -> str:
-    """An img element with the picture in it, WebP or, where it is small, PNG."""
-    image = within(image, SHOWN)
-    kind, options = ("png", {"optimize": True}) if max(image.shape[:2]) <= 64 else ("webp", {"quality": 80})
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, kind, **options)
-    text = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="" width="{image.shape[1]}" height="{image.shape[0]}" src="data:image/{kind};base64,{text}">'
 
 
 def _pictures(data: Evaluated, results: Mapping[str, Any], samples: Mapping[str, Sample], keys: Sequence[str]) -> str:
@@ -236,16 +178,16 @@ def _judge(judged: Mapping[str, Any] | None) -> str:
     parts = [f"<h2>Judge</h2><p class=soft>{escape(judged['model'])}</p>"]
     if judged.get("scores"):
         rows = _html(judged_scores(judged))
-        parts.append(_table(["method", "accuracy ↑", "consistency ↑", "answered", "unanswered"], rows))
+        parts.append(table(["method", "accuracy ↑", "consistency ↑", "answered", "unanswered"], rows))
     if judged.get("choices"):
         rows = _html(judged_choices(judged))
-        parts.append(_table(["forced choice", "wins (68 %)", "answered", "unanswered"], rows))
+        parts.append(table(["forced choice", "wins (68 %)", "answered", "unanswered"], rows))
     return "".join(parts)
 
 
 def _cost(results: Mapping[str, Any]) -> str:
     rows = [[escape(x) for x in row] for row in cost_rows(results)]
-    return "<h2>Cost</h2>" + _table(COST_HEAD, rows)
+    return "<h2>Cost</h2>" + table(COST_HEAD, rows)
 
 
 def _tasks(results: Mapping[str, Any]) -> str:
@@ -257,7 +199,7 @@ def _tasks(results: Mapping[str, Any]) -> str:
                 cells = (f"{values[s]:.{about['digits']}f}" if s in values else "–" for s, about in scores.items())
                 rows.append([escape(task.lstrip("/")), escape(name), str(of["triplets"]), *cells])
     head = ["task", "method", "triplets", *(escape(about["label"]) for about in scores.values())]
-    return f"<details><summary>Every task</summary>{_table(head, rows)}</details>"
+    return f"<details><summary>Every task</summary>{table(head, rows)}</details>"
 
 
 def _meaning(data: Evaluated, results: Mapping[str, Any]) -> str:

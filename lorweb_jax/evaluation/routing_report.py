@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lorweb_jax.evaluation import svg
 from lorweb_jax.evaluation.making import BLENDS, COEFFICIENTS, EDITS, PATH
 from lorweb_jax.evaluation.results import Evaluated
 from lorweb_jax.evaluation.routing import Routing, edit_distances, rank_correlation, read_coefficients, read_routing
+from lorweb_jax.images import svg
 from lorweb_jax.images.io import read_image
 
 MOST_TASKS = 60  # rows of a router map

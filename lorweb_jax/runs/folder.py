@@ -21,12 +21,14 @@ from lorweb_jax.settings import config as configs
 from lorweb_jax.settings import fields as config_fields
 from lorweb_jax.settings.rules import shown
 
-CONFIG, LOCK, SOURCES = "config.json", ".lock", "sources.json"
+CONFIG, COMMAND, LOCK, SOURCES = "config.json", "command.txt", ".lock", "sources.json"
 SHARED_WITHIN = 20.0  # s until a file that process 0 has written is seen by all hosts
 # What runs write beside config.json. Where such a thing lies and no config.json of a run, it is somebody else's.
 _WRITTEN = {
     "checkpoints",
     "log.txt",
+    "outcome.json",
+    "command.txt",
     "pictures",
     "export",
     "evaluation",
@@ -116,6 +118,13 @@ def _owner(path: Path) -> dict | None:
         return None
 
 
+def owner_alive(workdir: Path) -> dict | None:
+    """{host, pid, since} of the process that has the folder; None where none has, or it died. Of a process on another
+    host it isn't known whether it died."""
+    owner = _owner(workdir / LOCK)
+    return owner if _runs(owner) else None
+
+
 def _runs(owner: dict | None) -> bool:
     if owner is None:
         return False
@@ -145,8 +154,9 @@ def _require_runs_own(workdir: Path) -> None:
         )
 
 
-def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
-    """Write the run's config into its folder, after checking that checkpoints in it are of the same config.
+def open_run(workdir: Path, config, sources: Mapping[str, str], command: str = "") -> None:
+    """Write the run's config into its folder, after checking that checkpoints in it are of the same config; and its
+    command line, where it has one, into command.txt.
 
     sources: {dotted field: fingerprint of the files at this path}. Paths are compared by these fingerprints, other
     fields by value, except those that may change (configs.may_change). UserError that names what differs, and where the
@@ -157,6 +167,8 @@ def open_run(workdir: Path, config, sources: Mapping[str, str]) -> None:
             _require_same(workdir, config, sources)
         write_file(workdir / SOURCES, (json.dumps(dict(sources), indent=1) + "\n").encode())
         configs.save(config, workdir / CONFIG)
+        if command:
+            write_file(workdir / COMMAND, (command + "\n").encode(errors="backslashreplace"))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")
         _check_shared(workdir, config)

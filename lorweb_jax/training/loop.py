@@ -23,6 +23,7 @@ from lorweb_jax.nn.quantization import bytes_by_dtype
 from lorweb_jax.processes.stop import StopRequest
 from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
 from lorweb_jax.runs.folder import open_run, owned
+from lorweb_jax.runs.outcome import recorded
 from lorweb_jax.settings import config as configs
 from lorweb_jax.training.best import mark_best
 from lorweb_jax.training.compile_cache import FOLDER, compile_cache
@@ -34,11 +35,12 @@ from lorweb_jax.training.state import Partition, count, frozen_weights, initial_
 from lorweb_jax.training.step import TrainStep, numeric
 
 
-def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
+def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command: str = "") -> bool:
     """Train the job that `make_job` makes of `config`, from the newest checkpoint in `workdir`, where all files go.
 
-    Returns whether the run came to its end; False where SIGTERM stopped it. Raises UserError for a config, folder or
-    batch that cannot work, and when the loss is no longer finite.
+    command: the command line of the run, kept in its folder. Returns whether the run came to its end; False where
+    SIGTERM stopped it. Raises UserError for a config, folder or batch that cannot work, and when the loss is no longer
+    finite.
     """
     configs.check(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -52,7 +54,8 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
         job = make_job(config)
         for heads in job.attention_heads:
             sharding.check_heads(heads, mesh)
-        open_run(workdir, config, job.sources())
+        open_run(workdir, config, job.sources(), command)
+        outcome = closing.enter_context(recorded(workdir))
         data = job.data(config)
         closing.callback(data.close)
 
@@ -124,6 +127,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job]) -> bool:
         stop.saved()
         with own_folder(workdir) as folder:
             job.finish(partition.model(state.exported, frozen), folder)
+        outcome["state"] = "finished"
         print(f"finished at step {max(first_step, steps)}; results are in {workdir}", flush=True)
     return True
 
