@@ -449,6 +449,8 @@ def test_eight_devices_train_as_one(whole_run, tmp_path):
     run = start(tmp_path / "run", XLA_FLAGS="--xla_force_host_platform_device_count=8")
     output, errors = run.communicate()
     assert run.returncode == 0 and "8 devices" in output, errors
+    command = f"python -m lorweb_jax.main --config={LINE_JOB} --workdir={tmp_path / 'run'}\n"
+    assert (tmp_path / "run" / "command.txt").read_text() == command
     one, eight = losses(whole_run), losses(tmp_path / "run")
     np.testing.assert_allclose([eight[step] for step in one], list(one.values()), rtol=1e-5)
 
