@@ -7,6 +7,7 @@
 | table | a .csv, .jsonl or .parquet file | tables.py |
 | Hugging Face data set | a folder that datasets' save_to_disk left | saved.py |
 | webdataset | .tar files, or one such | shards.py |
+| ArrayRecord of tensorflow-datasets | tfds:NAME or tfds:NAME:DIR in the place of a path | stored.py |
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.data import folders, relation252k, saved, shards, tables
+from lorweb_jax.data import folders, relation252k, saved, shards, stored, tables
 from lorweb_jax.data.analogies import Task
 from lorweb_jax.data.problems import Problems
 
@@ -40,6 +41,8 @@ def read_tasks(root: str | os.PathLike, problems: Problems) -> list[Task]:
 
 def _of_its_own_kind(root: Path) -> Callable[[Path, Problems], list[Task]] | None:
     """What reads a root that isn't a folder of tasks."""
+    if str(root).startswith(stored.PREFIX):
+        return stored.read_tasks
     if root.suffix.lower() in tables.KINDS and not root.is_dir():
         return tables.read_tasks
     if saved.is_saved(root):
