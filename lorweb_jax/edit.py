@@ -76,7 +76,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=FITS,
         default=STRETCH,
         help="what becomes of a --b of other proportions than --a: stretch gives it and the result a's (as published, "
-        "the default); pad and crop give a result of b's size, made of all of b or of its middle",
+        "the default); with restore the result is stretched back, with pad or crop b is padded or cropped in place of "
+        "stretching; these three give a result of b's size",
     )
     parser.add_argument(
         "--image", type=nonempty_path, nargs="+", help="without an analogy: images to edit as the prompt says"

@@ -30,6 +30,15 @@ def test_the_padding_comes_off(width, height):
         np.testing.assert_allclose(mean[inner], expected[inner], atol=3)  # half a pixel of the quadrant, and rounding
 
 
+def test_a_stretch_is_undone():
+    """A ramp as the result, of b's size again; by itself stretching leaves a's."""
+    result, b = ramp(64, 48), np.zeros((24, 96, 3), np.uint8)
+    back = placement(b, (64, 48), "restore").back(result)
+    assert back.shape == b.shape and placement(b, (64, 48)).back(result) is result
+    expected = 2 * ((np.arange(96) + 0.5) * 64 / 96 - 0.5)
+    np.testing.assert_allclose(back[..., 0].mean(0)[4:-4], expected[4:-4], atol=1)
+
+
 @pytest.mark.parametrize("width, height, box", [(60, 30, (10, 0, 40, 30)), (20, 90, (0, 37, 20, 15)), (64, 48, None)])
 def test_what_is_cropped_stays(width, height, box):
     """The middle of a's proportions is shown, pixel by pixel, and its result lies there; the rest is b."""

@@ -29,6 +29,9 @@ PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safete
 FAST = {"steps": 1, "folded": False}
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
     with pytest.MonkeyPatch.context() as patch:
@@ -238,10 +241,10 @@ def test_b_keeps_its_shape(pipeline, pictures, mixes, saved, capsys):
     wide = np.random.default_rng(1).integers(0, 256, (16, 48, 3), np.uint8)
     write_image(saved / "wide.png", wide)
     mix = pipeline.coefficients(a, a2, wide)
-    for fit in ("pad", "crop"):
+    for fit, silent in (("pad", True), ("crop", True), ("restore", False)):
         capsys.readouterr()
         result = pipeline.edit(a, a2, wide, fit=fit, **FAST)
-        assert result.shape == wide.shape and capsys.readouterr().out == ""
+        assert result.shape == wide.shape and (capsys.readouterr().out == "") == silent
         place = placement(wide, (32, 32), fit)
         np.testing.assert_array_equal(result, place.back(pipeline.edit(a, a2, place.shown, mix=mix, **FAST)))
         with pipeline.session(mix, folded=False) as session:
@@ -251,7 +254,7 @@ def test_b_keeps_its_shape(pipeline, pictures, mixes, saved, capsys):
     capsys.readouterr()
     assert pipeline.edit(a, a2, wide, **FAST).shape == a.shape
     assert "b is stretched to a's shape" in capsys.readouterr().out
-    with pytest.raises(UserError, match="fit is 'squash'; give stretch, pad or crop"):
+    with pytest.raises(UserError, match="fit is 'squash'; give stretch, restore, pad or crop"):
         pipeline.edit(a, a2, wide, fit="squash")
 
 

@@ -1,10 +1,11 @@
 """A b of other proportions than a's: how it comes into its quadrant of the grid, and the result back to b's size.
 
 stretch   b takes a's size, as published; the result keeps that size
+restore   the same, and the result is stretched back
 pad       b is resized as a whole into a's size, its border repeated outwards; the result loses that part again
 crop      the middle of b that has a's proportions is edited; the result is put in its place in b
 
-With pad and crop the result has b's width and height.
+With all but stretch the result has b's width and height.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from PIL import Image
 
 from lorweb_jax.images.resize import resize
 
-STRETCH, PAD, CROP = FITS = ("stretch", "pad", "crop")
+STRETCH, RESTORE, PAD, CROP = FITS = ("stretch", "restore", "pad", "crop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """What the model is shown of a b, and the way back.
 
-    b: uint8 [H, W, 3]. shown: uint8 [h, w, 3]. box: (left, top, width, height) in pixels, where b lies in `shown` (pad)
-    or `shown` in b (crop).
+    b: uint8 [H, W, 3]. shown: uint8 [h, w, 3], which the grid resizes to a's size. box: (left, top, width, height) in
+    pixels, where b lies in `shown`, or with crop `shown` in b.
     """
 
     b: np.ndarray
@@ -50,7 +51,7 @@ class Placement:
 def placement(b: np.ndarray, size: tuple[int, int], fit: str = STRETCH) -> Placement:
     """b uint8 [H, W, 3] for a quadrant of `size` = (width, height) pixels, by one of FITS."""
     height, width = b.shape[:2]
-    if fit == STRETCH:
+    if fit in (STRETCH, RESTORE):
         return Placement(b, b, (0, 0, width, height), fit)
     if fit == PAD:
         scale = min(size[0] / width, size[1] / height)

@@ -33,8 +33,7 @@ def stretched(analogies: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
             )
             sentences.append(
                 f"{name} is stretched to a's shape{among} from {width}x{height} to {a_width}x{a_height} "
-                f"pixels; crop it to the same proportions{', or choose the fit pad or crop,' * (name == 'b')} if that "
-                "is not wanted"
+                f"pixels; crop it to the same proportions if that is not wanted"
             )
     return sentences
 

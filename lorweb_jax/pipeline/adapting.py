@@ -4,7 +4,6 @@ All that is known of an edit is a → a′, so that the loss is the training los
 expectation over noise and noise level of which Adam takes steps from what the router chose.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def adapted(
     text, pooled = pipeline.prompt(list(prompts))
     keys = jnp.stack([random_key(seed) for seed in seeds])
     model = pipeline.model.only("transformer", "vae", "basis")
-    moved = _adapt(model, steps, rate, target, condition, text, pooled, keys, dict(start))
+    moved = _adapt(model, jnp.asarray(steps), jnp.asarray(rate), target, condition, text, pooled, keys, dict(start))
     return {path: np.asarray(to_host(c), np.float32) for path, c in moved.items()}
 
 
@@ -65,8 +64,8 @@ def rematerialised(transformer: nnx.Module) -> nnx.Module:
     return copy
 
 
-@functools.partial(nnx.jit, static_argnums=(1, 2))
-def _adapt(model: AnalogyModel, steps: int, rate: float, target, condition, text, pooled, keys, start):
+@nnx.jit
+def _adapt(model: AnalogyModel, steps: jax.Array, rate: jax.Array, target, condition, text, pooled, keys, start):
     x0, references = model.tokens(target), model.tokens(condition)
     optimizer, size = optax.adam(rate), target.shape[1:3]
     guidance = jnp.ones(x0.shape[:1])
@@ -82,13 +81,13 @@ def _adapt(model: AnalogyModel, steps: int, rate: float, target, condition, text
         # The sum: each pair's coefficients have the gradient of its own loss.
         return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[1].sum()
 
-    def update(carry, step):
+    def update(step, carry):
         coefficients, state = carry
         updates, state = optimizer.update(jax.grad(loss)(coefficients, step), state)
-        return (optax.apply_updates(coefficients, updates), state), None
+        return optax.apply_updates(coefficients, updates), state
 
-    (coefficients, _), _ = jax.lax.scan(update, (start, optimizer.init(start)), jnp.arange(steps))
-    return coefficients
+    # A loop of any length: compiling takes far longer than some steps, and is done once for a size of images.
+    return jax.lax.fori_loop(0, steps, update, (start, optimizer.init(start)))[0]
 
 
 def _basis(model: AnalogyModel) -> Basis:

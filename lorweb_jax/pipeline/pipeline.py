@@ -260,8 +260,9 @@ class Pipeline:
     ) -> np.ndarray:
         """b′, such that a : a′ :: b : b′. One image uint8, of the size of a (or of max_size's quadrant).
 
-        fit: "stretch" gives a b of other proportions a's, as published. "pad" repeats b's border outwards until it has
-        them and takes that part away again, "crop" edits the middle of b that has them; both give an image of b's size.
+        fit: "stretch" gives a b of other proportions a's, as published. "restore" stretches the result back, "pad"
+        repeats b's border outwards until it has a's proportions and takes that part off the result, "crop" edits the
+        middle of b that has them; these three give an image of b's size.
 
         prompt: what the edit is, in words; may be empty. max_size: longest edge of the whole grid, pixels.
         folded: fold the mix into a copy of the weights, which is held meanwhile (every step then costs what the base
