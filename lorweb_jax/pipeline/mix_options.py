@@ -243,9 +243,8 @@ def _adapted(
     began = time.perf_counter()
     options = {"steps": args.adapt, "seed": args.seed, "max_size": args.max_size}
     moved = [pipeline.adapt(*images, args.prompt, mix=mix, **options) for images, mix in zip(analogies, mixes)]
-    say(
-        f"coefficients adapted to the pair: {args.adapt} steps in {time.perf_counter() - began:.1f} s, compiling included"
-    )
+    seconds = time.perf_counter() - began
+    say(f"coefficients adapted to the pair: {args.adapt} steps in {seconds:.1f} s, compiling included")
     return moved
 
 
