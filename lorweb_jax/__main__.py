@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "export",
     "evaluate": "evaluate",
     "base-report": "base_report",
+    "demo": "demo",
 }
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "small_base",
     "jobs",
     "planning",
+    "studio",
 )
 COMMANDS = {
     "__init__",
@@ -41,6 +42,7 @@ COMMANDS = {
     "plan",
     "precompute",
     "base_report",
+    "demo",
 }
 
 

@@ -66,6 +66,25 @@ def test_a_callback_sees_the_recorded_latents_of_every_step(pipeline, analogy, r
     assert apart(result, pipeline.edit(*analogy, prompt, **options)) <= 1
 
 
+def test_previews_are_the_results_of_a_constant_velocity(pipeline, analogy, recorded):
+    """z' − σ'·v in numpy, of diffusers' latents and noise levels, whose v is (z' − z) / (σ' − σ); decoded by the
+    autoencoder, and its b′ cut out. 1 of 255 for rounding. The result is the one without previews."""
+    seen, prompt = [], str(recorded["prompt"])
+    options = dict(guidance=float(recorded["guidance_scale"]), steps=4, noise=recorded["latents_packed"], folded=False)
+    result = pipeline.edit(*analogy, prompt, preview=lambda *step: seen.append(step), preview_every=2, **options)
+    assert [step for step, _ in seen] == [1]
+    before, after = (recorded[f"step{step}/latents_after"].astype(np.float64) for step in (0, 1))
+    now, then = pipeline.folder.schedule.sigmas(4, before.shape[1])[1:3].astype(np.float64)
+    clean = after - then * (after - before) / (then - now)
+    height, width = (2 * side for side in result.shape[:2])
+    image = np.asarray(pipeline.model.images(jnp.asarray(clean, jnp.float32), height, width))[0]
+    expected = np.round(np.clip(image / 2 + 0.5, 0, 1) * 255)[height // 2 :, width // 2 :]
+    [shown] = seen[0][1]
+    assert shown.shape == result.shape and apart(shown, expected) <= 1
+    assert apart(shown, result) > 1
+    assert apart(result, pipeline.edit(*analogy, prompt, **options)) <= 1
+
+
 def test_what_a_callback_raises_ends_the_sampling(pipeline, analogy):
     seen = []
 

@@ -40,6 +40,9 @@ class Sampling:
     round_to_bfloat16: round timestep and guidance as the published pipeline does in bfloat16, to compare with it.
     callback: callback(step, latents) after each step 0, 1, …, once the packed latents float32 [b, s, c] are computed.
         What it raises ends the sampling.
+    preview: preview(step, images) after every `preview_every`-th step but the last: what the b results, uint8
+        [H, W, 3], would be if the velocity stayed as it was in this step. Costs a decoding each time; what it raises
+        ends the sampling.
     """
 
     steps: int = 28
@@ -54,10 +57,13 @@ class Sampling:
     noise: np.ndarray | None = None
     round_to_bfloat16: bool = False
     callback: Callable[[int, jax.Array], Any] | None = None
+    preview: Callable[[int, list[np.ndarray]], Any] | None = None
+    preview_every: int = 1
 
     def __post_init__(self):
         for name, rule in (
             ("steps", SAMPLING_STEPS),
+            ("preview_every", SAMPLING_STEPS),
             ("guidance", GUIDANCE),
             ("true_guidance", GUIDANCE),
             ("round_to_bfloat16", Flag()),
@@ -84,10 +90,11 @@ class Sampling:
                 "true_guidance such as 4",
                 2,
             )
-        if self.callback is not None and not callable(self.callback):
-            raise UserError(
-                f"the callback is a {type(self.callback).__name__}; give a function of (step, latents), or leave it out"
-            )
+        for name, takes in (("callback", "step, latents"), ("preview", "step, images")):
+            if (function := getattr(self, name)) is not None and not callable(function):
+                raise UserError(
+                    f"the {name} is a {type(function).__name__}; give a function of ({takes}), or leave it out"
+                )
 
     def _check_start(self, name: str) -> None:
         if (start := getattr(self, name)) is None:

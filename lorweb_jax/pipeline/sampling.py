@@ -63,20 +63,26 @@ def make_images(
 
 
 def _denoise(model, schedule, request, stages, references, reference_sizes) -> jax.Array:
-    """Packed latents [b, s, c] after all steps: one program a stage, or one a step where there is a callback."""
+    """Packed latents [b, s, c] after all steps: one program a stage, or one a step where somebody is told of them."""
     sampling, z = request.sampling, jnp.asarray(request.noise)
     tokens = published_tokens(*request.size) if sampling.published_times else z.shape[1]
     sigmas, guidance = schedule.sigmas(sampling.steps, tokens), jnp.float32(sampling.guidance)
     shape = (request.size, reference_sizes, sampling.round_to_bfloat16)
     for stage, text, adapters in stages:
         levels, combine = sigmas[stage.first : stage.end + 1], stage.combine
-        if sampling.callback is None:
+        if sampling.callback is None and sampling.preview is None:
             z = _sample(model, shape, z, references, text, guidance, jnp.asarray(levels), combine, adapters)
             continue
         modulations = _modulations(model, shape, text, guidance, jnp.asarray(levels), adapters)
         for step, difference in enumerate(np.diff(levels)):
+            before = z
             z = _step(model, shape, step, z, difference, modulations, references, text, combine, adapters)
-            sampling.callback(stage.first + step, jax.block_until_ready(z))
+            number = stage.first + step
+            if sampling.callback:
+                sampling.callback(number, jax.block_until_ready(z))
+            if sampling.preview and (number + 1) % sampling.preview_every == 0 and number + 1 < sampling.steps:
+                clean = z - levels[step + 1] * (z - before) / difference  # z − σ'·v, where v led from σ to σ'
+                sampling.preview(number, list(to_uint8(_decode(model.only("vae"), request.size, clean))))
     return z
 
 

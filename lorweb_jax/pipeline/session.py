@@ -7,6 +7,7 @@ with pipeline.session(pipeline.coefficients(a, a2, b)) as session:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +118,18 @@ class Session:
 
     def edited(self, request: Request) -> list[np.ndarray]:
         """b′ of the analogies of an edit_request."""
-        result = self._pipeline.folder.backbone.references.result
-        return [place.back(result(image)) for place, image in zip(request.places, self._images(request))]
+        cut = self._pipeline.folder.backbone.references.result
+
+        def results(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [place.back(cut(image)) for place, image in zip(request.places, images)]
+
+        shown = request
+        if preview := request.sampling.preview:
+            sampling = dataclasses.replace(
+                request.sampling, preview=lambda step, images: preview(step, results(images))
+            )
+            shown = dataclasses.replace(request, sampling=sampling)
+        return results(self._images(shown))
 
     def generated(self, request: Request) -> list[np.ndarray]:
         """The images of a generation_request."""

@@ -1,0 +1,178 @@
+"""Visual analogies in the browser: edit, mix, look inside a basis, styles.
+
+  python -m lorweb_jax.demo                                  the small base and runs/basis, which is trained if missing
+  python -m lorweb_jax.demo --pipeline FLUX.1-Kontext-dev --image-encoder clip-vit-large-patch14 \\
+      --basis lorweb.safetensors --dtype bfloat16            real weights
+  python -m lorweb_jax.demo --style runs/pair lora.safetensors:2:"in watercolor style"
+
+The page is served to this machine alone, at http://127.0.0.1:7860 or the next free port; --host and --share are for
+others to reach it, who then need no password. It needs Gradio: pip install "lorweb_jax[demo]". docs/studio.md says what
+each view does.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path, positive
+from lorweb_jax.common.errors import UserError, run_command, say
+from lorweb_jax.edit import SMALL_BASE, add_model_options, add_pipeline, model_options
+from lorweb_jax.pipeline.arguments import MAX_SIZE
+from lorweb_jax.settings.rules import Whole, as_value
+from lorweb_jax.stylize import style_argument
+
+CONFIG, RUN = Path("configs/basis.py"), Path("runs/basis")  # in the repository's root
+_PORT = Whole(1, 65_535)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m lorweb_jax.demo", description=__doc__)
+    add_pipeline(parser)
+    parser.add_argument(
+        "--basis",
+        type=nonempty_path,
+        help=f"a run's folder, a LoRWeB basis or a LoRA (file, folder or Hub name; default for the small base: {RUN}, "
+        "which is trained first if it isn't there)",
+    )
+    add_basis_config(parser)
+    add_image_encoder(parser)
+    parser.add_argument(
+        "--style",
+        type=style_argument,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:STRENGTH[:WORDS]]",
+        help="styles to choose from: runs of configs/pair.py, style files or any LoRA (default: none)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=7860, help="or the next that is free (default: 7860)")
+    parser.add_argument(
+        "--share", action="store_true", help="also through a public address of Gradio's, for anybody who knows it"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument(
+        "--max-size",
+        type=int,
+        help="longest edge of a grid, or of a picture, in pixels; larger ones are shrunk (default: what the "
+        "autoencoder was trained at)",
+    )
+    parser.add_argument("--max-upload", type=positive, default=20, help="largest file that is taken, MB (default: 20)")
+    parser.add_argument(
+        "--max-pixels", type=positive, default=16, help="largest picture that is taken, megapixels (default: 16)"
+    )
+    parser.add_argument(
+        "--apply",
+        choices=["low-rank", "folded", "auto"],
+        default="low-rank",
+        help="apply a mix beside the weights, or fold it into a second copy of them for each edit (default: low-rank)",
+    )
+    add_model_options(parser)
+    return parser.parse_args(arguments)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError('the page needs Gradio, which is not installed; run pip install "gradio>=6.17,<7"', 2)
+    as_value(args.port, "--port", _PORT)
+    if args.max_size is not None:
+        as_value(args.max_size, "--max-size", MAX_SIZE)
+    for name in ("basis_config", "image_encoder"):
+        if getattr(args, name) is not None and args.basis is None:
+            raise UserError(f"--{name.replace('_', '-')} is of a basis, and no --basis was given; give it", 2)
+
+
+def default_basis(pipeline: Path) -> Path | None:
+    """The default run's folder, for the small base; trains it where it has no checkpoint yet. None for other pipelines.
+
+    Raises UserError where it is missing and this isn't the repository's root, and where the training ends early.
+    """
+    if not SMALL_BASE.is_dir() or not pipeline.exists() or not os.path.samefile(pipeline, SMALL_BASE):
+        return None
+    from lorweb_jax.runs.checkpoints import complete_steps
+
+    if complete_steps(RUN):
+        return RUN
+    if not CONFIG.is_file():
+        raise UserError(
+            f"there is no trained basis in {RUN} and no {CONFIG} to train one by; start this in the repository's root, "
+            "or give --basis",
+            2,
+        )
+    say(f"there is no basis in {RUN} yet; the default run trains one first, about 14 minutes on two CPU cores")
+    # In a process of its own, so that all its memory is free again when the page opens.
+    trained = subprocess.run([sys.executable, "-m", "lorweb_jax.main", f"--config={CONFIG}", f"--workdir={RUN}"])
+    if trained.returncode or not complete_steps(RUN):
+        raise UserError("the training ended before a basis was there; the same command goes on from its last step")
+    return RUN
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """The options that say which pipeline, as the other commands take them."""
+    words = [] if args.pipeline == SMALL_BASE else ["--pipeline", str(args.pipeline)]
+    for name, value in model_options(args).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value not in (False, "none", "auto", "float32"):
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def _basis_words(args: argparse.Namespace, basis: Path | None) -> list[str]:
+    values = {"basis": basis, "basis-config": args.basis_config, "image-encoder": args.image_encoder}
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def open_studio(args: argparse.Namespace):
+    """The model loaded, ready to be served."""
+    basis = args.basis or default_basis(args.pipeline)
+    from lorweb_jax.pipeline.pipeline import Pipeline
+    from lorweb_jax.studio.studio import Limits, Studio
+
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
+    if basis is not None:
+        pipeline = pipeline.attach(basis, args.basis_config)
+    styles = [
+        pipeline.style(
+            style.path, words=style.words, **({} if style.strength is None else {"strength": style.strength})
+        )
+        for style in args.style
+    ]
+    size = args.max_size or pipeline.folder.vae_config.sample_size
+    return Studio(
+        pipeline,
+        _words(args),
+        _basis_words(args, basis),
+        Limits(args.max_upload * 10**6, args.max_pixels * 10**6, size),
+        {"low-rank": False, "folded": True, "auto": None}[args.apply],
+        styles,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(None if arguments is None else list(arguments))
+    _check(args)
+    studio = open_studio(args)
+    from lorweb_jax.studio import page
+
+    if args.host not in ("127.0.0.1", "localhost", "::1") or args.share:
+        say("others can reach this page, and use the model, without a password")
+    try:
+        address = page.serve(
+            page.build(studio), studio, host=args.host, port=args.port, share=args.share, browser=args.open
+        )
+        say(f"the page is at {address}; Ctrl-C ends it")
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        say("the page is closed")
+    finally:
+        studio.close()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,335 @@
+"""The page in the browser: what its handlers make is what the API makes, each tab for itself; every mistake is one
+sentence; nothing of the machine is served; work that nobody waits for ends."""
+
+import os
+import shutil
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from golden import golden_dir
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="Gradio, the extra [demo], is not installed")
+httpx = pytest.importorskip("httpx")
+
+from lorweb_jax import Pipeline, read_image, write_image  # noqa: E402
+from lorweb_jax.studio import page as pages  # noqa: E402
+from lorweb_jax.studio.edit_view import EditView  # noqa: E402
+from lorweb_jax.studio.runner import Finished, Runner, Stopped  # noqa: E402
+from lorweb_jax.studio.studio import Limits, Studio  # noqa: E402
+
+STEPS = 3
+LIMITS = Limits(nbytes=300_000, pixels=100_000, size=64, pictures=3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load(golden_dir() / "tiny_pipeline").attach(golden_dir() / "basis_a.safetensors")
+
+
+@pytest.fixture(scope="module")
+def studio(pipeline):
+    studio = Studio(pipeline, ["--pipeline", "tiny"], ["--basis", "basis.safetensors"], LIMITS)
+    yield studio
+    studio.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """a.png, a2.png, b.png and c.png of 32 pixels."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    return {
+        name: str(write_image(folder / f"{name}.png", random.integers(0, 256, (32, 32, 3), np.uint8)))
+        for name in ("a", "a2", "b", "c")
+    }
+
+
+@pytest.fixture(scope="module")
+def images(files):
+    return {name: read_image(path) for name, path in files.items()}
+
+
+@pytest.fixture(scope="module")
+def view(studio):
+    with gr.Blocks():
+        return EditView(studio)
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    page = pages.build(studio)
+    yield pages.serve(page, studio, port=17860)
+    page.close(verbose=False)
+
+
+class Tab:
+    """What Gradio hands to a handler of the browser's tab."""
+
+    def __init__(self, session_hash="tab"):
+        self.session_hash = session_hash
+
+
+def edit(view, a, a2, b, prompt="", strength=1, steps=STEPS, seed=0, history=(), tab="tab"):
+    """All that the handler shows, in order."""
+    return view.edit(a, a2, b, prompt, strength, steps, 2.5, 1, "", seed, list(history), Tab(tab))
+
+
+def test_an_edit_is_the_api_s(view, pipeline, files, images):
+    """Two b's at strength 0.5: each the edit by half its own mix; previews on the way, all steps counted."""
+    shown = list(edit(view, files["a"], files["a2"], [files["b"], files["c"]], "a frame", 0.5, seed=7))
+    new, old = shown[-1][view.history]
+    for result, name in ((old, "b"), (new, "c")):
+        analogy = (images["a"], images["a2"], images[name])
+        mix = 0.5 * pipeline.coefficients(*analogy)
+        expected = pipeline.edit(
+            *analogy, "a frame", mix=mix, folded=False, max_size=64, steps=STEPS, seed=7, callback=lambda *_: None
+        )
+        np.testing.assert_array_equal(result.image, expected)
+        for path, c in mix.coefficients.items():
+            np.testing.assert_array_equal(result.mix.coefficients[path], c)
+    assert "6 of 6 steps" in shown[-1][view.status] and "Done." in shown[-1][view.status]
+    previews = [values for values in shown if view.swipe in values and view.history not in values]
+    assert len(previews) == 2 * (STEPS - 1)
+    assert len(shown[-1][view.gallery]) == 2
+    assert "--strength 0.5" in new.command and "--b c.png" in new.command and "--prompt 'a frame'" in new.command
+
+
+def test_the_command_line_is_one_that_edit_takes(view, files):
+    from lorweb_jax.edit import parse
+
+    command = list(edit(view, files["a"], files["a2"], [files["b"]]))[-1][view.command]
+    words = command.split()
+    assert words[:3] == ["python", "-m", "lorweb_jax.edit"]
+    args = parse(words[3:])
+    assert (args.steps, args.seed, args.max_size, args.apply) == (STEPS, 0, 64, "low-rank")
+
+
+def refused(call):
+    """The sentence that the page shows."""
+    with pytest.raises(gr.Error) as caught:
+        call()
+    assert "\n" not in caught.value.message and not caught.value.print_exception
+    return caught.value.message
+
+
+def test_mistakes_are_sentences(view, files, tmp_path):
+    from lorweb_jax.studio import parts
+
+    def sentence(*arguments, **options):
+        handler = parts.sentences(view.edit)
+        values = dict(prompt="", strength=1, steps=STEPS, guidance=2.5, true=1, negative="", seed=0, history=[])
+        values |= options
+        return refused(lambda: list(handler(*arguments, *values.values(), Tab())))
+
+    a, a2, b = files["a"], files["a2"], [files["b"]]
+    huge, text, bomb = tmp_path / "huge.png", tmp_path / "text.png", tmp_path / "bomb.png"
+    Image.new("RGB", (400, 300)).save(huge)
+    Image.new("1", (40_000, 40_000)).save(bomb)
+    text.write_text("<script>alert(1)</script>")
+    assert sentence(None, a2, b) == "a is missing; upload a picture there"
+    assert sentence(a, None, b) == "a′ is missing; upload a picture there"
+    assert sentence(a, a2, []) == "b is missing; upload a picture there"
+    assert "b has 400x300 pixels, at most 100,000" in sentence(a, a2, [str(huge)])
+    assert "pixels" in sentence(a, a2, [str(bomb)])
+    assert "a is not an image" in sentence(str(text), a2, b)
+    assert "at most 3 are taken at once" in sentence(a, a2, 4 * b)
+    assert "the seed is empty" in sentence(a, a2, b, seed=None)
+    assert "seed is -1" in sentence(a, a2, b, seed=-1)
+    assert "steps is 0" in sentence(a, a2, b, steps=0)
+    assert "negative_prompt was given and true_guidance is 1" in sentence(a, a2, b, negative="blurry")
+    assert "press Edit first" in refused(lambda: parts.sentences(view.save_lora)([], 0, "diffusers", 0))
+    assert str(tmp_path) not in sentence(str(text), a2, b)
+
+
+def test_a_bug_s_traceback_stays_in_the_terminal():
+    from lorweb_jax.studio import parts
+
+    def broken():
+        raise ZeroDivisionError("<b>secret</b>")
+
+    with pytest.raises(gr.Error) as caught:
+        parts.sentences(broken)()
+    assert "secret" not in caught.value.message and caught.value.print_exception
+
+
+@pytest.mark.parametrize("names", ["diffusers", "kohya", "comfyui"])
+def test_the_lora_is_the_api_s(view, pipeline, images, files, names, tmp_path):
+    result = list(edit(view, files["a"], files["a2"], [files["b"]]))[-1][view.history][0]
+    path = view.save_lora([result], 0, names, 2)
+    mix = pipeline.coefficients(*(images[name] for name in ("a", "a2", "b")))
+    pipeline.save_lora(tmp_path / "lora.safetensors", mix, names=names, rank=2)
+    assert open(path, "rb").read() == (tmp_path / "lora.safetensors").read_bytes()
+
+
+def test_the_runner_runs_one_at_a_time_and_stops_what_nobody_wants():
+    runner, running, most = Runner(), [], []
+
+    def work(tell):
+        running.append(1)
+        most.append(len(running))
+        try:
+            for i in range(3):
+                time.sleep(0.005)
+                tell(i)
+            return "result"
+        finally:
+            running.pop()
+
+    def take(tab, results):
+        results.append(list(runner.stream(tab, work)))
+
+    results: list = []
+    threads = [threading.Thread(target=take, args=(f"tab {i}", results)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[0, 1, 2, Finished("result")]] * 8 and max(most) == 1
+
+    steps = []
+
+    def endless(tell):
+        while True:
+            time.sleep(0.001)
+            steps.append(1)
+            tell(len(steps))
+
+    for end in (lambda tab, stream: stream.close(), lambda tab, _: runner.stop(tab), lambda tab, _: runner.leave(tab)):
+        stream = runner.stream("tab", endless)
+        next(stream)
+        end("tab", stream)
+        with pytest.raises((Stopped, StopIteration)):
+            while True:
+                next(stream)
+        assert list(runner.stream("another", lambda tell: 5)) == [Finished(5)]  # the device is free again
+        count = len(steps)
+        time.sleep(0.02)
+        assert len(steps) == count
+    with pytest.raises(Stopped):
+        next(runner.stream("tab", work))  # it has left
+
+
+def test_a_closed_tab_ends_its_sampling(view, files):
+    shown = edit(view, files["a"], files["a2"], [files["b"]], steps=200, tab="closing")
+    seen = []
+    with pytest.raises(Stopped):
+        for values in shown:
+            seen.append(values)
+            if len(seen) == 4:
+                view.studio.runner.leave("closing")
+    assert len(seen) < 100
+    assert view.studio.runner._device.acquire(timeout=30)
+    view.studio.runner._device.release()
+
+
+def test_two_tabs_each_get_their_own(address, pipeline, files, images):
+    """Through HTTP, at once; each has the result of its own seed, and its own history."""
+    client_module = pytest.importorskip("gradio_client")
+    results = {}
+
+    def one(seed):
+        client = client_module.Client(address, verbose=False, download_files=False)
+        picture = {name: client_module.handle_file(path) for name, path in files.items()}
+        gallery = [{"image": picture["b"], "caption": None}]
+        job = client.submit(picture["a"], picture["a2"], gallery, "", 1, STEPS, 2.5, 1, "", seed, api_name="/edit")
+        results[seed] = job.result(timeout=120)
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, result in results.items():
+        expected = pipeline.edit(
+            *(images[name] for name in ("a", "a2", "b")), folded=False, max_size=64, steps=STEPS, seed=seed,
+            callback=lambda *_: None,
+        )  # fmt: skip
+        served = httpx.get(result[2]["url"])
+        path = f"{os.environ['GRADIO_TEMP_DIR']}/shown.png"
+        open(path, "wb").write(served.content)
+        np.testing.assert_array_equal(read_image(path), expected)
+        assert len(result[-1]) == 1
+
+
+def test_nothing_of_the_machine_is_served(address, files, tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    for path in ("/etc/passwd", f"{root}/README.md", "README.md", str(secret), files["a"], "/proc/self/environ",
+                 f"{root}/../", "..%2f..%2fetc%2fpasswd"):  # fmt: skip
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404), path
+    for url in ("http://127.0.0.1:1/", "https://example.com/"):
+        assert httpx.get(f"{address}gradio_api/proxy={url}").status_code in (400, 403, 404, 405)
+    # A path in the place of an upload is refused too.
+    join = httpx.post(
+        f"{address}gradio_api/call/edit",
+        json={"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, None, [], "", 1, 1, 1, 1, "", 0]},
+    )
+    event = join.json()["event_id"]
+    answer = httpx.get(f"{address}gradio_api/call/edit/{event}", timeout=30).text
+    assert "event: error" in answer and "secret" not in answer.replace("secret.txt", "")
+    assert httpx.get(f"{address}gradio_api/monitoring/summary").status_code in (401, 403, 404)
+
+
+def test_uploads_are_limited(address):
+    for size, status in ((LIMITS.nbytes // 2, 200), (LIMITS.nbytes + 10_000, 413)):
+        answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("x.png", b"0" * size)})
+        assert answer.status_code == status
+
+
+def test_a_port_in_use_leads_to_the_next(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert port < pages.free_port("127.0.0.1", port) <= port + pages.PORTS
+    with pytest.raises(Exception, match="can't be served at 203.0.113.1"):
+        pages.free_port("203.0.113.1", 7860)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_the_page_in_a_browser(browser, address, studio, pipeline, files, images, tmp_path):
+    """Upload, edit, download the LoRA: the API's file. Nothing is asked of any other machine."""
+    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    asked = set()
+    tab.on("request", lambda request: asked.add(request.url.split("/")[2]))
+    tab.goto(address)
+    tab.get_by_role("button", name="Edit", exact=True).wait_for()
+    for name, path in (("a", files["a"]), ("a2", files["a2"]), ("b", files["b"])):
+        tab.locator(f"#edit_{name} input[type=file]").set_input_files(path)
+        tab.locator(f"#edit_{name} img").first.wait_for()
+    tab.get_by_role("button", name="Sampling").click()
+    tab.get_by_label("number input for Steps").fill(str(STEPS))
+    tab.get_by_label("number input for Strength").fill("0.5")
+    tab.get_by_label("Prompt").first.fill("a frame")
+    tab.get_by_role("button", name="Edit", exact=True).click()
+    tab.locator("#edit_status", has_text="Done.").wait_for(timeout=60_000)
+    tab.get_by_role("button", name="Take it elsewhere").click()
+    assert "--strength 0.5" in tab.locator("#edit_command textarea").input_value()
+    tab.get_by_role("button", name="Analogy as a LoRA").click()
+    with tab.expect_download() as download:
+        tab.locator("#edit_lora_file a").first.click()
+    mix = 0.5 * pipeline.coefficients(*(images[name] for name in ("a", "a2", "b")))
+    pipeline.save_lora(tmp_path / "lora.safetensors", mix)
+    assert open(download.value.path(), "rb").read() == (tmp_path / "lora.safetensors").read_bytes()
+    assert asked == {address.split("/")[2]}
+    tab.close()
+    for _ in range(100):  # the server learns of it
+        if studio.runner._closed:
+            break
+        time.sleep(0.1)
+    assert studio.runner._closed
