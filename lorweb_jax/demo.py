@@ -50,6 +50,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE[:STRENGTH[:WORDS]]",
         help="styles to choose from: runs of configs/pair.py, style files or any LoRA (default: none)",
     )
+    parser.add_argument(
+        "--data",
+        type=nonempty_path,
+        help="a data set (docs/data.md) whose tasks are shown beside an analogy (default: what the basis's run was "
+        "trained on, where that is still there)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="or the next that is free (default: 7860)")
     parser.add_argument(
@@ -137,12 +143,10 @@ def open_studio(args: argparse.Namespace):
     pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
     if basis is not None:
         pipeline = pipeline.attach(basis, args.basis_config)
-    styles = [
-        pipeline.style(
-            style.path, words=style.words, **({} if style.strength is None else {"strength": style.strength})
-        )
-        for style in args.style
-    ]
+    styles = {}
+    for source in args.style:
+        strength = {} if source.strength is None else {"strength": source.strength}
+        styles[str(source.path)] = pipeline.style(source.path, words=source.words, **strength)
     size = args.max_size or pipeline.folder.vae_config.sample_size
     return Studio(
         pipeline,
@@ -151,7 +155,25 @@ def open_studio(args: argparse.Namespace):
         Limits(args.max_upload * 10**6, args.max_pixels * 10**6, size),
         {"low-rank": False, "folded": True, "auto": None}[args.apply],
         styles,
+        args.data or data_of_run(basis),
     )
+
+
+def data_of_run(basis: Path | None) -> Path | None:
+    """The training data of a basis that is a run's folder; None where they aren't known or aren't there."""
+    from lorweb_jax.data.embedded.build import embedded_dataset
+    from lorweb_jax.pipeline.adapters import is_run
+    from lorweb_jax.runs.folder import CONFIG as FILE
+    from lorweb_jax.settings import config as configs
+
+    if basis is None or not is_run(basis) or not (basis / FILE).is_file():
+        return None
+    config = configs.load(basis / FILE)
+    if "data" not in config or "root" not in config.data:
+        return None
+    if config.data.root == "embedded":
+        return embedded_dataset(config.data.cache, config.data.quadrant_size).train
+    return root if (root := Path(config.data.root)).exists() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,12 +1,14 @@
 """The page in the browser: what its handlers make is what the API makes, each tab for itself; every mistake is one
 sentence; nothing of the machine is served; work that nobody waits for ends."""
 
+import dataclasses
 import os
 import shutil
 import socket
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from golden import golden_dir
@@ -17,16 +19,27 @@ httpx = pytest.importorskip("httpx")
 
 from lorweb_jax import Pipeline, read_image, write_image  # noqa: E402
 from lorweb_jax.studio import page as pages  # noqa: E402
-from lorweb_jax.studio.edit_view import EditView  # noqa: E402
+from lorweb_jax.studio import parts  # noqa: E402
+from lorweb_jax.studio.edit_view import EditView, Result  # noqa: E402
+from lorweb_jax.studio.look_view import LookView  # noqa: E402
 from lorweb_jax.studio.runner import Finished, Runner, Stopped  # noqa: E402
 from lorweb_jax.studio.studio import Limits, Studio  # noqa: E402
+from lorweb_jax.studio.style_view import StyleView  # noqa: E402
 
-STEPS = 3
+STEPS, PATIENCE = 3, 240_000  # ms, for a machine with much else to do
 LIMITS = Limits(nbytes=300_000, pixels=100_000, size=64, pictures=3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Without most of XLA's optimizations: much is compiled here and little computed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
-def pipeline():
+def pipeline(quickly):
     return Pipeline.load(golden_dir() / "tiny_pipeline").attach(golden_dir() / "basis_a.safetensors")
 
 
@@ -116,8 +129,6 @@ def refused(call):
 
 
 def test_mistakes_are_sentences(view, files, tmp_path):
-    from lorweb_jax.studio import parts
-
     def sentence(*arguments, **options):
         handler = parts.sentences(view.edit)
         values = dict(prompt="", strength=1, steps=STEPS, guidance=2.5, true=1, negative="", seed=0, history=[])
@@ -145,8 +156,6 @@ def test_mistakes_are_sentences(view, files, tmp_path):
 
 
 def test_a_bug_s_traceback_stays_in_the_terminal():
-    from lorweb_jax.studio import parts
-
     def broken():
         raise ZeroDivisionError("<b>secret</b>")
 
@@ -162,6 +171,80 @@ def test_the_lora_is_the_api_s(view, pipeline, images, files, names, tmp_path):
     mix = pipeline.coefficients(*(images[name] for name in ("a", "a2", "b")))
     pipeline.save_lora(tmp_path / "lora.safetensors", mix, names=names, rank=2)
     assert open(path, "rb").read() == (tmp_path / "lora.safetensors").read_bytes()
+
+
+def test_a_style_is_the_api_s(studio, pipeline, files, images, tmp_path):
+    """An analogy's LoRA as a style: uploaded, and of the command line; on text and on a picture."""
+    path, words = tmp_path / "ink.safetensors", "in ink"
+    pipeline.save_lora(path, pipeline.coefficients(images["a"], images["a2"], images["b"]))
+    style = pipeline.style(path, 2, words)
+    with gr.Blocks():
+        view = StyleView(dataclasses.replace(studio, styles={"styles/ink.safetensors": style}))
+    for picture in (None, files["c"]):
+        uploaded = (None, 6, "") if picture else (str(path), 3, words)
+        strengths = [1.5] if picture else [0]
+        *_, last = view.draw("a dog", picture, *uploaded, STEPS, 1, 2, "", 5, Tab(), *strengths)
+        styles = [dataclasses.replace(style, strength=strengths[0] or 3)]
+        options = {"steps": STEPS, "guidance": 1, "true_guidance": 2, "seed": 5, "max_size": 64}
+        expected = pipeline.stylize("a dog", styles, picture and images["c"], callback=lambda *_: None, **options)
+        np.testing.assert_array_equal(np.asarray(last[view.result]), expected)
+        name = "styles/ink.safetensors:1.5:in ink" if picture else "ink.safetensors:3:in ink"
+        assert f"--style '{name}'" in last[view.command] and ("--image c.png" in last[view.command]) == bool(picture)
+    draw = parts.sentences(view.draw)
+    rest = STEPS, 1, 2, "", 5, Tab(), 0
+    assert "write what to draw" in refused(lambda: list(draw(" ", None, None, 6, "", *rest)))
+    (tmp_path / "text.safetensors").write_text("x")
+    said = refused(lambda: list(draw("a", None, str(tmp_path / "text.safetensors"), 6, "", *rest)))
+    assert "text.safetensors" in said and str(tmp_path) not in said
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two tasks of three pairs: pictures made redder, and mirrored."""
+    root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(1)
+    for task, change in (("red", lambda x: np.maximum(x, [255, 0, 0])), ("mirror", lambda x: x[:, ::-1])):
+        for number in range(3):
+            before = random.integers(0, 256, (32, 32, 3), np.uint8)
+            for part, image in (("before", before), ("after", change(before).astype(np.uint8))):
+                write_image(root / task / part / f"{number}.png", image)
+    return root
+
+
+def test_a_look_inside(studio, pipeline, images, data, view):
+    """The distance of an analogy's coefficients to a task's mean, in numpy; a training analogy's own dot is at its
+    place on the plane; choosing a dot loads its images."""
+    mix = pipeline.coefficients(images["a"], images["a2"], images["b"])
+    result = Result(images["b"], images["b"], mix, "", 1.0, "")
+    with gr.Blocks(), gr.Tabs() as tabs:
+        look = LookView(dataclasses.replace(studio, data=data), view, tabs, "edit")
+    shown = {}
+    for values in look.look([result], 0, Tab()):
+        shown |= values
+    atlas = look.atlas
+    assert len(atlas.analogies) == 6 and shown[look.map].count('role="button"') == 6
+    mixes = {task: [] for task in ("mirror", "red")}
+    for analogy in atlas.analogies:
+        mixes[analogy.task].append(pipeline.coefficients(*analogy.read()[:3]))
+    place = atlas.place(mix)
+    for task, distance in place.nearest:
+        mean = sum(mixes[task]) / len(mixes[task])
+        squares = [((mix.coefficients[path] - c) ** 2).sum(-1) for path, c in mean.coefficients.items()]
+        assert distance == pytest.approx(np.sqrt(np.concatenate(squares).mean()), rel=1e-4)
+    assert shown[look.nearest].index(place.nearest[0][0]) < shown[look.nearest].index(place.nearest[1][0])
+    own = atlas.place(mixes["red"][-1])
+    np.testing.assert_allclose(own.plane[-1], own.plane[5], atol=1e-5)
+    for path, c in mix.coefficients.items():
+        assert f"member 0: {(np.abs(c) / np.abs(c).sum(-1, keepdims=True))[:, 0].mean():.3f}" in shown[look.members], (
+            path
+        )
+    loaded = look.load(gr.EventData(None, {"index": 4}))
+    a, a2, b, _ = atlas.analogies[4].read()
+    for component, image in ((view.a, a), (view.a2, a2)):
+        np.testing.assert_array_equal(np.asarray(loaded[component]), image)
+    np.testing.assert_array_equal(np.asarray(loaded[view.b][0]), b)
+    for event in ({"index": 99}, {"index": "x"}, None):
+        refused(lambda event=event: parts.sentences(look.load)(gr.EventData(None, event)))
+    refused(lambda: list(parts.sentences(look.look)([], 0, Tab())))
 
 
 def test_the_runner_runs_one_at_a_time_and_stops_what_nobody_wants():
@@ -221,7 +304,7 @@ def test_a_closed_tab_ends_its_sampling(view, files):
             if len(seen) == 4:
                 view.studio.runner.leave("closing")
     assert len(seen) < 100
-    assert view.studio.runner._device.acquire(timeout=30)
+    assert view.studio.runner._device.acquire(timeout=PATIENCE / 1000)
     view.studio.runner._device.release()
 
 
@@ -235,7 +318,7 @@ def test_two_tabs_each_get_their_own(address, pipeline, files, images):
         picture = {name: client_module.handle_file(path) for name, path in files.items()}
         gallery = [{"image": picture["b"], "caption": None}]
         job = client.submit(picture["a"], picture["a2"], gallery, "", 1, STEPS, 2.5, 1, "", seed, api_name="/edit")
-        results[seed] = job.result(timeout=120)
+        results[seed] = job.result(timeout=PATIENCE / 1000)
 
     threads = [threading.Thread(target=one, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
@@ -269,7 +352,7 @@ def test_nothing_of_the_machine_is_served(address, files, tmp_path):
         json={"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, None, [], "", 1, 1, 1, 1, "", 0]},
     )
     event = join.json()["event_id"]
-    answer = httpx.get(f"{address}gradio_api/call/edit/{event}", timeout=30).text
+    answer = httpx.get(f"{address}gradio_api/call/edit/{event}", timeout=PATIENCE / 1000).text
     assert "event: error" in answer and "secret" not in answer.replace("secret.txt", "")
     assert httpx.get(f"{address}gradio_api/monitoring/summary").status_code in (401, 403, 404)
 
@@ -305,6 +388,7 @@ def browser():
 def test_the_page_in_a_browser(browser, address, studio, pipeline, files, images, tmp_path):
     """Upload, edit, download the LoRA: the API's file. Nothing is asked of any other machine."""
     tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    tab.set_default_timeout(PATIENCE)
     asked = set()
     tab.on("request", lambda request: asked.add(request.url.split("/")[2]))
     tab.goto(address)
@@ -317,7 +401,7 @@ def test_the_page_in_a_browser(browser, address, studio, pipeline, files, images
     tab.get_by_label("number input for Strength").fill("0.5")
     tab.get_by_label("Prompt").first.fill("a frame")
     tab.get_by_role("button", name="Edit", exact=True).click()
-    tab.locator("#edit_status", has_text="Done.").wait_for(timeout=60_000)
+    tab.locator("#edit_status", has_text="Done.").wait_for(timeout=PATIENCE)
     tab.get_by_role("button", name="Take it elsewhere").click()
     assert "--strength 0.5" in tab.locator("#edit_command textarea").input_value()
     tab.get_by_role("button", name="Analogy as a LoRA").click()
@@ -328,7 +412,7 @@ def test_the_page_in_a_browser(browser, address, studio, pipeline, files, images
     assert open(download.value.path(), "rb").read() == (tmp_path / "lora.safetensors").read_bytes()
     assert asked == {address.split("/")[2]}
     tab.close()
-    for _ in range(100):  # the server learns of it
+    for _ in range(600):  # the server learns of it
         if studio.runner._closed:
             break
         time.sleep(0.1)

@@ -1,6 +1,6 @@
 """Figures as inline SVG, in the colours of the page around them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -72,9 +72,11 @@ def dots(
     labels: Sequence[str] = (),
     colours: Sequence[str] = (),
     least_height: float = 0.0,
+    choices: Collection[int] = (),
 ) -> str:
     """Many small marks. labels: what each says when pointed at. colours: of each, as CSS has them; none: the page's.
-    least_height: what part of the horizontal axis's span the vertical one has at least."""
+    least_height: what part of the horizontal axis's span the vertical one has at least. choices: which marks a script
+    can let a reader choose; these are buttons for keyboards and screen readers and have their number as data-index."""
     xs, ys = zip(*points)
     middle, half = (min(ys) + max(ys)) / 2, least_height * (max(xs) - min(xs)) / 2
     x_ticks = ticks(min(xs), max(xs))
@@ -97,7 +99,11 @@ def dots(
         y = TOP + height - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * height
         style = f' style="fill:{colours[i]}"' if colours else ' class="cell"'
         title = f"<title>{escape(labels[i])}</title>" if labels else ""
-        parts.append(f'<g>{title}<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill-opacity=".75"{style}/></g>')
+        button = ""
+        if i in choices:
+            label = f' aria-label="{escape(labels[i])}"' if labels else ""
+            button = f' data-index="{i}" tabindex="0" role="button"{label}'
+        parts.append(f'<g{button}>{title}<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill-opacity=".75"{style}/></g>')
     return "".join([*parts, "</svg>"])
 
 

@@ -48,7 +48,7 @@ class EditView:
         self.gallery = gr.Gallery(
             label="Results of this tab; choose one to bring it back",
             columns=8,
-            height=170,
+            height=200,
             fit_columns=False,
             object_fit="contain",
             interactive=False,
@@ -88,29 +88,14 @@ class EditView:
             buttons=["fullscreen"],
             elem_id="edit_swipe",
         )
-        self.result = gr.Image(
-            label="Result",
-            interactive=False,
-            format="png",
-            height=260,
-            buttons=["download", "fullscreen"],
-            elem_classes="lw-picture",
-            elem_id="edit_result",
-        )
+        self.result = parts.shown_picture("Result", elem_id="edit_result", height=260)
         with gr.Accordion("Take it elsewhere", open=False):
             with gr.Row():
                 self.names = gr.Dropdown(list(NAMES), value="diffusers", label="Layers' names of", min_width=120)
                 self.rank = gr.Number(0, precision=0, minimum=0, label="Rank (0: exact)", min_width=100)
                 self.make_lora = gr.Button("Analogy as a LoRA", elem_id="edit_lora", min_width=140)
             self.lora = gr.File(label="LoRA (.safetensors)", interactive=False, elem_id="edit_lora_file")
-            self.command = gr.Textbox(
-                "",
-                label="The same by a command, in the pictures' folder",
-                lines=3,
-                interactive=False,
-                buttons=["copy"],
-                elem_id="edit_command",
-            )
+            self.command = parts.shown_command(elem_id="edit_command")
 
     def _connect(self) -> None:
         of_result = [self.swipe, self.result, self.command, self.chosen, self.lora]
@@ -171,7 +156,7 @@ class EditView:
             yield {
                 self.status: parts.progress(Step(steps * number, steps * len(news)), words),
                 self.history: history,
-                self.gallery: [(parts.picture(each.image), each.prompt[:40] or None) for each in history],
+                self.gallery: [parts.picture(each.image) for each in history],
                 **self._of_result(history, 0),
             }
 

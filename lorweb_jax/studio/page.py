@@ -8,8 +8,11 @@ import gradio as gr
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.studio.edit_view import EditView
+from lorweb_jax.studio.look_view import LookView
 from lorweb_jax.studio.studio import Studio
+from lorweb_jax.studio.style_view import StyleView
 
+EDIT = "edit"  # the first tab
 PORTS = 50  # that are tried, from the one that was asked for
 WAITING = 64  # requests of all tabs that may wait for the device
 _SANS = ["ui-sans-serif", "system-ui", "sans-serif"]
@@ -24,6 +27,9 @@ CSS = """
 .lw-figure text { fill: var(--body-text-color); font: 11px ui-sans-serif, system-ui, sans-serif; }
 .lw-figure .grid { stroke: var(--border-color-primary); }
 .lw-figure .cell { fill: var(--color-accent); }
+.lw-figure [data-index] { cursor: pointer; }
+.lw-figure [data-index]:focus-visible circle { stroke: var(--body-text-color); stroke-width: 2; r: 6px; }
+.lw-table td, .lw-table th { padding: .15em 1em .15em 0; text-align: left; }
 """
 
 
@@ -36,9 +42,14 @@ def build(studio: Studio) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "served")  # not the machine's own, which is readable to all
     with gr.Blocks(title="lorweb_jax studio", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# Visual analogies\na : a′ :: b : b′")
-        with gr.Tabs():
-            with gr.Tab("Edit"):
-                EditView(studio)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Edit", id=EDIT):
+                edits = EditView(studio)
+            if studio.has_mixes:
+                with gr.Tab("Look inside"):
+                    LookView(studio, edits, tabs, EDIT)
+            with gr.Tab("Style"):
+                StyleView(studio)
         page.unload(leave)
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 

@@ -21,21 +21,30 @@ DEVICE = "device"  # the queue of all that needs the model
 
 def upload(label: str, **options: Any) -> gr.Image:
     """An upload of one picture. Handlers get its file's path, or None: lorweb_jax reads it, with its own checks."""
-    image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=190, **options)
+    image = gr.Image(
+        label=label,
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=190,
+        format="png",
+        elem_classes="lw-picture",
+        **options,
+    )
     image.preprocess = lambda payload: payload.path if payload else None
     return image
 
 
-def uploads(label: str, **options: Any) -> gr.Gallery:
+def uploads(label: str, columns: int = 4, **options: Any) -> gr.Gallery:
     """An upload of several pictures. Handlers get a list of paths."""
     gallery = gr.Gallery(
         label=label,
         type="filepath",
         interactive=True,
-        columns=4,
+        columns=columns,
         height=190,
         fit_columns=False,
         object_fit="contain",
+        format="png",
         sources=["upload"],
         **options,
     )
@@ -96,6 +105,30 @@ def progress(step: Step | None, words: str = "") -> str:
             f"<span>{step.done} of {step.total} steps</span>"
         )
     return f'<div class="lw-progress">{bar}<span role="status" aria-live="polite">{escape(words)}</span></div>'
+
+
+def shown_picture(label: str, *, elem_id: str, height: int) -> gr.Image:
+    """A picture of the page's, to look at and to download as PNG."""
+    return gr.Image(
+        label=label,
+        interactive=False,
+        format="png",
+        height=height,
+        buttons=["download", "fullscreen"],
+        elem_classes="lw-picture",
+        elem_id=elem_id,
+    )
+
+
+def shown_command(*, elem_id: str) -> gr.Textbox:
+    return gr.Textbox(
+        "",
+        label="The same by a command, in the pictures' folder",
+        lines=3,
+        interactive=False,
+        buttons=["copy"],
+        elem_id=elem_id,
+    )
 
 
 class Sampling(NamedTuple):

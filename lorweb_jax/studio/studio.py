@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,8 @@ class Studio:
     """One model in memory, and what it was loaded from (for the command lines that the page shows).
 
     options: words of the command line that say which pipeline and how it computes. basis: words that say which basis.
-    folded: fold an edit's mix into a copy of the weights; False applies it beside them. styles: to choose from.
+    folded: fold an edit's mix into a copy of the weights; False applies it beside them. styles: to choose from, by
+    the file or folder that they are from.
     data: the data set whose tasks are shown beside an analogy, if there is one.
     """
 
@@ -59,7 +60,7 @@ class Studio:
     basis: Sequence[str] = ()
     limits: Limits = dataclasses.field(default_factory=Limits)
     folded: bool | None = False
-    styles: Sequence[Style] = ()
+    styles: Mapping[str, Style] = dataclasses.field(default_factory=dict)
     data: Path | None = None
     runner: Runner = dataclasses.field(default_factory=Runner)
 
@@ -87,6 +88,12 @@ class Studio:
         """Whether coefficients are known before an edit, so that they can be scaled, mixed and written to a file."""
         basis = self.pipeline.model.basis
         return basis is not None and basis.config.coefficients.in_advance
+
+    @property
+    def routed(self) -> bool:
+        """Whether the mix of an analogy depends on its images."""
+        basis = self.pipeline.model.basis
+        return basis is not None and basis.config.coefficients.in_advance and basis.config.coefficients.from_images
 
     def read(self, path: str | None, name: str) -> np.ndarray:
         """An uploaded picture as uint8 [H, W, 3]; UserError, which calls it `name`, where it is missing, no picture,
@@ -165,7 +172,13 @@ class Studio:
         self.pipeline.save_lora(path, mix, names=names, rank=rank or None)
         return str(path)
 
-    def words(self, command: str) -> list[str]:
-        """How a command line begins that has this model. command: the module's name in lorweb_jax."""
-        apply = {None: [], True: ["--apply", "folded"], False: ["--apply", "low-rank"]}[self.folded]
-        return ["python", "-m", f"lorweb_jax.{command}", *self.options, *self.basis, *(apply if self.has_basis else [])]
+    def words(self, command: str, *, basis: bool = True) -> list[Any]:
+        """How a command line begins that has this model. command: the module's name in lorweb_jax. basis: whether it
+        has the basis too."""
+        words: list[Any] = ["python", "-m", f"lorweb_jax.{command}", *self.options]
+        if basis and self.has_basis:
+            words += [
+                *self.basis,
+                *{None: [], True: ["--apply", "folded"], False: ["--apply", "low-rank"]}[self.folded],
+            ]
+        return words
