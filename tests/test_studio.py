@@ -18,10 +18,12 @@ gr = pytest.importorskip("gradio", reason="Gradio, the extra [demo], is not inst
 httpx = pytest.importorskip("httpx")
 
 from lorweb_jax import Pipeline, read_image, write_image  # noqa: E402
+from lorweb_jax.adapters.formats.mix_file import write_mix  # noqa: E402
 from lorweb_jax.studio import page as pages  # noqa: E402
 from lorweb_jax.studio import parts  # noqa: E402
 from lorweb_jax.studio.edit_view import EditView, Result  # noqa: E402
 from lorweb_jax.studio.look_view import LookView  # noqa: E402
+from lorweb_jax.studio.mix_view import MixView  # noqa: E402
 from lorweb_jax.studio.runner import Finished, Runner, Stopped  # noqa: E402
 from lorweb_jax.studio.studio import Limits, Studio  # noqa: E402
 from lorweb_jax.studio.style_view import StyleView  # noqa: E402
@@ -186,7 +188,8 @@ def test_a_style_is_the_api_s(studio, pipeline, files, images, tmp_path):
         *_, last = view.draw("a dog", picture, *uploaded, STEPS, 1, 2, "", 5, Tab(), *strengths)
         styles = [dataclasses.replace(style, strength=strengths[0] or 3)]
         options = {"steps": STEPS, "guidance": 1, "true_guidance": 2, "seed": 5, "max_size": 64}
-        expected = pipeline.stylize("a dog", styles, picture and images["c"], callback=lambda *_: None, **options)
+        with pipeline.session(use_basis=False, styles=styles) as session:
+            expected = session.generate("a dog", picture and images["c"], callback=lambda *_: None, **options)
         np.testing.assert_array_equal(np.asarray(last[view.result]), expected)
         name = "styles/ink.safetensors:1.5:in ink" if picture else "ink.safetensors:3:in ink"
         assert f"--style '{name}'" in last[view.command] and ("--image c.png" in last[view.command]) == bool(picture)
@@ -196,6 +199,69 @@ def test_a_style_is_the_api_s(studio, pipeline, files, images, tmp_path):
     (tmp_path / "text.safetensors").write_text("x")
     said = refused(lambda: list(draw("a", None, str(tmp_path / "text.safetensors"), 6, "", *rest)))
     assert "text.safetensors" in said and str(tmp_path) not in said
+
+
+def test_mixes_are_weighted_sums(studio, pipeline, files, images, tmp_path):
+    """A card of two pairs at weight 1, and a saved mix at −0.5; a path's ends are the two analogies; a grid's captions
+    are its weights; what is written is read again."""
+    a, a2, b, c = (images[name] for name in ("a", "a2", "b", "c"))
+    other = pipeline.coefficients(c, a, b)
+    pipeline.save_mix(tmp_path / "other.safetensors", other)
+    with gr.Blocks():
+        view = MixView(studio)
+    empty = [[], [], None, 0]
+    first = [[files["a"], files["c"]], [files["a2"], files["b"]], None, 1]
+    cards = [*first, [], [], str(tmp_path / "other.safetensors"), -0.5, *empty, *empty]
+    rest = (STEPS, 2.5, 1, "", 3)
+
+    def shown(handler, count=3):
+        return list(handler(files["b"], "a frame", *rest, count, 0, 1, Tab(), *cards))[-1]
+
+    def expected(mix):
+        options = {"steps": STEPS, "seed": 3, "folded": False, "max_size": 64, "callback": lambda *_: None}
+        return pipeline.edit(a, a2, b, "a frame", mix=mix, **options)
+
+    mix = pipeline.coefficients(a, a2, b, more_pairs=[(c, b)])
+    last = shown(view.one)
+    [(picture, caption)] = last[view.results]
+    np.testing.assert_array_equal(np.asarray(picture), expected(mix + -0.5 * other))
+    assert caption == "1 x 1 + -0.5 x 2" and "Done." in last[view.status]
+    for name in ("saved mix", "diffusers"):
+        file = view.write(last[view.mix], "a frame", name)
+        if name == "saved mix":
+            saved = pipeline.load_mix(file)
+            assert saved.prompt == "a frame"
+            for path, values in (mix + -0.5 * other).coefficients.items():
+                np.testing.assert_array_equal(saved.mix.coefficients[path], values)
+        else:
+            pipeline.save_lora(tmp_path / "lora.safetensors", mix + -0.5 * other)
+            assert open(file, "rb").read() == (tmp_path / "lora.safetensors").read_bytes()
+    path = shown(view.along)[view.results]
+    assert [caption for _, caption in path] == ["0", "0.5", "1"]
+    for (picture, _), end in zip(path[::2], (mix, other)):
+        np.testing.assert_array_equal(np.asarray(picture), expected(end))
+    grid = shown(view.over)[view.results]
+    assert [caption for _, caption in grid][:4] == ["0, 0", "0, 0.5", "0, 1", "0.5, 0"] and len(grid) == 9
+
+    def said(handler, *cards, b=files["b"]):
+        return refused(lambda: list(parts.sentences(handler)(b, "", *rest, 3, 0, 1, Tab(), *cards)))
+
+    assert "0 cards hold an analogy" in said(view.one, *(4 * empty))
+    assert "1 cards hold an analogy, 2 or more" in said(view.along, *first, *(3 * empty))
+    assert "b is missing" in said(view.one, *cards, b=None)
+    assert "card 1 has 1 pictures before the edit and 0 after" in said(
+        view.one, [files["a"]], [], None, 1, *(3 * empty)
+    )
+    saved = [[], [], str(tmp_path / "other.safetensors"), 1]
+    assert "upload one on any card" in said(view.one, *saved, *(3 * empty))
+    pipeline.save_lora(tmp_path / "no.safetensors", other)
+    words = said(view.one, *first, [], [], str(tmp_path / "no.safetensors"), 1, *(2 * empty))
+    assert words.startswith("the file of card 2 is no saved mix") and str(tmp_path) not in words
+    foreign = dataclasses.replace(other, basis="another")
+    write_mix(tmp_path / "foreign.safetensors", foreign)
+    words = said(view.one, *first, [], [], str(tmp_path / "foreign.safetensors"), 1, *(2 * empty))
+    assert "the file of card 2 is a mix of another basis" in words
+    assert "press Mix first" in refused(lambda: parts.sentences(view.write)(None, "", "saved mix"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import gradio as gr
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.studio.edit_view import EditView
 from lorweb_jax.studio.look_view import LookView
+from lorweb_jax.studio.mix_view import MixView
 from lorweb_jax.studio.studio import Studio
 from lorweb_jax.studio.style_view import StyleView
 
@@ -46,6 +47,8 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Edit", id=EDIT):
                 edits = EditView(studio)
             if studio.has_mixes:
+                with gr.Tab("Mix"):
+                    MixView(studio)
                 with gr.Tab("Look inside"):
                     LookView(studio, edits, tabs, EDIT)
             with gr.Tab("Style"):
