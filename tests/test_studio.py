@@ -281,7 +281,7 @@ def test_a_look_inside(studio, pipeline, images, data, view):
     place on the plane; choosing a dot loads its images."""
     mix = pipeline.coefficients(images["a"], images["a2"], images["b"])
     result = Result(images["b"], images["b"], mix, "", 1.0, "")
-    with gr.Blocks(), gr.Tabs() as tabs:
+    with gr.Blocks(), gr.Tabs() as tabs, gr.Tab("Look inside"):
         look = LookView(dataclasses.replace(studio, data=data), view, tabs, "edit")
     shown = {}
     for values in look.look([result], 0, Tab()):

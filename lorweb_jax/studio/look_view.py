@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.evaluation import svg
+from lorweb_jax.images import svg
 from lorweb_jax.studio import parts
 from lorweb_jax.studio.atlas import Atlas, Place, by_block, by_layer
 from lorweb_jax.studio.edit_view import EditView, Result
