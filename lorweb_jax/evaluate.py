@@ -4,6 +4,7 @@
   python -m lorweb_jax.evaluate ours=runs/basis lora.safetensors --pipeline P --data unseen=FOLDER --out eval
   python -m lorweb_jax.evaluate --out eval            the report again, from the records in eval
   python -m lorweb_jax.evaluate --out eval --judge http://localhost:8000/v1 --judge-model NAME
+  python -m lorweb_jax.evaluate --out eval --judge tools/transformers_judge.py:local=FOLDER
 
 A method is a run's folder, a LoRWeB basis, a LoRA (file, folder or Hub name), or a pair style (style:PATH:STRENGTH, a
 run of configs/pair.py); wrong:BASIS, mean:BASIS, pairs:BASIS, adapted:BASIS or strength:0.5:BASIS are a basis with
@@ -29,7 +30,7 @@ from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_e
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
 from lorweb_jax.evaluation.chat import Endpoint
-from lorweb_jax.evaluation.words import WORDS, parse_data, parse_method
+from lorweb_jax.evaluation.words import WORDS, is_own, parse_data, parse_method
 from lorweb_jax.files.hub_cache import is_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE
 from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, SHOWN_AT_ONCE, SHOWN_PER_TASK, as_value
@@ -88,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--judge",
         metavar="URL",
-        help="OpenAI-compatible endpoint of a judge with eyes, such as http://localhost:8000/v1",
+        help="OpenAI-compatible endpoint of a judge with eyes, such as http://localhost:8000/v1, or FILE.py:FUNCTION",
     )
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
     parser.add_argument(
@@ -161,10 +162,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _endpoint(args: argparse.Namespace) -> Endpoint | None:
-    """The judge's, with the key of its environment variable."""
+    """The judge's, with the key of its environment variable; None without one, and for one of the user's own."""
     if args.judge is None:
         if args.judge_model:
             raise UserError("--judge-model was given and --judge was not; give the endpoint's address", 2)
+        return None
+    if is_own(args.judge):
         return None
     if not args.judge_model:
         raise UserError("--judge-model was not given; give the name that the endpoint has for the model", 2)
@@ -192,7 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part:
         print(f"part {args.part[0]} of {args.part[1]} is made; when all are, make the report: --out {args.out} alone")
         return
-    print(render(args.out, args.also, args.endpoint, args.judge_at_once))
+    judge = args.endpoint
+    if args.judge and is_own(args.judge):
+        from lorweb_jax.evaluation.scores import judge_from_file
+
+        judge = judge_from_file(args.judge)
+    print(render(args.out, args.also, judge, args.judge_at_once))
     print(f"wrote results.json, results.md and report.html in {args.out}")
 
 

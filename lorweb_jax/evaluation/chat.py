@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,23 @@ _NEVER = {401: "the key is refused", 403: "the key has no access", 404: "there i
 
 class Unanswered(Exception):
     """A question that got no usable answer, after all tries; why, without the key."""
+
+
+class Judge(Protocol):
+    """A model that answers questions with images: an Endpoint, or one that runs here (tools/transformers_judge.py).
+
+    url: where it is, model: what it is called, in reports. `question` makes what `digest` hashes and `ask` answers, as
+    Endpoint's do; several threads may ask at once.
+    """
+
+    url: str
+    model: str
+
+    def question(self, text: str, images: Sequence[tuple[str, np.ndarray]]) -> dict[str, Any]: ...
+
+    def digest(self, body: dict[str, Any]) -> str: ...
+
+    def ask(self, body: dict[str, Any], parse: Any) -> Any: ...
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.schema import json_value, read_json
-from lorweb_jax.evaluation.chat import Endpoint, Unanswered
+from lorweb_jax.evaluation.chat import Judge, Unanswered
 from lorweb_jax.evaluation.metrics import task_means, wilson_interval
 from lorweb_jax.evaluation.records import write_json
 from lorweb_jax.evaluation.results import Evaluated
@@ -77,13 +77,13 @@ def _strict(text: str, keys: set[str]) -> dict[str, Any]:
     return answer
 
 
-def score_question(endpoint: Endpoint, method: str, key: str, sample: Sample, result: np.ndarray) -> Question:
+def score_question(endpoint: Judge, method: str, key: str, sample: Sample, result: np.ndarray) -> Question:
     body = endpoint.question(_SCORES.format(caption=_caption(sample)), [*_shown(sample), ("RESULT", result)])
     return Question((method, key), body, parse_scores)
 
 
 def choice_question(
-    endpoint: Endpoint, pair: tuple[str, str], key: str, sample: Sample, results: Mapping[str, np.ndarray]
+    endpoint: Judge, pair: tuple[str, str], key: str, sample: Sample, results: Mapping[str, np.ndarray]
 ) -> Question:
     """The two results in an order drawn from the pair and the triplet, so that the same question is asked again."""
     drawn = hashlib.sha256("\0".join([*sorted(pair), key]).encode(errors="replace")).digest()[0] % 2
@@ -102,7 +102,7 @@ def _shown(sample: Sample) -> list[tuple[str, np.ndarray]]:
     return [("Image A", sample.a), ("Image A'", sample.a2), ("Image B", sample.b)]
 
 
-def ask_all(endpoint: Endpoint, questions: Iterable[Question], cache: Path, concurrency: int = 4) -> Answers:
+def ask_all(endpoint: Judge, questions: Iterable[Question], cache: Path, concurrency: int = 4) -> Answers:
     """Ask what isn't in the folder `cache`, `concurrency` at a time; each answer is written there as it comes.
 
     Questions without an answer are not kept: the next call asks them again. An error that concerns every question
@@ -146,7 +146,7 @@ def ask_all(endpoint: Endpoint, questions: Iterable[Question], cache: Path, conc
 def judge(
     data: Evaluated,
     samples: Mapping[str, Sample],
-    endpoint: Endpoint,
+    endpoint: Judge,
     cache: Path,
     *,
     concurrency: int = 4,

@@ -7,7 +7,7 @@ from typing import Any
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_text
 from lorweb_jax.common.schema import read_json
-from lorweb_jax.evaluation.chat import Endpoint
+from lorweb_jax.evaluation.chat import Judge
 from lorweb_jax.evaluation.judge import judge
 from lorweb_jax.evaluation.records import Records, write_json
 from lorweb_jax.evaluation.report import report
@@ -34,7 +34,7 @@ def read_records(folder: str | Path, also: Sequence[str | Path] = ()) -> Evaluat
 
 
 def render(
-    folder: str | Path, also: Sequence[str | Path] = (), endpoint: Endpoint | None = None, concurrency: int = 4
+    folder: str | Path, also: Sequence[str | Path] = (), endpoint: Judge | None = None, concurrency: int = 4
 ) -> str:
     """Write the three files into `folder`; returns the Markdown.
 

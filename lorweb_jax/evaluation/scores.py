@@ -7,12 +7,13 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.evaluation import metrics
+from lorweb_jax.evaluation.chat import Judge
 from lorweb_jax.evaluation.lpips import features, lpips
 from lorweb_jax.evaluation.samples import Sample, batches
 
@@ -203,19 +204,34 @@ def standard(image_encoder: Embedder | None, source: str = "") -> list[Score]:
 def from_file(spec: str) -> list[Score]:
     """FILE.py:FUNCTION, package.module:FUNCTION, or either with =ARGUMENT: what the function returns, one score or a
     list of them. UserError where there is no such function, and for anything else that it returns."""
-    place, _, argument = spec.partition("=")
-    module_name, _, function = place.rpartition(":")
-    if not module_name or not function.isidentifier():
-        raise UserError(f"the score {spec!r} is no FILE.py:FUNCTION; give one such as my_scores.py:colours", 2)
-    make = getattr(_module(module_name), function, None)
-    if not callable(make):
-        raise UserError(f"{module_name} has no function {function}; give one that returns a Score", 2)
-    made = make(argument) if argument else make()
+    made = called(spec, "score")
     scores = list(made) if isinstance(made, list | tuple) else [made]
     for score in scores:
         if not isinstance(score, Score):
+            place = spec.partition("=")[0]
             raise UserError(f"{place} returned a {type(score).__name__}; expected lorweb_jax.evaluation.scores.Score")
     return scores
+
+
+def judge_from_file(spec: str) -> Judge:
+    """The same for a judge."""
+    made = called(spec, "judge")
+    if not all(hasattr(made, name) for name in ("url", "model", "question", "digest", "ask")):
+        place = spec.partition("=")[0]
+        raise UserError(f"{place} returned a {type(made).__name__}; expected a lorweb_jax.evaluation.chat.Judge")
+    return made
+
+
+def called(spec: str, what: str) -> Any:
+    """What the function of FILE.py:FUNCTION[=ARGUMENT] returns. UserError where there is no such function."""
+    place, _, argument = spec.partition("=")
+    module_name, _, function = place.rpartition(":")
+    if not module_name or not function.isidentifier():
+        raise UserError(f"the {what} {spec!r} is no FILE.py:FUNCTION; give one such as my_{what}s.py:mine", 2)
+    make = getattr(_module(module_name), function, None)
+    if not callable(make):
+        raise UserError(f"{module_name} has no function {function}; give one that returns a {what}", 2)
+    return make(argument) if argument else make()
 
 
 @functools.cache
@@ -230,9 +246,7 @@ def _module(name: str):
         spec.loader.exec_module(module)
         return module
     except (ImportError, OSError, SyntaxError) as error:
-        raise UserError(
-            f"the scores of {name} can't be loaded ({error}); check the file and what it imports", 2
-        ) from None
+        raise UserError(f"{name} can't be loaded ({error}); check the file and what it imports", 2) from None
 
 
 def select(scores: Sequence[Score], names: Sequence[str] | None) -> list[Score]:

@@ -87,3 +87,8 @@ def parse_data(words: Sequence[str]) -> list[tuple[str, str]]:
     if len(set(names)) < len(names):
         raise UserError(f"two data folders are of one split, {', '.join(names)}; name them: SPLIT=FOLDER", 2)
     return data
+
+
+def is_own(judge: str) -> bool:
+    """Whether a judge is FILE.py:FUNCTION[=ARGUMENT] and no address."""
+    return ".py:" in judge.partition("=")[0]
