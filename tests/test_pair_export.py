@@ -314,13 +314,14 @@ def test_commands_bridge_bases_and_styles(images, monkeypatch, quick_compiles):
     run("append", basis, PAIR / "style_a.safetensors", "both", "--names", "ink", "--pipeline", FOLDER)
     both = pipeline.append(pipeline.style(PAIR / "style_a.safetensors", words="", name="ink"))
     mixes = []
-    monkeypatch.setattr(Pipeline, "edit", lambda *arguments, mix, **_: mixes.append(mix) or pictures[0])
+    monkeypatch.setattr(Pipeline, "edit_batch", lambda *arguments, mix, **_: mixes.extend(mix) or [pictures[0]])
     monkeypatch.setattr(
         Pipeline, "session", lambda self, mix, **_: mixes.append(mix) or contextlib.nullcontext(Drawn())
     )
     options = [*common, "--basis", "both", "--member", "ink:-0.5", "--out"]
     edit.main([*options, "edited.png", *images])
     edit.main([*options, "drawn.png", "--prompt", "a dog"])
+    assert len(mixes) == 2
     for mix, expected in zip(mixes, (both.coefficients(*pictures) - 0.5 * both.mix("ink"), -0.5 * both.mix("ink"))):
         assert mix.basis == expected.basis
         assert all(np.array_equal(mix.coefficients[path], c) for path, c in expected.coefficients.items())
