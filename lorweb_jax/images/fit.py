@@ -11,7 +11,6 @@ With all but stretch the result has b's width and height.
 import dataclasses
 
 import numpy as np
-from PIL import Image
 
 from lorweb_jax.images.resize import resize
 
@@ -45,7 +44,7 @@ class Placement:
             return resize(result, size)
         across, down = (new / old for new, old in zip(result.shape[1::-1], self.shown.shape[1::-1]))
         part = left * across, top * down, (left + width) * across, (top + height) * down  # fractions of pixels count
-        return np.asarray(Image.fromarray(result).resize(size, Image.Resampling.BICUBIC, box=part))
+        return resize(result, size, box=part)
 
 
 def placement(b: np.ndarray, size: tuple[int, int], fit: str = STRETCH) -> Placement:
