@@ -254,10 +254,11 @@ def export_pair(args: argparse.Namespace) -> None:
 
     require_run(args.step, args.sources)
     layers = model_layers(args.pipeline)
-    chosen = {}
+    chosen, roles = {}, set()
     for source in args.sources:
         for name, adapter in _chosen(source, load_adapters(source, layers, args.step), args.which).items():
             chosen[f"the {name} of {source}"] = adapter
+            roles.add(name)
     adapters = list(chosen.values())
     member = adapters[0].member if len(adapters) == 1 else pair.summed([adapter.member for adapter in adapters])
     words = next((adapter.words for adapter in adapters if adapter.words), "")
@@ -271,6 +272,7 @@ def export_pair(args: argparse.Namespace) -> None:
         rank=args.rank,
         alpha=args.alpha,
         words="" if args.format == PUBLISHED else words,
+        role="content" if roles == {"content"} else "style",
     )
     if error is not None:
         _print_error(args.rank, error)

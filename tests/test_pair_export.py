@@ -118,6 +118,16 @@ def test_exported_styles_are_styles(tmp_path):
         np.testing.assert_array_equal(one.b[path], other.b[path])
 
 
+def test_an_exported_content_is_no_style(tmp_path):
+    """Whatever its file is called; summed with a style it is one."""
+    files = [PAIR / "content_a.safetensors", PAIR / "style_a.safetensors"]
+    of_pair(files[0], tmp_path / "x.safetensors", "--format", "comfyui")
+    with pytest.raises(UserError, match="x.safetensors is by its name or header a content adapter"):
+        load_style(tmp_path / "x.safetensors", LAYERS)
+    of_pair(*files, tmp_path / "both.safetensors")
+    assert load_style(tmp_path / "both.safetensors", LAYERS, words="").name == "both"
+
+
 def test_styles_saved_from_python(tmp_path):
     """Two styles summed at their weights; a single one in the published format keeps its bytes."""
     pipeline = Pipeline.load(FOLDER)

@@ -306,7 +306,7 @@ def test_words_may_be_longer_than_a_files_name(tmp_path, monkeypatch):
             ["--prompt", "x", "--style", "nowhere.safetensors"],
             "there is no nowhere.safetensors; give the file of a style",
         ),
-        (["--prompt", "x", "--style", str(PAIR / "content_a.safetensors")], "by its name a content adapter"),
+        (["--prompt", "x", "--style", str(PAIR / "content_a.safetensors")], "by its name or header a content adapter"),
         (["--prompt", "x", "--style", str(golden_dir() / "basis_a.safetensors")], "is a LoRWeB basis, and a style is"),
         (["--prompt", "x", "--style", str(FOLDER / "vae")], "vae is an autoencoder, and a style is a single adapter"),
     ],

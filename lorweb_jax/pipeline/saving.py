@@ -30,6 +30,7 @@ from lorweb_jax.settings.texts import as_text
 
 PUBLISHED = "published"  # names of Pair Customization's own format
 WORDS = "style_words"  # in the header of a LoRA that is a style
+ROLE = "adapter"  # in the header of a LoRA that is a content adapter: "content"
 _ALPHA = Real(0, 1e6, above=True)
 
 
@@ -88,10 +89,12 @@ def save_member(
     rank: int | None = None,
     alpha: bool | float = False,
     words: str = "",
+    role: str = "style",
 ) -> TruncationError | None:
     """An adapter as an ordinary LoRA, or with names PUBLISHED in Pair Customization's own format.
 
-    words: the style's, which go into an ordinary LoRA's header. Returns the error of a lower rank. Raises UserError
+    words: the style's, which go into an ordinary LoRA's header. role: "content" goes there too, so that the file isn't
+    taken for a style. Returns the error of a lower rank. Raises UserError
     where the published format can't hold the adapter.
     """
     error, blocks = None, member.blocks
@@ -110,8 +113,9 @@ def save_member(
     factors = factors_of(member)
     if rank is not None:
         factors, error = truncate(factors, rank)
+    header = ({WORDS: words} if words else {}) | ({ROLE: role} if role == "content" else {})
     with told_if_unwritable(path):
-        write_lora(path, factors, dtype, alpha, names, layers, blocks, {WORDS: words} if words else None)
+        write_lora(path, factors, dtype, alpha, names, layers, blocks, header or None)
     return error
 
 

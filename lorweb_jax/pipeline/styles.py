@@ -21,7 +21,7 @@ from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.hub_cache import existing
 from lorweb_jax.nn import layers as nn_layers
 from lorweb_jax.pipeline.adapters import is_run
-from lorweb_jax.pipeline.saving import WORDS
+from lorweb_jax.pipeline.saving import ROLE, WORDS
 from lorweb_jax.pipeline.stages import Pass
 from lorweb_jax.settings.rules import STRENGTH, as_value, shown
 from lorweb_jax.settings.texts import as_text
@@ -78,13 +78,14 @@ def load_style(
 ) -> Style:
     """See Pipeline.style. layers: of the model, by path.
 
-    Nothing in a file tells a content adapter from a style but its name, so that one called content… is refused.
+    A content adapter is refused: a LoRA whose header says so, or a file called content…, as published ones have no
+    header to tell by.
     """
     path = existing(path, _FILES, "the file of a style or of a LoRA, or the folder of a run of configs/pair.py")
-    if path.is_file() and role_by_name(path) == "content":
+    if path.is_file() and role_of(path) == "content":
         raise UserError(
-            f"{path} is by its name a content adapter, which isn't used in sampling; give the style that was trained "
-            "with it (or rename the file, if it is a style)"
+            f"{path} is by its name or header a content adapter, which isn't used in sampling; give the style that was "
+            "trained with it (or rename the file, if it is a style)"
         )
     adapters = load_adapters(path, layers, step)
     if "style" not in adapters:
@@ -101,7 +102,7 @@ def load_style(
 
 def load_adapters(path: Path, layers: Mapping[str, AdaptedLayer], step: int | None = None) -> dict[str, Adapter]:
     """The adapters "content" and "style", as far as they are there, of a run of configs/pair.py, of a folder with the
-    published files, or of one file, whose adapter counts as a style unless it is called content….
+    published files, or of one file, whose adapter counts as a style unless its header says content or it is called so.
 
     Raises UserError for what holds no adapter, or one of another model.
     """
@@ -115,7 +116,7 @@ def load_adapters(path: Path, layers: Mapping[str, AdaptedLayer], step: int | No
         files = {name: folder / f"{name}_lora.safetensors" for name in pair.MEMBERS}
         if there := {name: file for name, file in files.items() if file.is_file()}:
             return {name: _of_file(file, layers) for name, file in there.items()}
-    return {role_by_name(path): _of_file(path, layers)}
+    return {role_of(path): _of_file(path, layers)}
 
 
 def require_run(step: int | None, paths: Sequence[Path]) -> None:
@@ -126,9 +127,10 @@ def require_run(step: int | None, paths: Sequence[Path]) -> None:
         )
 
 
-def role_by_name(path: Path) -> str:
-    """ "content" for a file whose name begins so, else "style"."""
-    return "content" if path.stem.lower().startswith("content") else "style"
+def role_of(path: Path) -> str:
+    """ "content" for a file whose name begins so or whose header says so, else "style"."""
+    named = path.stem.lower().startswith("content")
+    return "content" if named or Checkpoint(path).metadata.get(ROLE) == "content" else "style"
 
 
 def _of_file(path: Path, layers: Mapping[str, AdaptedLayer]) -> Adapter:
