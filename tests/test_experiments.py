@@ -80,7 +80,7 @@ def test_a_strength_is_chosen_on_other_prompts_than_it_is_reported_on(tmp_path):
         for pair in ("sepia", "drawn by people")
     ]
     records += [record(0, "ink", "pair", {"strength 1": [0.2, 0.6, 0.2, 0.6], "strength 2": [0.3, 0.1, 0.3, 0.1]})]
-    records += [record(0, "sepia", "lora", {"strength 1": [0.6, 0.5, 0.6, 0.7], "weight 1": [0.3, 0.3, 0.3, 0.3]})]
+    records += [record(0, "sepia", "lora", {"strength 1": [0.6, 0.55, 0.6, 0.75], "weight 1": [0.3, 0.3, 0.3, 0.3]})]
     records += [record(0, "ink", "lora", {"strength 1": [0.6, 0.5, 0.6, 0.7], "weight 1": [0.3, 0.3, 0.3, 0.3]})]
     text = pair_tables.write_tables(records, tmp_path)
     methods = json.loads((tmp_path / "table.json").read_text())["methods"]
@@ -92,9 +92,10 @@ def test_a_strength_is_chosen_on_other_prompts_than_it_is_reported_on(tmp_path):
     assert methods["pair"]["lpips_by_pair"] == pytest.approx({"sepia": 0.35, "ink": 0.6})
     assert methods["pair"]["lpips"]["mean"] == pytest.approx(np.mean([0.3, 0.4, 0.6, 0.6]))
     assert methods["pair"]["style"]["mean"] == pytest.approx(np.mean([0.3, 0.4, 0.6, 0.6, 0.3, 0.4]))
-    assert methods["lora"]["mse"]["mean"] == pytest.approx(np.mean([0.25, 0.49]))
-    low, high = methods["lora"]["lpips_against_first"]
-    assert low == pytest.approx(-0.05, abs=0.051) and high == pytest.approx(0.25, abs=0.051)
+    assert methods["lora"]["mse"]["mean"] == pytest.approx(np.mean([0.55**2, 0.75**2, 0.25, 0.49]))
+    # Cell by cell of one pair and prompt, whatever the strengths: 0.55, 0.75, 0.5, 0.7 less 0.3, 0.4, 0.6, 0.6.
+    differences = bootstrap_interval([0.25, 0.35, -0.1, 0.1])
+    assert methods["lora"]["lpips_against_first"] == pytest.approx(differences)
     assert "7 trainings, 4 min in all" in text and "0.600 (1)" in text and (tmp_path / "curves.png").is_file()
 
 

@@ -19,7 +19,7 @@ def test_the_padding_comes_off(width, height):
     place = placement(np.full((height, width, 3), 100, np.uint8), size, "pad")
     assert place.shown.shape == (48, 64, 3) and (place.shown == 100).all()  # its border goes on outwards
     scale = min(size[0] / width, size[1] / height)
-    back = place.back(ramp(2 * size[0], 2 * size[1])[..., :]).astype(float)  # the result may have another size
+    back = place.back(ramp(2 * size[0], 2 * size[1])).astype(float)  # the result may have another size
     assert back.shape == (height, width, 3)
     for axis, (side, full) in enumerate(zip((width, height), size)):
         # Centres of b's pixels in the quadrant, then in the result of twice its size; b's sides are rounded to pixels.

@@ -213,8 +213,8 @@ class Study:
 
         def error(rate: float) -> float:
             [record] = run([self.trial(method, rate, 0)], self.out, self.measure)
-            found = mean_score(record["scores"]["train"], "lpips")
-            return found if math.isfinite(found) else math.inf
+            distance = mean_score(record["scores"]["train"], "lpips")
+            return distance if math.isfinite(distance) else math.inf
 
         return climb(error, start)
 

@@ -70,13 +70,14 @@ def best(gathered: Curves, method: str) -> dict[str, str]:
 
 
 def at_best(gathered: Curves, method: str) -> tuple[dict[str, str], dict]:
-    """What `best` says, and the distances at that setting: {(seed, pair): distances by prompt}."""
+    """What `best` says, and the distances at that setting: {(seed, pair): distances by prompt}, a pair after the other,
+    whatever their settings, so that two methods can be compared cell by cell."""
     chosen = best(gathered, method)
     return chosen, {
-        key: each
-        for (name, setting), trials in gathered.items()
-        for key, each in trials.items()
-        if name == method and chosen.get(key[1]) == setting
+        (seed, pair): distances
+        for pair, setting in chosen.items()
+        for (seed, of), distances in gathered[method, setting].items()
+        if of == pair
     }
 
 
