@@ -276,8 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
         a, a2 = pairs[0]
         analogies = [(a, a2, b) for b in images]
         grid, _ = fit_to_model(condition_grid(a, a, a, args.max_size))
+        quadrant = grid.shape[1] // 2, grid.shape[0] // 2
         for path, image in zip(outs, images):
-            quadrant = grid.shape[1] // 2, grid.shape[0] // 2
             require_image_name(path, quadrant if args.fit == STRETCH else image.shape[1::-1])
     elif args.image:
         for image in images:

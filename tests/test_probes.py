@@ -1,7 +1,5 @@
 """A basis with other coefficients than its router's: wrong pairs, the mean, and adaptation against Adam in float64."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from lorweb_jax.evaluation.samples import Sample
 from lorweb_jax.evaluation.words import parse_method
 from lorweb_jax.flow.loss import draw
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
+from lorweb_jax.pipeline.pipeline import Pipeline
 
 PATH = "layer"
 
@@ -36,18 +35,23 @@ class LinearModel(nnx.Module):
         return jnp.broadcast_to((c @ self.directions[...])[:, None], tokens.shape)
 
 
+class LinearPipeline(Pipeline):
+    """Over a LinearModel; what it sees of images is their means."""
+
+    def prompt(self, texts):
+        return None, None
+
+    def _query(self, conditions):
+        means = [[image.mean() / 255 for image in images] for images in conditions]
+        return jnp.asarray([[*row, 1, row[0] * row[1]] for row in means], jnp.float32) * 3
+
+
 @pytest.fixture
 def pipeline():
     random = np.random.default_rng(0)
     config = BasisConfig(size=4, rank=1, key_dim=6, query_dim=5)
     basis = Basis(config, {PATH: LayerShape(2, 3, 3)}, rngs=nnx.Rngs(0))
-    model = LinearModel(basis, jnp.asarray(random.normal(size=(4, 3)), jnp.float32))
-
-    def query(conditions):
-        means = [[image.mean() / 255 for image in images] for images in conditions]
-        return jnp.asarray([[*row, 1, row[0] * row[1]] for row in means], jnp.float32) * 3
-
-    return SimpleNamespace(model=model, query=query, prompt=lambda captions: (None, None))
+    return LinearPipeline(None, LinearModel(basis, jnp.asarray(random.normal(size=(4, 3)), jnp.float32)))
 
 
 @pytest.fixture

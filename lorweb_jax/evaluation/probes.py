@@ -73,11 +73,8 @@ def chooser(kind: str, pipeline: Pipeline, samples: Sequence[Sample]) -> Chooser
         further = further_pairs(samples)
 
         def of_pairs(chosen):
-            return [mix for sample in chosen for mix in mixes(of_several(sample))]
-
-        def of_several(sample):
-            conditions = [(*pair, sample.b) for pair in [(sample.a, sample.a2), *further[sample.id]]]
-            return {path: c.mean(1, keepdims=True) for path, c in _of_conditions(pipeline, conditions).items()}
+            several = (pipeline.coefficients_batch([each.condition], more_pairs=further[each.id]) for each in chosen)
+            return [mix for [mix] in several]
 
         return of_pairs
     if kind == "mean":

@@ -224,7 +224,7 @@ def mixes_of(
     elif not basis.config.coefficients.has_router:
         mixes = [pipeline.mix(basis.config.coefficients.default)]
     elif named and args.strength == 1:
-        return [sum(named[1:], named[0])]
+        return [sum(named)]
     else:
         raise UserError(
             "the router of this basis chooses a mix by an analogy, and none was given; give --a, --a2 and --b, or a "

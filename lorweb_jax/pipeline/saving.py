@@ -94,8 +94,8 @@ def save_member(
     """An adapter as an ordinary LoRA, or with names PUBLISHED in Pair Customization's own format.
 
     words: the style's, which go into an ordinary LoRA's header. role: "content" goes there too, so that the file isn't
-    taken for a style. Returns the error of a lower rank. Raises UserError
-    where the published format can't hold the adapter.
+    taken for a style. Returns the error of a lower rank. Raises UserError where the published format can't hold the
+    adapter.
     """
     error, blocks = None, member.blocks
     if names == PUBLISHED:
