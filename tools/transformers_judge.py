@@ -6,7 +6,6 @@ FOLDER holds a model that answers texts with images (Qwen2-VL, SmolVLM, LLaVA an
 AutoModelForImageTextToText reads) with its processor and chat template. It runs on the GPU where there is one.
 """
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -52,8 +51,7 @@ class Local:
         return {"messages": [{"role": "user", "content": content}]}
 
     def digest(self, body: dict[str, Any]) -> str:
-        text = json.dumps([self._weights, body], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return fingerprint.of_text(json.dumps([self._weights, body], sort_keys=True))
 
     def ask(self, body: dict[str, Any], parse: Callable[[str], Any]) -> Any:
         """As Endpoint.ask. Raises Unanswered where no try gives an answer of the form."""

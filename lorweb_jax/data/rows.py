@@ -5,13 +5,17 @@ one task, called as the table or folder. Either all rows have a caption or none:
 is a problem and left out.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lorweb_jax.common.errors import UserError, printable
-from lorweb_jax.data.analogies import Pair, Task, checked_instruction, usable_tasks
+from lorweb_jax.data.analogies import Pair, Task, Tell, checked_instruction, usable_tasks
 from lorweb_jax.data.problems import Problems
+from lorweb_jax.images.io import decode_image, encoded_size
 
 BEFORE, AFTER, CAPTION, TASK = COLUMNS = ("before", "after", "caption", "task")
 
@@ -21,6 +25,39 @@ class Row(NamedTuple):
 
     where: str
     values: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowPair:
+    """Follows data/analogies.py's Pair: a row of a data set in `folder`, the sizes of its images as files (bytes), and
+    the edit as an instruction. Kinds of data sets add `changed` and how the files are read."""
+
+    folder: str
+    row: int
+    sizes: tuple[int, int]
+    instruction: str
+
+    @property
+    def places(self) -> tuple[str]:
+        return (f"{self.folder}/row {self.row}",)
+
+    def read(self, tell: Tell | None = None) -> tuple[np.ndarray, np.ndarray]:
+        sides = (BEFORE, AFTER)
+        before, after = (decode_image(data, self._name(side), tell) for side, data in zip(sides, self._files(*sides)))
+        return before, after
+
+    def size(self) -> tuple[int, int]:
+        [data] = self._files(BEFORE)
+        return encoded_size(data, self._name(BEFORE))
+
+    def _name(self, side: str) -> str:
+        return f"{self.places[0]} {side}"
+
+    def _files(self, *sides: str) -> list[bytes]:
+        raise NotImplementedError
+
+    def nbytes(self) -> tuple[int, int]:
+        return self.sizes
 
 
 def read_rows(rows: Iterable[Row], source: Path, make: Callable[[Row, str], Pair], problems: Problems) -> list[Task]:

@@ -6,47 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorweb_jax.common.errors import UserError, printable
-from lorweb_jax.data.analogies import Task, Tell, file_changed
+from lorweb_jax.data.analogies import Task, file_changed
 from lorweb_jax.data.extras import extra
 from lorweb_jax.data.problems import Problems
-from lorweb_jax.data.rows import AFTER, BEFORE, CAPTION, TASK, Row, read_rows
-from lorweb_jax.images.io import decode_image, encoded_size
+from lorweb_jax.data.rows import AFTER, BEFORE, CAPTION, TASK, Row, RowPair, read_rows
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class SavedPair:
-    """Follows data/analogies.py's Pair: a row of a data set, the sizes of its images as files (bytes), and the edit as
-    an instruction."""
+class SavedPair(RowPair):
+    """A row of a data set that `datasets` saved."""
 
-    folder: str
-    row: int
-    sizes: tuple[int, int]
-    instruction: str
-
-    @property
-    def places(self) -> tuple[str]:
-        return (f"{self.folder}/row {self.row}",)
-
-    def read(self, tell: Tell | None = None) -> tuple[np.ndarray, np.ndarray]:
-        before, after = (decode_image(self._bytes(side), self._name(side), tell) for side in (BEFORE, AFTER))
-        return before, after
-
-    def size(self) -> tuple[int, int]:
-        return encoded_size(self._bytes(BEFORE), self._name(BEFORE))
-
-    def _name(self, side: str) -> str:
-        return f"{self.places[0]} {side}"
-
-    def _bytes(self, side: str) -> bytes:
-        return _opened(self.folder).select_columns([side])[self.row][side]["bytes"]
-
-    def nbytes(self) -> tuple[int, int]:
-        return self.sizes
+    def _files(self, *sides: str) -> list[bytes]:
+        images = _opened(self.folder).select_columns(list(sides))[self.row]
+        return [images[side]["bytes"] for side in sides]
 
     def changed(self) -> int:
         return file_changed(f"{self.folder}/{STATE}")

@@ -6,20 +6,16 @@ listing its rows reads no record. TensorFlow itself is not needed.
 
 import dataclasses
 import functools
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from lorweb_jax.common.errors import UserError, printable
-from lorweb_jax.data.analogies import Task, Tell, file_changed
+from lorweb_jax.data.analogies import Task, file_changed
 from lorweb_jax.data.extras import extra
 from lorweb_jax.data.problems import Problems, reason
-from lorweb_jax.data.rows import AFTER, BEFORE, CAPTION, COLUMNS, TASK, Row, read_rows
-from lorweb_jax.images.io import decode_image, encoded_size
+from lorweb_jax.data.rows import AFTER, BEFORE, CAPTION, COLUMNS, TASK, Row, RowPair, read_rows
+from lorweb_jax.images.io import encoded_png
 
 PREFIX = "tfds:"
 SPLIT = "train"
@@ -43,39 +39,20 @@ def parse_name(text: str) -> Name:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StoredPair:
-    """Follows data/analogies.py's Pair: a row of a data set in `folder`, the sizes of its images as files (bytes), and
-    the edit as an instruction."""
+class StoredPair(RowPair):
+    """A row of the data set `of`, which lies in `folder`."""
 
     of: Name
-    folder: str
-    row: int
-    sizes: tuple[int, int]
-    instruction: str
 
-    @property
-    def places(self) -> tuple[str]:
-        return (f"{self.folder}/row {self.row}",)
-
-    def read(self, tell: Tell | None = None) -> tuple[np.ndarray, np.ndarray]:
-        record = self._record()
-        before, after = (decode_image(record[side], f"{self.places[0]} {side}", tell) for side in (BEFORE, AFTER))
-        return before, after
-
-    def size(self) -> tuple[int, int]:
-        return encoded_size(self._record()[BEFORE], f"{self.places[0]} {BEFORE}")
-
-    def _record(self) -> dict[str, Any]:
+    def _files(self, *sides: str) -> list[bytes]:
         source = _opened(self.of).source
         try:
-            return source[self.row]
+            record = source[self.row]
         except Exception as error:  # of array_record and protobuf, for all kinds of damage
             raise UserError(
                 f"{self.places[0]} can't be read ({printable(str(error).strip(), 200)}); store the data set again"
             ) from None
-
-    def nbytes(self) -> tuple[int, int]:
-        return self.sizes
+        return [record[side] for side in sides]
 
     def changed(self) -> int:
         return file_changed(f"{self.folder}/{_INFO}")
@@ -92,7 +69,7 @@ def read_tasks(root: Path, problems: Problems) -> list[Task]:
 
     def pair(row: Row, instruction: str) -> StoredPair:
         number = row.values["row"]
-        return StoredPair(of, opened.folder, number, tuple(opened.columns[_SIZES][number]), instruction)
+        return StoredPair(opened.folder, number, tuple(opened.columns[_SIZES][number]), instruction, of)
 
     rows = (
         Row(f"row {row}", {"row": row, BEFORE: row, AFTER: row, CAPTION: caption, TASK: task})
@@ -182,16 +159,10 @@ def _records(tasks: Iterable[Task], columns: dict[str, list], problems: Problems
     for task in tasks:
         for pair in task.pairs:
             try:
-                before, after = map(_png, pair.read(problems.tell))
+                before, after = map(encoded_png, pair.read(problems.tell))
             except Exception as error:  # whatever is wrong with one pair, the others are stored
                 problems.add(task.name, task.relative(pair), reason(error))
                 continue
             for name, value in ((CAPTION, pair.instruction), (TASK, task.name), (_SIZES, [len(before), len(after)])):
                 columns[name].append(value)
             yield dict(zip(COLUMNS, (before, after, pair.instruction, task.name)))
-
-
-def _png(image: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
-    return data.getvalue()

@@ -2,9 +2,7 @@
 
 import base64
 import email.utils
-import hashlib
 import http.client
-import io
 import json
 import random
 import time
@@ -16,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
+from lorweb_jax.common import fingerprint
 from lorweb_jax.common.errors import UserError, printable
+from lorweb_jax.images.io import encoded_png
 
 LARGEST_ANSWER = 2**20  # bytes
 SMALLEST = 256  # px of an image's shorter side; smaller ones are enlarged, each pixel to k x k of its kind
@@ -99,8 +98,7 @@ class Endpoint:
 
     def digest(self, body: dict[str, Any]) -> str:
         """A hash of all that the answer depends on: the address, the model, the texts, the images."""
-        text = json.dumps([self.url, body], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return fingerprint.of_text(json.dumps([self.url, body], sort_keys=True))
 
     def ask(self, body: dict[str, Any], parse: Any) -> Any:
         """parse(the answer's text), where parse raises ValueError for an answer of another form.
@@ -163,9 +161,9 @@ class Endpoint:
 
 def data_url(image: np.ndarray) -> str:
     """A PNG of uint8 [h, w, 3] in a data URL."""
-    data, factor = io.BytesIO(), -(-SMALLEST // min(image.shape[:2]))
-    Image.fromarray(image.repeat(factor, 0).repeat(factor, 1)).save(data, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    factor = -(-SMALLEST // min(image.shape[:2]))
+    data = encoded_png(image.repeat(factor, 0).repeat(factor, 1))
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _content(answer: bytes) -> str:

@@ -85,6 +85,13 @@ def encoded_size(data: bytes, name: str) -> tuple[int, int]:
         return _size(io.BytesIO(data), name)
 
 
+def encoded_png(image: np.ndarray) -> bytes:
+    """uint8 [h, w, 3] as a PNG file's content."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
 def _checked(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise UserError(
