@@ -87,8 +87,7 @@ def _kind(instruction: Instruction, computations: dict[str, list[Instruction]]) 
 
 def _streams(instruction: Instruction, others: dict[str, Instruction]) -> bool:
     """Whether it brings something out of the host's memory."""
-    operands = [others[name].shape for name in instruction.operands() if name in others]
-    return instruction.opcode != "tuple" and any(_IN_HOST_MEMORY in shape for shape in operands)
+    return any(_IN_HOST_MEMORY in others[name].shape for name in instruction.operands() if name in others)
 
 
 def _phase(source: str) -> str:
