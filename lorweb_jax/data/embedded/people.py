@@ -103,11 +103,11 @@ class Redrawn:
             figures = [f"{figure}-{tone}" for figure in (MAN, WOMAN, PERSON) for tone in TONES.values()]
             pairs = [(figure, f"{figure}-{_JOIN}-{edit.after}") for figure in figures]
         elif edit.kind == SKIN:
-            toned = [code.split("-") for code in self._files if is_held_out(sign_name(code))]
             pairs = [
-                ("-".join(point for point in points if point != edit.after), "-".join(points))
-                for points in toned
+                ("-".join(point for point in points if point != edit.after), code)
+                for code, points in ((code, code.split("-")) for code in self._files)
                 if [point for point in points if point in TONES.values()] == [edit.after]
+                and is_held_out(sign_name(code))
             ]
         else:
             pairs = [(code, other) for code in self._files if (other := _other_gender(code, edit.before, edit.after))]
