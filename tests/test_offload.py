@@ -21,12 +21,6 @@ ADAPTED = ("norm1.linear", "to_add_out", "s.norm.linear", "proj_mlp")
 
 
 @pytest.fixture(scope="module")
-def images():
-    with np.load(golden_dir() / "e2e_square.npz") as recorded:
-        return [recorded[name] for name in ("image_a", "image_atag", "image_b")]
-
-
-@pytest.fixture(scope="module")
 def streamed():
     return Pipeline.load(FOLDER, offload="blocks", quantization="int8")
 
@@ -51,9 +45,10 @@ def test_a_pipeline_streams_its_blocks(streamed, quick_compiles):
     assert (one == other).all() and len(np.unique(one)) > 10
 
 
-def test_what_is_refused(streamed, images):
+def test_what_is_refused(streamed):
     with pytest.raises(UserError, match="in the host's memory, where nothing is folded"):
-        streamed.attach(BASIS).edit(*images, steps=1, folded=True)
+        attached = streamed.attach(BASIS)
+        attached.session(attached.mix(0), folded=True)
     with pytest.raises(UserError, match="offload is 'all'; give none or blocks"):
         Pipeline.load(FOLDER, offload="all")
     with pytest.raises(UserError, match="leave one of them out"):
