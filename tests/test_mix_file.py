@@ -1,29 +1,23 @@
 """Saved mixes, strength, several example pairs, adaptation, fits of b: files read by the safetensors package, pictures
-by the algebra of mixes, gradients by finite differences, from Python and from the commands; what is refused."""
+by the algebra of mixes, from Python and from the commands; what is refused."""
 
 import contextlib
 import functools
 import json
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from flax import nnx
 from golden import golden_dir
 
 from lorweb_jax import Mix, Pipeline, UserError, edit, read_image, write_image
 from lorweb_jax.adapters.formats.lora_file import layer_name, mixed_factors
 from lorweb_jax.adapters.formats.mix_file import read_mix, write_mix
 from lorweb_jax.export import main as export
-from lorweb_jax.flow.loss import draw, weighted_mse
-from lorweb_jax.flow.schedule import train_timesteps, train_weights
 from lorweb_jax.images.fit import placement
 from lorweb_jax.pipeline.saving import arrays_of
-from lorweb_jax.settings.seeds import random_key
 
 PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safetensors"
 FAST = {"steps": 1, "folded": False}
@@ -157,52 +151,24 @@ def test_the_commands(pipeline, pictures, mixes, saved):
 
 
 def test_adaptation(pipeline, pictures, mixes, saved, capsys):
-    """The command fits the mix that edits, then the strength counts; a step of Adam moves a coefficient by the rate, by
-    the sign of the loss's gradient as finite differences have it."""
-    folder, images = pictures
+    """The command fits the mix that edits, then the strength counts; the first step of Adam moves coefficients by the
+    rate. That steps follow the loss's gradient stands in test_probes.py."""
+    _, images = pictures
     a, a2, b = (images[name] for name in ("a", "a2", "b"))
-    rate = 1e-2
-    moved = pipeline.adapt(a, a2, b, "go", steps=1, rate=rate, seed=3)
-    path, c = next(iter(mixes[0].coefficients.items()))
-    step = moved.coefficients[path] - c
-    np.testing.assert_allclose(np.abs(step[np.abs(step) > rate / 2]), rate, rtol=1e-2)
-    assert loss(pipeline, a, a2, moved, "go", 3) < loss(pipeline, a, a2, mixes[0], "go", 3)
-    slopes = []
-    for member in range(c.shape[1]):
-        change = np.zeros_like(c)
-        change[0, member] = 0.05
-        up, down = (
-            loss(pipeline, a, a2, Mix(dict(mixes[0].coefficients) | {path: c + sign * change}, moved.basis), "go", 3)
-            for sign in (1, -1)
-        )
-        slopes.append(up - down)
-    steep = np.abs(slopes).argsort()[-3:]
-    np.testing.assert_array_equal(np.sign(step[0, steep]), -np.sign(slopes)[steep])
     kept = saved / "adapted.safetensors"
     options = ["--adapt", "1", "--prompt", "go", "--strength", "2", "--save-mix", str(kept)]
     command(pictures, saved, *options, out=None)
-    same(pipeline.load_mix(kept).mix, 2 * pipeline.adapt(a, a2, b, "go", steps=1), 1e-6)
     assert "coefficients adapted to the pair: 1 steps in" in capsys.readouterr().out
+    moved = pipeline.adapt(a, a2, b, "go", steps=1)
+    same(pipeline.load_mix(kept).mix, 2 * moved, 1e-6)
+    onwards = pipeline.adapt(a, a2, b, "go", steps=1, rate=0.01, seed=3, mix=moved)
+    for before, after, rate in ((mixes[0], moved, 0.02), (moved, onwards, 0.01)):
+        # rate·g / (|g| + 1e-8): the whole rate but for the least gradients.
+        step = np.concatenate([(c - before.coefficients[path]).ravel() for path, c in after.coefficients.items()])
+        np.testing.assert_allclose([np.median(np.abs(step)), np.abs(step).max()], rate, rtol=1e-3)
     for option, said in (({"steps": 0}, "steps is 0"), ({"rate": 0}, "rate is 0"), ({"seed": -1}, "seed is -1")):
         with pytest.raises(UserError, match=said):
             pipeline.adapt(a, a2, b, **option)
-
-
-def loss(pipeline, a, a2, mix, prompt, seed):
-    """The training loss of a : a′ :: a : a′ at the first draw of a seed."""
-    grids = [np.concatenate([np.concatenate([a, a2], 1), np.concatenate([a, last], 1)])[None] for last in (a2, a)]
-    coefficients = {path: jnp.asarray(c)[:, None] for path, c in mix.coefficients.items()}
-    return float(_loss(pipeline.model, *grids, *pipeline.prompt([prompt]), random_key(seed), coefficients))
-
-
-@nnx.jit
-def _loss(model, target, condition, text, pooled, key, coefficients):
-    noised = draw(jax.random.fold_in(key, 0), model.tokens(target), train_timesteps(), train_weights("bell"))
-    adapters, references = model.basis.adapters(coefficients), model.tokens(condition)
-    velocity = model.velocity(
-        noised.tokens_bsc, references, text, pooled, noised.time_b, jnp.ones(1), (64, 64), adapters
-    )
-    return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[0]
 
 
 def test_a_mix_edits_by_words_too(pictures, mixes, saved, monkeypatch):

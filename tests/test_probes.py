@@ -19,7 +19,7 @@ PATH = "layer"
 
 
 class LinearModel(nnx.Module):
-    """A velocity that is the coefficients' mean over layers times fixed directions [n, c]."""
+    """A velocity that is the coefficients' mean over layers times fixed directions [n, c], and the references' mean."""
 
     def __init__(self, basis, directions):
         self.basis, self.directions = basis, nnx.Variable(directions)
@@ -32,7 +32,7 @@ class LinearModel(nnx.Module):
 
     def velocity(self, tokens, references, text, pooled, time, guidance, size, adapters):
         c = adapters[PATH].coeff_bn.mean(0)
-        return jnp.broadcast_to((c @ self.directions[...])[:, None], tokens.shape)
+        return jnp.broadcast_to((c @ self.directions[...] + references.mean((1, 2))[:, None])[:, None], tokens.shape)
 
 
 class LinearPipeline(Pipeline):
@@ -107,12 +107,14 @@ def test_adaptation_is_adam_on_each_samples_own_loss(pipeline, samples):
     for i, sample in enumerate(chosen):
         grid = np.concatenate([np.concatenate([sample.a, sample.a2], 1)] * 2)  # a, a′ over b = a, b′ = a′
         x0 = jnp.asarray(grid[::2, 0], jnp.float32)[None] / 255
+        condition = np.concatenate([np.concatenate([sample.a, last], 1) for last in (sample.a2, sample.a)])
+        offset = np.asarray(condition[::2, 0], np.float64).mean() / 255
         c, m, v = start[:, i], 0.0, 0.0
         for step in range(steps):
             key = jax.random.fold_in(jax.random.key(sample.noise_seed), step)
             noised = draw(key, x0, train_timesteps(), train_weights("bell"))
             target, weight = np.asarray(noised.target_bsc[0], np.float64), float(noised.weight_b[0])
-            error = c.mean(0) @ directions - target  # [s, c]
+            error = c.mean(0) @ directions + offset - target  # [s, c]
             gradient = weight * 2 * (error.mean(0) / 3) @ directions.T / 2  # the mean over 3 channels and 2 layers
             gradient = np.stack([gradient] * 2)
             m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2

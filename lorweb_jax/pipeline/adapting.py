@@ -34,11 +34,13 @@ def adapted(
     steps: int = STEPS,
     rate: float = RATE,
     max_size: int | None = None,
+    remat: bool = False,
 ) -> dict[str, np.ndarray]:
     """Coefficients c [l, b, n] in float32 after `steps` of Adam from `start`, each of b fitted to its own pair.
 
     pipeline: a Pipeline with a basis. pairs: b of (a, a′), whose grids have one size; max_size as in `Pipeline.edit`.
-    seeds: of each pair's draws, which depend on it alone.
+    seeds: of each pair's draws, which depend on it alone. remat: compute intermediates again in the backward pass, so
+    that it fits wherever sampling does but for a block's intermediates and each block's input.
     """
     grids = [
         [
@@ -51,13 +53,14 @@ def adapted(
     text, pooled = pipeline.prompt(list(prompts))
     keys = jnp.stack([random_key(seed) for seed in seeds])
     model = pipeline.model.only("transformer", "vae", "basis")
+    if remat:
+        model = model.replace(transformer=_rematerialised(model.transformer))
     moved = _adapt(model, jnp.asarray(steps), jnp.asarray(rate), target, condition, text, pooled, keys, dict(start))
     return {path: np.asarray(to_host(c), np.float32) for path, c in moved.items()}
 
 
-def rematerialised(transformer: nnx.Module) -> nnx.Module:
-    """The same weights, whose intermediates are computed again in the backward pass: an adaptation then fits wherever
-    sampling does but for a block's intermediates and each block's input."""
+def _rematerialised(transformer: nnx.Module) -> nnx.Module:
+    """A module of the same weights."""
     graphdef, state = nnx.split(transformer)
     copy = nnx.merge(graphdef, state)
     copy.remat = "full"

@@ -213,9 +213,8 @@ class Pipeline:
         [(a, a2, b)], prompts = as_analogies([(a, a2, b)]), as_prompts([prompt])
         basis = self._basis()
         start = self.coefficients_batch([(a, a2, b)])[0] if mix is None else basis.own(mix)
-        model = self.model.replace(transformer=adapting.rematerialised(self.model.transformer))
         c = adapting.adapted(
-            Pipeline(self.folder, model, self.precomputed),
+            self,
             [(a, a2)],
             prompts,
             [seed],
@@ -223,6 +222,7 @@ class Pipeline:
             steps,
             rate,
             max_size,
+            remat=True,
         )
         return Mix({path: each[:, 0] for path, each in c.items()}, start.basis)
 
