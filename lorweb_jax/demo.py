@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command, say
-from lorweb_jax.edit import SMALL_BASE, add_model_options, add_pipeline, model_options
+from lorweb_jax.edit import FOLDED, SMALL_BASE, add_model_options, add_pipeline, model_options, require_basis_of_options
 from lorweb_jax.pipeline.arguments import MAX_SIZE
 from lorweb_jax.settings.rules import Whole, as_value
 from lorweb_jax.stylize import style_argument
@@ -74,7 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--apply",
-        choices=["low-rank", "folded", "auto"],
+        choices=list(FOLDED),
         default="low-rank",
         help="apply a mix beside the weights, or fold it into a second copy of them for each edit (default: low-rank)",
     )
@@ -88,9 +88,7 @@ def _check(args: argparse.Namespace) -> None:
     as_value(args.port, "--port", _PORT)
     if args.max_size is not None:
         as_value(args.max_size, "--max-size", MAX_SIZE)
-    for name in ("basis_config", "image_encoder"):
-        if getattr(args, name) is not None and args.basis is None:
-            raise UserError(f"--{name.replace('_', '-')} is of a basis, and no --basis was given; give it", 2)
+    require_basis_of_options(args)
 
 
 def default_basis(pipeline: Path) -> Path | None:
@@ -153,7 +151,7 @@ def open_studio(args: argparse.Namespace):
         _words(args),
         _basis_words(args, basis),
         Limits(args.max_upload * 10**6, args.max_pixels * 10**6, size),
-        {"low-rank": False, "folded": True, "auto": None}[args.apply],
+        FOLDED[args.apply],
         styles,
         args.data or data_of_run(basis),
     )

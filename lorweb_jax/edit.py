@@ -52,6 +52,7 @@ from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, as_value
 
 # The small base of the repository, from whatever folder the command is given; an installed package has none.
 SMALL_BASE = Path(__file__).parents[1] / "assets" / "small_kontext"
+FOLDED = {"auto": None, "folded": True, "low-rank": False}  # --apply, as Pipeline's methods take it
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -114,7 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--apply",
-        choices=["auto", "folded", "low-rank"],
+        choices=list(FOLDED),
         default="auto",
         help="fold the mix into the weights or apply it beside them (default: whichever is possible and faster)",
     )
@@ -226,11 +227,16 @@ def is_analogy(args: argparse.Namespace) -> bool:
     return True
 
 
-def require_used(args: argparse.Namespace) -> None:
-    """UserError for options that belong to others which were not given."""
+def require_basis_of_options(args: argparse.Namespace) -> None:
+    """UserError for --basis-config or --image-encoder without --basis."""
     for name in ("basis_config", "image_encoder"):
         if getattr(args, name) is not None and args.basis is None:
             raise UserError(f"--{name.replace('_', '-')} is of a basis, and no --basis was given; give it", 2)
+
+
+def require_used(args: argparse.Namespace) -> None:
+    """UserError for options that belong to others which were not given."""
+    require_basis_of_options(args)
     if args.max_size is not None and not (args.b or args.image):
         raise UserError("--max-size is of images, and none was given; leave it out, or give --size", 2)
 
@@ -303,13 +309,12 @@ def main(arguments: list[str] | None = None) -> None:
     }
     if args.guidance is not None:
         sampling["guidance"] = args.guidance
-    folded = {"auto": None, "folded": True, "low-rank": False}[args.apply]
     with progress(args.steps * (1 if analogies else len(images))) as sampling["callback"]:
         if analogies:
-            options = {"mix": mixes or None, "folded": folded, "fit": args.fit}
+            options = {"mix": mixes or None, "folded": FOLDED[args.apply], "fit": args.fit}
             results = pipeline.edit_batch(analogies, [args.prompt] * len(images), **options, **sampling)
         else:
-            with pipeline.session(mixes[0] if mixes else None, folded=folded) as session:
+            with pipeline.session(mixes[0] if mixes else None, folded=FOLDED[args.apply]) as session:
                 results = [session.generate(args.prompt, image, size=args.size, **sampling) for image in images]
     write_results(outs, results, args.overwrite)
 

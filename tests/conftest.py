@@ -30,14 +30,17 @@ def drawing_pack(tmp_path_factory):
     return make_pack(tmp_path_factory.mktemp("packages"))
 
 
-@pytest.fixture
-def quick_compiles():
+def _quick():
     """Without most of XLA's optimizations, for tests that compile much and compute little."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick_compiles = pytest.fixture(_quick)
+quick_module = pytest.fixture(scope="module")(_quick)  # for modules that share what they compiled
 
 
 def pytest_addoption(parser):

@@ -61,9 +61,15 @@ def runs(tmp_path_factory):
     return folder
 
 
+def by_name(folder):
+    """({name: run}, {name: state}) of the runs in a folder."""
+    found = {run.name: run for run in listing.find_runs(folder)}
+    return found, {name: run.state for name, run in found.items()}
+
+
 def test_states_and_figures(runs):
-    found = {run.name: run for run in listing.find_runs(runs)}
-    assert {name: run.state for name, run in found.items()} == {
+    found, states = by_name(runs)
+    assert states == {
         "finished": "finished",
         "group/failed": "failed",
         "killed": "stopped",
@@ -105,13 +111,8 @@ def test_damaged_runs_are_a_row_each(runs, tmp_path, capsys):
     write_image(tmp_path / "log" / "pictures" / "a_b_000001.png", np.zeros((8, 8, 3), np.uint8))
     main([str(tmp_path), "--out", str(tmp_path / "made" / "page.html")])
     assert (tmp_path / "made" / "page.html").exists()
-    found = {run.name: run for run in listing.find_runs(tmp_path)}
-    assert {name: run.state for name, run in found.items()} == {
-        "best": "unreadable",
-        "config": "unreadable",
-        "half": "unreadable",
-        "log": "finished",
-    }
+    found, states = by_name(tmp_path)
+    assert states == {"best": "unreadable", "config": "unreadable", "half": "unreadable", "log": "finished"}
     assert found["log"].losses == ((5, 0.5),) and len(found["log"].pictures) == 2
     told = capsys.readouterr().out
     assert "config: " in told and "config.json" in told

@@ -26,16 +26,11 @@ FOLDER, PAIR = golden_dir() / "tiny_pipeline", golden_dir() / "pair"
 LAYERS = backbone(FluxConfig.from_json(json.loads((FOLDER / "transformer" / "config.json").read_text()))).adapted
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiled without most optimizations: here compiling takes longer than computing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_module")
 
 
 @pytest.fixture(scope="module")
-def base():
+def base(quick_module):
     return Pipeline.load(FOLDER)
 
 

@@ -1,20 +1,18 @@
 """The tasks of a data set by the coefficients that a router gives them, to hold an analogy against."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
-from lorweb_jax.adapters.basis import Basis
 from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.data.analogies import Analogies, Analogy
 from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.evaluation.routing import on_a_plane, shares
 from lorweb_jax.images.grid import within
-from lorweb_jax.nn.sharding import to_host
 from lorweb_jax.pipeline.pipeline import Pipeline
 
 MOST = 240  # analogies that are looked at
@@ -52,12 +50,10 @@ class Atlas:
         with self._lock:
             if not self.analogies:
                 self.analogies = _spread(Analogies(read_tasks(self._data, Problems()), limit=EACH))
-            basis = cast(Basis, self._pipeline.model.basis)
             while (done := len(self._points)) < len(self.analogies):
                 tell(done, len(self.analogies))
-                query = self._pipeline.query([self.images(each) for each in self.analogies[done : done + BATCH]])
-                chosen = {path: to_host(c) for path, c in (basis.coefficients(query) or {}).items()}
-                self._points += [_point({path: c[:, row] for path, c in chosen.items()}) for row in range(len(query))]
+                batch = [self.images(each) for each in self.analogies[done : done + BATCH]]
+                self._points += map(_point, self._pipeline.coefficients_batch(batch))
 
     def images(self, analogy: Analogy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """a, a′ and b, of at most the size that the model was trained at."""
@@ -67,7 +63,7 @@ class Atlas:
 
     def place(self, mix: Mix) -> Place:
         """Where a mix of the pipeline's basis lies."""
-        point, points = _point(mix.coefficients), np.stack(self._points)
+        point, points = _point(mix), np.stack(self._points)
         tasks = list(dict.fromkeys(analogy.task for analogy in self.analogies))
         of_task = [[i for i, each in enumerate(self.analogies) if each.task == task] for task in tasks]
         means = np.stack([points[rows].mean(0) for rows in of_task])
@@ -85,9 +81,9 @@ def _spread(analogies: Analogies) -> list[Analogy]:
     return [analogies[analogies.span(task)[0]] for task in tasks]
 
 
-def _point(coefficients: Mapping[str, np.ndarray]) -> np.ndarray:
+def _point(mix: Mix) -> np.ndarray:
     """All coefficients in a row, so that the distance between two is the root mean square over layers."""
-    arrays = [np.asarray(c, np.float64) for c in coefficients.values()]
+    arrays = [np.asarray(c, np.float64) for c in mix.coefficients.values()]
     return np.concatenate([c.ravel() for c in arrays]) / np.sqrt(sum(len(c) for c in arrays))
 
 

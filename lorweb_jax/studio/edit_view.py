@@ -135,7 +135,7 @@ class EditView:
         mixes: list[Mix | None] = [None] * len(news)
 
         def make(number: int, more: dict[str, Any]) -> np.ndarray:
-            mix = self.studio.coefficients([pair], news[number])
+            mix = self.studio.coefficients(pair, news[number])
             mixes[number] = mix if mix is None or strength == 1 else strength * mix
             return self.studio.edit(pair, news[number], prompt, mixes[number], options | more)
 

@@ -213,10 +213,8 @@ class MixView:
     def _saved(self, number: int, card: CardValues) -> Mix | None:
         if not card.file:
             return None
-        try:
+        with parts.called(card.file, f"the file of card {number}"):
             return self.studio.pipeline.load_mix(card.file).mix
-        except UserError as error:  # it names the file by where this machine keeps it
-            raise UserError(str(error).replace(card.file, f"the file of card {number}")) from None
 
     def _mix(self, pairs: list[Pair], saved: Mix | None, b: np.ndarray) -> Mix:
         """A card's mix: the saved one, or the mean of what the router chooses for its pairs."""

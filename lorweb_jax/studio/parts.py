@@ -1,9 +1,10 @@
 """Pieces of the page that several views use."""
 
+import contextlib
 import functools
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -70,28 +71,40 @@ def in_words(error: BaseException) -> gr.Error:
     )
 
 
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        words = in_words(error)
+        raise words from (error if words.print_exception else None)
+
+
+@contextlib.contextmanager
+def called(file: str, name: str) -> Iterator[None]:
+    """UserErrors within call an uploaded file `name`, not by where this machine keeps it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(file, name)) from None
+
+
 def sentences(handler: Callable) -> Callable:
     """The handler of an event, plain or a generator, whose errors the page shows as one sentence."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def run(*arguments: Any):
-            try:
+            with _in_words():
                 yield from handler(*arguments)
-            except GeneratorExit:
-                raise
-            except BaseException as error:
-                words = in_words(error)
-                raise words from (error if words.print_exception else None)
     else:
 
         @functools.wraps(handler)
         def run(*arguments: Any):
-            try:
+            with _in_words():
                 return handler(*arguments)
-            except BaseException as error:
-                words = in_words(error)
-                raise words from (error if words.print_exception else None)
 
     return run
 

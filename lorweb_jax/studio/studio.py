@@ -23,7 +23,7 @@ PREVIEWS = 8  # of one image while it is sampled, at most
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of what is uploaded. nbytes: of a file. pixels: of a picture. size: longest edge in pixels to which the grid of
-    an edit, or a picture, is shrunk. pictures: of one request."""
+    an edit, or a picture, is shrunk. pictures: of one field that takes several."""
 
     nbytes: int = 20_000_000
     pixels: int = 16_000_000
@@ -148,12 +148,9 @@ class Studio:
             if not isinstance(event, Finished):
                 yield event
 
-    def coefficients(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], b: np.ndarray) -> Mix | None:
-        """What the router chooses for pairs (a, a′) of one edit and b; None where it isn't known beforehand."""
-        if not self.has_mixes:
-            return None
-        mixes = [self.pipeline.coefficients(a, a2, b) for a, a2 in pairs]
-        return mixes[0] if len(mixes) == 1 else sum(mixes[1:], mixes[0]) / len(mixes)
+    def coefficients(self, pair: tuple[np.ndarray, np.ndarray], b: np.ndarray) -> Mix | None:
+        """What the router chooses for a pair (a, a′) and b; None where it isn't known beforehand."""
+        return self.pipeline.coefficients(*pair, b) if self.has_mixes else None
 
     def edit(
         self, pair: tuple[np.ndarray, np.ndarray], b: np.ndarray, prompt: str, mix: Mix | None, sampling: dict[str, Any]

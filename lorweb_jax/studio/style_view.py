@@ -117,11 +117,8 @@ class StyleView:
                 yield {self.status: parts.progress(event, "Sampling.")}
 
     def _uploaded(self, file: str, strength: float, words: str) -> Style:
-        name = Path(file).name
-        try:
+        with parts.called(file, Path(file).name):
             return self.studio.pipeline.style(file, strength, words, name=Path(file).stem)
-        except UserError as error:
-            raise UserError(str(error).replace(file, name)) from None  # not where the machine keeps it
 
     def _command(self, prompt: str, picture: str | None, styles: Mapping[str, Style], options: dict[str, Any]) -> str:
         words: list[Any] = self.studio.words("stylize" if styles else "edit", basis=False)
