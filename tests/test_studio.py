@@ -106,7 +106,7 @@ def test_an_edit_is_the_api_s(view, pipeline, files, images):
         np.testing.assert_array_equal(result.image, expected)
         for path, c in mix.coefficients.items():
             np.testing.assert_array_equal(result.mix.coefficients[path], c)
-    assert "6 of 6 steps" in shown[-1][view.status] and "Done." in shown[-1][view.status]
+    assert f"{2 * STEPS} of {2 * STEPS} steps" in shown[-1][view.status] and "Done." in shown[-1][view.status]
     previews = [values for values in shown if view.swipe in values and view.history not in values]
     assert len(previews) == 2 * (STEPS - 1)
     assert len(shown[-1][view.gallery]) == 2
