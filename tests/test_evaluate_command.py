@@ -25,6 +25,7 @@ from lorweb_jax.evaluation.statistics import bootstrap_interval, estimate, paire
 from lorweb_jax.evaluation.table import TRUTH
 from lorweb_jax.images import svg
 from lorweb_jax.pipeline.folder import PARTS
+from lorweb_jax.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +90,11 @@ class FakePipeline:
 
     def query(self, conditions):
         return np.zeros((len(conditions), 2))
+
+    coefficients_batch = Pipeline.coefficients_batch
+
+    def _coefficients(self, conditions):
+        return self.model.basis.coefficients(self.query(conditions))
 
     def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True, mix=None, strength=1.0):
         assert len(seed) == len(conditions) == len(prompts)
