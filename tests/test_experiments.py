@@ -17,7 +17,7 @@ from lorweb_jax.settings import config as configs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from experiments import basis, basis_methods, basis_tables, pair_tables, runner  # noqa: E402
+from experiments import basis, basis_methods, basis_pictures, basis_tables, pair_tables, runner  # noqa: E402
 
 
 @pytest.fixture
@@ -189,6 +189,12 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
     )
     assert "one LoRA of rank N·r − basis" in text and "2.5, 3.0, 9.0 of 16" in text and "Unseen tasks (3)" in text
     assert page.read_text().startswith("before") and page.read_text().endswith("after\n") and text in page.read_text()
+    # A bar for each task; what was sampled isn't there, so there is no sheet.
+    assert basis_pictures.differences_by_task(shown["per_task"], results["methods"]["lora_nr"]["per_task"]) == {
+        task: [pytest.approx(value)] for task, value in {"task0": -0.1, "task1": 0.1, "task2": -0.1}.items()
+    }
+    assert (tmp_path / "tasks.png").is_file() and (tmp_path / "page_tasks.webp").is_file()
+    assert not (tmp_path / "unseen.png").exists()
     page.write_text("no marks")
     with pytest.raises(UserError, match="between which the tables go"):
         basis_tables.write_tables(tmp_path, page)

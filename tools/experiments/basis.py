@@ -13,8 +13,8 @@ doubled and halved as long as that helps. Variants of the basis take the basis's
 
 OUT/records has a record of each run and of each further measurement, OUT/trained the trained bases, which every command
 takes for runs, OUT/evaluation/seed_S what was sampled (`python -m lorweb_jax.evaluate --out OUT/evaluation/seed_0`
-makes a report of it), OUT/results.json and results.md what comes of them. --docs writes the tables into docs/results.md
-too.
+makes a report of it), OUT/results.json and results.md what comes of them, unseen.png and tasks.png pictures of the main
+comparison. --docs writes the tables into docs/results.md too, and the pictures beside it.
 """
 
 import functools

@@ -9,6 +9,7 @@ import numpy as np
 from tabulate import tabulate
 
 from experiments.basis_methods import GROUPS, TITLES, Group
+from experiments.basis_pictures import write_pictures
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_text
 from lorweb_jax.evaluation.statistics import CONFIDENCE, crossed_interval
@@ -113,11 +114,13 @@ def _mean_router(routers: Sequence[Mapping[str, float] | None]) -> dict[str, flo
 
 
 def write_tables(out: Path, docs: Path | None = None) -> str:
-    """Writes results.json and results.md of the records in `out`; the Markdown goes into `docs`, between its marks."""
+    """Writes results.json, results.md and pictures of the records in `out`; the Markdown goes into `docs` too, between
+    its marks, the pictures beside it."""
     results = figures(read_records(out))
     text = markdown(results)
     write_json(out / "results.json", results)
     write_text(out / "results.md", text)
+    write_pictures(out, results, REFERENCE, docs)
     if docs is not None:
         page = docs.read_text(encoding="utf-8")
         before, begin, rest = page.partition(BEGIN)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from experiments.figures import pixels
 from experiments.runner import Record
 from lorweb_jax.common.outputs import write_text
 from lorweb_jax.evaluation.statistics import bootstrap_interval
@@ -127,10 +128,7 @@ def write_tables(records: Sequence[Record], out: Path) -> str:
 
 def draw_curves(gathered: Curves, methods: Sequence[str]) -> np.ndarray:
     """Style and distance to the truth against distance to the base's picture: a line a method, a point a setting."""
-    import io
-
     from matplotlib.figure import Figure
-    from PIL import Image
 
     figure = Figure((9.0, 3.8), dpi=110, layout="constrained")
     for axes, measure in zip(figure.subplots(1, 2), ("style", "lpips")):
@@ -145,6 +143,4 @@ def draw_curves(gathered: Curves, methods: Sequence[str]) -> np.ndarray:
         axes.set_xlabel(MEASURES["content"])
         axes.set_ylabel(MEASURES[measure])
     axes.legend(fontsize=7)
-    with io.BytesIO() as file:
-        figure.savefig(file, format="png")
-        return np.asarray(Image.open(file).convert("RGB"))
+    return pixels(figure)
