@@ -9,12 +9,10 @@ import time
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from lorweb_jax.common.errors import UserError
@@ -22,6 +20,15 @@ from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.common.user_files import regular_file
 from lorweb_jax.images import pictures
+
+# tensorboardX imports torch where that is installed, which takes seconds and serves nothing here.
+if "torch" not in sys.modules:
+    sys.modules["torch"] = cast(types.ModuleType, None)  # an ImportError, which tensorboardX expects
+from tensorboardX import event_file_writer, summary  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+
+if sys.modules["torch"] is None:
+    del sys.modules["torch"]
 
 # clu's own summary writer is the one part of clu.metric_writers that needs TensorFlow. A module of that name
 # with our writer goes in its place before the first import.
