@@ -1,6 +1,7 @@
 """The plan of the package: which of its folders may import which."""
 
 import ast
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -137,3 +138,9 @@ def test_nothing_imports_torch():
         if module.split(".")[0] in ("torch", "diffusers", "transformers", "peft")
     }
     assert not found
+
+
+def test_training_starts_without_torch():
+    """Which tensorboardX would import, and which is installed here: seconds of every start."""
+    code = "import sys, lorweb_jax.training.loop; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
