@@ -64,6 +64,7 @@ def default():
     # What may spread the work over the members, beside basis.normalised, .temperature, .temperature_mode and
     # .key_scale; the published recipe has none of it.
     config.routing = dict(
+        rate=1.0,  # the router's learning rate as a multiple of the members'; 0: keys and projections stay as they are
         balance=0.0,  # weight in the loss of log n − H(mean share of the members over the batch), in nats
         member_dropout=0.0,  # share of the members that each example and layer goes without in a training step
     )

@@ -209,12 +209,11 @@ def make(args: argparse.Namespace) -> None:
     from lorweb_jax.common import fingerprint
     from lorweb_jax.data.problems import Problems
     from lorweb_jax.evaluation import scores as scoring
-    from lorweb_jax.evaluation.making import add_coefficients, add_edits, add_path, add_scores, make_images
+    from lorweb_jax.evaluation.making import add_coefficients, add_edits, add_path, add_scores, conditions, make_images
     from lorweb_jax.evaluation.methods import candidate, truth
     from lorweb_jax.evaluation.records import Records
     from lorweb_jax.evaluation.render import add_descriptions
     from lorweb_jax.evaluation.samples import read_folder
-    from lorweb_jax.pipeline.folder import PARTS
     from lorweb_jax.pipeline.pipeline import Pipeline
 
     own = [score for spec in args.add_score for score in scoring.from_file(spec)]
@@ -235,21 +234,14 @@ def make(args: argparse.Namespace) -> None:
         encoder = load_image_encoder(folder)
     source = fingerprint.of_folder(folder) if folder and encoder is not None else ""
     scores = scoring.select([*scoring.standard(encoder, source), *own], args.scores)
-    conditions = {
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "seed": args.seed,
-        "max_size": args.max_size,
-        "dtype": args.dtype,
-        "base": fingerprint.of_folders(pipeline.folder.folder / name for name in PARTS),
-    }
+    sampling = {"steps": args.steps, "guidance": args.guidance}
+    common = conditions(pipeline, **sampling, seed=args.seed, max_size=args.max_size, dtype=args.dtype)
     skipped = [dataclasses.asdict(each) for each in problems]
-    records = Records.begin(args.out, samples, conditions, skipped)
+    records = Records.begin(args.out, samples, common, skipped)
     add_descriptions(args.out, scores)
     number, parts = args.part or (1, 1)
     mine = samples[number - 1 :: parts]
     by_id = {sample.id: sample for sample in mine}
-    sampling = {"steps": args.steps, "guidance": args.guidance}
     truths = [truth()] if any(sample.b2 is not None for sample in samples) else []
     # One at a time: a method holds its weights.
     candidates = (

@@ -111,6 +111,8 @@ def test_values_of_no_sense_for_every_field(config):
         ("basis.temperature", (0, 0.0, 1e7)),
         ("basis.temperature_mode", ("", "falling")),
         ("basis.key_scale", (0.0,)),
+        ("basis.scale", (0, -1.0)),
+        ("routing.rate", (-0.1, 1e4)),
         ("routing.balance", (-0.1,)),
         ("routing.member_dropout", (1.0, 1)),
         ("data.root", ("",)),
@@ -250,6 +252,7 @@ def test_a_field_that_is_missing():
         {"basis.query": "fixed"},
         {"basis.normalised": True, "basis.temperature": 0.5, "basis.temperature_mode": "annealed"},
         {"routing.balance": 0.1, "routing.member_dropout": 0.5, "basis.key_scale": 0.1},
+        {"routing.rate": 0, "basis.scale": 16},
         {"data.root": "not_utf8_\udce9"},
     ],
 )

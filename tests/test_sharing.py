@@ -11,12 +11,16 @@ from flax import nnx
 from scipy import special, stats
 
 from configs import basis as basis_config
-from lorweb_jax.adapters.basis import Basis, BasisConfig, LayerShape
+from lorweb_jax.adapters.basis import Basis, BasisConfig, BasisParam, LayerShape
 from lorweb_jax.adapters.formats.basis_file import read_basis, write_basis
 from lorweb_jax.adapters.router import Router
 from lorweb_jax.adapters.sharing import drop_members, imbalance
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.jobs.basis import BasisJob
+from lorweb_jax.training.job import Phase
+from lorweb_jax.training.optimizer import make_optimizer
+from lorweb_jax.training.state import TrainState
+from lorweb_jax.training.step import make_update
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 SHAPES = {"single_transformer_blocks.attn.to_q": LayerShape(2, 6, 7)}
@@ -184,3 +188,36 @@ def test_a_training_step_balances_drops_and_anneals():
     np.testing.assert_allclose(
         dropped, np.where(kept, whole, 0) / np.where(kept, whole, 0).sum(-1, keepdims=True), rtol=1e-5
     )
+
+
+def test_the_router_has_a_learning_rate_of_its_own():
+    """Of one step by AdamW with weight decay from the same weights and gradient: its change is the plain one times the
+    rate, to float32, members change alike, and at 0 it stays to the bit."""
+    config = basis_config.smoke()
+    with config.unlocked():
+        config.optimizer.update({"learning_rate": 0.1, "schedule": "constant", "warmup": 0, "weight_decay": 0.1})
+    job = BasisJob.__new__(BasisJob)
+    job.config = config
+    basis = basis_of(temperature_mode="learnt", temperature=2.0)
+    weights = {name: array[...] for name, array in nnx.to_flat_state(nnx.state(basis, BasisParam))}
+    weights = {".".join(map(str, name)): array for name, array in weights.items()}
+    job.loss = lambda model, batch, key: (sum((array**2).sum() for array in model.values()), {})
+    job.phases = lambda: [Phase("train", job.loss)]
+    partition = SimpleNamespace(paths=lambda phase: list(weights), model=lambda trainable, frozen: trainable)
+    optimizer = make_optimizer(config)
+    state = TrainState(jnp.zeros((), jnp.int32), weights, None, {"train": optimizer.init(weights)}, {})
+
+    def change(rate):
+        with config.unlocked():
+            config.routing.rate = rate
+        after, _ = make_update(job, partition, optimizer, config)(state, {}, {})
+        return {name: np.asarray(after.trainable[name]) - np.asarray(array) for name, array in weights.items()}
+
+    plain, slow, still = change(1.0), change(0.25), change(0.0)
+    parts = {name.rpartition(".")[2] for name in weights}
+    assert parts == {"a", "b", "keys", "projection", "log_temperature"}
+    for name, moved in plain.items():
+        router = name.endswith(("keys", "projection", "log_temperature"))
+        assert np.abs(moved).max() > 0 or name.endswith(".b")  # zeros have no gradient here
+        np.testing.assert_allclose(slow[name], moved * (0.25 if router else 1), rtol=1e-4, atol=2e-7)
+        assert not router or not still[name].any()

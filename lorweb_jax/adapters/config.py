@@ -36,7 +36,7 @@ class BasisConfig:
       "fixed" (no router: rows of `table`).
     query_mode: which images or tokens the query is made of. pooling: "avg" or "max", of an internal query.
     projection: "linear" [k, q], or "none", where the query's width must equal k.
-    scale: alpha / r.
+    scale: alpha / r, what the sum over members is multiplied by.
     normalised, temperature: see router.Router. temperature_mode: "fixed"; "learnt", one number a layer that begins at
       `temperature`; or "annealed" while training, from `temperature` to 1, which it is afterwards. key_scale: standard
       deviation of fresh keys. The published recipe has none of these, the published format no place for normalised.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorweb_jax.common import fingerprint
 from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.outputs import write_file
 from lorweb_jax.evaluation.memory import peak_bytes, reset_peak
@@ -18,10 +19,23 @@ from lorweb_jax.evaluation.routing import read_coefficients
 from lorweb_jax.evaluation.samples import Sample, batches
 from lorweb_jax.evaluation.scores import AlexNet, Score
 from lorweb_jax.images.io import write_image
+from lorweb_jax.pipeline.folder import PARTS
+from lorweb_jax.pipeline.pipeline import Pipeline
 
 COEFFICIENTS, EDITS, PATH = "coefficients.npz", "edits.npz", "path.png"
 BLENDS = 7  # pictures from one analogy's mix to another's, both included
 AT_ONCE = 64  # records whose images are in memory while they are scored
+
+
+def conditions(
+    pipeline: Pipeline, *, steps: int, guidance: float, seed: int, max_size: int | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """What all records of a folder have in common beside their triplets: `Records.begin` refuses others.
+
+    max_size: longest edge of the grid, px; None: no limit. dtype: what the transformer computes in.
+    """
+    base = fingerprint.of_folders(pipeline.folder.folder / name for name in PARTS)
+    return {"steps": steps, "guidance": guidance, "seed": seed, "max_size": max_size, "dtype": dtype, "base": base}
 
 
 def make_images(

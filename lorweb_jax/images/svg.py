@@ -20,49 +20,60 @@ class Point(NamedTuple):
     y_interval: Sequence[float] | None = None
 
 
+class Axes:
+    """Two axes with round ticks around the ranges (low, high), and where a value lies between them."""
+
+    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], x_title: str, y_title: str):
+        self.x_ticks, self.y_ticks = ticks(*x_range), ticks(*y_range)
+        self.x_title, self.y_title = escape(x_title), escape(y_title)
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0]) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
+        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+
+    def figure(self, marks: Sequence[str]) -> str:
+        """The axes with their grid, and marks upon it."""
+        parts = [f'<svg class="figure" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{self.y_title}">']
+        for value in self.x_ticks:
+            x = self.x(value)
+            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
+        for value in self.y_ticks:
+            y = self.y(value)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        middle, side = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+        parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{self.x_title}</text>')
+        turned = f'transform="translate(12 {side:.0f}) rotate(-90)"'
+        parts.append(f'<text {turned} text-anchor="middle">{self.y_title}</text>')
+        return "".join([*parts, *marks, "</svg>"])
+
+
+def _line(x1: float, x2: float, y1: float, y2: float) -> str:
+    return f'<line class="whisker" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+
 def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
     """Numbered marks in the order of `points`, for a legend beside."""
     xs = [value for p in points for value in (p.x, *(p.x_interval or ()))]
     ys = [value for p in points for value in (p.y, *(p.y_interval or ()))]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-
-    def along(value: float) -> float:
-        return LEFT + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - LEFT - RIGHT)
-
-    def up(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - BOTTOM - TOP)
-
-    parts = [f'<svg class="figure" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)}">']
-    for value in x_ticks:
-        parts.append(
-            f'<line class="grid" x1="{along(value):.1f}" x2="{along(value):.1f}" y1="{TOP}" y2="{up(y_ticks[0]):.1f}"/>'
-        )
-        parts.append(f'<text x="{along(value):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
-    for value in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(value):.1f}" y2="{up(value):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{up(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
-    side = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text transform="translate(12 {side:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
-    )
+    axes = Axes((min(xs), max(xs)), (min(ys), max(ys)), x_title, y_title)
+    marks = []
     for number, p in enumerate(points):
-        parts.append(f'<g class="m{number % 8}"><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}</title>')
+        x, y = axes.x(p.x), axes.y(p.y)
+        marks.append(f'<g class="m{number % 8}"><title>{escape(p.label)}: {p.x:.4g}, {p.y:.4g}</title>')
         if p.x_interval:
-            low, high = map(along, p.x_interval)
-            parts.append(
-                f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{up(p.y):.1f}" y2="{up(p.y):.1f}"/>'
-            )
+            low, high = map(axes.x, p.x_interval)
+            marks.append(_line(low, high, y, y))
         if p.y_interval:
-            low, high = map(up, p.y_interval)
-            parts.append(
-                f'<line class="whisker" x1="{along(p.x):.1f}" x2="{along(p.x):.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-            )
-        x, y = along(p.x), up(p.y)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8"/>')
-        parts.append(f'<text class="number" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{number + 1}</text></g>')
-    return "".join([*parts, "</svg>"])
+            low, high = map(axes.y, p.y_interval)
+            marks.append(_line(x, x, low, high))
+        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8"/>')
+        marks.append(f'<text class="number" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{number + 1}</text></g>')
+    return axes.figure(marks)
 
 
 def dots(
@@ -79,32 +90,18 @@ def dots(
     can let a reader choose; these are buttons for keyboards and screen readers and have their number as data-index."""
     xs, ys = zip(*points)
     middle, half = (min(ys) + max(ys)) / 2, least_height * (max(xs) - min(xs)) / 2
-    x_ticks = ticks(min(xs), max(xs))
-    y_ticks = ticks(min(*ys, middle - half), max(*ys, middle + half))
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP
-    parts = [f'<svg class="figure" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)}">']
-    for value in x_ticks:
-        x = LEFT + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * width
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
-    for value in y_ticks:
-        y = TOP + height - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * height
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    parts.append(f'<text x="{LEFT + width / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
-    turned = f'transform="translate(12 {TOP + height / 2:.0f}) rotate(-90)"'
-    parts.append(f'<text {turned} text-anchor="middle">{escape(y_title)}</text>')
+    axes = Axes((min(xs), max(xs)), (min(*ys, middle - half), max(*ys, middle + half)), x_title, y_title)
+    marks = []
     for i, (x, y) in enumerate(points):
-        x = LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * width
-        y = TOP + height - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * height
         style = f' style="fill:{colours[i]}"' if colours else ' class="cell"'
         title = f"<title>{escape(labels[i])}</title>" if labels else ""
         button = ""
         if i in choices:
             label = f' aria-label="{escape(labels[i])}"' if labels else ""
             button = f' data-index="{i}" tabindex="0" role="button"{label}'
-        parts.append(f'<g{button}>{title}<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill-opacity=".75"{style}/></g>')
-    return "".join([*parts, "</svg>"])
+        circle = f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.2" fill-opacity=".75"{style}/>'
+        marks.append(f"<g{button}>{title}{circle}</g>")
+    return axes.figure(marks)
 
 
 def hues(count: int) -> list[str]:

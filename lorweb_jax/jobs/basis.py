@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from lorweb_jax.adapters.basis import BasisConfig, BasisParam
+from lorweb_jax.adapters.coefficients import RouterParameters
 from lorweb_jax.adapters.formats.basis_file import unpublishable
 from lorweb_jax.adapters.sharing import drop_members, imbalance
 from lorweb_jax.common import fingerprint
@@ -88,6 +89,10 @@ class BasisJob(Job):
                 "makes later",
                 flush=True,
             )
+
+    def rate(self, path: str) -> float:
+        """routing.rate for the router's parameters."""
+        return self.config.routing.rate if path.rpartition(".")[2] in RouterParameters._fields else 1.0
 
     def sources(self) -> dict[str, str]:
         train, *held_out = (contents(tasks) for tasks in self.tasks.values())

@@ -118,6 +118,10 @@ class Job:
         some of `shapes`, or all, or none."""
         return {}
 
+    def rate(self, path: str) -> float:
+        """What the updates of the trainable at a dotted path are multiplied by: its own learning rate."""
+        return 1.0
+
     def sources(self) -> dict[str, str]:
         """Fingerprints of the files at the config's paths, by dotted field. A run goes on where they are the same,
         wherever these files are now; the paths themselves may then differ. Of other fields the paths are compared."""

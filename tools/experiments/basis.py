@@ -129,19 +129,15 @@ class Study:
 
     def scores_of(self, word: str, seed: int, wording: str = "reduced") -> dict:
         """{split: {task: {score: mean over its analogies}}} of a method, as `lorweb_jax.evaluate` keeps it."""
-        from lorweb_jax.common import fingerprint
-        from lorweb_jax.evaluation.making import add_coefficients, add_scores, make_images
+        from lorweb_jax.evaluation.making import add_coefficients, add_scores, conditions, make_images
         from lorweb_jax.evaluation.methods import candidate
         from lorweb_jax.evaluation.metrics import task_means
         from lorweb_jax.evaluation.records import Records
         from lorweb_jax.evaluation.render import add_descriptions
-        from lorweb_jax.pipeline.folder import PARTS
 
         samples = self.samples(wording)
         folder = self.out / "evaluation" / (f"seed_{seed}" + (f"_{wording}" if wording != "reduced" else ""))
-        base = fingerprint.of_folders(self.pipeline.folder.folder / name for name in PARTS)
-        conditions = {**self.sampling, "seed": seed, "max_size": None, "dtype": "float32", "base": base}
-        records = Records.begin(folder, samples, conditions)
+        records = Records.begin(folder, samples, conditions(self.pipeline, **self.sampling, seed=seed))
         add_descriptions(folder, self.scores)
         method = candidate(self.pipeline, word, samples=samples, **self.sampling)
         kept = make_images(records, method, samples, seed=seed, batch=self.batch)

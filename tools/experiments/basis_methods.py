@@ -23,6 +23,10 @@ class Method(NamedTuple):
 _LORA = {"basis.size": 1, "basis.query": "fixed"}
 
 
+def _members(config: ConfigDict) -> float:
+    return float(config.basis.size)
+
+
 def _whole_rank(config: ConfigDict) -> int:
     return config.basis.size * config.basis.rank
 
@@ -68,6 +72,9 @@ METHODS = {
     "normalised": Method("basis, normalised query and keys", {"basis.normalised": True}),
     "small_keys": Method("basis, fresh keys of 0.1", {"basis.key_scale": 0.1}),
     "heads": Method("basis, 4 heads", {"basis.heads": 4}),
+    "slow": Method("basis, router's rate 0.03", {"routing.rate": 0.03}),
+    "slow_scaled": Method("basis, router's rate 0.03, scale N", {"routing.rate": 0.03, "basis.scale": _members}),
+    "still": Method("basis, fresh router kept", {"routing.rate": 0.0}),
     "dropout": Method("basis, a quarter of the members dropped", {"routing.member_dropout": 0.25}),
     "constant": Method("basis, every coefficient 1/N", {"basis.temperature": 1e6}),
     "silent": Method("basis, trained without instruction", {"data.caption_drop": 1.0}),
@@ -150,6 +157,9 @@ GROUPS = {
             "small_keys",
             "heads",
             "dropout",
+            "slow",
+            "slow_scaled",
+            "still",
         ),
     ),
     "instruction": Group(
