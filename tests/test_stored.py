@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from lorweb_jax.data.layouts import read_tasks
 from lorweb_jax.data.loader import AnalogyLoader
 from lorweb_jax.data.problems import Problems
 from lorweb_jax.data.store import main
+from lorweb_jax.data.stored import parse_name
 from lorweb_jax.evaluation.samples import read_folder
 
 
@@ -99,3 +101,10 @@ def test_what_is_refused(stored, tmp_path, capsys):
     module._opened.cache_clear()
     with pytest.raises(UserError, match="list of its captions"):
         read_tasks(f"tfds:again:{tmp_path}", Problems())
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/tfds", "local_data/tfds", "/data/tfds"])
+def test_a_bucket_keeps_its_two_slashes(folder):
+    """Roots pass through Path, which would make one of them."""
+    assert parse_name(str(Path(f"tfds:small:{folder}"))) == ("small", folder)
+    assert parse_name(f"tfds:small:{folder}") == ("small", folder)

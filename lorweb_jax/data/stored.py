@@ -6,6 +6,7 @@ listing its rows reads no record. TensorFlow itself is not needed.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ class Name(NamedTuple):
 def parse_name(text: str) -> Name:
     """tfds:NAME or tfds:NAME:DIR. UserError without a name."""
     name, _, folder = text.removeprefix(PREFIX).partition(":")
+    # A Path has one slash in the place of the two of gs://bucket.
+    folder = re.sub(r"^(\w+):/(?=[^/])", r"\1://", folder)
     if not name:
         raise UserError(f"{text} names no data set; give one such as {PREFIX}analogies:local_data/tfds")
     return Name(name, folder or None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.basis_methods import GROUPS, METHODS, TITLES
+from experiments.basis_methods import GROUPS, METHODS, REFERENCES, TITLES
 from experiments.figures import pixels
 from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.records import Records
@@ -22,8 +22,8 @@ def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: 
 
     results: of `basis_tables.figures`.
     """
-    main, there = GROUPS["main"], results["methods"]
-    methods = {name: there[name] for name in (*main.references, *main.methods) if name in there}
+    there = results["methods"]
+    methods = {name: there[name] for name in ("base", *GROUPS["main"].methods) if name in there}
     seeds = set(there[reference]["seeds"]) if reference in there else set()
     against = [
         name for name in methods if name in METHODS and name != reference and seeds.intersection(methods[name]["seeds"])
@@ -47,11 +47,14 @@ def unseen_sheet(out: Path, methods: Mapping[str, Any]) -> np.ndarray | None:
         return None
     records = Records(folder)
     samples = {key: each for key, each in records.samples().items() if each.split == SPLIT}
+    by_name = {kept.name: kept for kept in records.methods()}
+    by_name |= {kept.about["kind"]: kept for kept in records.methods() if kept.about["kind"] in REFERENCES}
     images = {}
     for name, of in methods.items():
-        kept = records.method(name if of["rate"] is None else f"{name}_{of['rate']}_{seed}")
-        there = kept.read()
-        images[TITLES[name]] = [kept.image(key, there[key]) for key in samples]
+        kept = by_name.get(name if of["rate"] is None else f"{name}_{of['rate']}_{seed}")
+        if kept is not None:
+            there = kept.read()
+            images[TITLES[name]] = [kept.image(key, there[key]) for key in samples]
     return rows_sheet(list(samples.values()), images)
 
 
