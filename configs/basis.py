@@ -7,6 +7,7 @@ result and the truth, tables that compare the basis with the frozen base and wit
 published format (export/basis.safetensors with its config.yaml).
 
 Variants, as in --config=configs/basis.py:tanh
+    published  the same with the router as the paper has it: as fast as the members, the sum over them not scaled
     kontext    the paper's recipe at full size: FLUX.1 Kontext, N = 32, r = 4, 10,000 steps on Relation252K
     kontext_16 the same for 16 chips, such as a v6e-16: 16 examples a step, one on each
     tanh       coefficients by tanh instead of softmax
@@ -28,7 +29,15 @@ from lorweb_jax.settings.fields import BASIS
 
 def get_config(variant: str = ""):
     return choose_variant(
-        {"": default, "kontext": kontext, "kontext_16": kontext_16, "tanh": tanh, "internal": internal, "smoke": smoke},
+        {
+            "": default,
+            "published": published,
+            "kontext": kontext,
+            "kontext_16": kontext_16,
+            "tanh": tanh,
+            "internal": internal,
+            "smoke": smoke,
+        },
         variant,
     )
 
@@ -42,6 +51,7 @@ def default():
         field.name: field.default for field in dataclasses.fields(BasisConfig) if f"basis.{field.name}" in BASIS
     }
     config.basis.size, config.basis.key_dim = 16, 64
+    config.basis.scale = 16.0  # softmax gives each member about 1/16 at first
     config.basis.query_dim = placeholder(int)  # its width: None takes the image encoder's, another is refused
     config.basis.encoder = ""  # folder of the router's image encoder; "" is <pipeline>/clip_vision
 
@@ -61,10 +71,10 @@ def default():
     # them from there and has no encoders on its devices. "" computes them in every step.
     config.precomputed = ""
 
-    # What may spread the work over the members, beside basis.normalised, .temperature, .temperature_mode and
-    # .key_scale; the published recipe has none of it.
+    # What may spread the work over the members, beside basis.scale, .normalised, .temperature, .temperature_mode and
+    # .key_scale; the published recipe has none of it (`published`).
     config.routing = dict(
-        rate=1.0,  # the router's learning rate as a multiple of the members'; 0: keys and projections stay as they are
+        rate=0.03,  # the router's learning rate as a multiple of the members'; 0: keys and projections stay as they are
         balance=0.0,  # weight in the loss of log n − H(mean share of the members over the batch), in nats
         member_dropout=0.0,  # share of the members that each example and layer goes without in a training step
     )
@@ -89,15 +99,22 @@ def default():
     config.train.checkpoint_every = 100
     config.train.log_images_every = 200
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 8e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 20
     return config
 
 
+def published():
+    config = default()
+    config.basis.scale, config.routing.rate = BasisConfig.scale, 1.0
+    config.optimizer.learning_rate = 4e-3
+    return config
+
+
 def kontext():
     """Published recipe: AdamW 1e-3 constant, weight decay 0.05, clip 1.0, batch 6, long edge 512, bf16 compute."""
-    config = default()
+    config = published()
     config.pipeline, config.basis.encoder = "FLUX.1-Kontext-dev", "clip-vit-large-patch14"
     config.basis.size, config.basis.key_dim = BasisConfig.size, BasisConfig.key_dim
     config.data.root, config.data.quadrant_size, config.data.workers = "Relation252K", 256, 8
@@ -119,20 +136,20 @@ def kontext_16():
 
 
 def tanh():
-    config = default()
+    config = published()
     config.basis.activation = "tanh"
     return config
 
 
 def internal():
-    config = default()
+    config = published()
     config.basis.query, config.basis.query_mode = "internal", "aa'bb'"
     return config
 
 
 def smoke():
     config = default()
-    config.basis.size, config.basis.key_dim = 4, 16
+    config.basis.size, config.basis.key_dim, config.basis.scale = 4, 16, 4.0
     config.data.quadrant_size = 32
     config.train.batch = 4
     config.train.steps = config.train.log_every = config.train.checkpoint_every = config.train.log_images_every = 4

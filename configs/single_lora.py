@@ -21,4 +21,5 @@ def single(config):
     config.basis.rank = config.basis.size * config.basis.rank
     config.basis.size = 1
     config.basis.query = "fixed"
+    config.basis.scale = config.routing.rate = 1.0
     return config

@@ -22,7 +22,7 @@ from lorweb_jax.pipeline.arguments import Pair
 from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.settings.seeds import random_key
 
-STEPS, RATE = 16, 0.02  # of Adam
+STEPS, RATE = 16, 0.02  # of Adam; the rate of a basis whose scale is 1
 
 
 def adapted(
@@ -39,6 +39,7 @@ def adapted(
     """Coefficients c [l, b, n] in float32 after `steps` of Adam from `start`, each of b fitted to its own pair.
 
     pipeline: a Pipeline with a basis. pairs: b of (a, a′), whose grids have one size; max_size as in `Pipeline.edit`.
+    rate: of coefficients times the basis's scale, so that it moves the update of the weights alike in any basis.
     seeds: of each pair's draws, which depend on it alone. remat: compute intermediates again in the backward pass, so
     that it fits wherever sampling does but for a block's intermediates and each block's input.
     """
@@ -55,6 +56,7 @@ def adapted(
     model = pipeline.model.only("transformer", "vae", "basis")
     if remat:
         model = model.replace(transformer=_rematerialised(model.transformer))
+    rate /= model.basis.config.scale
     moved = _adapt(model, jnp.asarray(steps), jnp.asarray(rate), target, condition, text, pooled, keys, dict(start))
     return {path: np.asarray(to_host(c), np.float32) for path, c in moved.items()}
 

@@ -117,7 +117,6 @@ def _basis(values: Values) -> None:
             ("basis.temperature", 1.0),
             ("basis.temperature_mode", "fixed"),
             ("basis.key_scale", 1.0),
-            ("routing.rate", 1.0),
         ):
             if values[name] != expected:
                 raise refused(name, values[name], f"{expected}, {why}: there is no router")

@@ -20,11 +20,9 @@ class Method(NamedTuple):
         config.update_from_flattened_dict(values)
 
 
-_LORA = {"basis.size": 1, "basis.query": "fixed"}
-
-
-def _members(config: ConfigDict) -> float:
-    return float(config.basis.size)
+# The router as published: as fast as the members, their sum not scaled. The default run has another.
+_PUBLISHED = {"routing.rate": 1.0, "basis.scale": 1.0}
+_LORA = {"basis.size": 1, "basis.query": "fixed", **_PUBLISHED}
 
 
 def _whole_rank(config: ConfigDict) -> int:
@@ -45,12 +43,19 @@ def _equal_rank(config: ConfigDict) -> int:
     return round(parameters / of_one_rank)
 
 
-def _sizes(size: int, rank: int) -> dict[str, int]:
-    return {"basis.size": size, "basis.rank": rank}
+def _sizes(size: int, rank: int) -> dict[str, float]:
+    return {"basis.size": size, "basis.rank": rank, "basis.scale": float(size)}
+
+
+def _spread(title: str, **changes: float | str) -> Method:
+    """The published basis with something that may spread the work over its members."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return Method(f"published, {title}", _PUBLISHED | named, "published")
 
 
 METHODS = {
     "basis": Method("basis", {}, ""),
+    "published": Method("basis, published router", _PUBLISHED, ""),
     "lora_nr": Method("one LoRA of rank N·r", {"basis.rank": _whole_rank, **_LORA}, ""),
     "lora_r": Method("one LoRA of rank r", _LORA, ""),
     "lora_equal": Method("one LoRA of as many trained numbers", {"basis.rank": _equal_rank, **_LORA}, "lora_nr"),
@@ -60,25 +65,24 @@ METHODS = {
     "basis_4x4": Method("basis, N = 4, r = 4", _sizes(4, 4)),
     "basis_8x4": Method("basis, N = 8, r = 4", _sizes(8, 4)),
     "basis_32x4": Method("basis, N = 32, r = 4", _sizes(32, 4)),
-    "tanh": Method("basis, tanh", {"basis.activation": "tanh"}),
     "grid_query": Method("basis, one encoding of the 2×2 grid", {"basis.query_mode": "caa'b"}),
     "difference_query": Method("basis, query E(a′) − E(a)", {"basis.query_mode": "ca'-ca"}),
     "internal": Method("basis, each layer's own input", {"basis.query": "internal", "basis.query_mode": "aa'bb'"}),
-    "balance_01": Method("basis, balance 0.01", {"routing.balance": 0.01}),
-    "balance_1": Method("basis, balance 0.1", {"routing.balance": 0.1}),
-    "warm": Method("basis, temperature 4", {"basis.temperature": 4.0}),
-    "learnt": Method("basis, learnt temperature", {"basis.temperature": 4.0, "basis.temperature_mode": "learnt"}),
-    "annealed": Method("basis, temperature 16 to 1", {"basis.temperature": 16.0, "basis.temperature_mode": "annealed"}),
-    "normalised": Method("basis, normalised query and keys", {"basis.normalised": True}),
-    "small_keys": Method("basis, fresh keys of 0.1", {"basis.key_scale": 0.1}),
-    "heads": Method("basis, 4 heads", {"basis.heads": 4}),
-    "slow": Method("basis, router's rate 0.03", {"routing.rate": 0.03}),
-    "slow_scaled": Method("basis, router's rate 0.03, scale N", {"routing.rate": 0.03, "basis.scale": _members}),
-    "tenth_scaled": Method("basis, router's rate 0.1, scale N", {"routing.rate": 0.1, "basis.scale": _members}),
-    "scaled": Method("basis, scale N", {"basis.scale": _members}),
-    "still": Method("basis, fresh router kept", {"routing.rate": 0.0}),
-    "dropout": Method("basis, a quarter of the members dropped", {"routing.member_dropout": 0.25}),
     "constant": Method("basis, every coefficient 1/N", {"basis.temperature": 1e6}),
+    "tanh": _spread("tanh", basis__activation="tanh"),
+    "balance_01": _spread("balance 0.01", routing__balance=0.01),
+    "balance_1": _spread("balance 0.1", routing__balance=0.1),
+    "warm": _spread("temperature 4", basis__temperature=4.0),
+    "learnt": _spread("learnt temperature", basis__temperature=4.0, basis__temperature_mode="learnt"),
+    "annealed": _spread("temperature 16 to 1", basis__temperature=16.0, basis__temperature_mode="annealed"),
+    "normalised": _spread("normalised query and keys", basis__normalised=True),
+    "small_keys": _spread("fresh keys of 0.1", basis__key_scale=0.1),
+    "heads": _spread("4 heads", basis__heads=4),
+    "dropout": _spread("a quarter of the members dropped", routing__member_dropout=0.25),
+    "slow": _spread("router's rate 0.03", routing__rate=0.03),
+    "scaled": _spread("scale N", basis__scale=16.0),
+    "tenth": Method("basis, router's rate 0.1", {"routing.rate": 0.1}),
+    "still": Method("basis, fresh router kept", {"routing.rate": 0.0}),
     "silent": Method("basis, trained without instruction", {"data.caption_drop": 1.0}),
 }
 
@@ -130,7 +134,7 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "main": Group("Basis against one LoRA", ("basis", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
+    "main": Group("Basis against one LoRA", ("basis", "published", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
     "listening": Group("Does it listen to the pair?", ("basis",), 5, (), ("wrong", "mean", "adapted")),
     "mixes": Group(
         "Strength, several pairs, adaptation",
@@ -144,12 +148,14 @@ GROUPS = {
         ("basis", "lora_equal", "basis_4x16", "basis_8x8", "basis_32x2", "basis_4x4", "basis_8x4", "basis_32x4"),
     ),
     "router": Group(
-        "What the router sees and says", ("basis", "tanh", "grid_query", "difference_query", "constant", "internal")
+        "What the router sees and says",
+        ("basis", "grid_query", "difference_query", "constant", "still", "tenth", "internal"),
     ),
     "sharing": Group(
         "Members that share the work",
         (
-            "basis",
+            "published",
+            "tanh",
             "balance_01",
             "balance_1",
             "warm",
@@ -161,9 +167,7 @@ GROUPS = {
             "dropout",
             "slow",
             "scaled",
-            "slow_scaled",
-            "tenth_scaled",
-            "still",
+            "basis",
         ),
     ),
     "instruction": Group(
