@@ -25,6 +25,7 @@ padding-top:1rem}h3{font-size:1.05rem;margin:1.2rem 0 .3rem}p,li{overflow-wrap:a
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--back);white-space:normal;
 min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
+@media(min-width:60rem){th:first-child,td:first-child{min-width:12rem}}
 td small{display:block;color:var(--soft);font-weight:400}.best{font-weight:700}
 .row{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;padding:.6rem;margin:.6rem 0;
 overflow-wrap:anywhere}
@@ -39,7 +40,7 @@ figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}
 .figure .number{fill:var(--back);font-weight:700}.cell{fill:var(--ink)}
 .m0{color:#1f77d0}.m1{color:#d1495b}.m2{color:#3a8f4d}.m3{color:#b07800}.m4{color:#8a56c2}.m5{color:#00868f}
 .m6{color:#b0457f}.m7{color:#6b7480}.legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1rem}
-.legend b{display:inline-block;min-width:1.4rem}summary{cursor:pointer;margin:.6rem 0}
+.legend b{display:inline-block;min-width:1.4rem;padding-right:.3rem}summary{cursor:pointer;margin:.6rem 0}
 """
 
 
