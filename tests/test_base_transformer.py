@@ -10,7 +10,7 @@ from flax import nnx
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.data.embedded.drawing_sets import load_sets
 from lorweb_jax.data.embedded.operations import OPERATIONS, on_white
-from lorweb_jax.files.state import flat_state, shapes
+from lorweb_jax.files.state import build, flat_state, shapes
 from lorweb_jax.main import read_config
 from lorweb_jax.small_base.editor import Editor, editor_config
 from lorweb_jax.small_base.jobs import transformer
@@ -29,9 +29,16 @@ def editor(config):
     return Editor(config, 1, rngs=nnx.Rngs(0))
 
 
-def test_what_was_written_is_read(tmp_path):
+@pytest.fixture(scope="module")
+def model():
+    """Of two single blocks, with random weights."""
+    random = np.random.default_rng(0)
+    flat = shapes(lambda: editor(sizes(2)))
+    return build(lambda: editor(sizes(2)), {name: random.normal(size=shape.shape) for name, shape in flat.items()})
+
+
+def test_what_was_written_is_read(model, tmp_path):
     config = sizes(2)
-    model = editor(config)
     write_editor(tmp_path, config, model)
     read = read_editor(tmp_path, config, shapes(lambda: editor(config)))
     written = flat_state(model)
@@ -42,8 +49,8 @@ def test_what_was_written_is_read(tmp_path):
         )
 
 
-def test_weights_of_other_sizes_are_refused(tmp_path):
-    write_editor(tmp_path, sizes(2), editor(sizes(2)))
+def test_weights_of_other_sizes_are_refused(model, tmp_path):
+    write_editor(tmp_path, sizes(2), model)
     with pytest.raises(UserError, match="don't fit the config .*single_transformer_blocks"):
         read_editor(tmp_path, sizes(3), shapes(lambda: editor(sizes(3))))
 
