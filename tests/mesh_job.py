@@ -5,6 +5,7 @@ Run as a program it prints, for each mesh given as data,fsdp,tensor, where its a
 with "pair," before it, it is the pair.
 """
 
+import functools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,19 +41,31 @@ FLUX = FluxConfig(
     axes_dims_rope=(2, 2, 4),
 )
 BATCH, TOKENS, TEXT, QUERY = 8, 6, 5, 20
+# Layers with a basis: of each stack one of every role and stream. More take longer to compile and are split no other
+# way.
+ADAPTED = ("norm1.linear", "attn.to_q", "add_q_proj", "ff.net_2", "to_add_out", "s.norm.linear", "s.proj_out")
 
 
 class Model(nnx.Module):
     def __init__(self, quantization: str, rngs: nnx.Rngs):
         self.transformer = Flux(FLUX, remat="full", quantization=quantization, rngs=rngs)
-        self.basis = Basis(BasisConfig(size=8, rank=2, key_dim=16, query_dim=QUERY), backbone(FLUX).adapted, rngs=rngs)
+        layers = {path: layer for path, layer in backbone(FLUX).adapted.items() if path.endswith(ADAPTED)}
+        self.basis = Basis(BasisConfig(size=8, rank=2, key_dim=16, query_dim=QUERY), layers, rngs=rngs)
 
 
-class MeshJob(Job):
+class OnePartition:
+    """Of a job that is trained on several meshes: its model is traced once."""
+
+    @functools.cached_property
+    def partition(self) -> Partition:
+        return Partition.of(self, self.config.seed)
+
+
+class MeshJob(OnePartition, Job):
     trainable = BasisParam
 
     def __init__(self, quantization: str = "none"):
-        self.quantization = quantization
+        self.quantization, self.config = quantization, base_config("mesh")
 
     def build(self, rngs):
         return Model(self.quantization, rngs)
@@ -77,7 +90,7 @@ class MeshJob(Job):
         return jnp.square(velocity - batch["target"] - noise).mean(), {}
 
 
-class MeshPair(PairJob):
+class MeshPair(OnePartition, PairJob):
     """Its batches are latents, in two micro-batches, with both passes from the first step."""
 
     joint = False
@@ -143,13 +156,11 @@ def batches():
         }
 
 
-def three_steps(sizes: dict[str, int], quantization: str = "none", of_pair: bool = False) -> dict[str, np.ndarray]:
+def three_steps(sizes: dict[str, int], job: MeshJob | MeshPair) -> dict[str, np.ndarray]:
     """Trained arrays after three steps, "loss" [3], and "share/<path>": a device's share of each parameter."""
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than what is computed
-    job = MeshPair() if of_pair else MeshJob(quantization)
-    config = job.config if of_pair else base_config("mesh")
+    config, partition = job.config, job.partition
     optimizer, mesh = make_optimizer(config), sharding.make_mesh(sizes)
-    partition = Partition.of(job, config.seed)
     shapes = state_shapes(job, partition, optimizer, config, mesh)
     frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
     trainable, constants = (
@@ -162,7 +173,7 @@ def three_steps(sizes: dict[str, int], quantization: str = "none", of_pair: bool
     losses = []
     with jax.set_mesh(mesh):
         step = TrainStep(job, partition, optimizer, config, mesh, shapes)
-        for number, batch in enumerate(latents() if of_pair else batches()):
+        for number, batch in enumerate(latents() if isinstance(job, MeshPair) else batches()):
             state, metrics = step(number, state, frozen, sharding.put_batch(mesh, batch))
             losses.append(float(metrics["loss"]))
     trainable = state.trainable
@@ -174,7 +185,8 @@ def three_steps(sizes: dict[str, int], quantization: str = "none", of_pair: bool
 
 
 if __name__ == "__main__":
-    out, quantization, *meshes = sys.argv[1:]
+    out, *meshes = sys.argv[1:]
+    of_basis, of_pair = MeshJob(), MeshPair()
     for mesh in meshes:
         sizes = dict(zip(sharding.AXES, map(int, mesh.removeprefix("pair,").split(","))))
-        np.savez(Path(out) / f"{mesh}.npz", **three_steps(sizes, quantization, mesh.startswith("pair,")))
+        np.savez(Path(out) / f"{mesh}.npz", **three_steps(sizes, of_pair if mesh.startswith("pair,") else of_basis))

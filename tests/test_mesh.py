@@ -23,7 +23,7 @@ def runs(tmp_path_factory) -> dict[tuple[int, int, int], dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("meshes")
     names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES, *PAIR]]
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("mesh_job.py"), out, "none", *names],
+        [sys.executable, Path(__file__).with_name("mesh_job.py"), out, *names],
         check=True,
         # The older emitters of loops compile in half the time.
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"},

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from golden import golden_dir
-from mesh_job import FLUX, MeshJob, three_steps
+from mesh_job import MeshJob, three_steps
 
 from configs import pair as pair_config
 from lorweb_jax import Pipeline, UserError
 from lorweb_jax.files.state import flat_state
-from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import offload
 from lorweb_jax.settings import config as configs
 from lorweb_jax.training import state
@@ -66,14 +65,13 @@ def test_what_is_refused(streamed):
 
 def test_training_streams_its_blocks(monkeypatch, quick_compiles):
     """Three steps of a basis, beside some of the layers, so that less is compiled."""
-    layers = {path: layer for path, layer in backbone(FLUX).adapted.items() if path.endswith(ADAPTED)}
-    monkeypatch.setattr("mesh_job.backbone", lambda _: SimpleNamespace(adapted=layers))
+    monkeypatch.setattr("mesh_job.ADAPTED", ADAPTED)
     sizes, places = {"data": 1, "fsdp": 1, "tensor": 1}, []
-    on_device = three_steps(sizes, "int8")
+    on_device = three_steps(sizes, MeshJob("int8"))
     monkeypatch.setattr(MeshJob, "offloaded", STACKS)
     fill = state.frozen_weights
     monkeypatch.setattr("mesh_job.frozen_weights", lambda *args: places.append(fill(*args)) or places[-1])
-    streamed = three_steps(sizes, "int8")
+    streamed = three_steps(sizes, MeshJob("int8"))
     [frozen] = places
     assert in_host_memory(frozen) == kernels(frozen, STACKS) != set()
     assert on_device.keys() == streamed.keys()

@@ -451,6 +451,7 @@ def test_command(tmp_path):
             f"--config={ROOT}/configs/basis.py:smoke",
             f"--config.pipeline={ROOT}/assets/small_kontext",
             "--config.precomputed=elsewhere",
+            "--config.unroll=1",
             "--topology=gpu:h100x8",
             f"--json={tmp_path}/plan.json",
             *options,
