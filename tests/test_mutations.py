@@ -55,7 +55,7 @@ from lorweb_jax.models.tokenizers import folder as tokenizers
 from lorweb_jax.pipeline import pretrained
 from lorweb_jax.pipeline.adapters import load_basis, write_run
 from lorweb_jax.settings import config as configs
-from lorweb_jax.training.report import TextWriter
+from lorweb_jax.training.writers import TextWriter
 from parity.folder import read_recording
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """What a run tells: text log, TensorBoard events, pictures."""
 
 import io
+import json
 import struct
 import sys
 
@@ -11,7 +12,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.images import pictures, plots
-from lorweb_jax.training.report import Report, report_only
+from lorweb_jax.settings.config import check
+from lorweb_jax.training.loop import train
+from lorweb_jax.training.report import Report, report_only, tracked
+from lorweb_jax.training.writers import require_trackers
 
 
 def events(workdir):
@@ -165,3 +169,92 @@ def test_any_text_can_be_drawn():
     for text in ("", "a\nb\r\n\tc", "\0\x1b[2J", "\ud800 \udce9", "x" * 10**6, "🙂′é" * 10**5, "\u202eabc"):
         assert pictures.sheet([(text, [image])], [text]).shape == plain.shape
         assert plots.heat_map(np.zeros((1, 2)), [text], [text, "b"]).shape[0] < 100
+
+
+def train_twice(workdir, tracker):
+    """Four steps, and two more of the same run; returns {step: loss} of its log."""
+    config = line_job.get_config()
+    config.trackers, config.compile_cache = (tracker,), False
+    for config.train.steps in (4, 6):
+        assert train(config, workdir, line_job.make)
+    lines = [line.split() for line in (workdir / "log.txt").read_text().splitlines()]
+    return {int(line[1]): float(line[3]) for line in lines}
+
+
+def wandb_records(file):
+    """(ids and names, config, what was logged by step, exit codes) of a .wandb file: after 7 bytes, blocks as of
+    LevelDB's log."""
+    from wandb.proto import wandb_internal_pb2
+
+    runs, settings, logged, codes, record = set(), {}, {}, [], b""
+    data, place = file.read_bytes(), 7
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no room for a header at a block's end
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            read, record = wandb_internal_pb2.Record.FromString(record), b""
+            runs |= {(read.run.run_id, read.run.project, read.run.display_name)} if read.HasField("run") else set()
+            settings |= {item.key: json.loads(item.value_json) for item in read.run.config.update}
+            codes += [read.exit.exit_code] if read.HasField("exit") else []
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in read.history.item}
+            logged.setdefault(items.get("_step"), {}).update(items)
+    return runs, settings, logged, codes
+
+
+def test_metrics_and_pictures_reach_weights_and_biases(tmp_path, monkeypatch, quick_compiles):
+    """Offline; a run that goes on is the same tracked run, and an error makes it a failed one."""
+    pytest.importorskip("wandb", reason="wandb, the extra [wandb], is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    workdir = tmp_path / "some run"
+    losses = train_twice(workdir, "wandb")
+    config = line_job.get_config()
+    config.trackers = ("wandb",)
+    with pytest.raises(ZeroDivisionError), tracked(config, workdir):
+        raise ZeroDivisionError
+    files = sorted(workdir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    first, second, third = map(wandb_records, files)
+    [(own, *names)] = first[0]
+    assert names == ["lorweb_jax", "some run"] and len(own) == 8 and first[0] == second[0] == third[0]
+    assert first[1]["train"]["batch"] == 8 and first[1]["trackers"] == ["wandb"]
+    logged = {step: values for of_run in (first, second) for step, values in of_run[2].items() if step is not None}
+    assert list(logged) == list(losses) == [1, 2, 3, 4, 5, 6]
+    for step, loss in losses.items():
+        assert logged[step]["loss"] == pytest.approx(loss, rel=1e-6) and "learning_rate" in logged[step]
+    for last in (4, 6):
+        assert (logged[last]["slope.width"], logged[last]["slope.height"]) == (8, 8)
+    assert [of_run[3] for of_run in (first, second, third)] == [[0], [0], [1]]
+
+
+def test_metrics_and_pictures_reach_trackio(tmp_path, monkeypatch, quick_compiles):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which is looked at when trackio is imported
+    pytest.importorskip("trackio", reason="trackio, the extra [trackio], is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    losses = train_twice(tmp_path / "some run", "trackio")
+    [run] = SQLiteStorage.get_run_records("lorweb_jax")
+    assert run["name"].startswith("some run ")
+    assert SQLiteStorage.get_run_config("lorweb_jax", run["name"])["train"]["batch"] == 8
+    logged = {}
+    for values in SQLiteStorage.get_logs("lorweb_jax", run["name"]):
+        logged.setdefault(values["step"], {}).update(values)
+    assert {step: values["loss"] for step, values in logged.items()} == pytest.approx(losses, rel=1e-6)
+    for last in (4, 6):
+        assert logged[last]["slope"]["_type"] == "trackio.image"
+
+
+def test_trackers_that_are_not_there(tmp_path, monkeypatch):
+    config = line_job.get_config()
+    config.trackers = ("wand",)
+    with pytest.raises(UserError, match="config.trackers is .'wand'"):
+        check(config)
+    (tmp_path / "trackio").mkdir()  # no package
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(UserError, match="trackio, which is not installed; pip install 'lorweb_jax.trackio.'") as error:
+        require_trackers(["trackio"])
+    assert error.value.code == 2

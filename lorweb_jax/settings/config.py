@@ -34,6 +34,7 @@ _MAY_CHANGE = frozenset(
         "attention",
         "unroll",
         "data.workers",
+        "trackers",
         "profile",
         "compile_cache",
         "data.encoded",  # more drawings, as there is time to encode them
@@ -53,6 +54,7 @@ _ADDED: dict[str, Any] = {
     "routing.balance": 0.0,
     "routing.member_dropout": 0.0,
     "evaluation.validate": 0,
+    "trackers": [],
 }
 
 
@@ -93,6 +95,7 @@ def base_config(job: str) -> ConfigDict:
     config.mesh.fsdp = -1  # devices that share the batch and split the weights; -1 takes what the others leave
     config.mesh.tensor = 1  # devices that split heads and features of every layer
 
+    config.trackers = ()  # where metrics and pictures go beside log and TensorBoard: wandb, trackio
     config.profile = ""  # steps of which a profiler's trace is written into the run folder, such as 5 or 5-7
     config.compile_cache = True  # compiled programs are kept in .compile_cache beside the run folder
     return config

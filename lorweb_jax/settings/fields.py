@@ -55,6 +55,7 @@ COMMON: dict[str, Rule] = {
     "mesh.data": Whole(1, 2**20, also=(-1,)),
     "mesh.fsdp": Whole(1, 2**20, also=(-1,)),
     "mesh.tensor": Whole(1, 2**20, also=(-1,)),
+    "trackers": Several(Choice(("wandb", "trackio")), 0, 2),
     "profile": Steps(),
     "compile_cache": Flag(),
 }

@@ -30,9 +30,10 @@ from lorweb_jax.training.compile_cache import FOLDER, compile_cache
 from lorweb_jax.training.job import Job
 from lorweb_jax.training.optimizer import make_optimizer, make_schedule
 from lorweb_jax.training.profile import Profiler
-from lorweb_jax.training.report import Report, report_only
+from lorweb_jax.training.report import Report, report_only, tracked
 from lorweb_jax.training.state import Partition, count, frozen_weights, initial_state, state_shapes
 from lorweb_jax.training.step import TrainStep, numeric
+from lorweb_jax.training.writers import require_trackers
 
 
 def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command: str = "") -> bool:
@@ -43,6 +44,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
     finite.
     """
     configs.check(config)
+    require_trackers(config.trackers)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     with contextlib.ExitStack() as closing:
@@ -56,6 +58,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
             sharding.check_heads(heads, mesh)
         open_run(workdir, config, job.sources(), command)
         outcome = closing.enter_context(recorded(workdir))
+        trackers = closing.enter_context(tracked(config, workdir))
         data = job.data(config)
         closing.callback(data.close)
 
@@ -81,7 +84,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
         else:
             first_step, log_state = 0, []
             state = initial_state(job, partition, optimizer, config, shapes)
-        report = Report(workdir, config, first_step, log_state)
+        report = Report(workdir, config, first_step, log_state, trackers)
         closing.callback(report.close)
         profiler = Profiler(workdir, config.profile)
         closing.callback(profiler.close)

@@ -1,123 +1,20 @@
-"""What a run reports: metrics in a text log and for TensorBoard (both clu metric writers), and progress on stdout."""
+"""What a run reports: metrics and pictures through clu's metric writers (writers.py), and progress on stdout."""
 
 import contextlib
 import math
-import os
-import re
 import sys
-import time
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.common.outputs import write_file
 from lorweb_jax.common.progress import progress_bar
-from lorweb_jax.common.user_files import regular_file
 from lorweb_jax.images import pictures
-
-# tensorboardX imports torch where that is installed, which takes seconds and serves nothing here.
-if "torch" not in sys.modules:
-    sys.modules["torch"] = cast(types.ModuleType, None)  # an ImportError, which tensorboardX expects
-from tensorboardX import event_file_writer, summary  # noqa: E402
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
-
-if sys.modules["torch"] is None:
-    del sys.modules["torch"]
-
-# clu's own summary writer is the one part of clu.metric_writers that needs TensorFlow. A module of that name
-# with our writer goes in its place before the first import.
-_stand_in = types.ModuleType("clu.metric_writers.summary_writer")
-sys.modules["clu.metric_writers.summary_writer"] = _stand_in
-_stand_in.SummaryWriter = None
-from clu import metric_writers  # noqa: E402
-
-LOG = "log.txt"
-
-
-class _Writer(metric_writers.MetricWriter):
-    """A clu writer of scalars and images, the only kinds of metrics that runs have."""
-
-    def _refuse(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} writes scalars and images only")
-
-    write_summaries = write_videos = write_audios = write_histograms = write_texts = write_hparams = _refuse
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        pass
-
-
-class TextWriter(_Writer):
-    """One line per step with all digits of a float32, so that equal runs have equal logs."""
-
-    def __init__(self, path: Path, first_step: int):
-        """Removes lines of steps after `first_step`, which a run wrote before it was killed and will write again, and a
-        last line without an end. Other lines stay as they are. UserError if the file can't be read or written."""
-        if os.path.lexists(path):
-            regular_file(path, "check what lies there")
-        try:
-            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            write_file(path, b"".join(line + b"\n" for line in lines if not _later(line, first_step)))
-            self.file = path.open("a")
-        except OSError as error:
-            raise UserError(
-                f"the log {path} can't be read and written ({error.strerror}); check what lies there and "
-                "its permissions"
-            ) from None
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.file.write(f"step {step}" + "".join(f"  {name} {value:.9g}" for name, value in scalars.items()) + "\n")
-        self.file.flush()
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _later(line: bytes, step: int) -> bool:
-    """Whether a line of the log is one of a later step."""
-    found = re.match(rb"step (\d{1,12})  ", line)
-    return found is not None and int(found[1]) > step
-
-
-class SummaryWriter(_Writer):
-    """TensorBoard event files, written in this thread: a full disk raises here instead of hanging a queue."""
-
-    def __init__(self, logdir: Path, first_step: int):
-        self.events = event_file_writer.EventsWriter(str(logdir / "events"))
-        # TensorBoard then drops what an earlier, killed run wrote after this step.
-        self.events.write_event(
-            Event(wall_time=time.time(), step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
-        )
-
-    def _write(self, step: int, value: Any) -> None:
-        self.events.write_event(Event(wall_time=time.time(), step=step, summary=value))
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._write(step, summary.scalar(name, value))
-        self.flush()
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        for name, value in images.items():
-            self._write(step, summary.image(name, value, dataformats="HWC"))
-        self.flush()
-
-    def flush(self) -> None:
-        self.events.flush()
-
-    def close(self) -> None:
-        self.events.close()
-
-
-_stand_in.SummaryWriter = SummaryWriter
+from lorweb_jax.training.writers import LOG, SummaryWriter, TextWriter, TrackerWriter, metric_writers
 
 
 class Report:
@@ -126,8 +23,16 @@ class Report:
     Metrics stay on the device until then: no step waits for another's loss.
     """
 
-    def __init__(self, workdir: Path, config, first_step: int, log_state: list[dict[str, float]]):
-        self.workdir = workdir
+    def __init__(
+        self,
+        workdir: Path,
+        config,
+        first_step: int,
+        log_state: list[dict[str, float]],
+        trackers: Sequence[TrackerWriter] = (),
+    ):
+        """trackers: of `tracked`, which ends them."""
+        self.workdir, self.trackers = workdir, trackers
         self.total, self.batch, self.every = config.train.steps, config.train.batch, config.train.log_every
         self.writes = jax.process_index() == 0  # the others keep the same metrics, for the checkpoint
         self.summaries = SummaryWriter(workdir, first_step) if self.writes else None
@@ -196,7 +101,7 @@ class Report:
             self.end_progress()
 
     def log_images(self, steps_done: int, shown: Mapping[str, np.ndarray | float]) -> None:
-        """Images uint8 [h, w, 3] by name into workdir/pictures and for TensorBoard, and numbers for the latter."""
+        """Images uint8 [h, w, 3] by name into workdir/pictures, and images and numbers into all writers but the log."""
         if self.writes:
             images = {name: value for name, value in shown.items() if isinstance(value, np.ndarray)}
             numbers = {name: float(value) for name, value in shown.items() if name not in images}
@@ -204,14 +109,20 @@ class Report:
             self._write("write_scalars", steps_done, numbers, writer=self.summaries)
             pictures.save(self.workdir / "pictures", steps_done, images)
 
-    def _write(self, kind: str, *values: Any, writer: metric_writers.MetricWriter | None = None) -> None:
+    def _write(
+        self, kind: str, step: int, values: Mapping[str, Any], writer: metric_writers.MetricWriter | None = None
+    ) -> None:
+        """writer: in the place of log and TensorBoard. What a tracker doesn't take is said, and left out."""
         try:
-            getattr(writer or self.writer, kind)(*values)
+            getattr(writer or self.writer, kind)(step, values)
         except OSError as error:
             raise UserError(
                 f"the metrics of {self.workdir} could not be written ({error.strerror}); make room and "
                 "run the same command again: it goes on from the last checkpoint"
             ) from error
+        for tracker in self.trackers if values else ():
+            with report_only(f"what {tracker.name} shows of step {step}", alone=True):
+                getattr(tracker, kind)(step, values)
 
     def close(self) -> None:
         self.end_progress()
@@ -220,15 +131,34 @@ class Report:
 
 
 @contextlib.contextmanager
-def report_only(what: str) -> Iterator[None]:
+def tracked(config, workdir: Path) -> Iterator[list[TrackerWriter]]:
+    """Within it the runs of `config.trackers` are open, in process 0; an error that leaves it makes them failed ones.
+
+    Raises UserError where a tracker can't begin.
+    """
+    trackers: list[TrackerWriter] = []
+    failed = True
+    try:
+        for name in config.trackers if jax.process_index() == 0 else ():
+            trackers.append(TrackerWriter(name, workdir, config))
+        yield trackers
+        failed = False
+    finally:
+        for tracker in trackers:
+            with report_only(f"the end of the run in {tracker.name}", alone=True):
+                tracker.close(failed)
+
+
+@contextlib.contextmanager
+def report_only(what: str, alone: bool = False) -> Iterator[None]:
     """For what a run merely reports (images, tables): a failure within is printed in one line, and the run goes on.
 
-    In a run of several processes it is raised: the others would wait for this one's part of a computation.
+    In a run of several processes it is raised, unless this one does it alone: the others would wait for its part.
     """
     try:
         yield
     except Exception as error:
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not alone:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         line = " ".join(str(error).split())
