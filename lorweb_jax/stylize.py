@@ -41,6 +41,7 @@ from lorweb_jax.edit import (
 from lorweb_jax.images.grid import condition_grid, fit_to_model, within
 from lorweb_jax.images.io import WRITTEN, read_image, require_image_name
 from lorweb_jax.pipeline.arguments import MAX_SIZE, SIDE
+from lorweb_jax.pipeline.mix_options import require_no_router
 from lorweb_jax.settings.rules import GUIDANCE, SAMPLING_STEPS, SEED, STRENGTH, as_value
 
 SHEET = (0.0, 2.0, 4.0, 6.0, 8.0)  # strengths of a sheet
@@ -264,6 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
     if args.basis is not None:
         pipeline = pipeline.attach(args.basis, args.basis_config)
+        if not example:
+            require_no_router(pipeline.model.basis, "give --a, --a2 and --b, or leave --basis out")
     work = Work(pipeline, styles, args, [(*example, picture) for picture in pictures] if example else pictures)
     if args.sheet:
         write_results(outs, [work.sheet(called)], args.overwrite)

@@ -191,6 +191,11 @@ def test_bad_requests_without_an_analogy(images, monkeypatch, never_loads, more,
     assert "\n" not in str(caught.value) and listed(images) == before
 
 
+def test_a_router_asks_for_an_analogy(images):
+    with pytest.raises(UserError, match="chooses a mix by an analogy, and none was given; give --a, --a2 and --b"):
+        edit.main(by_words(images, "--image", str(images / "b.png"), "--basis", str(BASIS)))
+
+
 @pytest.mark.parametrize("more", [["--basis", "nowhere"], ["--pipeline", "nowhere"]])
 def test_missing_files(images, more):
     with pytest.raises(UserError, match="nowhere"):

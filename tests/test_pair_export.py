@@ -145,6 +145,9 @@ def test_styles_saved_from_python(tmp_path):
     plain = pipeline.style(files[0], words="")
     pipeline.save_style(tmp_path / "published.safetensors", plain, names="published")
     assert (tmp_path / "published.safetensors").read_bytes() == files[0].read_bytes()
+    pipeline.save_style(tmp_path / "one.safetensors", plain)  # replaces an earlier result
+    with pytest.raises(UserError, match="one.safetensors, which is one of the inputs; give another name"):
+        pipeline.save_style(tmp_path / "one.safetensors", [plain, pipeline.style(tmp_path / "one.safetensors")])
     with pytest.raises(UserError, match="names is 'xlabs'; give diffusers, kohya, comfyui or published"):
         pipeline.save_style(tmp_path / "x.safetensors", plain, names="xlabs")
 

@@ -313,6 +313,16 @@ def test_bad_images_and_captions_are_one_sentence_each(images, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_run_without_a_style_says_so(images, capsys):
+    said = "the style on no block, so that this run learns the content alone"
+    assert (
+        pair_job.make(config_of(images)).members.names == ("content", "style") and said not in capsys.readouterr().out
+    )
+    without = {"pair.double_style": "none", "pair.single_style": "none"}
+    assert pair_job.make(config_of(images, **without)).members.names == ("content",)
+    assert said in capsys.readouterr().out
+
+
 def test_an_image_of_another_size_is_resized_and_said(images, tmp_path, capsys):
     larger = png(tmp_path / "larger.png", (192, 128))
     job = pair_job.make(config_of(images, **{"data.style": larger}))

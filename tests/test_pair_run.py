@@ -78,9 +78,10 @@ def test_a_runs_style_knows_its_words(workdir, tmp_path_factory):
         assert path.read_bytes() == (FOLDER / f"{file}.safetensors").read_bytes()
 
 
-def test_a_run_is_a_basis_of_its_adapters(workdir):
+def test_a_run_is_a_basis_of_its_adapters(workdir, capsys):
     """Its mixes by name: style, the default, content and both."""
     basis = Basis.from_arrays(*load_basis(workdir, LAYERS))
+    assert "as a basis its mix 'style' takes part in full and without style guidance" in capsys.readouterr().out
     rows = {name: basis.mix(name).coefficients for name in ("style", "content", "both")}
     assert basis.config.coefficients.default == "style"
     for path, parts in basis.to_arrays().items():
@@ -101,6 +102,11 @@ def test_runs_that_hold_no_such_pair_are_refused(workdir):
     ):
         members_of_run(workdir, backbone(other).adapted)
     config = json.loads((workdir / "config.json").read_text())
+    (workdir / "young").mkdir()
+    (workdir / "young" / "config.json").write_text(json.dumps(config))  # broken off before its first checkpoint
+    for read in (load_basis, load_style):
+        with pytest.raises(UserError, match="young holds no complete checkpoint; train for longer"):
+            read(workdir / "young", LAYERS)
     (workdir / "config.json").write_text(json.dumps(config | {"job": "basis"}))
     for read in (words_of_run, lambda folder: members_of_run(folder, LAYERS)):
         with pytest.raises(UserError, match="is a run of the job 'basis', which trains no pair"):

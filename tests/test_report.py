@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import sys
+import time
 
 import line_job
 import numpy as np
@@ -205,6 +206,15 @@ def wandb_records(file):
     return runs, settings, logged, codes
 
 
+def finished_records(file):
+    """The same once the run's end is in the file, which a process of wandb's own writes."""
+    for _ in range(600):
+        if (records := wandb_records(file))[3]:
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no end")
+
+
 def test_metrics_and_pictures_reach_weights_and_biases(tmp_path, monkeypatch, quick_compiles):
     """Offline; a run that goes on is the same tracked run, and an error makes it a failed one."""
     pytest.importorskip("wandb", reason="wandb, the extra [wandb], is not installed")
@@ -217,7 +227,7 @@ def test_metrics_and_pictures_reach_weights_and_biases(tmp_path, monkeypatch, qu
     with pytest.raises(ZeroDivisionError), tracked(config, workdir):
         raise ZeroDivisionError
     files = sorted(workdir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-    first, second, third = map(wandb_records, files)
+    first, second, third = map(finished_records, files)
     [(own, *names)] = first[0]
     assert names == ["lorweb_jax", "some run"] and len(own) == 8 and first[0] == second[0] == third[0]
     assert first[1]["train"]["batch"] == 8 and first[1]["trackers"] == ["wandb"]

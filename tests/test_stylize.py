@@ -304,6 +304,10 @@ def test_words_may_be_longer_than_a_files_name(tmp_path, monkeypatch):
         (["--prompt", "x", "--style", str(PAIR / "content_a.safetensors")], "by its name or header a content adapter"),
         (["--prompt", "x", "--style", str(golden_dir() / "basis_a.safetensors")], "is a LoRWeB basis, and a style is"),
         (["--prompt", "x", "--style", str(FOLDER / "vae")], "vae is an autoencoder, and a style is a single adapter"),
+        (
+            ["--prompt", "x", "--basis", str(golden_dir() / "basis_a.safetensors")],
+            "chooses a mix by an analogy, and none was given; give --a, --a2 and --b, or leave --basis out",
+        ),
     ],
 )
 def test_bad_requests(command, tmp_path, arguments, said):
@@ -339,6 +343,7 @@ def test_bad_styles(base, capsys):
         ("step 4 is that of a run's checkpoint", lambda: base.style(PAIR / "style_a.safetensors", step=4)),
         ("'style' is no style", lambda: base.stylize("x", ["style"])),
         ("there is no style", lambda: base.generate("x", strengths=[1])),
+        ("no style was given; give one of", lambda: base.stylize("x", [])),
         ("no basis is attached", lambda: base.style(base.attach(golden_dir() / "basis_a.safetensors").mix(0))),
     ]:
         with pytest.raises(UserError, match=said):

@@ -20,7 +20,7 @@ from lorweb_jax.adapters.basis import BasisParam
 from lorweb_jax.adapters.formats.pair_file import write_member
 from lorweb_jax.adapters.members import trained_part
 from lorweb_jax.common import fingerprint
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.data.pair import Augmentation, read_images
 from lorweb_jax.flow.loss import weighted_mse
 from lorweb_jax.flow.schedule import pair_times
@@ -110,6 +110,11 @@ class PairJob(Job):
         self.embedded: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # text -> text [t, j], pooled [p]
         # As shapes; refuses lists and ranks that don't fit the model.
         self.members = nnx.eval_shape(lambda: pair_run.make_members(config.pair, self.folder.backbone.adapted))
+        if "style" not in self.members.names:
+            say(
+                "config.pair has the style on no block, so that this run learns the content alone and leaves no style; "
+                "give config.pair.double_style or single_style blocks to learn one"
+            )
 
     def sources(self) -> dict[str, str]:
         names = ("data.content", "data.style", "data.condition")

@@ -1,5 +1,6 @@
 """A basis from whatever holds one: a published file or folder, an ordinary LoRA, or a run's folder."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from lorweb_jax.adapters.basis import AdaptedLayer, BasisConfig
 from lorweb_jax.adapters.formats.basis_file import Arrays, read_basis, require_fits
 from lorweb_jax.adapters.formats.identify import lora_scheme
 from lorweb_jax.adapters.formats.lora_read import read_lora
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.common.fingerprint import of_folder
 from lorweb_jax.common.finite import require_finite
 from lorweb_jax.common.outputs import require_new_folder
@@ -55,8 +56,14 @@ def existing_basis(path: str | Path) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is the folder of a training run."""
-    return (path / "checkpoints").is_dir()
+    """Whether `path` is the folder of a training run, one that was broken off before its first checkpoint included."""
+    if (path / "checkpoints").is_dir():
+        return True
+    if not (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+        return False
+    with contextlib.suppress(UserError):
+        return "job" in read_json(path / "config.json")
+    return False
 
 
 def job_of(workdir: Path) -> str:
@@ -75,6 +82,10 @@ def _pair_of_run(workdir: Path, layers: Mapping[str, AdaptedLayer]) -> tuple[Bas
     table = {name: [float(each == name) for each in names] for name in names}
     if len(names) > 1:
         table["both"] = [1.0] * len(names)
+    say(
+        f"{workdir} is a run of Pair Customization: as a basis its mix {names[0]!r} takes part in full and without "
+        "style guidance; a strength scales it, and python -m lorweb_jax.stylize guides by it"
+    )
     rank = max(member.rank for member in members.values())
     config = BasisConfig(size=len(names), rank=rank, query="fixed", query_dim=None, table=table)
     return config, pair.stack([members[name] for name in names], layers)

@@ -210,9 +210,11 @@ def mixes_of(
     --member at its coefficient. Raises UserError for a mix of another basis, a member that there isn't, and where
     there is no mix.
     """
-    if not (saved or args.member or args.strength != 1 or args.adapt or args.save_mix or more_pairs):
-        return []
     basis = pipeline.model.basis
+    if not (saved or args.member or args.strength != 1 or args.adapt or args.save_mix or more_pairs):
+        if not analogies:
+            require_no_router(basis, "give --a, --a2 and --b, or a saved mix by --mix")
+        return []
     assert basis is not None  # check_kept asked for one
     _require_members(basis, args.basis, args.member or ())
     named = [coefficient * pipeline.mix(name) for name, coefficient in args.member or ()]
@@ -221,19 +223,20 @@ def mixes_of(
         mixes = [basis.own(saved)]
     elif analogies:
         mixes = pipeline.coefficients_batch(analogies, more_pairs=more_pairs)
-    elif not basis.config.coefficients.has_router:
-        mixes = [pipeline.mix(basis.config.coefficients.default)]
     elif named and args.strength == 1:
         return [sum(named)]
     else:
-        raise UserError(
-            "the router of this basis chooses a mix by an analogy, and none was given; give --a, --a2 and --b, or a "
-            "saved one by --mix",
-            2,
-        )
+        require_no_router(basis, "give --a, --a2 and --b, or a saved mix by --mix")
+        mixes = [pipeline.mix(basis.config.coefficients.default)]
     if args.adapt:
         mixes = _adapted(pipeline, args, analogies, mixes)
     return [sum(named, args.strength * mix) for mix in mixes]
+
+
+def require_no_router(basis: "Basis | None", remedy: str) -> None:
+    """UserError where a basis chooses its coefficients by an analogy, and there is none."""
+    if basis is not None and basis.config.coefficients.has_router:
+        raise UserError(f"the router of this basis chooses a mix by an analogy, and none was given; {remedy}", 2)
 
 
 def _adapted(

@@ -386,6 +386,8 @@ class Pipeline:
         1, true_guidance 4, and styles from a fifth of the steps on. To make several images, open a `session` with
         styles. Raises UserError as `edit_batch` does.
         """
+        if not (styles := as_styles(styles)):
+            raise UserError("no style was given; give one of `Pipeline.style`, or draw without one by `generate`")
         with self.session(styles=styles) as session:
             return session.generate(prompt, image, size=size, max_size=max_size, **sampling)
 
@@ -447,9 +449,13 @@ class Pipeline:
         Pair Customization.
 
         Options, result and errors are those of `save_lora`; the published format takes no rank and no alpha, and holds
-        an adapter only whose q, k and v share an A.
+        an adapter only whose q, k and v share an A. An earlier result is replaced, a file that one of the styles was
+        read from never.
         """
-        return saving.save_styles(as_styles(styles), self.folder.backbone.adapted, path, names, rank, dtype, alpha)
+        styles = as_styles(styles)
+        inputs = [source for source in (self.source, *(style.source for style in styles)) if source]
+        layers = self.folder.backbone.adapted
+        return saving.save_styles(styles, layers, path, inputs, names=names, rank=rank, dtype=dtype, alpha=alpha)
 
     def _open(
         self,

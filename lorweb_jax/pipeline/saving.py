@@ -123,18 +123,21 @@ def save_styles(
     styles: Sequence[Any],
     layers: Mapping[str, AdaptedLayer],
     path: str | Path,
+    inputs: Sequence[Path],
+    *,
     names: str,
     rank: int | None,
     dtype: str,
     alpha: bool | float,
 ) -> TruncationError | None:
-    """See Pipeline.save_style. The words of a single style stay with it."""
+    """See Pipeline.save_style. inputs: files and folders that are never replaced. The words of a single style stay with
+    it."""
     if not styles:
         raise UserError("there is no style to save; give one of `Pipeline.style`")
     member = pair.summed([style.member for style in styles], [style.weight for style in styles])
     names = as_value(names, "names", Choice((*NAMES, PUBLISHED)))
     return save_member(
-        _target(path, None),
+        _target(path, *inputs),
         member,
         layers,
         names=names,
@@ -155,10 +158,10 @@ def mix_as_member(basis: Basis, mix: Mix) -> pair.Member:
     )
 
 
-def _target(path: Any, source: Path | None) -> Path:
-    """A .safetensors file to write, which may replace another one but not what the basis was read from."""
+def _target(path: Any, *sources: Path | None) -> Path:
+    """A .safetensors file to write, which may replace another one but not what basis and styles were read from."""
     path = as_path(path, "the file", ".safetensors")
-    require_free(path, [source] if source else [], overwrite=True)
+    require_free(path, [source for source in sources if source], overwrite=True)
     return path
 
 

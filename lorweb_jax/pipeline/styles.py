@@ -40,7 +40,8 @@ class Style:
 
     member: the adapter. name: for labels. strength: λ, how far guidance goes; negative leads away from the style.
     words: what follows the prompt in the style's own pass, such as "in watercolor style"; may be empty. weight: what
-    the adapter itself is multiplied by in that pass; 1 as it was trained, another thing than the strength.
+    the adapter itself is multiplied by in that pass; 1 as it was trained, another thing than the strength. source: the
+    file or folder that it was read from, which `Pipeline.save_style` doesn't replace.
     Raises UserError for a strength or weight that isn't a number from −1000 to 1000.
     """
 
@@ -49,6 +50,7 @@ class Style:
     strength: float = STRENGTH_DEFAULT
     words: str = ""
     weight: float = 1.0
+    source: Path | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "name", as_text(self.name, "a style's name"))
@@ -97,7 +99,7 @@ def load_style(
             "was trained with, if there were any"
         )
     words = adapter.words if words is None else words
-    return Style(adapter.member, name or path.stem, strength, words or "", weight)
+    return Style(adapter.member, name or path.stem, strength, words or "", weight, path)
 
 
 def load_adapters(path: Path, layers: Mapping[str, AdaptedLayer], step: int | None = None) -> dict[str, Adapter]:
