@@ -10,7 +10,7 @@ from lorweb_jax.evaluation.samples import Sample
 from lorweb_jax.evaluation.scores import Embedder, embedding_scores, pixel_scores
 from lorweb_jax.evaluation.table import TRUTH, Table
 from lorweb_jax.images.grid import within
-from lorweb_jax.images.pictures import sheet
+from lorweb_jax.images.pictures import SMALLEST, sheet
 
 LARGEST_SHOWN = 192  # px of an image's longer edge in a sheet
 
@@ -44,10 +44,12 @@ def evaluate(
     return Table([sample.task for sample in samples], scores, results)
 
 
-def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndarray]], per_task: int = 1) -> np.ndarray:
+def rows_sheet(
+    samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndarray]], per_task: int = 1, smallest: int = SMALLEST
+) -> np.ndarray:
     """a, a′, b, what each method made of it, the true b′: the first `per_task` samples of every task, one a row.
 
-    results: {method: images, one per sample}, as in `Table.results`. Returns uint8 [H, W, 3].
+    results: {method: images, one per sample}, as in `Table.results`. smallest: as of `sheet`. Returns uint8 [H, W, 3].
     """
     shown: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
@@ -57,4 +59,4 @@ def rows_sheet(samples: Sequence[Sample], results: Mapping[str, Sequence[np.ndar
         sample = samples[index]
         images = [*sample.condition, *(images[index] for images in results.values()), sample.truth]
         rows.append((f"{sample.task}: {sample.caption}", [within(image, LARGEST_SHOWN) for image in images]))
-    return sheet(rows, ("a", "a′", "b", *results, TRUTH))
+    return sheet(rows, ("a", "a′", "b", *results, TRUTH), smallest)

@@ -14,7 +14,9 @@ from lorweb_jax.images.io import write_image
 
 SPLIT = "held_out_tasks"  # what the pictures are about
 SCORE = "lpips"
-WEBP_QUALITY = 80  # of pictures in docs/
+WEBP_QUALITY = 35  # of pictures in docs/
+TILE = 64  # px at least of an image's longer edge in the sheet
+COLUMNS = {"base": "base", "basis": "basis", "published": "published", "lora_nr": "LoRA N·r", "lora_r": "LoRA r"}
 
 
 def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: Path | None = None) -> None:
@@ -54,8 +56,8 @@ def unseen_sheet(out: Path, methods: Mapping[str, Any]) -> np.ndarray | None:
         kept = by_name.get(name if of["rate"] is None else f"{name}_{of['rate']}_{seed}")
         if kept is not None:
             there = kept.read()
-            images[TITLES[name]] = [kept.image(key, there[key]) for key in samples]
-    return rows_sheet(list(samples.values()), images)
+            images[COLUMNS[name]] = [kept.image(key, there[key]) for key in samples]
+    return rows_sheet(list(samples.values()), images, smallest=TILE)
 
 
 def plot_tasks(methods: Mapping[str, Any], against: Sequence[str], reference: str) -> np.ndarray:
