@@ -131,6 +131,7 @@ def test_exported_basis_is_the_checkpoints(run):
     config, trained = load_basis(folder, layers)
     exported_config, exported = read_basis(folder / "export" / "basis.safetensors")
     assert (config.size, config.rank, config.query_mode) == (4, 4, "cat-aa'b") and exported_config.size == 4
+    assert (config.scale, exported_config.scale) == (4.0, 1.0)
     # Which image encoder it was trained with, by the small base's weights; and no path of this machine.
     found = identity(ROOT / "assets" / "small_kontext" / "clip_vision")
     for read in (config, exported_config):
@@ -139,6 +140,8 @@ def test_exported_basis_is_the_checkpoints(run):
         assert not any(str(path).encode() in file.read_bytes() for path in (ROOT, folder, Path.home()))
     for path, parts in trained.items():
         for name, array in parts.items():
+            # The published format has no place for the scale, which lora_B takes up.
+            array = array * np.float32(config.scale) if name == "b" else array
             np.testing.assert_array_equal(exported[path][name], array.astype(np.float16))
 
 
