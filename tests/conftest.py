@@ -40,7 +40,16 @@ def _quick():
 
 
 quick_compiles = pytest.fixture(_quick)
-quick_module = pytest.fixture(scope="module")(_quick)  # for modules that share what they compiled
+
+
+@pytest.fixture(scope="module")
+def quick_module():
+    """For modules that share what they compiled. What was compiled before them is dropped: jax takes it from its cache
+    with and without the setting, as long as it is there, so that one function could give two results."""
+    import jax
+
+    jax.clear_caches()
+    yield from _quick()
 
 
 def pytest_addoption(parser):

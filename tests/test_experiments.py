@@ -167,6 +167,7 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
         | {"router": {"members": 16, "one": 2.5, "task": 3.0, "all": 9.04, "unused": 1.0}},
         basis_record("lora_nr", 0.004, 0, [0.3, 0.3, 0.4]),
         basis_record("base", None, 0, [0.6, 0.6, 0.6]),
+        basis_record("wrong", None, 0, [0.5, 0.5, 0.5]),
     ]
     (tmp_path / "records").mkdir()
     for number, each in enumerate(records):
@@ -188,6 +189,9 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
         lpips["seeds"] == [0] and lpips["mean"] == pytest.approx(0.1 / 3) and lpips["tasks_won"] == pytest.approx(1 / 3)
     )
     assert "one LoRA of rank N·r − basis" in text and "2.5, 3.0, 9.0 of 16" in text and "Unseen tasks (3)" in text
+    # A group of which nothing was run but what the main comparison has is left out.
+    titles = {name: f"### {group.title}" in text for name, group in basis_methods.GROUPS.items()}
+    assert {name for name, there in titles.items() if there} == {"main", "listening"}
     assert page.read_text().startswith("before") and page.read_text().endswith("after\n") and text in page.read_text()
     # A bar for each task; what was sampled isn't there, so there is no sheet.
     assert basis_pictures.differences_by_task(shown["per_task"], results["methods"]["lora_nr"]["per_task"]) == {

@@ -3,11 +3,15 @@
 import io
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from lorweb_jax.common.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 100
 ROW, CHARACTER = 0.2, 0.075  # height of a row, width of a character of a column's label, inches
@@ -33,7 +37,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], ti
     axes.tick_params(length=0)
     scale = figure.add_axes((0.0, -0.15 / height, 1.0, 0.08 / height))
     figure.colorbar(cells, scale, orientation="horizontal").ax.tick_params(labelsize=7)
-    return _drawn(figure)
+    return drawn(figure)
 
 
 def plane(place: np.ndarray, labels: Sequence[str], title: str = "") -> np.ndarray:
@@ -51,10 +55,11 @@ def plane(place: np.ndarray, labels: Sequence[str], title: str = "") -> np.ndarr
         axes.annotate(printable(name, LABEL), own.mean(0), fontsize=6, color="0.25", parse_math=False)
     axes.set_title(printable(title, TITLE), loc="left", fontsize=8, parse_math=False)
     axes.tick_params(labelsize=7)
-    return _drawn(figure)
+    return drawn(figure)
 
 
-def _drawn(figure) -> np.ndarray:
+def drawn(figure: "Figure") -> np.ndarray:
+    """A matplotlib figure -> uint8 [H, W, 3], cut to what is drawn."""
     with io.BytesIO() as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # of other scripts; a box is drawn
         figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.05)

@@ -87,7 +87,7 @@ def make_update(
         subset = {path: trainable[path] for path in gradient}
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, state.optimizer[phase.name], subset)
-            updates = {path: each if job.rate(path) == 1.0 else job.rate(path) * each for path, each in updates.items()}
+            updates = {path: job.rate(path) * each for path, each in updates.items()}
             return optax.apply_updates(subset, updates), opt_state
 
     def update(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:

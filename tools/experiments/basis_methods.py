@@ -47,10 +47,13 @@ def _sizes(size: int, rank: int) -> dict[str, float]:
     return {"basis.size": size, "basis.rank": rank, "basis.scale": float(size)}
 
 
-def _spread(title: str, **changes: float | str) -> Method:
+def _members(config: ConfigDict) -> float:
+    return float(config.basis.size)
+
+
+def _published(title: str, changes: dict[str, Any]) -> Method:
     """The published basis with something that may spread the work over its members."""
-    named = {name.replace("__", "."): value for name, value in changes.items()}
-    return Method(f"published, {title}", _PUBLISHED | named, "published")
+    return Method(f"published, {title}", _PUBLISHED | changes, "published")
 
 
 METHODS = {
@@ -69,18 +72,18 @@ METHODS = {
     "difference_query": Method("basis, query E(a′) − E(a)", {"basis.query_mode": "ca'-ca"}),
     "internal": Method("basis, each layer's own input", {"basis.query": "internal", "basis.query_mode": "aa'bb'"}),
     "constant": Method("basis, every coefficient 1/N", {"basis.temperature": 1e6}),
-    "tanh": _spread("tanh", basis__activation="tanh"),
-    "balance_01": _spread("balance 0.01", routing__balance=0.01),
-    "balance_1": _spread("balance 0.1", routing__balance=0.1),
-    "warm": _spread("temperature 4", basis__temperature=4.0),
-    "learnt": _spread("learnt temperature", basis__temperature=4.0, basis__temperature_mode="learnt"),
-    "annealed": _spread("temperature 16 to 1", basis__temperature=16.0, basis__temperature_mode="annealed"),
-    "normalised": _spread("normalised query and keys", basis__normalised=True),
-    "small_keys": _spread("fresh keys of 0.1", basis__key_scale=0.1),
-    "heads": _spread("4 heads", basis__heads=4),
-    "dropout": _spread("a quarter of the members dropped", routing__member_dropout=0.25),
-    "slow": _spread("router's rate 0.03", routing__rate=0.03),
-    "scaled": _spread("scale N", basis__scale=16.0),
+    "tanh": _published("tanh", {"basis.activation": "tanh"}),
+    "balance_01": _published("balance 0.01", {"routing.balance": 0.01}),
+    "balance_1": _published("balance 0.1", {"routing.balance": 0.1}),
+    "warm": _published("temperature 4", {"basis.temperature": 4.0}),
+    "learnt": _published("learnt temperature", {"basis.temperature": 4.0, "basis.temperature_mode": "learnt"}),
+    "annealed": _published("temperature 16 to 1", {"basis.temperature": 16.0, "basis.temperature_mode": "annealed"}),
+    "normalised": _published("normalised query and keys", {"basis.normalised": True}),
+    "small_keys": _published("fresh keys of 0.1", {"basis.key_scale": 0.1}),
+    "heads": _published("4 heads", {"basis.heads": 4}),
+    "dropout": _published("a quarter of the members dropped", {"routing.member_dropout": 0.25}),
+    "slow": _published("router's rate 0.03", {"routing.rate": 0.03}),
+    "scaled": _published("scale N", {"basis.scale": _members}),
     "tenth": Method("basis, router's rate 0.1", {"routing.rate": 0.1}),
     "still": Method("basis, fresh router kept", {"routing.rate": 0.0}),
     "silent": Method("basis, trained without instruction", {"data.caption_drop": 1.0}),

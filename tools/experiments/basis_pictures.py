@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from experiments.basis_methods import GROUPS, METHODS, REFERENCES, TITLES
-from experiments.figures import pixels
 from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.records import Records
 from lorweb_jax.images.io import write_image
+from lorweb_jax.images.plots import drawn
 
 SPLIT = "held_out_tasks"  # what the pictures are about
 SCORE = "lpips"
@@ -30,10 +30,10 @@ def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: 
     against = [
         name for name in methods if name in METHODS and name != reference and seeds.intersection(methods[name]["seeds"])
     ]
-    drawn = {"unseen": unseen_sheet(out, methods)}
+    images = {"unseen": unseen_sheet(out, methods)}
     if against:
-        drawn["tasks"] = plot_tasks(methods, against, reference)
-    for name, image in drawn.items():
+        images["tasks"] = plot_tasks(methods, against, reference)
+    for name, image in images.items():
         if image is not None:
             write_image(out / f"{name}.png", image)
             if docs is not None:
@@ -78,7 +78,7 @@ def plot_tasks(methods: Mapping[str, Any], against: Sequence[str], reference: st
         axes.set_yticks(rows, [list(differences)[index] for index in ascending], fontsize=8)
         axes.set_xlabel(f"LPIPS, {TITLES[reference]} − {TITLES[name]}", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
-    return pixels(figure)
+    return drawn(figure)
 
 
 def differences_by_task(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -141,7 +141,9 @@ def markdown(results: Mapping[str, Any]) -> str:
 def _group(results: Mapping[str, Any], group: Group) -> list[str]:
     methods = results["methods"]
     names = [name for name in (*group.references, *group.methods, *group.probes) if name in methods]
-    if not any(name in methods for name in (*group.methods, *group.probes) if name != REFERENCE):
+    # Nothing is there but what the main comparison shows.
+    main = {REFERENCE} if group is GROUPS["main"] else {*GROUPS["main"].methods, *GROUPS["main"].references}
+    if main.issuperset(names):
         return []
     parts = [f"### {group.title}", ""]
     for split in methods[names[0]]["scores"]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from experiments.figures import pixels
 from experiments.runner import Record
 from lorweb_jax.common.outputs import write_text
 from lorweb_jax.evaluation.statistics import bootstrap_interval
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.images.io import write_image
+from lorweb_jax.images.plots import drawn
 
 MEASURES = {
     "lpips": "LPIPS to the truth ↓",
@@ -143,4 +143,4 @@ def draw_curves(gathered: Curves, methods: Sequence[str]) -> np.ndarray:
         axes.set_xlabel(MEASURES["content"])
         axes.set_ylabel(MEASURES[measure])
     axes.legend(fontsize=7)
-    return pixels(figure)
+    return drawn(figure)
