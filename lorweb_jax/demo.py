@@ -13,6 +13,7 @@ each view does.
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -92,15 +93,19 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def default_basis(pipeline: Path) -> Path | None:
-    """The default run's folder, for the small base; trains it where it has no checkpoint yet. None for other pipelines.
+    """The default run's folder, for the small base; trains it first where it isn't there, or not to its end. None for
+    other pipelines.
 
-    Raises UserError where it is missing and this isn't the repository's root, and where the training ends early.
+    Raises UserError where it has to be trained and this isn't the repository's root, and where the training ends early.
     """
     if not SMALL_BASE.is_dir() or not pipeline.exists() or not os.path.samefile(pipeline, SMALL_BASE):
         return None
     from lorweb_jax.runs.checkpoints import complete_steps
+    from lorweb_jax.runs.folder import CONFIG as FILE
+    from lorweb_jax.settings import config as configs
 
-    if complete_steps(RUN):
+    done = max(complete_steps(RUN), default=0)
+    if done and done >= (steps := configs.load(RUN / FILE).train.steps):
         return RUN
     if not CONFIG.is_file():
         raise UserError(
@@ -108,11 +113,14 @@ def default_basis(pipeline: Path) -> Path | None:
             "or give --basis",
             2,
         )
-    say(f"there is no basis in {RUN} yet; the default run trains one first, about 14 minutes on two CPU cores")
+    if done:
+        say(f"the run in {RUN} has {done} of its {steps} steps; it goes on first (or give --basis {RUN})")
+    else:
+        say(f"there is no basis in {RUN} yet; the default run trains one first, about 14 minutes on two CPU cores")
     # In a process of its own, so that all its memory is free again when the page opens.
-    trained = subprocess.run([sys.executable, "-m", "lorweb_jax.main", f"--config={CONFIG}", f"--workdir={RUN}"])
-    if trained.returncode or not complete_steps(RUN):
-        raise UserError("the training ended before a basis was there; the same command goes on from its last step")
+    failed = _run([sys.executable, "-m", "lorweb_jax.main", f"--config={CONFIG}", f"--workdir={RUN}"])
+    if failed or not complete_steps(RUN):
+        raise UserError("the training ended early; the same command goes on from its last checkpoint")
     return RUN
 
 
@@ -155,6 +163,16 @@ def open_studio(args: argparse.Namespace):
         styles,
         args.data or data_of_run(basis),
     )
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit status of a command, which is stopped where this process is asked to stop."""
+    with subprocess.Popen(words) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def data_of_run(basis: Path | None) -> Path | None:

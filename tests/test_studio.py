@@ -2,22 +2,27 @@
 sentence; nothing of the machine is served; work that nobody waits for ends."""
 
 import dataclasses
+import io
 import os
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import golden_dir
+from compare import relative
+from golden import INPUTS, golden_dir
 from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="Gradio, the extra [demo], is not installed")
 httpx = pytest.importorskip("httpx")
 
-from lorweb_jax import demo, read_image, write_image  # noqa: E402
+from lorweb_jax import UserError, demo, read_image, write_image  # noqa: E402
 from lorweb_jax.adapters.formats.mix_file import write_mix  # noqa: E402
 from lorweb_jax.studio import page as pages  # noqa: E402
 from lorweb_jax.studio import parts  # noqa: E402
@@ -28,7 +33,7 @@ from lorweb_jax.studio.runner import Finished, Runner, Stopped  # noqa: E402
 from lorweb_jax.studio.studio import Limits  # noqa: E402
 from lorweb_jax.studio.style_view import StyleView  # noqa: E402
 
-STEPS, PATIENCE = 2, 240_000  # ms, for a machine with much else to do
+STEPS, PATIENCE = 2, 90_000  # ms, for a machine with much else to do
 LIMITS = Limits(nbytes=300_000, pixels=100_000, size=64, pictures=3)
 
 
@@ -374,19 +379,37 @@ def test_a_closed_tab_ends_its_sampling(view, files):
     view.studio.runner._device.release()
 
 
-def test_two_tabs_each_get_their_own(address, pipeline, files, images):
+@pytest.fixture(scope="module")
+def client(address):
+    """A new tab that calls what the page's buttons call."""
+    module = pytest.importorskip("gradio_client")
+    options = {"verbose": False, "download_files": False, "httpx_kwargs": {"timeout": PATIENCE / 1000}}
+    return lambda: module.Client(address, **options)
+
+
+@pytest.fixture(scope="module")
+def payload(files):
+    """Pictures as an upload of one takes them, and as one of several does."""
+    module = pytest.importorskip("gradio_client")
+    one = {name: module.handle_file(path) for name, path in files.items()}
+    return one, {name: [{"image": file, "caption": None}] for name, file in one.items()}
+
+
+def served(result) -> bytes:
+    """What the page serves of a file that it made."""
+    return httpx.get(result["url"]).content
+
+
+def test_two_tabs_each_get_their_own(client, payload, pipeline, images):
     """Through HTTP, at once; each has the result of its own seed, and its own history."""
-    client_module = pytest.importorskip("gradio_client")
+    one, several = payload
     results = {}
 
-    def one(seed):
-        client = client_module.Client(address, verbose=False, download_files=False)
-        picture = {name: client_module.handle_file(path) for name, path in files.items()}
-        gallery = [{"image": picture["b"], "caption": None}]
-        job = client.submit(picture["a"], picture["a2"], gallery, "", 1, STEPS, 2.5, 1, "", seed, api_name="/edit")
+    def edit(seed):
+        job = client().submit(one["a"], one["a2"], several["b"], "", 1, STEPS, 2.5, 1, "", seed, api_name="/edit")
         results[seed] = job.result(timeout=PATIENCE / 1000)
 
-    threads = [threading.Thread(target=one, args=(seed,)) for seed in (1, 2)]
+    threads = [threading.Thread(target=edit, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -396,11 +419,92 @@ def test_two_tabs_each_get_their_own(address, pipeline, files, images):
             *(images[name] for name in ("a", "a2", "b")), folded=False, max_size=64, steps=STEPS, seed=seed,
             callback=lambda *_: None,
         )  # fmt: skip
-        served = httpx.get(result[2]["url"])
-        path = f"{os.environ['GRADIO_TEMP_DIR']}/shown.png"
-        open(path, "wb").write(served.content)
-        np.testing.assert_array_equal(read_image(path), expected)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(served(result[2])))), expected)
         assert len(result[-1]) == 1
+
+
+@pytest.fixture(scope="module")
+def velocity(pipeline):
+    """The transformer's velocity with a mix, and that of diffusers' with a LoRA's file, for recorded inputs."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    case = np.load(golden_dir() / "case_a.npz")
+    recorded = {name: case[name][:1] if name not in ("img_ids", "txt_ids") else case[name] for name in INPUTS}
+    theirs = diffusers.FluxTransformer2DModel.from_pretrained(golden_dir() / "tiny_pipeline" / "transformer").eval()
+    parts = "scheduler vae text_encoder tokenizer text_encoder_2 tokenizer_2".split()
+    whole = diffusers.FluxKontextPipeline(transformer=theirs, **dict.fromkeys(parts))
+
+    def of_mix(mix):
+        adapters = pipeline.model.basis.adapters({path: c[:, None] for path, c in mix.coefficients.items()})
+        return np.asarray(pipeline.model.transformer(*recorded.values(), adapters))
+
+    def of_lora(path):
+        whole.load_lora_weights(path.parent, weight_name=path.name)
+        with torch.no_grad():
+            output = theirs(**{name: torch.tensor(x) for name, x in recorded.items()}, return_dict=False)[0].numpy()
+        whole.unload_lora_weights()
+        return output
+
+    return of_mix, of_lora
+
+
+def require_lora_of(mix, data, pipeline, velocity, folder):
+    """That the bytes of a LoRA are the API's of this mix, and that diffusers computes with it what the mix does."""
+    (folder / "page.safetensors").write_bytes(data)
+    pipeline.save_lora(folder / "api.safetensors", mix)
+    assert data == (folder / "api.safetensors").read_bytes()
+    of_mix, of_lora = velocity
+    assert relative(of_lora(folder / "page.safetensors"), of_mix(mix)) <= 1e-5
+    assert relative(of_mix(0 * mix), of_mix(mix)) > 1e-3
+
+
+def test_edits_are_timed_and_crowds_served(client, studio, address, files):
+    from measure_studio import crowd, latencies
+
+    setting = [files[name] for name in ("a", "a2", "b")], "", STEPS
+    times = latencies(studio, address, *setting, repeats=1)
+    assert 0 < times["api"] and times["ratio"] == times["page"] / times["api"]
+    told = crowd(address, *setting, tabs=3)
+    assert (told["results"], told["different"]) == (3, 3) and told["most"] >= told["before"] > 100
+
+
+def test_what_the_buttons_call_without_a_browser(client, payload, studio, pipeline, images, velocity, tmp_path):
+    """Edit at strength 0.5 and its LoRA, a mix of two cards as saved mix, a style; cancelling ends the sampling."""
+    (one, several), tab = payload, client()
+    rest = (STEPS, 2.5, 1, "", 0)
+    tab.predict(one["a"], one["a2"], several["b"], "a frame", 0.5, *rest, api_name="/edit")
+    mix = 0.5 * pipeline.coefficients(*(images[name] for name in ("a", "a2", "b")))
+    lora = tab.predict("diffusers", 0, api_name="/lora")
+    require_lora_of(mix, served(lora), pipeline, velocity, tmp_path)
+    cards = [several["a"], several["a2"], None, 1, several["c"], several["a"], None, -0.5, *(2 * ([], [], None, 0))]
+    result = tab.predict(one["b"], "a frame", *rest, 3, 0, 1, *cards, api_name="/mix")
+    both = pipeline.coefficients(images["a"], images["a2"], images["b"]) + -0.5 * pipeline.coefficients(
+        images["c"], images["a"], images["b"]
+    )
+    options = {"steps": STEPS, "folded": False, "max_size": 64, "callback": lambda *_: None}
+    expected = pipeline.edit(images["a"], images["a2"], images["b"], "a frame", mix=both, **options)
+    [shown] = result[1]
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(served(shown["image"])))), expected)
+    (tmp_path / "mix.safetensors").write_bytes(served(tab.predict("a frame", "saved mix", api_name="/save_mix")))
+    for path, c in pipeline.load_mix(tmp_path / "mix.safetensors").mix.coefficients.items():
+        np.testing.assert_array_equal(c, both.coefficients[path])
+    drawn = tab.predict("a dog", None, None, 6, "", STEPS, 1, 2, "", 5, api_name="/style")
+    plain = pipeline.session(use_basis=False).generate(
+        "a dog", steps=STEPS, guidance=1, true_guidance=2, seed=5, max_size=64, callback=lambda *_: None
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(served(drawn[1])))), plain)
+    job = tab.submit(one["a"], one["a2"], several["b"], "", 1, 100, *rest[1:], api_name="/edit")
+    wait(lambda: studio.runner._device.locked())
+    job.cancel()
+    wait(lambda: not studio.runner._device.locked())
+
+
+def wait(done) -> None:
+    for _ in range(PATIENCE // 100):
+        if done():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
 
 
 def test_nothing_of_the_machine_is_served(address, files, tmp_path):
@@ -439,6 +543,62 @@ def test_a_port_in_use_leads_to_the_next(capsys):
         pages.free_port("203.0.113.1", 7860)
 
 
+def test_without_arguments_the_default_run_comes_first(tmp_path, monkeypatch, capsys, quick_compiles):
+    """A run that is missing is trained, one that was broken off goes on, one that has ended is taken. The command that
+    is run is called here without a process of its own."""
+    import line_job
+
+    from lorweb_jax.main import read_config
+    from lorweb_jax.training.loop import train
+
+    config, workdir, last = Path(line_job.__file__), tmp_path / "runs" / "basis", 7
+    draw = line_job.Points.__next__
+
+    def points(self):
+        if self.position == last:
+            raise KeyboardInterrupt
+        return draw(self)
+
+    def run(words):
+        assert words == [sys.executable, "-m", "lorweb_jax.main", f"--config={config}", f"--workdir={workdir}"]
+        try:
+            train(read_config(str(config)), workdir, line_job.make)
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    monkeypatch.setattr(line_job.Points, "__next__", points)
+    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(demo, "RUN", workdir)
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "nowhere.py")
+    with pytest.raises(UserError, match="no trained basis in .* start this in the repository's root, or give --basis"):
+        demo.default_basis(demo.SMALL_BASE)
+    monkeypatch.setattr(demo, "CONFIG", config)
+    with pytest.raises(UserError, match="ended early; the same command goes on from its last checkpoint"):
+        demo.default_basis(demo.SMALL_BASE)
+    last = -1
+    assert demo.default_basis(demo.SMALL_BASE) == workdir
+    said = capsys.readouterr().out
+    assert "has 5 of its 24 steps; it goes on first" in said and "going on from step 5" in said
+    assert demo.default_basis(demo.SMALL_BASE) == workdir and not capsys.readouterr().out
+    assert demo.default_basis(golden_dir() / "tiny_pipeline") is None
+
+
+def test_whoever_stops_the_command_stops_its_training():
+    """SIGTERM reaches the process that trains, which ends in its own way; its exit status is told."""
+    child = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: exit(7))
+print("here", flush=True)
+time.sleep(60)
+"""
+    parent = f"import sys; from lorweb_jax import demo; sys.exit(demo._run([sys.executable, '-c', {child!r}]) + 1)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "here\n"
+        process.terminate()
+        assert process.wait(PATIENCE / 1000) == 8
+
+
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -451,35 +611,82 @@ def browser():
         browser.close()
 
 
-def test_the_page_in_a_browser(browser, address, studio, pipeline, files, images, tmp_path):
-    """Upload, edit, download the LoRA: the API's file. Nothing is asked of any other machine."""
+def test_the_page_in_a_browser(browser, address, studio, pipeline, files, images, velocity, tmp_path):
+    """Upload, edit, move the strength, edit again; the LoRA; an earlier result brought back; Stop; a mix of two
+    analogies and its LoRA. Nothing is asked of any other machine."""
     tab = browser.new_page(viewport={"width": 1200, "height": 900})
     tab.set_default_timeout(PATIENCE)
     asked = set()
     tab.on("request", lambda request: asked.add(request.url.split("/")[2]))
     tab.goto(address)
-    tab.get_by_role("button", name="Edit", exact=True).wait_for()
-    for name, path in (("a", files["a"]), ("a2", files["a2"]), ("b", files["b"])):
-        tab.locator(f"#edit_{name} input[type=file]").set_input_files(path)
-        tab.locator(f"#edit_{name} img").first.wait_for()
+
+    def upload(field, name):
+        tab.locator(f"#{field} input[type=file]").set_input_files(files[name])
+        tab.locator(f"#{field} img").first.wait_for()
+
+    def downloaded(field):
+        with tab.expect_download() as download:
+            tab.locator(f"#{field} a").first.click()
+        return open(download.value.path(), "rb").read()
+
+    edit = tab.get_by_role("button", name="Edit", exact=True)
+    edit.wait_for()
+    for name in ("a", "a2", "b"):
+        upload(f"edit_{name}", name)
     tab.get_by_role("button", name="Sampling").click()
-    tab.get_by_label("number input for Steps").fill(str(STEPS))
-    tab.get_by_label("number input for Strength").fill("0.5")
-    tab.get_by_label("Prompt").first.fill("a frame")
-    tab.get_by_role("button", name="Edit", exact=True).click()
-    tab.locator("#edit_status", has_text="Done.").wait_for(timeout=PATIENCE)
+    steps = tab.get_by_label("number input for Steps").first
+    steps.fill(str(STEPS))
+    tab.locator("#edit_prompt textarea").fill("a frame")
+    edit.click()
+    tab.locator("#edit_history img").first.wait_for()
+
+    tab.locator("#edit_strength input[type=range]").focus()
+    for _ in range(10):
+        tab.keyboard.press("ArrowLeft")
+    tab.locator("#edit_prompt textarea").fill("half a frame")
+    edit.click()
+    tab.locator("#edit_history img").nth(1).wait_for()
+    tab.locator("#edit_status", has_text="Done.").wait_for()
     tab.get_by_role("button", name="Take it elsewhere").click()
-    assert "--strength 0.5" in tab.locator("#edit_command textarea").input_value()
-    tab.get_by_role("button", name="Analogy as a LoRA").click()
-    with tab.expect_download() as download:
-        tab.locator("#edit_lora_file a").first.click()
+    command = tab.locator("#edit_command textarea")
+    assert "--strength 0.5" in command.input_value() and "'half a frame'" in command.input_value()
+    tab.locator("#edit_lora").click()
     mix = 0.5 * pipeline.coefficients(*(images[name] for name in ("a", "a2", "b")))
-    pipeline.save_lora(tmp_path / "lora.safetensors", mix)
-    assert open(download.value.path(), "rb").read() == (tmp_path / "lora.safetensors").read_bytes()
+    require_lora_of(mix, downloaded("edit_lora_file"), pipeline, velocity, tmp_path)
+
+    tab.locator("#edit_history button:has(img)").nth(1).click()
+    wait(lambda: tab.locator("#edit_prompt textarea").input_value() == "a frame")
+    assert "--strength" not in command.input_value()
+    assert tab.get_by_label("number input for Strength").first.input_value() == "1"
+
+    steps.fill("100")
+    edit.click()
+    tab.locator("#edit_status", has_text="of 100 steps").wait_for()
+    tab.locator("#edit_stop").click()
+    tab.locator("#edit_status", has_text="Stopped.").wait_for()
+    wait(lambda: not studio.runner._device.locked())
+    assert tab.locator("#edit_history img").count() == 2
+
+    tab.get_by_role("tab", name="Mix").click()
+    for card, (before, after) in enumerate((("a", "a2"), ("c", "a"))):
+        upload(f"mix_before_{card}", before)
+        upload(f"mix_after_{card}", after)
+    upload("mix_b", "b")
+    tab.get_by_label("number input for Weight of 2").fill("-0.5")
+    tab.get_by_role("button", name="Sampling").click()
+    tab.get_by_label("number input for Steps").locator("visible=true").fill(str(STEPS))
+    tab.locator("#mix_run").click()
+    tab.locator("#mix_results img").first.wait_for()
+    tab.locator("#mix_status", has_text="Done.").wait_for()
+    tab.get_by_role("button", name="Keep the mix").click()
+    tab.get_by_label("As", exact=True).click()
+    tab.get_by_role("option", name="diffusers").click()
+    tab.locator("#mix_save").click()
+    both = pipeline.coefficients(images["a"], images["a2"], images["b"]) + -0.5 * pipeline.coefficients(
+        images["c"], images["a"], images["b"]
+    )
+    require_lora_of(both, downloaded("mix_file"), pipeline, velocity, tmp_path)
+
     assert asked == {address.split("/")[2]}
     tab.close()
-    for _ in range(600):  # the server learns of it
-        if studio.runner._closed:
-            break
-        time.sleep(0.1)
-    assert studio.runner._closed
+    wait(lambda: studio.runner._closed)  # the server learns of it

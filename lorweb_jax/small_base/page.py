@@ -16,7 +16,7 @@ from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.small_base import evaluation as base
 
 NAMES = ("red apple", "cat", "rocket", "house with garden", "grinning face", "sunflower", "robot", "sailboat")
-SIDE, QUALITY = 64, 65  # least size of a picture in the sheets, px, and their quality: many are shown
+SIDE, QUALITY = 64, 40  # least size of a picture in the sheets, px, and their quality: many are shown
 
 
 def write_page(

@@ -48,20 +48,21 @@ class EditView:
         self.gallery = gr.Gallery(
             label="Results of this tab; choose one to bring it back",
             columns=8,
-            height=200,
+            height=230,
             fit_columns=False,
             object_fit="contain",
             interactive=False,
             allow_preview=False,
             format="png",
+            elem_classes="lw-gallery",
             elem_id="edit_history",
         )
         self._connect()
 
     def _build_inputs(self) -> None:
         with gr.Row():
-            self.a = parts.upload("a, before the edit", elem_id="edit_a", min_width=130)
-            self.a2 = parts.upload("a′, after it", elem_id="edit_a2", min_width=130)
+            self.a = parts.upload("a, before", elem_id="edit_a", min_width=130)
+            self.a2 = parts.upload("a′, after", elem_id="edit_a2", min_width=130)
         self.b = parts.uploads("b, one or more to edit likewise", elem_id="edit_b")
         self.prompt = gr.Textbox("", label="Prompt: the edit in words (the small base needs it)", elem_id="edit_prompt")
         self.strength = gr.Slider(
@@ -88,7 +89,7 @@ class EditView:
             buttons=["fullscreen"],
             elem_id="edit_swipe",
         )
-        self.result = parts.shown_picture("Result", elem_id="edit_result", height=260)
+        self.result = parts.shown_picture("Result", elem_id="edit_result", height=290)
         with gr.Accordion("Take it elsewhere", open=False):
             with gr.Row():
                 self.names = gr.Dropdown(list(NAMES), value="diffusers", label="Layers' names of", min_width=120)

@@ -55,14 +55,14 @@ class MixView:
                 self.sampling = Sampling.build(28, 2.5, 1)
                 with gr.Row():
                     self.run = gr.Button("Mix", variant="primary", elem_id="mix_run", min_width=90)
-                    self.path = gr.Button("Path from 1 to 2", elem_id="mix_path", min_width=120)
-                    self.grid = gr.Button("Grid of 1 and 2", elem_id="mix_grid", min_width=120)
+                    self.path = gr.Button("Path 1 to 2", elem_id="mix_path", min_width=120)
+                    self.grid = gr.Button("Grid 1 by 2", elem_id="mix_grid", min_width=120)
                     self.stop = gr.Button("Stop", elem_id="mix_stop", min_width=80)
                 self.count = gr.Slider(
                     3, 7, 5, step=1, label="Pictures of the path, or along each side of the grid", elem_id="mix_count"
                 )
                 with gr.Row():
-                    self.low = gr.Slider(-2, 1, 0, step=0.1, label="From (path's place, grid's weight)", min_width=140)
+                    self.low = gr.Slider(-2, 1, 0, step=0.1, label="From (place or weight)", min_width=140)
                     self.high = gr.Slider(0, 3, 1, step=0.1, label="To", min_width=140)
             with gr.Column(min_width=300):
                 self.status = gr.HTML(parts.progress(None), elem_id="mix_status")
@@ -72,7 +72,8 @@ class MixView:
                     interactive=False,
                     format="png",
                     object_fit="contain",
-                    height=420,
+                    height="auto",
+                    elem_classes="lw-gallery",
                     elem_id="mix_results",
                 )
                 with gr.Accordion("Keep the mix", open=False):

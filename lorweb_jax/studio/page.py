@@ -22,14 +22,21 @@ CSS = """
 .gradio-container > main { max-width: 1280px; margin: 0 auto; width: 100%; }
 .lw-hint { color: var(--body-text-color-subdued); }
 .lw-progress { display: flex; flex-wrap: wrap; gap: .6em; align-items: center; min-height: 2em; }
-.lw-progress progress { flex: 1 1 12em; height: .8em; accent-color: var(--color-accent); }
+.lw-progress progress { flex: 1 1 12em; height: .8em; border: 0; background: var(--background-fill-secondary); }
+.lw-progress progress::-webkit-progress-bar { background: var(--background-fill-secondary); }
+.lw-progress progress::-webkit-progress-value { background: var(--color-accent); }
+.lw-progress progress::-moz-progress-bar { background: var(--color-accent); }
 .lw-picture img { width: 100%; height: 100%; object-fit: contain; }
+.lw-picture .image-frame, .lw-gallery .grid-wrap { box-sizing: border-box; padding-top: 1.9rem; }
 .lw-figure svg { width: 100%; height: auto; }
 .lw-figure text { fill: var(--body-text-color); font: 11px ui-sans-serif, system-ui, sans-serif; }
 .lw-figure .grid { stroke: var(--border-color-primary); }
 .lw-figure .cell { fill: var(--color-accent); }
 .lw-figure [data-index] { cursor: pointer; }
 .lw-figure [data-index]:focus-visible circle { stroke: var(--body-text-color); stroke-width: 2; r: 6px; }
+@media (max-width: 700px) {
+  .lw-gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+}
 .lw-table td, .lw-table th { padding: .15em 1em .15em 0; text-align: left; }
 """
 

@@ -26,7 +26,7 @@ def upload(label: str, **options: Any) -> gr.Image:
         label=label,
         type="filepath",
         sources=["upload", "clipboard"],
-        height=190,
+        height=210,
         format="png",
         elem_classes="lw-picture",
         **options,
@@ -42,11 +42,12 @@ def uploads(label: str, columns: int = 4, **options: Any) -> gr.Gallery:
         type="filepath",
         interactive=True,
         columns=columns,
-        height=190,
+        height=210,
         fit_columns=False,
         object_fit="contain",
         format="png",
         sources=["upload"],
+        elem_classes="lw-gallery",
         **options,
     )
     gallery.preprocess = _paths  # pyrefly: ignore[bad-assignment]
