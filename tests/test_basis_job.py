@@ -72,14 +72,15 @@ def test_run_leaves_pictures_tables_and_a_basis(run):
         assert (folder / "evaluation" / split / "sheet.png").exists()
 
 
-def test_training_is_compared(run, tmp_path, monkeypatch, capsys):
+def test_training_is_compared(run, tmp_path, monkeypatch, capsys, quick_compiles):
     """Two steps as the config is and two with moments in 8 bit, from the same start; a field that isn't there."""
     tool = runpy.run_path(str(ROOT / "tools" / "compare_training.py"))
     (tmp_path / "config.py").write_text(f"""
 import runpy
 def get_config():
     config = runpy.run_path({str(ROOT / "configs" / "basis.py")!r})["get_config"]("smoke")
-    config.pipeline, config.data.cache = {str(ROOT / "assets" / "small_kontext")!r}, {str(run[0].parent / "data")!r}
+    config.unroll, config.pipeline = 1, {str(ROOT / "assets" / "small_kontext")!r}
+    config.data.cache = {str(run[0].parent / "data")!r}
     return config
 """)
 

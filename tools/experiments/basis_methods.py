@@ -110,6 +110,7 @@ PROBES = {
     "wrong": Probe("basis, router shown the pair of another task", "basis", "wrong"),
     "mean": Probe("basis, the router's average for every analogy", "basis", "mean"),
     "adapted": Probe("basis, coefficients adapted to the pair", "basis", "adapted"),
+    "adapted_lora": Probe("one LoRA of rank N·r, each layer's strength adapted to the pair", "lora_nr", "adapted"),
     "pairs": Probe("basis, mean over the pairs of the task", "basis", "pairs"),
     "strength_05": Probe("basis at strength 0.5", "basis", "strength:0.5"),
     "strength_15": Probe("basis at strength 1.5", "basis", "strength:1.5"),
@@ -138,7 +139,9 @@ class Group(NamedTuple):
 
 GROUPS = {
     "main": Group("Basis against one LoRA", ("basis", "published", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
-    "listening": Group("Does it listen to the pair?", ("basis",), 5, (), ("wrong", "mean", "adapted")),
+    "listening": Group(
+        "Does it listen to the pair?", ("basis", "lora_nr"), 5, (), ("wrong", "mean", "adapted", "adapted_lora")
+    ),
     "mixes": Group(
         "Strength, several pairs, adaptation",
         ("basis",),
