@@ -150,7 +150,7 @@ def test_an_interval_over_seeds_and_tasks():
 def basis_record(method, rate, seed, error, parameters=0):
     """Errors by task on every split; the other scores follow."""
     by_task = {
-        f"task{i}": {"lpips": e, "mse": e**2, "clip_directional": 1 - e, "alexnet_directional": 1 - e}
+        f"task{i}": {"lpips": e, "lpips_b": 2 * e, "mse": e**2, "clip_directional": 1 - e, "alexnet_directional": 1 - e}
         for i, e in enumerate(error)
     }
     labels = {"method": method, "seed": seed} | ({"rate": rate} if rate else {})
@@ -199,6 +199,16 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
     }
     assert (tmp_path / "tasks.png").is_file() and (tmp_path / "page_tasks.webp").is_file()
     assert not (tmp_path / "unseen.png").exists()
+    # Strength 0.5 was measured with seed 1 alone, the base with seed 0 alone: no seed has all.
+    half = basis_record("strength_05", None, 1, [0.4, 0.5, 0.6])
+    assert not basis_pictures.by_strength(basis_tables.figures([*records, half])["methods"], "basis")
+    strengths = basis_pictures.by_strength(
+        basis_tables.figures([*records, half, basis_record("base", None, 1, [0.7, 0.7, 0.7])])["methods"], "basis"
+    )
+    drawings = {strength: of["held_out_tasks"] for strength, of in strengths.items()}
+    assert list(drawings) == [0, 0.5, 1] and drawings[0.5]["lpips"] == pytest.approx(0.5)
+    assert [drawings[s]["lpips_b"] for s in drawings] == pytest.approx([1.4, 1, 0.6])
+    assert basis_pictures.plot_strengths(strengths).ndim == 3
     page.write_text("no marks")
     with pytest.raises(UserError, match="between which the tables go"):
         basis_tables.write_tables(tmp_path, page)

@@ -1,4 +1,4 @@
-"""What the experiments of basis.py drew: a sheet of unseen tasks, and a plot of differences task by task."""
+"""What the experiments of basis.py drew: a sheet of unseen tasks, differences task by task, curves over strength."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.basis_methods import GROUPS, METHODS, REFERENCES, TITLES
+from experiments.basis_methods import GROUPS, METHODS, PROBES, REFERENCES, TITLES
 from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.records import Records
 from lorweb_jax.images.io import write_image
@@ -15,12 +15,15 @@ from lorweb_jax.images.plots import drawn
 SPLIT = "held_out_tasks"  # what the pictures are about
 SCORE = "lpips"
 WEBP_QUALITY = 35  # of pictures in docs/
+_EDIT = "clip_directional"
+_SPLITS = {"held_out_drawings": "seen tasks", "held_out_tasks": "unseen tasks"}
 TILE = 64  # px at least of an image's longer edge in the sheet
 COLUMNS = {"base": "base", "basis": "basis", "published": "published", "lora_nr": "LoRA N·r", "lora_r": "LoRA r"}
 
 
 def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: Path | None = None) -> None:
-    """Writes unseen.png and tasks.png of what there is into `out`, and beside the page `docs` as WebP, under its name.
+    """Writes unseen.png, tasks.png and strength.png of what there is into `out`, and beside the page `docs` as WebP,
+    under its name.
 
     results: of `basis_tables.figures`.
     """
@@ -33,6 +36,8 @@ def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: 
     images = {"unseen": unseen_sheet(out, methods)}
     if against:
         images["tasks"] = plot_tasks(methods, against, reference)
+    if len(strengths := by_strength(there, reference)) > 2:
+        images["strength"] = plot_strengths(strengths)
     for name, image in images.items():
         if image is not None:
             write_image(out / f"{name}.png", image)
@@ -86,3 +91,45 @@ def differences_by_task(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     seeds = [seed for seed in first if seed in second]
     tasks = first[seeds[0]][SPLIT]
     return {task: [first[s][SPLIT][task][SCORE] - second[s][SPLIT][task][SCORE] for s in seeds] for task in tasks}
+
+
+def by_strength(methods: Mapping[str, Any], reference: str) -> dict[float, dict[str, dict[str, float]]]:
+    """{strength: {split: {score: mean}}} of the reference's coefficients times so much, over the seeds that all have.
+
+    0 is the base by itself, 1 the reference.
+    """
+    names = {0.0: "base", 1.0: reference}
+    for name, probe in PROBES.items():
+        kind, _, strength = probe.kind.partition(":")
+        if kind == "strength" and probe.of == reference:
+            names[float(strength)] = name
+    there = {strength: methods[name]["per_task"] for strength, name in sorted(names.items()) if name in methods}
+    seeds = set.intersection(*(set(of) for of in there.values())) if there else set()
+
+    def means(of_tasks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {score: float(np.mean([each[score] for each in of_tasks])) for score in ("lpips", "lpips_b", _EDIT)}
+
+    return {
+        strength: {split: means([task for seed in seeds for task in of[seed][split].values()]) for split in _SPLITS}
+        for strength, of in there.items()
+        if seeds
+    }
+
+
+def plot_strengths(strengths: Mapping[float, Mapping[str, Mapping[str, float]]]) -> np.ndarray:
+    """How far the result goes from b, against how far it is from the truth, and how far it goes the right way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8.4, 3.4), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, score, label in zip(panels, ("lpips", _EDIT), ("LPIPS to the truth", "CLIP direction")):
+        for split, title in _SPLITS.items():
+            xs, ys = ([of[split][name] for of in strengths.values()] for name in ("lpips_b", score))
+            axes.plot(xs, ys, ".-", label=title)
+            for strength, x, y in zip(strengths, xs, ys):
+                axes.annotate(f"{strength:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
+        axes.set_xlabel("LPIPS to b", fontsize=8)
+        axes.set_ylabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+    panels[0].legend(fontsize=8)
+    return drawn(figure)
