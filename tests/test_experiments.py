@@ -168,6 +168,7 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
         basis_record("lora_nr", 0.004, 0, [0.3, 0.3, 0.4]),
         basis_record("base", None, 0, [0.6, 0.6, 0.6]),
         basis_record("wrong", None, 0, [0.5, 0.5, 0.5]),
+        basis_record("adapted", None, 0, [0.1, 0.2, 0.4]),
     ]
     (tmp_path / "records").mkdir()
     for number, each in enumerate(records):
@@ -182,16 +183,23 @@ def test_tables_of_a_basis_against_one_lora(tmp_path):
     [lpips] = [
         each
         for each in results["differences"]
-        if (each["method"], each["split"], each["score"]) == ("lora_nr", "held_out_tasks", "lpips")
+        if tuple(each.values())[:4] == ("lora_nr", "basis", "held_out_tasks", "lpips")
     ]
     # Seed 0 alone, which both have: 0.1, −0.1, 0.1, so that the LoRA has the smaller error on one task of three.
     assert (
         lpips["seeds"] == [0] and lpips["mean"] == pytest.approx(0.1 / 3) and lpips["tasks_won"] == pytest.approx(1 / 3)
     )
-    assert "one LoRA of rank N·r − basis" in text and "2.5, 3.0, 9.0 of 16" in text and "Unseen tasks (3)" in text
+    [pair] = [
+        each
+        for each in results["differences"]
+        if tuple(each.values())[:4] == ("lora_nr", "adapted", "held_out_tasks", "lpips")
+    ]
+    assert pair["mean"] == pytest.approx(0.1) and pair["tasks_won"] == 1 / 6
+    assert "one LoRA of rank N·r − basis, coefficients adapted to the pair" in text
+    assert "one LoRA of rank N·r − basis |" in text and "2.5, 3.0, 9.0 of 16" in text and "Unseen tasks (3)" in text
     # A group of which nothing was run but what the main comparison has is left out.
     titles = {name: f"### {group.title}" in text for name, group in basis_methods.GROUPS.items()}
-    assert {name for name, there in titles.items() if there} == {"main", "listening"}
+    assert {name for name, there in titles.items() if there} == {"main", "listening", "mixes"}
     assert page.read_text().startswith("before") and page.read_text().endswith("after\n") and text in page.read_text()
     # A bar for each task; what was sampled isn't there, so there is no sheet.
     assert basis_pictures.differences_by_task(shown["per_task"], results["methods"]["lora_nr"]["per_task"]) == {

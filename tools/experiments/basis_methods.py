@@ -128,19 +128,25 @@ TITLES = REFERENCES | {name: each.title for name, each in (METHODS | PROBES).ite
 
 class Group(NamedTuple):
     """A list of methods that are run together. seeds: how many by default. references: shown beside them. probes:
-    measured of what they trained."""
+    measured of what they trained. pairs: whose difference is shown beside each one's to the basis."""
 
     title: str
     methods: tuple[str, ...]
     seeds: int = 3
     references: tuple[str, ...] = ()
     probes: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 GROUPS = {
     "main": Group("Basis against one LoRA", ("basis", "published", "lora_nr", "lora_r"), 5, tuple(REFERENCES)),
     "listening": Group(
-        "Does it listen to the pair?", ("basis", "lora_nr"), 5, (), ("wrong", "mean", "adapted", "adapted_lora")
+        "Does it listen to the pair?",
+        ("basis", "lora_nr"),
+        5,
+        (),
+        ("wrong", "mean", "adapted", "adapted_lora"),
+        (("adapted_lora", "adapted"), ("adapted_lora", "lora_nr"), ("lora_nr", "adapted")),
     ),
     "mixes": Group(
         "Strength, several pairs, adaptation",

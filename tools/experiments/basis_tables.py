@@ -78,7 +78,7 @@ def estimated(values: np.ndarray) -> dict[str, Any]:
 def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What results.json holds."""
     gathered = gather(records)
-    methods, differences = {}, []
+    methods = {}
     for method, by_seed in gathered.items():
         first = by_seed[min(by_seed)]
         splits = [split for split in first["scores"] if split != TRAINING]
@@ -95,17 +95,33 @@ def figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             },
             "per_task": {str(seed): by_seed[seed]["scores"] for seed in seeds},
         }
-        if method == REFERENCE or REFERENCE not in gathered:
-            continue
-        common = [seed for seed in seeds if seed in gathered[REFERENCE]]
-        for split in splits if common else ():
-            for score, about in SHOWN.items():
-                two = [matrix(each, common, split, score) for each in (by_seed, gathered[REFERENCE])]
-                by_task = (two[0] - two[1]).mean(0) * (1 if about.lower else -1)
-                won = float(np.mean((by_task < 0) + 0.5 * (by_task == 0)))
-                about_both = {"method": method, "against": REFERENCE, "split": split, "score": score, "seeds": common}
-                differences.append({**about_both, **estimated(two[0] - two[1]), "tasks_won": won})
+    pairs = [(name, REFERENCE) for name in methods if name != REFERENCE]
+    pairs += dict.fromkeys(pair for group in GROUPS.values() for pair in group.pairs)
+    differences = [
+        each
+        for one, other in pairs
+        if one in gathered and other in gathered
+        for each in _differences(one, other, gathered[one], gathered[other])
+    ]
     return {"methods": methods, "differences": differences, "confidence": CONFIDENCE}
+
+
+def _differences(
+    method: str, against: str, of_method: Mapping[int, Mapping[str, Any]], of_other: Mapping[int, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The first less the other, over the seeds that both have, by split and score."""
+    common = sorted(of_method.keys() & of_other.keys())
+    result = []
+    for split in of_method[common[0]]["scores"] if common else ():
+        if split == TRAINING:
+            continue
+        for score, about in SHOWN.items():
+            two = [matrix(each, common, split, score) for each in (of_method, of_other)]
+            by_task = (two[0] - two[1]).mean(0) * (1 if about.lower else -1)
+            won = float(np.mean((by_task < 0) + 0.5 * (by_task == 0)))
+            names = {"method": method, "against": against, "split": split, "score": score, "seeds": common}
+            result.append({**names, **estimated(two[0] - two[1]), "tasks_won": won})
+    return result
 
 
 def _mean_router(routers: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
@@ -155,15 +171,15 @@ def _group(results: Mapping[str, Any], group: Group) -> list[str]:
         parts += [f"{SPLITS.get(split, split).capitalize()} ({tasks}):", ""]
         parts += [_pipe(["method", *(about.label for about in SHOWN.values())], rows), ""]
         rows = []
-        for name in names:
+        for name, against in (*((name, REFERENCE) for name in names), *group.pairs):
             of = {
                 each["score"]: each
                 for each in results["differences"]
-                if (each["method"], each["split"]) == (name, split)
+                if (each["method"], each["against"], each["split"]) == (name, against, split)
             }
             if of:
                 cells = (f"{cell(of[s], about.digits, '+')}, {of[s]['tasks_won']:.0%}" for s, about in SHOWN.items())
-                rows.append([f"{methods[name]['title']} − {methods[REFERENCE]['title']}", *cells])
+                rows.append([f"{methods[name]['title']} − {methods[against]['title']}", *cells])
         if rows:
             parts += [_pipe(["difference, tasks won", *(about.label for about in SHOWN.values())], rows), ""]
     rows = [
