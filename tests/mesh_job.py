@@ -2,7 +2,7 @@
 what test_mesh.py compares.
 
 Run as a program it prints, for each mesh given as data,fsdp,tensor, where its arrays end up, as .npz files. Of a mesh
-with "pair," before it, it is the pair.
+with "pair," before it, it is the pair, with "offload," the basis beside blocks in the host's memory.
 """
 
 import functools
@@ -88,6 +88,10 @@ class MeshJob(OnePartition, Job):
         )
         noise = jax.random.normal(key, velocity.shape)
         return jnp.square(velocity - batch["target"] - noise).mean(), {}
+
+
+class OffloadedJob(MeshJob):
+    offloaded = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
 
 
 class MeshPair(OnePartition, PairJob):
@@ -186,7 +190,8 @@ def three_steps(sizes: dict[str, int], job: MeshJob | MeshPair) -> dict[str, np.
 
 if __name__ == "__main__":
     out, *meshes = sys.argv[1:]
-    of_basis, of_pair = MeshJob(), MeshPair()
+    jobs = {"": MeshJob(), "pair": MeshPair(), "offload": OffloadedJob()}
     for mesh in meshes:
-        sizes = dict(zip(sharding.AXES, map(int, mesh.removeprefix("pair,").split(","))))
-        np.savez(Path(out) / f"{mesh}.npz", **three_steps(sizes, of_pair if mesh.startswith("pair,") else of_basis))
+        *kind, data, fsdp, tensor = mesh.split(",")
+        sizes = dict(zip(sharding.AXES, map(int, (data, fsdp, tensor))))
+        np.savez(Path(out) / f"{mesh}.npz", **three_steps(sizes, jobs["".join(kind)]))

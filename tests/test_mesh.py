@@ -15,13 +15,14 @@ from lorweb_jax.nn import sharding
 
 TOLERANCE = 1e-5  # relative, L2
 PAIR = [("pair", 1, 1, 1), ("pair", 2, 2, 2)]  # of Pair Customization
+OFFLOADED = ("offload", 2, 2, 2)  # with blocks in the host's memory
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[tuple[int, int, int], dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("meshes")
-    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES, *PAIR]]
+    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES, *PAIR, OFFLOADED]]
     subprocess.run(
         [sys.executable, Path(__file__).with_name("mesh_job.py"), out, *names],
         check=True,
@@ -35,7 +36,7 @@ def _number(word: str) -> int | str:
     return int(word) if word.isdigit() else word
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", [*MESHES, OFFLOADED], ids=str)
 def test_a_mesh_of_eight_devices_trains_as_one_device(runs, sizes):
     one, many = runs[1, 1, 1], runs[sizes]
     for name in (name for name in one if not name.startswith("share/")):
