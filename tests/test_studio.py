@@ -93,9 +93,9 @@ class Tab:
         self.session_hash = session_hash
 
 
-def edit(view, a, a2, b, prompt="", strength=1, steps=STEPS, seed=0, history=(), tab="tab"):
+def edit(view, a, a2, b, prompt="", strength=1, steps=STEPS, seed=0, history=(), tab="tab", adapt=0):
     """All that the handler shows, in order."""
-    return view.edit(a, a2, b, prompt, strength, steps, 2.5, 1, "", seed, list(history), Tab(tab))
+    return view.edit(a, a2, b, prompt, strength, steps, 2.5, 1, "", seed, adapt, list(history), Tab(tab))
 
 
 def test_an_edit_is_the_api_s(view, pipeline, files, images):
@@ -116,6 +116,25 @@ def test_an_edit_is_the_api_s(view, pipeline, files, images):
     assert len(previews) == 2 * (STEPS - 1)
     assert len(shown[-1][view.gallery]) == 2
     assert "--strength 0.5" in new.command and "--b c.png" in new.command and "--prompt 'a frame'" in new.command
+
+
+def test_an_edit_adapts_to_the_pair(view, pipeline, files, images, quick_compiles):
+    """Its mix is the API's after as many steps, times the strength; each step is told, Stop ends it within one."""
+    shown = list(edit(view, files["a"], files["a2"], [files["b"]], "a frame", 0.5, seed=3, adapt=2))
+    [result] = shown[-1][view.history]
+    mix = 0.5 * pipeline.adapt(*(images[name] for name in ("a", "a2", "b")), "a frame", steps=2, seed=3, max_size=64)
+    for path, c in mix.coefficients.items():
+        np.testing.assert_array_equal(result.mix.coefficients[path], c)
+    told = [values[view.status] for values in shown]
+    assert sum("Adapting" in words for words in told) == 2 and f"{2 + STEPS} of {2 + STEPS} steps" in told[-1]
+    assert "--adapt 2" in result.command and "--strength 0.5" in result.command
+    seen = []
+    with pytest.raises(Stopped):
+        for values in edit(view, files["a"], files["a2"], [files["b"]], "a frame", adapt=60, tab="stops"):
+            seen.append(values[view.status])
+            if "Adapting" in seen[-1]:
+                view.studio.runner.stop("stops")
+    assert len(seen) < 30
 
 
 def test_the_command_line_is_one_that_edit_takes(view, edited):
@@ -285,7 +304,7 @@ def test_a_look_inside(studio, pipeline, images, data, view):
     """The distance of an analogy's coefficients to a task's mean, in numpy; a training analogy's own dot is at its
     place on the plane; choosing a dot loads its images."""
     mix = pipeline.coefficients(images["a"], images["a2"], images["b"])
-    result = Result(images["b"], images["b"], mix, "", 1.0, "")
+    result = Result(images["b"], images["b"], mix, "", 1.0, 0, "")
     with gr.Blocks(), gr.Tabs() as tabs, gr.Tab("Look inside"):
         look = LookView(dataclasses.replace(studio, data=data), view, tabs, "edit")
     shown = {}
@@ -519,7 +538,9 @@ def test_nothing_of_the_machine_is_served(address, files, tmp_path):
     # A path in the place of an upload is refused too.
     join = httpx.post(
         f"{address}gradio_api/call/edit",
-        json={"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, None, [], "", 1, 1, 1, 1, "", 0]},
+        json={
+            "data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, None, [], "", 1, 1, 1, 1, "", 0, 0]
+        },
     )
     event = join.json()["event_id"]
     answer = httpx.get(f"{address}gradio_api/call/edit/{event}", timeout=PATIENCE / 1000).text

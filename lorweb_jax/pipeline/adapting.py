@@ -4,8 +4,9 @@ All that is known of an edit is a → a′, so that the loss is the training los
 expectation over noise and noise level of which Adam takes steps from what the router chose.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,16 @@ from lorweb_jax.settings.seeds import random_key
 STEPS, RATE = 16, 0.02  # of Adam; the rate of a basis whose scale is 1
 
 
+class _Shown(NamedTuple):
+    """What the model sees of b pairs: tokens of target and condition, the prompt's encodings, and the draws' keys."""
+
+    x0: jax.Array
+    references: jax.Array
+    text: jax.Array
+    pooled: jax.Array
+    keys: jax.Array
+
+
 def adapted(
     pipeline: Any,
     pairs: Sequence[Pair],
@@ -35,13 +46,15 @@ def adapted(
     rate: float = RATE,
     max_size: int | None = None,
     remat: bool = False,
+    callback: Callable[[int], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """Coefficients c [l, b, n] in float32 after `steps` of Adam from `start`, each of b fitted to its own pair.
 
     pipeline: a Pipeline with a basis. pairs: b of (a, a′), whose grids have one size; max_size as in `Pipeline.edit`.
     rate: of coefficients times the basis's scale, so that it moves the update of the weights alike in any basis.
     seeds: of each pair's draws, which depend on it alone. remat: compute intermediates again in the backward pass, so
-    that it fits wherever sampling does but for a block's intermediates and each block's input.
+    that it fits wherever sampling does but for a block's intermediates and each block's input. callback: called with
+    each step's number as it ends; what it raises ends the adaptation.
     """
     grids = [
         [
@@ -56,9 +69,15 @@ def adapted(
     model = pipeline.model.only("transformer", "vae", "basis")
     if remat:
         model = model.replace(transformer=_rematerialised(model.transformer))
-    rate /= model.basis.config.scale
-    moved = _adapt(model, jnp.asarray(steps), jnp.asarray(rate), target, condition, text, pooled, keys, dict(start))
-    return {path: np.asarray(to_host(c), np.float32) for path, c in moved.items()}
+    x0, references, carry = _begin(model, target, condition, dict(start))
+    shown = _Shown(x0, references, text, pooled, keys)
+    of_scale = jnp.asarray(rate / model.basis.config.scale)
+    for step in range(steps):
+        carry = _step(model, of_scale, jnp.asarray(step), shown, carry, size=target.shape[1:3])
+        if callback is not None:
+            jax.block_until_ready(carry)
+            callback(step)
+    return {path: np.asarray(to_host(c), np.float32) for path, c in carry[0].items()}
 
 
 def _rematerialised(transformer: nnx.Module) -> nnx.Module:
@@ -70,29 +89,31 @@ def _rematerialised(transformer: nnx.Module) -> nnx.Module:
 
 
 @nnx.jit
-def _adapt(model: AnalogyModel, steps: jax.Array, rate: jax.Array, target, condition, text, pooled, keys, start):
-    x0, references = model.tokens(target), model.tokens(condition)
-    optimizer, size = optax.adam(rate), target.shape[1:3]
-    guidance = jnp.ones(x0.shape[:1])
+def _begin(model: AnalogyModel, target: jax.Array, condition: jax.Array, start: dict[str, jax.Array]):
+    """Tokens of both grids, and what `_step` carries: out of a compiled function, as what it returns is, so that its
+    first call compiles it for all."""
+    return model.tokens(target), model.tokens(condition), (start, optax.adam(0.0).init(start))
 
-    def loss(coefficients, step):
+
+@functools.partial(nnx.jit, static_argnames="size")
+def _step(model: AnalogyModel, rate: jax.Array, step: jax.Array, shown: _Shown, carry, size: tuple[int, int]):
+    """(coefficients, Adam's state) after one more step. size: of the grids, [height, width] in pixels."""
+    x0, references, text, pooled, keys = shown
+
+    def loss(coefficients):
         def of_pair(key, x):
             noised = draw(jax.random.fold_in(key, step), x[None], train_timesteps(), train_weights("bell"))
             return jax.tree.map(lambda each: each[0], noised)
 
-        noised = jax.vmap(of_pair)(keys, x0)
+        noised, guidance = jax.vmap(of_pair)(keys, x0), jnp.ones(x0.shape[:1])
         adapters: dict[str, Any] = {**_basis(model).adapters(coefficients)}
         velocity = model.velocity(noised.tokens_bsc, references, text, pooled, noised.time_b, guidance, size, adapters)
         # The sum: each pair's coefficients have the gradient of its own loss.
         return weighted_mse(velocity, noised.target_bsc, noised.weight_b)[1].sum()
 
-    def update(step, carry):
-        coefficients, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(coefficients, step), state)
-        return optax.apply_updates(coefficients, updates), state
-
-    # A loop of any length: compiling takes far longer than some steps, and is done once for a size of images.
-    return jax.lax.fori_loop(0, steps, update, (start, optimizer.init(start)))[0]
+    coefficients, state = carry
+    updates, state = optax.adam(rate).update(jax.grad(loss)(coefficients), state)
+    return optax.apply_updates(coefficients, updates), state
 
 
 def _basis(model: AnalogyModel) -> Basis:

@@ -7,7 +7,7 @@ result = pipeline.edit(a, a2, b, prompt="put a frame around it", seed=0)
 write_image("result.png", result)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +198,15 @@ class Pipeline:
         seed: int = 0,
         max_size: int | None = None,
         mix: Mix | None = None,
+        callback: Callable[[int], object] | None = None,
     ) -> Mix:
         """The `coefficients` of an analogy, or `mix`, fitted to its one pair: `steps` of Adam at `rate` on the training
         loss of a : a′ :: a : a′ with the prompt, all weights frozen.
 
         It needs the memory of sampling, and of each block's input for the backward pass. steps: 1 to 1000. rate: above
-        0, at most 10. seed: of noise and noise levels. max_size: as in `edit`. Raises UserError as `coefficients` does,
-        and where the coefficients become infinite.
+        0, at most 10. seed: of noise and noise levels. max_size: as in `edit`. callback: called with each step's number
+        as it ends; what it raises ends the adaptation. Raises UserError as `coefficients` does, and where the
+        coefficients become infinite.
         """
         steps, rate = as_value(steps, "steps", SAMPLING_STEPS), float(as_value(rate, "rate", ADAPTATION_RATE))
         seed = as_value(seed, "seed", SEED)
@@ -223,6 +225,7 @@ class Pipeline:
             rate,
             max_size,
             remat=True,
+            callback=callback,
         )
         return Mix({path: each[:, 0] for path, each in c.items()}, start.basis)
 

@@ -14,19 +14,21 @@ from lorweb_jax.images.grid import stretched
 from lorweb_jax.images.resize import resize
 from lorweb_jax.studio import parts
 from lorweb_jax.studio.parts import Sampling
-from lorweb_jax.studio.studio import Step, Studio
+from lorweb_jax.studio.studio import Adapted, Step, Studio
 
 KEPT = 24  # results in a tab's history
 
 
 class Result(NamedTuple):
-    """One edit of a tab's history. b: in the image's size. mix: strength included; None where it isn't known."""
+    """One edit of a tab's history. b: in the image's size. mix: with strength and adaptation; None where it
+    isn't known."""
 
     image: np.ndarray
     b: np.ndarray
     mix: Mix | None
     prompt: str
     strength: float
+    adapt: int
     command: str
 
 
@@ -74,6 +76,15 @@ class EditView:
             visible=self.studio.has_mixes,
             elem_id="edit_strength",
         )
+        self.adapt = gr.Slider(
+            0,
+            64,
+            0,
+            step=1,
+            label="Adapt to the pair: gradient steps (0: as the router chooses)",
+            visible=self.studio.has_mixes,
+            elem_id="edit_adapt",
+        )
         self.sampling = Sampling.build(28, 2.5, 1)
         with gr.Row():
             self.run = gr.Button("Edit", variant="primary", elem_id="edit_run", min_width=120)
@@ -102,7 +113,7 @@ class EditView:
         of_result = [self.swipe, self.result, self.command, self.chosen, self.lora]
         event = self.run.click(
             parts.sentences(self.edit),
-            [self.a, self.a2, self.b, self.prompt, self.strength, *self.sampling, self.history],
+            [self.a, self.a2, self.b, self.prompt, self.strength, *self.sampling, self.adapt, self.history],
             [self.status, *of_result, self.history, self.gallery],
             concurrency_id=parts.DEVICE,
             concurrency_limit=1,
@@ -113,7 +124,7 @@ class EditView:
         self.gallery.select(
             parts.sentences(self.bring_back),
             [self.history],
-            [*of_result, self.prompt, self.strength],
+            [*of_result, self.prompt, self.strength, self.adapt],
             show_progress="hidden",
             api_visibility="private",
         )
@@ -125,37 +136,43 @@ class EditView:
         )
 
     def edit(
-        self, a, a2, b, prompt, strength, steps, guidance, true_guidance, negative, seed, history, request: gr.Request
-    ):
+        self, a, a2, b, prompt, strength, steps, guidance, true_guidance, negative, seed, adapt, history,
+        request: gr.Request,
+    ):  # fmt: skip
         """The components' values as the sampling goes."""
         options = parts.sampling_options(steps, guidance, true_guidance, negative, seed)
+        adapt = adapt if self.studio.has_mixes else 0
         pair = self.studio.read(a, "a"), self.studio.read(a2, "a′")
         news = self.studio.read_all(b, "b")
         for sentence in stretched([(*pair, new) for new in news]):
             gr.Warning(parts.escape(sentence.replace("a2 ", "a′ ")), title="")
         mixes: list[Mix | None] = [None] * len(news)
 
-        def make(number: int, more: dict[str, Any]) -> np.ndarray:
+        def make(number: int, more: dict[str, Any], adapted: Adapted) -> np.ndarray:
             mix = self.studio.coefficients(pair, news[number])
+            if adapt and mix is not None:
+                mix = self.studio.adapt(mix, pair, news[number], prompt, adapt, options["seed"], adapted)
             mixes[number] = mix if mix is None or strength == 1 else strength * mix
             return self.studio.edit(pair, news[number], prompt, mixes[number], options | more)
 
         yield {self.status: parts.progress(None, "Waiting for the model."), self.command: "", self.lora: None}
         images, number = [functools.partial(make, i) for i in range(len(news))], 0
-        for event in self.studio.run(parts.tab(request), images, steps):
+        for event in self.studio.run(parts.tab(request), images, steps, adapt):
             if isinstance(event, Step):
-                values = {self.status: parts.progress(event, "Sampling.")}
+                words = "Adapting to the pair." if event.adapting else "Sampling."
+                values = {self.status: parts.progress(event, words)}
                 if event.preview is not None:
                     values |= self._shown(news[number], event.preview)
                 yield values
                 continue
             image, new = event.image, news[number]
-            command = self._command((a, a2, b[number]), prompt, strength, options)
-            history = [Result(image, _fitted(new, image), mixes[number], prompt, strength, command), *history][:KEPT]
+            command = self._command((a, a2, b[number]), prompt, strength, options, adapt)
+            result = Result(image, _fitted(new, image), mixes[number], prompt, strength, adapt, command)
+            history = [result, *history][:KEPT]
             number += 1
             words = "Done." if number == len(news) else f"Result {number} of {len(news)} is done."
             yield {
-                self.status: parts.progress(Step(steps * number, steps * len(news)), words),
+                self.status: parts.progress(Step((adapt + steps) * number, (adapt + steps) * len(news)), words),
                 self.history: history,
                 self.gallery: [parts.picture(each.image) for each in history],
                 **self._of_result(history, 0),
@@ -163,7 +180,8 @@ class EditView:
 
     def bring_back(self, history: list[Result], event: gr.SelectData):
         result = history[event.index]
-        return self._of_result(history, event.index) | {self.prompt: result.prompt, self.strength: result.strength}
+        of_edit = {self.prompt: result.prompt, self.strength: result.strength, self.adapt: result.adapt}
+        return self._of_result(history, event.index) | of_edit
 
     def save_lora(self, history: list[Result], chosen: int, names: str, rank: int | None) -> str:
         """The chosen result's analogy as a LoRA's file."""
@@ -180,12 +198,16 @@ class EditView:
         picture = parts.picture(image)
         return {self.swipe: (parts.picture(_fitted(b, image)), picture), self.result: picture}
 
-    def _command(self, paths: tuple[str, str, str], prompt: str, strength: float, options: dict[str, Any]) -> str:
+    def _command(
+        self, paths: tuple[str, str, str], prompt: str, strength: float, options: dict[str, Any], adapt: int
+    ) -> str:
         a, a2, b = (Path(path).name for path in paths)
         words = [*self.studio.words("edit"), "--a", a, "--a2", a2, "--b", b]
         words += ["--prompt", prompt] if prompt else []
         words += [*parts.sampling_words(options), "--max-size", self.studio.limits.size]
-        words += ["--strength", strength] if self.studio.has_mixes and strength != 1 else []
+        if self.studio.has_mixes:
+            words += ["--strength", strength] if strength != 1 else []
+            words += ["--adapt", adapt] if adapt else []
         return parts.command_line([*words, "--out", "result.png"])
 
 

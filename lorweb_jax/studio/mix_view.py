@@ -13,7 +13,7 @@ from lorweb_jax.adapters.mix import Mix
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.studio import parts
 from lorweb_jax.studio.parts import Sampling
-from lorweb_jax.studio.studio import Step, Studio
+from lorweb_jax.studio.studio import Adapted, Step, Studio
 
 CARDS = 4
 Pair = tuple[np.ndarray, np.ndarray]
@@ -178,7 +178,7 @@ class MixView:
         mixes: list[Mix] = []
         steps, total, shown = options["steps"], len(plan), []
 
-        def make(weights: list[float], more: dict[str, Any]) -> np.ndarray:
+        def make(weights: list[float], more: dict[str, Any], _: Adapted) -> np.ndarray:
             if not mixes:  # on the device's turn, for the router needs it
                 mixes.extend(self._mix(of_card, mix, new) for of_card, mix in zip(pairs, saved))
             return self.studio.edit(example, new, prompt, weighted(mixes, weights), options | more)

@@ -17,6 +17,7 @@ from lorweb_jax.pipeline.pipeline import Pipeline
 from lorweb_jax.pipeline.styles import Style
 from lorweb_jax.studio.runner import Finished, Runner, Tell
 
+Adapted = Callable[[int], object]  # is told each step of an adaptation
 PREVIEWS = 8  # of one image while it is sampled, at most
 
 
@@ -32,11 +33,15 @@ class Limits:
 
 
 class Step(NamedTuple):
-    """Progress of a request: `done` of `total` steps, and what the result would be now, where that was computed."""
+    """Progress of a request: `done` of `total` steps, and what the result would be now, where that was computed.
+
+    adapting: whether the last of them adapted coefficients; else it sampled.
+    """
 
     done: int
     total: int
     preview: np.ndarray | None = None
+    adapting: bool = False
 
 
 class Done(NamedTuple):
@@ -119,17 +124,22 @@ class Studio:
         return [self.read(path, name if len(paths) == 1 else f"{name} number {i + 1}") for i, path in enumerate(paths)]
 
     def run(
-        self, tab: str, images: Sequence[Callable[[dict[str, Any]], np.ndarray]], steps: int
+        self, tab: str, images: Sequence[Callable[[dict[str, Any], Adapted], np.ndarray]], steps: int, adapt: int = 0
     ) -> Iterator[Step | Done]:
         """Make images one by one when the device is free: Steps as they go, Done after each.
 
-        images: for each a function of the sampling's options that the runner adds. steps: of one image.
+        images: for each a function of the sampling's options that the runner adds, and of what to call after each step
+        of an adaptation. steps, adapt: of one image's sampling, and of its adaptation before that.
         """
 
         def work(tell: Tell) -> None:
-            total = steps * len(images)
+            total = (adapt + steps) * len(images)
             for number, make in enumerate(images):
-                before, last = number * steps, [-1.0]
+                start, last = number * (adapt + steps), [-1.0]
+                before = start + adapt
+
+                def adapted(step: int, start: int = start) -> None:
+                    tell(Step(start + step + 1, total, adapting=True))
 
                 def callback(step: int, _: Any, before: int = before, last: list[float] = last) -> None:
                     now = time.monotonic()
@@ -140,9 +150,9 @@ class Studio:
                 def preview(step: int, shown: list[np.ndarray], before: int = before) -> None:
                     tell(Step(before + step + 1, total, shown[0]))
 
-                tell(Step(before, total))
+                tell(Step(start, total))
                 every = max(1, -(-steps // (PREVIEWS + 1)))
-                tell(Done(make({"callback": callback, "preview": preview, "preview_every": every})))
+                tell(Done(make({"callback": callback, "preview": preview, "preview_every": every}, adapted)))
 
         for event in self.runner.stream(tab, work):
             if not isinstance(event, Finished):
@@ -151,6 +161,14 @@ class Studio:
     def coefficients(self, pair: tuple[np.ndarray, np.ndarray], b: np.ndarray) -> Mix | None:
         """What the router chooses for a pair (a, a′) and b; None where it isn't known beforehand."""
         return self.pipeline.coefficients(*pair, b) if self.has_mixes else None
+
+    def adapt(
+        self, mix: Mix, pair: tuple[np.ndarray, np.ndarray], b: np.ndarray, prompt: str, steps: int, seed: int,
+        adapted: Adapted,
+    ) -> Mix:  # fmt: skip
+        """The mix fitted to the pair, within the limits."""
+        options = {"steps": steps, "seed": seed, "max_size": self.limits.size}
+        return self.pipeline.adapt(*pair, b, prompt, mix=mix, callback=adapted, **options)
 
     def edit(
         self, pair: tuple[np.ndarray, np.ndarray], b: np.ndarray, prompt: str, mix: Mix | None, sampling: dict[str, Any]

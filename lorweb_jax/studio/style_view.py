@@ -12,7 +12,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.pipeline.styles import STRENGTH_DEFAULT, Style
 from lorweb_jax.studio import parts
 from lorweb_jax.studio.parts import Sampling
-from lorweb_jax.studio.studio import Done, Step, Studio
+from lorweb_jax.studio.studio import Adapted, Done, Step, Studio
 
 
 class StyleView:
@@ -100,7 +100,7 @@ class StyleView:
             styles[Path(file).name] = self._uploaded(file, of_file, words)
         yield {self.status: parts.progress(None, "Waiting for the model."), self.command: ""}
 
-        def make(more: dict[str, Any]) -> np.ndarray:
+        def make(more: dict[str, Any], _: Adapted) -> np.ndarray:
             with self.studio.pipeline.session(use_basis=False, styles=list(styles.values())) as session:
                 return session.generate(prompt, image, max_size=self.studio.limits.size, **options, **more)
 
