@@ -93,7 +93,7 @@ def test_guidance_moves_away_from_the_empty_caption():
     assert np.abs(base.draw(pipeline, words[1:] * 2, cfg=1.0, **sampling)[0].astype(int) - first).max() > 0
 
 
-def test_page(tmp_path, drawing_pack, monkeypatch):
+def test_page(tmp_path, drawing_pack, monkeypatch, quick_compiles):
     monkeypatch.setattr(base, "KINDS", ("face", "fruit", "mammal"))
     monkeypatch.setattr(base_page, "NAMES", ("cat", "robot"))
     monkeypatch.setattr(base, "families", lambda: ["flip", "background", "style"])

@@ -1,6 +1,5 @@
-"""Every mesh of eight devices trains as one device does."""
+"""Meshes of eight devices train as one device does."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from lorweb_jax.nn import sharding
 TOLERANCE = 1e-5  # relative, L2
 PAIR = [("pair", 1, 1, 1), ("pair", 2, 2, 2)]  # of Pair Customization
 OFFLOADED = ("offload", 2, 2, 2)  # with blocks in the host's memory
-MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8]
+# Each axis alone, each two of them, all three.
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 1, 4), (1, 4, 2), (2, 2, 2)]
 
 
 @pytest.fixture(scope="module")
