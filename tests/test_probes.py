@@ -126,6 +126,20 @@ def test_adaptation_is_adam_on_each_samples_own_loss(pipeline, samples):
     assert np.abs(found - start).max() > rate / 2
 
 
+def test_a_lora_s_strength_is_adapted_too(pipeline, samples):
+    """Of one member, whose coefficient is 1 before; another for each sample."""
+    config = BasisConfig(size=1, rank=1, query="fixed", query_dim=None)
+    basis = Basis(config, {PATH: LayerShape(2, 3, 3)}, rngs=nnx.Rngs(0))
+    lora = LinearPipeline(None, LinearModel(basis, pipeline.model.directions[...][:1]))
+    mixes = probes.chooser("adapted", lora, samples)(samples[:3])
+    moved = np.stack([mix.coefficients[PATH] for mix in mixes])  # [samples, l, n]
+    assert moved.shape == (3, 2, 1) and (0.01 < np.abs(moved - 1)).all() and (np.abs(moved - 1) < 0.5).all()
+    assert len(np.unique(moved.round(5))) == 3
+    basis.config = BasisConfig(size=1, rank=1, query="internal", query_mode="aa'bb'", query_dim=None)
+    with pytest.raises(UserError, match="known beforehand, and this basis has the query 'internal'"):
+        probes.chooser("adapted", lora, samples)
+
+
 def test_words(tmp_path, monkeypatch, pipeline, samples):
     named = parse_method("ours=wrong:runs/basis")
     assert (named.name, named.probe, named.path) == ("ours", "wrong", "runs/basis")
@@ -141,5 +155,5 @@ def test_words(tmp_path, monkeypatch, pipeline, samples):
     (tmp_path / "mean:x").touch()
     assert parse_method("mean:x").probe == ""
     pipeline.model.basis.config = BasisConfig(size=4, query="fixed", query_dim=None)
-    with pytest.raises(UserError, match="has a fixed query"):
+    with pytest.raises(UserError, match="has the query 'fixed'"):
         probes.chooser("mean", pipeline, samples)

@@ -3,7 +3,8 @@
 wrong     those of the same b with the pair a, a′ of another task; what the transformer sees stays as it is
 mean      the router's coefficients averaged over all analogies that are evaluated
 pairs     the mean of what it chooses for each pair of the analogy's task that is evaluated, its own among them
-adapted   those of the router, moved by gradient steps on the analogy's one pair, all weights frozen
+adapted   those of the router, moved by gradient steps on the analogy's one pair, all weights frozen; of a LoRA, which
+          has one member, each layer's strength
 """
 
 from collections.abc import Callable, Sequence
@@ -45,15 +46,14 @@ def _of_conditions(pipeline: Pipeline, conditions) -> Coefficients:
 def chooser(kind: str, pipeline: Pipeline, samples: Sequence[Sample]) -> Chooser:
     """The mixes of one kind ("wrong", "mean", "pairs", "adapted") for samples of those that are evaluated.
 
-    Raises UserError for a basis whose coefficients don't come from images, for "wrong" without a second task, and for
-    "pairs" where each task has one pair.
+    Raises UserError for a basis whose coefficients don't come from images ("adapted": aren't known beforehand), for
+    "wrong" without a second task, and for "pairs" where each task has one pair.
     """
     basis = _basis(pipeline.model)
-    if not basis.config.coefficients.from_images:
-        raise UserError(
-            f"{kind}: asks a router that chooses by images, and this basis has a {basis.config.query} query; "
-            "evaluate it without"
-        )
+    coefficients = basis.config.coefficients
+    if not (coefficients.in_advance if kind == "adapted" else coefficients.from_images):
+        asked = "moves coefficients that are known beforehand" if kind == "adapted" else "asks a router of images"
+        raise UserError(f"{kind}: {asked}, and this basis has the query {basis.config.query!r}; evaluate it without")
 
     def mixes(coefficients) -> list[Mix]:
         count = next(iter(coefficients.values())).shape[1]
@@ -126,6 +126,9 @@ def adapted(pipeline: Pipeline, samples: Sequence[Sample], steps: int = STEPS, r
     """The router's c [l, b, n] after `steps` of Adam on each sample's own pair (pipeline/adapting.py). A sample's draws
     depend on the sample alone."""
     pairs, captions = [(each.a, each.a2) for each in samples], [each.caption for each in samples]
-    start = _basis(pipeline.model).coefficients(pipeline.query([sample.condition for sample in samples]))
+    basis = _basis(pipeline.model)
+    routed = basis.config.coefficients.from_images
+    query = pipeline.query([sample.condition for sample in samples]) if routed else None
+    start = basis.coefficients(query, batch=len(samples))
     assert start is not None  # they are known in advance
     return adapting.adapted(pipeline, pairs, captions, [each.noise_seed for each in samples], start, steps, rate)
