@@ -105,7 +105,7 @@ def test_page(tmp_path, drawing_pack, monkeypatch, quick_compiles):
             "--out",
             str(tmp_path),
             "--per-cell",
-            "2",
+            "1",
             "--samples",
             "1",
             "--steps",
@@ -116,7 +116,7 @@ def test_page(tmp_path, drawing_pack, monkeypatch, quick_compiles):
     figures = json.loads((tmp_path / "figures.json").read_text())
     for part in ("\n| flip ", "\n| background ", "\n| style ", "Text to image", "15 pictures of 3 kinds", "dB"):
         assert part in page
-    assert figures["edits"]["pictures"] == 2 * (3 * 5 + 1) and 0 <= figures["text_to_image"]["right"] <= 1
+    assert figures["edits"]["pictures"] == 3 * 5 + 1 and 0 <= figures["text_to_image"]["right"] <= 1
     assert figures["reconstruction"]["noto"]["plain"] > 0
     for line in page.splitlines():
         if line.startswith("!["):

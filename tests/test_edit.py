@@ -19,7 +19,7 @@ PIPELINE, BASIS = golden_dir() / "tiny_pipeline", golden_dir() / "basis_a.safete
 
 
 @pytest.fixture(scope="module", autouse=True)
-def read_once():
+def read_once(quick_module):
     """The pipeline is read and the basis attached once for all of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pipeline, "load", functools.cache(Pipeline.load))

@@ -118,7 +118,7 @@ def test_an_edit_is_the_api_s(view, pipeline, files, images):
     assert "--strength 0.5" in new.command and "--b c.png" in new.command and "--prompt 'a frame'" in new.command
 
 
-def test_an_edit_adapts_to_the_pair(view, pipeline, files, images, quick_compiles):
+def test_an_edit_adapts_to_the_pair(view, pipeline, files, images):
     """Its mix is the API's after as many steps, times the strength; each step is told, Stop ends it within one."""
     shown = list(edit(view, files["a"], files["a2"], [files["b"]], "a frame", 0.5, seed=3, adapt=2))
     [result] = shown[-1][view.history]
@@ -158,7 +158,9 @@ def refused(call):
 def test_mistakes_are_sentences(view, files, tmp_path):
     def sentence(*arguments, **options):
         handler = parts.sentences(view.edit)
-        values = dict(prompt="", strength=1, steps=STEPS, guidance=2.5, true=1, negative="", seed=0, history=[])
+        values = dict(
+            prompt="", strength=1, steps=STEPS, guidance=2.5, true=1, negative="", seed=0, adapt=0, history=[]
+        )
         values |= options
         return refused(lambda: list(handler(*arguments, *values.values(), Tab())))
 
@@ -177,6 +179,7 @@ def test_mistakes_are_sentences(view, files, tmp_path):
     assert "the seed is empty" in sentence(a, a2, b, seed=None)
     assert "seed is -1" in sentence(a, a2, b, seed=-1)
     assert "steps is 0" in sentence(a, a2, b, steps=0)
+    assert "steps is 2000" in sentence(a, a2, b, adapt=2000)
     assert "negative_prompt was given and true_guidance is 1" in sentence(a, a2, b, negative="blurry")
     assert "press Edit first" in refused(lambda: parts.sentences(view.save_lora)([], 0, "diffusers", 0))
     assert str(tmp_path) not in sentence(str(text), a2, b)

@@ -141,7 +141,7 @@ class EditView:
     ):  # fmt: skip
         """The components' values as the sampling goes."""
         options = parts.sampling_options(steps, guidance, true_guidance, negative, seed)
-        adapt = adapt if self.studio.has_mixes else 0
+        adapt = adapt if adapt and self.studio.has_mixes else 0
         pair = self.studio.read(a, "a"), self.studio.read(a2, "a′")
         news = self.studio.read_all(b, "b")
         for sentence in stretched([(*pair, new) for new in news]):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.basis_methods import GROUPS, METHODS, PROBES, REFERENCES, TITLES
+from experiments.basis_methods import PROBES, REFERENCES, TITLES
 from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.records import Records
 from lorweb_jax.images.io import write_image
@@ -18,7 +18,14 @@ WEBP_QUALITY = 35  # of pictures in docs/
 _EDIT = "clip_directional"
 _SPLITS = {"held_out_drawings": "seen tasks", "held_out_tasks": "unseen tasks"}
 TILE = 64  # px at least of an image's longer edge in the sheet
-COLUMNS = {"base": "base", "basis": "basis", "published": "published", "lora_nr": "LoRA N·r", "lora_r": "LoRA r"}
+COLUMNS = {
+    "base": "base",
+    "lora_r": "LoRA r",
+    "lora_nr": "LoRA N·r",
+    "published": "published",
+    "basis": "basis",
+    "adapted": "adapted",
+}
 
 
 def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: Path | None = None) -> None:
@@ -28,11 +35,9 @@ def write_pictures(out: Path, results: Mapping[str, Any], reference: str, docs: 
     results: of `basis_tables.figures`.
     """
     there = results["methods"]
-    methods = {name: there[name] for name in ("base", *GROUPS["main"].methods) if name in there}
+    methods = {name: there[name] for name in COLUMNS if name in there}
     seeds = set(there[reference]["seeds"]) if reference in there else set()
-    against = [
-        name for name in methods if name in METHODS and name != reference and seeds.intersection(methods[name]["seeds"])
-    ]
+    against = [name for name in methods if name not in ("base", reference) and seeds & set(methods[name]["seeds"])]
     images = {"unseen": unseen_sheet(out, methods)}
     if against:
         images["tasks"] = plot_tasks(methods, against, reference)
@@ -81,7 +86,7 @@ def plot_tasks(methods: Mapping[str, Any], against: Sequence[str], reference: st
         axes.barh(rows, values.mean(1)[ascending], color="C0", alpha=0.35)
         axes.plot(values[ascending], np.repeat(rows[:, None], values.shape[1], 1), ".", color="C0", markersize=4)
         axes.set_yticks(rows, [list(differences)[index] for index in ascending], fontsize=8)
-        axes.set_xlabel(f"LPIPS, {TITLES[reference]} − {TITLES[name]}", fontsize=8)
+        axes.set_xlabel(f"LPIPS, {TITLES[reference]} − {COLUMNS[name]}", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
     return drawn(figure)
 
