@@ -116,7 +116,7 @@ def default_basis(pipeline: Path) -> Path | None:
     if done:
         say(f"the run in {RUN} has {done} of its {steps} steps; it goes on first (or give --basis {RUN})")
     else:
-        say(f"there is no basis in {RUN} yet; the default run trains one first, about 14 minutes on two CPU cores")
+        say(f"there is no basis in {RUN} yet; the default run trains one first, about ten minutes on two CPU cores")
     # In a process of its own, so that all its memory is free again when the page opens.
     failed = _run([sys.executable, "-m", "lorweb_jax.main", f"--config={CONFIG}", f"--workdir={RUN}"])
     if failed or not complete_steps(RUN):

@@ -567,7 +567,7 @@ def test_a_port_in_use_leads_to_the_next(capsys):
         pages.free_port("203.0.113.1", 7860)
 
 
-def test_without_arguments_the_default_run_comes_first(tmp_path, monkeypatch, capsys, quick_compiles):
+def test_without_arguments_the_default_run_comes_first(tmp_path, monkeypatch, capsys):
     """A run that is missing is trained, one that was broken off goes on, one that has ended is taken. The command that
     is run is called here without a process of its own."""
     import line_job

@@ -90,6 +90,7 @@ METHODS = {
 }
 
 
+SPLITS = {"held_out_drawings": "seen tasks, new drawings", "held_out_tasks": "unseen tasks"}  # that are shown
 REFERENCES = {"base": "frozen base", "copy": "copy b"}  # words of `lorweb_jax.evaluate` that need no training
 
 

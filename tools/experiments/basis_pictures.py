@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.basis_methods import PROBES, REFERENCES, TITLES
+from experiments.basis_methods import PROBES, REFERENCES, SPLITS, TITLES
 from lorweb_jax.evaluation.evaluate import rows_sheet
 from lorweb_jax.evaluation.records import Records
 from lorweb_jax.images.io import write_image
@@ -16,7 +16,6 @@ SPLIT = "held_out_tasks"  # what the pictures are about
 SCORE = "lpips"
 WEBP_QUALITY = 35  # of pictures in docs/
 _EDIT = "clip_directional"
-_SPLITS = {"held_out_drawings": "seen tasks", "held_out_tasks": "unseen tasks"}
 TILE = 64  # px at least of an image's longer edge in the sheet
 COLUMNS = {
     "base": "base",
@@ -115,7 +114,7 @@ def by_strength(methods: Mapping[str, Any], reference: str) -> dict[float, dict[
         return {score: float(np.mean([each[score] for each in of_tasks])) for score in ("lpips", "lpips_b", _EDIT)}
 
     return {
-        strength: {split: means([task for seed in seeds for task in of[seed][split].values()]) for split in _SPLITS}
+        strength: {split: means([task for seed in seeds for task in of[seed][split].values()]) for split in SPLITS}
         for strength, of in there.items()
         if seeds
     }
@@ -128,7 +127,7 @@ def plot_strengths(strengths: Mapping[float, Mapping[str, Mapping[str, float]]])
     figure = Figure((8.4, 3.4), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, score, label in zip(panels, ("lpips", _EDIT), ("LPIPS to the truth", "CLIP direction")):
-        for split, title in _SPLITS.items():
+        for split, title in SPLITS.items():
             xs, ys = ([of[split][name] for of in strengths.values()] for name in ("lpips_b", score))
             axes.plot(xs, ys, ".-", label=title)
             for strength, x, y in zip(strengths, xs, ys):

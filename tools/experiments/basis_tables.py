@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from experiments.basis_methods import GROUPS, TITLES, Group
+from experiments.basis_methods import GROUPS, SPLITS, TITLES, Group
 from experiments.basis_pictures import write_pictures
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.outputs import write_text
@@ -31,7 +31,6 @@ SHOWN = {
     "clip_directional": Shown("CLIP-dir ↑", 3, False),
     "alexnet_directional": Shown("AlexNet-dir ↑", 3, False),
 }
-SPLITS = {"held_out_drawings": "seen tasks, new drawings", "held_out_tasks": "unseen tasks"}
 BEGIN, END = "<!-- tables of tools/experiments/basis.py -->", "<!-- end of the tables -->"
 
 ByTask = Mapping[str, Mapping[str, float]]  # {task: {score: mean}}
