@@ -7,12 +7,13 @@ except normalisation statistics, which are always float32.
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import SAVED
@@ -22,10 +23,35 @@ from lorweb_jax.nn.quantization import product, quantize
 M = TypeVar("M", bound=nnx.Module)
 # A linear layer's input [.., i]: one array, or several whose features stand side by side (`sum_of_products`).
 Input = jax.Array | tuple[jax.Array, ...]
-# What a linear layer may be given on top of its product: `adapter(x, text_tokens)` returns an update of
-# the same shape as the layer's output. `text_tokens` says how many of x's leading tokens are text tokens
-# that precede image tokens (0 where the stream holds one kind).
-Adapter = Callable[[Input, int], jax.Array]
+
+
+class Adapter:
+    """What a linear layer may be given on top of its product: a low-rank update, in two halves, so that layers of one
+    input can share the product of the first. It is a pytree.
+
+    `text_tokens` says how many of x's leading tokens are text tokens that precede image tokens (0 where the stream holds
+    one kind).
+    """
+
+    def inner(self, dtype: jnp.dtype) -> jax.Array:
+        """The first factor [i, k]."""
+        raise NotImplementedError
+
+    def outer(self, h: jax.Array, x: Input, text_tokens: int) -> jax.Array:
+        """The update [.., o] for a layer's input x [.., i] and h [.., k], its product with the first factor."""
+        raise NotImplementedError
+
+    def __call__(self, x: Input, text_tokens: int = 0) -> jax.Array:
+        """x [b, s, i] -> [b, s, o], or [b, i] -> [b, o]; in the dtype of x."""
+        return updates(x, [self], text_tokens)[0]
+
+
+# What the backward pass of a block may keep has one of these names (jax.ad_checkpoint.checkpoint_name), beside what
+# attention is (attention.SAVED): the products that end a block's branches, which are added to the block's input times a
+# gate, whose gradient asks for them (recomputing them alone recomputes all of the block); what low-rank additions are
+# inside, n·r numbers a token; q, k and v as their layers make them, before norms and rope; the MLP before its
+# activation. What follows from these is elementwise.
+OUTPUTS, INNER, QKV, HIDDEN = "outputs", "inner", "qkv", "hidden"
 
 
 class Weight(nnx.Variable):
@@ -74,6 +100,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Input, adapter: Adapter | None = None, text_tokens: int = 0) -> jax.Array:
         """x [b, s, i] or [b, i] -> [b, s, o] or [b, o]."""
+        return outputs(x, [(self, adapter)], text_tokens)[0]
+
+    def plain(self, x: Input) -> jax.Array:
+        """Without an adapter."""
         if self.scale is None:
             y = sum_of_products(x, self.kernel[...], lambda part, rows: part @ rows.astype(part.dtype))
         else:
@@ -81,9 +111,25 @@ class Linear(nnx.Module):
             y = sum_of_products(x, self.kernel[...], lambda part, codes: product(part, codes, scale))
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
-        if adapter is not None:
-            y = y + adapter(x, text_tokens)
         return y
+
+
+def outputs(x: Input, layers: Sequence[tuple[Linear, Adapter | None]], text_tokens: int = 0) -> list[jax.Array]:
+    """What linear layers, each with its adapter, make of one input."""
+    update = iter(updates(x, [adapter for _, adapter in layers if adapter is not None], text_tokens))
+    return [layer.plain(x) if adapter is None else layer.plain(x) + next(update) for layer, adapter in layers]
+
+
+def updates(x: Input, adapters: Sequence[Adapter], text_tokens: int) -> list[jax.Array]:
+    """What adapters make of one input. Their first products are one, and so is their part of x's gradient: each alone
+    is a few columns wide, and as slow as reading or writing x."""
+    if not adapters:
+        return []
+    factors = [adapter.inner(parts(x)[0].dtype) for adapter in adapters]
+    h = sum_of_products(x, jnp.concatenate(factors, axis=1), operator.matmul)
+    ends = list(itertools.accumulate(factor.shape[1] for factor in factors))
+    split = jnp.split(checkpoint_name(h, INNER), ends[:-1], axis=-1)
+    return [adapter.outer(own, x, text_tokens) for adapter, own in zip(adapters, split)]
 
 
 def parts(x: Input) -> tuple[jax.Array, ...]:
@@ -92,17 +138,16 @@ def parts(x: Input) -> tuple[jax.Array, ...]:
 
 
 def sum_of_products(
-    x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array], axis: int = 0
+    x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel, whose inputs lie along
-    `axis`. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its
+    """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel [i, o]. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its
     gradients takes them less than two."""
     if not isinstance(x, tuple):
         return product(x, kernel)
     if sharding.device_in_use().platform == "cpu":
         return product(jnp.concatenate(x, axis=-1), kernel)
     ends = list(itertools.accumulate(part.shape[-1] for part in x))
-    return functools.reduce(operator.add, map(product, x, jnp.split(kernel, ends[:-1], axis)))
+    return functools.reduce(operator.add, map(product, x, jnp.split(kernel, ends[:-1])))
 
 
 class Conv(nnx.Module):
@@ -254,23 +299,13 @@ def stack_outputs(stack: nnx.Module, x: jax.Array) -> tuple[jax.Array, ...]:
     return (x, *jax.lax.scan(step, x, state)[1])
 
 
-# What the backward pass of a scanned block may keep has one of these names (jax.ad_checkpoint.checkpoint_name): what
-# attention is (attention.SAVED), and the products that end a block's branches. Those are added to the block's input
-# times a gate, whose gradient asks for them: recomputing them alone recomputes all of the block.
-OUTPUTS = "outputs"
-
-
-def _policy(*names: str, products: bool = False) -> Callable[..., bool]:
+def _policy(*names: str) -> Callable[..., bool]:
     """Keeps values of these names and cuDNN's forward attention with its log-sum-exp, which jax gives no name and
-    without which attention would run again; with `products`, those of all linear layers too."""
-    policies = [jax.checkpoint_policies.save_only_these_names(*names)]
-    if products:
-        policies.append(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    without which attention would run again."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keeps(primitive: Any, *args: Any, **parameters: Any) -> bool:
-        if primitive.name.startswith("dot_product_attention_fwd"):
-            return True
-        return any(policy(primitive, *args, **parameters) for policy in policies)
+        return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **parameters)
 
     return keeps
 
@@ -278,11 +313,20 @@ def _policy(*names: str, products: bool = False) -> Callable[..., bool]:
 # By how much they keep, most first; everything else is recomputed.
 REMAT_POLICIES = {
     "none": None,
-    "dots": _policy(SAVED, products=True),
-    "outputs": _policy(SAVED, OUTPUTS),
+    "dots": _policy(SAVED, OUTPUTS, INNER, QKV, HIDDEN),
+    "qkv": _policy(SAVED, OUTPUTS, INNER, QKV),
+    "outputs": _policy(SAVED, OUTPUTS, INNER),
     "attention": _policy(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def _unstacked(xs: Any, depth: int) -> list[Any]:
+    """xs[0], xs[1], ...; by splits, whose derivative joins the blocks' gradients where that of indexing would add up
+    as many whole stacks."""
+    leaves, structure = jax.tree.flatten(xs)
+    slices = [[jnp.squeeze(x, 0) for x in jnp.split(leaf, depth)] for leaf in leaves]
+    return [structure.unflatten([blocks[index] for blocks in slices]) for index in range(depth)]
 
 
 def scan_stack(
@@ -316,9 +360,10 @@ def scan_stack(
         return body(nnx.merge(graphdef, unused, block_state), carry, block_xs), None
 
     if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        # Nothing in a scan's backward pass can be shared with its forward pass; without one, all could.
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=isinstance(stack, Unstacked))
     if isinstance(stack, Unstacked):
-        for index, state in enumerate(states):
-            carry, _ = step(carry, (state, jax.tree.map(operator.itemgetter(index), xs)))
+        for state, block_xs in zip(states, _unstacked(xs, len(states))):
+            carry, _ = step(carry, (state, block_xs))
         return carry
     return jax.lax.scan(step, carry, (states, xs), unroll=unroll)[0]

@@ -56,8 +56,8 @@ def seconds_of(run, budget):
 def measure(program, weights, results, out, tiny):
     """Time one program; its kernels too, where it is one of those that tell most."""
     setting = program.setting
-    run = _runner(program, weights.of(setting, "fp8-tensor" in program.variants))
-    row = seconds_of(run, 15.0 if setting.what == "sample" else 20.0)
+    run = _runner(program, weights.of(setting, bool({"fp8-tensor", "fp8-trained"} & {*program.variants})))
+    row = seconds_of(run, 5.0 if setting.what == "sample" else 9.0)
     median = row["ms"][1]
     row["TFLOP/s"] = round(program.flops / median / 1e9, 1)
     if setting.what == "train":
@@ -65,7 +65,7 @@ def measure(program, weights, results, out, tiny):
     stats = jax.devices()[0].memory_stats() or {}
     row["peak GiB so far"] = round(stats.get("peak_bytes_in_use", 0) / 2**30, 2)
     results.put(program.section, program.name, row)
-    if program.name in ("as it is", "unstacked", "remat outputs") and not tiny:
+    if not tiny and not (program.name.endswith("basis") or "batch" in program.name or "train dots" == program.name):
         profile(run, results, f"{program.section} {program.name}", out)
 
 
@@ -157,7 +157,7 @@ def profile(run, results, name, out):
                     for event in line.events:
                         total[event.name] += event.duration_ns / 2e6
                         count[event.name] += 1
-        table = [[round(ms, 3), count[kernel] // 2, kernel[:120]] for kernel, ms in total.most_common(45)]
+        table = [[round(ms, 3), count[kernel] // 2, kernel[:120]] for kernel, ms in total.most_common(80)]
         (out / f"profile_{name.replace(' ', '_').replace(',', '')}.json").write_text(json.dumps(table, indent=0))
         results.put("profile", name, {"kernels ms": round(sum(total.values()), 2), "top": table[:3]})
     except Exception as error:

@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from variants import POLICIES, applied
+from variants import applied
 
 from benchmark import ours
 from benchmark.random_weights import inputs, new_flux
@@ -64,17 +64,15 @@ def graph(setting):
 
 
 def per_tensor(state):
-    """The state with codes [l, o, i] and one scale a kernel, of a model quantised to fp8 as codes [l, i, o]."""
+    """The state with codes [.., o, i] and one scale a kernel, of a model quantised to fp8 as codes [.., i, o]."""
 
-    def turned(path, leaf):
-        stacked = any(
-            str(getattr(key, "key", getattr(key, "name", key))).endswith("transformer_blocks") for key in path
-        )
+    def turned(leaf):
         if leaf.dtype == jnp.float8_e4m3fn:
-            return jnp.swapaxes(leaf, 1, 2)
-        return leaf.max(axis=2, keepdims=True) if stacked and leaf.ndim == 3 and leaf.shape[1] == 1 else leaf
+            return jnp.swapaxes(leaf, -1, -2)
+        # Scales are [.., 1, o].
+        return leaf.max(axis=-1, keepdims=True) if leaf.shape[-2:-1] == (1,) else leaf
 
-    return jax.tree_util.tree_map_with_path(turned, state)
+    return jax.tree.map(turned, state)
 
 
 _INPUTS = {}
@@ -99,10 +97,9 @@ class Program:
 
     def lower(self):
         setting, donate = self.setting, ()
-        layers.REMAT_POLICIES.update(POLICIES)
         with applied(self.variants):
             graphdef, state = graph(setting)
-            if "fp8-tensor" in self.variants:
+            if {"fp8-tensor", "fp8-trained"} & {*self.variants}:
                 state = jax.eval_shape(per_tensor, state)
             arguments = shapes(inputs_of(setting))
             if setting.what == "sample":
@@ -193,7 +190,7 @@ def trainable_shapes(setting):
     return trainable, jax.eval_shape(optimizer.init, trainable), optimizer
 
 
-GROUPS = ("sample", "train", "ceilings", "unstacked", "fp8-tensor", "int8", "fp8")
+GROUPS = ("unstacked", "fp8", "train", "attention")
 
 
 def all_programs(sample, train):
@@ -206,26 +203,23 @@ def all_programs(sample, train):
         setting = dataclasses.replace(sample, **change)
         return Program(section, name, setting, kind=kind, flops=step, variants=variants, options=options)
 
-    def t(name, remat, kind="basis", variants=(), options=None):
-        setting = dataclasses.replace(train, remat=remat)
-        return Program("train", name, setting, kind=kind, flops=update, variants=variants, options=options)
+    def t(name, remat, section="train", kind="basis", variants=(), options=None, **change):
+        setting = dataclasses.replace(train, remat=remat, **change)
+        flops = update * setting.batch / train.batch
+        return Program(section, name, setting, kind=kind, flops=flops, variants=variants, options=options)
 
     most = NO_TRITON | {"xla_gpu_memory_limit_slop_factor": 118}
+    free = {"section": "unstacked", "unstacked": True}
+    fp8 = {"section": "fp8", "unstacked": True, "quantization": "fp8"}
     return [
-        s("as it is"),
-        t("remat outputs", "outputs"),
-        t("remat full, before", "full", variants=("before",)),
-        s("before", variants=("before",)),
-        s("unstacked", section="unstacked", unstacked=True),
-        s("no triton gemm", options=NO_TRITON),
-        t("remat full", "full"),
-        t("remat attention", "attention"),
-        t("remat outputs, no triton gemm", "outputs", options=NO_TRITON),
-        s("per tensor", section="fp8-tensor", variants=("fp8-tensor",), options=NO_TRITON, quantization="fp8"),
-        s("low-rank basis", kind="low-rank"),
-        s("unstacked, no triton gemm", section="unstacked", options=NO_TRITON, unstacked=True),
-        t("outputs, q, k, v kept", "outputs+qkv", variants=("qkv",), options=most),
-        t("no basis: remat outputs", "outputs", kind="inputs"),
-        s("int8", section="int8", quantization="int8"),
-        s("fp8", section="fp8", quantization="fp8"),
+        t("train dots, unstacked", "dots", options=most, **free),
+        t("train fp8, dots, unstacked", "dots", options=most, variants=("fp8-trained",), **fp8),
+        t("train dots, unstacked, batch 3", "dots", options=most, batch=3, **free),
+        t("train outputs", "outputs", options=most),
+        t("train dots", "dots", options=most),
+        s("sample unstacked", options=NO_TRITON, **free),
+        s("sample mosaic", section="attention", options=NO_TRITON, variants=("mosaic",), unstacked=True),
+        s("sample fp8, unstacked", options=NO_TRITON, variants=("fp8-tensor",), **fp8),
+        t("train dots, unstacked, no basis", "dots", kind="inputs", options=most, **free),
+        s("sample as it is", section="train"),
     ]

@@ -10,9 +10,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+import mosaic
 
-from lorweb_jax.adapters import mixture
 from lorweb_jax.models.flux1 import blocks, embeddings
 from lorweb_jax.nn import layers
 
@@ -21,7 +20,7 @@ _TARGETS = {
     "rotate": ((blocks, "rotate"),),
     "attend": ((blocks, "attend"),),
     "product": ((layers, "product"),),
-    "sum_of_products": ((layers, "sum_of_products"), (mixture, "sum_of_products")),
+    "sum_of_products": ((layers, "sum_of_products"),),
 }
 
 
@@ -40,22 +39,13 @@ def applied(names):
             setattr(*target, value)
 
 
-def _joined(x, kernel, product, axis=0):
+def _joined(x, kernel, product):
     return product(jnp.concatenate(x, axis=-1) if isinstance(x, tuple) else x, kernel)
 
 
 def _before():
     """Until 27 November 2026: rope by stacking the turned pairs, and [attention | hidden] joined for proj_out."""
     return {"rotate": lambda x, rope: embeddings._rotate_pairs(x, *rope), "sum_of_products": _joined}
-
-
-def _named_qkv():
-    attend = blocks.attend
-
-    def named(q, k, v, implementation):
-        return attend(*(checkpoint_name(x, "qkv") for x in (q, k, v)), implementation)
-
-    return {"attend": named}
 
 
 def _fp8_per_tensor():
@@ -70,6 +60,28 @@ def _fp8_per_tensor():
     return {"product": product, "sum_of_products": _joined}
 
 
-VARIANTS = {"before": _before, "qkv": _named_qkv, "fp8-tensor": _fp8_per_tensor}
-# Beside layers.REMAT_POLICIES.
-POLICIES = {"outputs+qkv": layers._policy(layers.SAVED, layers.OUTPUTS, "qkv")}
+def _fp8_trained():
+    """The same with a gradient of x whose product is e4m3 too, dy with one scale of its own each time."""
+    forward = _fp8_per_tensor()["product"]
+
+    @jax.custom_vjp
+    def product(x, codes_oi, scale):
+        return forward(x, codes_oi, scale)
+
+    def backward(kept, dy):
+        codes, scale = kept
+        step = jnp.maximum(jnp.abs(dy).max().astype(jnp.float32), 1e-30) / 448
+        step = step.astype(dy.dtype)
+        rounded = (dy / step).astype(jnp.float8_e4m3fn).astype(dy.dtype) * step
+        kernel = codes.astype(dy.dtype) * scale.reshape(()).astype(dy.dtype)
+        return jax.lax.dot_general(rounded, kernel, (((dy.ndim - 1,), (0,)), ((), ()))), None, None
+
+    product.defvjp(lambda x, codes, scale: (forward(x, codes, scale), (codes, scale)), backward)
+    return {"product": product, "sum_of_products": _joined}
+
+
+def _mosaic():
+    return {"attend": lambda q, k, v, implementation: mosaic.attend_by(q, k, v)}
+
+
+VARIANTS = {"mosaic": _mosaic, "fp8-trained": _fp8_trained, "before": _before, "fp8-tensor": _fp8_per_tensor}

@@ -14,7 +14,7 @@ from lorweb_jax.models.backbone import MakeLinear
 from lorweb_jax.models.flux1.embeddings import rotate
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import attend
-from lorweb_jax.nn.layers import OUTPUTS, Adapter, Linear, RMSNorm, layer_norm
+from lorweb_jax.nn.layers import HIDDEN, OUTPUTS, QKV, Adapter, Linear, RMSNorm, layer_norm, outputs
 
 Additions = dict[str, Adapter]
 Modulations = dict[str, jax.Array]
@@ -46,9 +46,14 @@ class FeedForward(nnx.Module):
         self.net_2 = linear(f"{name}.net_2")
 
     def __call__(self, x: jax.Array, add: Additions, name: str) -> jax.Array:
-        hidden = gelu(self.net_0_proj(x, add.get(f"{name}.net_0_proj")))
+        hidden = gelu(checkpoint_name(self.net_0_proj(x, add.get(f"{name}.net_0_proj")), HIDDEN))
         hidden = sharding.constrain(hidden, "batch", None, "hidden")
         return checkpoint_name(self.net_2(hidden, add.get(f"{name}.net_2")), OUTPUTS)
+
+
+def _by_head(y: jax.Array, heads: int) -> jax.Array:
+    """[b, s, d] -> [b, s, heads, a], as the backward pass may keep it."""
+    return checkpoint_name(y, QKV).reshape(*y.shape[:2], heads, -1)
 
 
 def _joined(out: jax.Array) -> jax.Array:
@@ -74,13 +79,15 @@ class JointAttention(nnx.Module):
             setattr(self, name, RMSNorm(head_dim, rngs=rngs))
 
     def __call__(self, image: jax.Array, text: jax.Array, rope, add: Additions) -> tuple[jax.Array, jax.Array]:
-        def project(x, name):
-            y = getattr(self, name)(x, add.get(f"attn.{name}"))
-            return y.reshape(*y.shape[:2], self.heads, -1)
+        def projected(x, *names):
+            products = outputs(x, [(getattr(self, name), add.get(f"attn.{name}")) for name in names])
+            return [_by_head(y, self.heads) for y in products]
 
-        q = jnp.concatenate([self.norm_added_q(project(text, "add_q_proj")), self.norm_q(project(image, "to_q"))], 1)
-        k = jnp.concatenate([self.norm_added_k(project(text, "add_k_proj")), self.norm_k(project(image, "to_k"))], 1)
-        v = jnp.concatenate([project(text, "add_v_proj"), project(image, "to_v")], 1)
+        text_q, text_k, text_v = projected(text, "add_q_proj", "add_k_proj", "add_v_proj")
+        image_q, image_k, image_v = projected(image, "to_q", "to_k", "to_v")
+        q = jnp.concatenate([self.norm_added_q(text_q), self.norm_q(image_q)], axis=1)
+        k = jnp.concatenate([self.norm_added_k(text_k), self.norm_k(image_k)], axis=1)
+        v = jnp.concatenate([text_v, image_v], axis=1)
         out = _joined(attend(rotate(q, rope), rotate(k, rope), v, self.implementation))
         length = text.shape[1]
         image = self.to_out_0(out[:, length:], add.get("attn.to_out_0"))
@@ -128,13 +135,10 @@ class SelfAttention(nnx.Module):
         self.norm_q = RMSNorm(head_dim, rngs=rngs)
         self.norm_k = RMSNorm(head_dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope, add: Additions, text_tokens: int) -> jax.Array:
-        def project(name):
-            y = getattr(self, name)(x, add.get(f"attn.{name}"), text_tokens)
-            return y.reshape(*y.shape[:2], self.heads, -1)
-
-        q, k = (rotate(norm(project(name)), rope) for norm, name in ((self.norm_q, "to_q"), (self.norm_k, "to_k")))
-        return _joined(attend(q, k, project("to_v"), self.implementation))
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, rope) -> jax.Array:
+        """What to_q, to_k and to_v made, [b, s, d] each -> [b, s, d]."""
+        q, k, v = (_by_head(y, self.heads) for y in (q, k, v))
+        return _joined(attend(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, self.implementation))
 
 
 class SingleBlock(nnx.Module):
@@ -150,9 +154,11 @@ class SingleBlock(nnx.Module):
         """x [b, t + s, d], text first -> the same."""
         shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
         normed = modulate(x, shift, scale)
-        hidden = gelu(self.proj_mlp(normed, add.get("proj_mlp"), text_tokens))
-        hidden = sharding.constrain(hidden, "batch", None, "hidden")
-        attended = self.attn(normed, rope, add, text_tokens)
+        attn = self.attn
+        layers = {"attn.to_q": attn.to_q, "attn.to_k": attn.to_k, "attn.to_v": attn.to_v, "proj_mlp": self.proj_mlp}
+        *qkv, hidden = outputs(normed, [(layer, add.get(name)) for name, layer in layers.items()], text_tokens)
+        hidden = sharding.constrain(gelu(checkpoint_name(hidden, HIDDEN)), "batch", None, "hidden")
+        attended = attn(*qkv, rope)
         update = checkpoint_name(self.proj_out((attended, hidden), add.get("proj_out"), text_tokens), OUTPUTS)
         return x + gate[:, None] * update
 
