@@ -356,7 +356,6 @@ def test_columns_stay_apart(platform):
         ["--moments=int8"],
         ["--quant=int4"],
         ["--what=train", "--remat=full,full"],
-        ["--what=train", "--unstacked"],
         ["--json=/dev/null/all.json"],
         ["--json=/dev/null"],
         ["--nonsense"],

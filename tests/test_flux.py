@@ -1,6 +1,8 @@
 """The transformer against diffusers' FluxTransformer2DModel (torch, float32) and the golden data."""
 
+import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -11,10 +13,12 @@ from compare import relative
 from flax import nnx
 from golden import INPUTS, golden_dir
 
+from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import build, flat_state, shapes
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux
+from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import REMAT_POLICIES
 from lorweb_jax.pipeline.pretrained import load_transformer
@@ -95,18 +99,86 @@ def test_remat_policies_and_unrolling_give_the_same_gradients():
         for path, value in shapes(lambda: Flux(config, rngs=nnx.Rngs(0))).items()
     }
 
-    def gradients(**options):
-        graphdef, state = nnx.split(build(lambda: Flux(config, rngs=nnx.Rngs(0), **options), flat))
-        loss = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*values)).sum()))
-        return flat_state(nnx.merge(graphdef, loss(state)))
+    adapters = {
+        path: LowRankAdapter(
+            *(
+                random.normal(0, 0.3, (layer.depth, *size)).astype(np.float32)
+                for size in ((2, layer.inputs, 3), (2, 3, layer.outputs), (1, 2))
+            )
+        )
+        for path, layer in backbone(config).adapted.items()
+    }
+
+    def gradients(unstacked=False, **options):
+        """{path: gradient} of the weights, blocks side by side again, and of the adapters."""
+        flux = build(lambda: Flux(config, rngs=nnx.Rngs(0), **options), flat)
+        if unstacked:
+            flux.unstack()
+        graphdef, state = nnx.split(flux)
+        loss = jax.jit(
+            jax.grad(lambda parts: jnp.square(nnx.merge(graphdef, parts[0])(*values, adapters=parts[1])).sum())
+        )
+        state, of_adapters = loss((state, adapters))
+        found = flat_state(nnx.merge(graphdef, state))
+        if unstacked:
+            blocks = {path: re.sub(r"\.blocks\.\d+", "", path) for path in found}
+            found = {
+                path: np.stack([found[each] for each in blocks if blocks[each] == path])
+                if path not in found
+                else found[path]
+                for path in set(blocks.values())
+            }
+        return found | {
+            f"{path} {name}": getattr(adapter, name)
+            for path, adapter in of_adapters.items()
+            for name in ("a_nir", "b_nro", "coeff_bn")
+        }
 
     expected = gradients()
-    policies = {"full": 1, "attention": 1, "outputs": 1, "dots": 2}
+    policies = {"full": 1, "attention": 1, "outputs": 1, "qkv": 1, "dots": 2}
     assert set(REMAT_POLICIES) == {"none", *policies}
-    for options in ({"remat": remat, "unroll": unroll} for remat, unroll in policies.items()):
-        for path, found in gradients(**options).items():
+    choices = [{"remat": remat, "unroll": unroll} for remat, unroll in policies.items()]
+    for options in [*choices, {"remat": "dots", "unstacked": True}]:
+        gradient = gradients(**options)
+        assert gradient.keys() == expected.keys()
+        for path, found in gradient.items():
             size = np.linalg.norm(expected[path])
             assert np.linalg.norm(found - expected[path]) <= TOLERANCE * max(size, 1e-3), (options, path)
+
+
+def test_what_a_backward_pass_computes_again():
+    """Products of a double and a single block with adapters, counted in the traced gradient."""
+    config = FluxConfig(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=128)
+    sizes = ((1, 6, 64), (1, 3, 4096), (1, 768), (1,), (1,), (6, 3), (3, 3))
+    inputs = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    adapters = {
+        path: LowRankAdapter(
+            *(
+                jax.ShapeDtypeStruct(size, jnp.float32)
+                for size in ((1, 2, layer.inputs, 3), (1, 2, 3, layer.outputs), (1, 1, 2))
+            )
+        )
+        for path, layer in backbone(config).adapted.items()
+    }
+
+    def products(remat):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Flux(config, remat=remat, rngs=nnx.Rngs(0))))
+
+        def loss(adapters, state, inputs):
+            return jnp.square(nnx.merge(graphdef, state)(*inputs, adapters=adapters)).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(adapters, state, inputs)).count("dot_general[")
+
+    counts = {remat: products(remat) for remat in REMAT_POLICIES}
+    again = {remat: count - counts["none"] for remat, count in counts.items()}
+    attention = 2 * 2  # XLA's, which keeps no log-sum-exp
+    hidden = 3 * 2  # net_0_proj of both streams and proj_mlp: the layer's product and the second of its adapter
+    qkv = (6 + 3) * 2
+    inner = 3 + 2 + 5  # the adapters' first: one for q, k and v (and the MLP), two net_0_proj, five ends of branches
+    ends = 5 * 2
+    expected = {"dots": attention, "qkv": hidden, "outputs": qkv, "attention": inner + ends, "full": 0}
+    found = {remat: again[remat] - again[less] for less, remat in itertools.pairwise(REMAT_POLICIES)}
+    assert found == expected
 
 
 def test_unstacked_blocks_compute_the_same(tmp_path):

@@ -15,7 +15,7 @@ from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import quantization
 from lorweb_jax.nn.layers import Linear
-from lorweb_jax.nn.quantization import bytes_by_dtype, dequantize, fp8_product, quantize
+from lorweb_jax.nn.quantization import bytes_by_dtype, dequantize, quantize
 from lorweb_jax.pipeline.pipeline import Pipeline
 
 
@@ -67,23 +67,40 @@ def test_a_quantised_layer(kind, error):
     assert small(half).dtype == jnp.bfloat16 and relative(small(half), y) < 0.006
 
 
-def test_inputs_in_fp8(monkeypatch):
-    """As on hardware that multiplies fp8: each token has its own scale, and the gradient is the weight-only one's."""
+def test_products_in_fp8(monkeypatch):
+    """As on hardware that multiplies fp8: x and what comes back are rounded with a scale for each example, twice its
+    root mean square."""
+    monkeypatch.setattr(quantization, "multiplies_fp8", lambda: True)
     random = np.random.default_rng(0)
     codes, scale = quantize(random.normal(size=(256, 64)).astype(np.float32), "fp8")
-    x = (random.normal(size=(2, 7, 256)) * 10.0 ** np.arange(-3, 4)[:, None]).astype(np.float32)
-    x[0, 0] = 0
-    token_scale = np.where(np.abs(x).max(-1, keepdims=True) == 0, 1, np.abs(x).max(-1, keepdims=True) / 448)
-    rounded = (x / token_scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * token_scale
-    found = jax.jit(fp8_product)(x, codes, scale)
-    assert relative(found, rounded @ dequantize(codes, scale).astype(np.float64)) < 1e-3  # ties may fall otherwise
-    exact = x.astype(np.float64) @ dequantize(codes, scale)
-    for token in range(1, 7):
-        assert 0.01 < relative(found[:, token], exact[:, token]) < 0.04
-    monkeypatch.setattr(quantization, "multiplies_fp8", lambda: True)
-    y, back = jax.vjp(lambda x: quantization.product(x, codes, scale), x)
-    dy = np.ones(y.shape, np.float32)
-    assert (y == found).all() and relative(back(dy)[0], dy @ dequantize(codes, scale).T) < 1e-5
+    kernel = dequantize(codes, scale).astype(np.float64)
+    x = (random.normal(size=(4, 24, 256)) * 10.0 ** np.arange(-6, 6, 3)[:, None, None]).astype(np.float32)
+    x[3] = 0
+    dy = (random.normal(size=(4, 24, 64)) * 10.0 ** np.arange(-9, 3, 3)[:, None, None]).astype(np.float32)
+    y, back = jax.vjp(jax.jit(lambda x: quantization.product(x, codes, scale)), x)
+
+    def rounded(values):
+        step = 2 * np.sqrt(np.square(values.astype(np.float64)[:, ::8]).mean((1, 2), keepdims=True))
+        step = np.where(step == 0, 1, step)
+        return (values / step).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * step
+
+    assert relative(y, rounded(x) @ kernel) < 2e-3  # ties may fall otherwise
+    assert relative(back(dy)[0], rounded((dy * scale).astype(np.float32)) @ codes.astype(np.float64).T) < 2e-3
+    for example in range(3):
+        assert 0.01 < relative(y[example], x[example].astype(np.float64) @ kernel) < 0.035
+        assert 0.01 < relative(back(dy)[0][example], dy[example].astype(np.float64) @ kernel.T) < 0.035
+    # Tokens of an example may be thirty times smaller, and single numbers five hundred times larger, than most.
+    x[0, 8:16] /= 30
+    x[1, 5, 7] = 500 * x[1].std()
+    y = quantization.product(x, codes, scale)
+    assert relative(y[0, 8:16], x[0, 8:16].astype(np.float64) @ kernel) < 0.06
+    assert relative(y[1, 5], x[1, 5].astype(np.float64) @ kernel) < 0.07
+    # Of vectors [b, i] each has a scale.
+    vectors = x[:3, 0] * 10.0 ** np.arange(3)[:, None].astype(np.float32)
+    np.testing.assert_array_equal(
+        quantization.product(vectors, codes, scale), quantization.product(vectors[:, None], codes, scale)[:, 0]
+    )
+    assert quantization.product(x.astype(jnp.bfloat16), codes, scale).dtype == jnp.bfloat16
 
 
 def test_a_scanned_stack_keeps_codes_for_the_way_back_not_numbers():

@@ -102,11 +102,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--remat",
-        type=one_or_more("none", "full", "attention", "outputs", "dots"),
+        type=one_or_more("none", "full", "attention", "outputs", "qkv", "dots"),
         metavar="POLICY,…",
         help="what the backward pass computes again, training only: none, full (all of a block), "
-        "attention (all but attention), outputs (all but attention and the products that end a branch), dots (all but "
-        "products and attention) (default: none; full for kontext)",
+        "attention (all but attention), outputs (all but attention and the products that end a branch), qkv (all but "
+        "those, q, k and v), dots (all but products and attention) (default: none; full for kontext)",
     )
     parser.add_argument(
         "--moments",
@@ -120,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--unstacked",
         action="store_true",
-        help="give each block arrays of its own, as edit's --unstacked does; sampling only",
+        help="give each block arrays of its own, as edit's --unstacked and --config.unstacked do",
     )
     parser.add_argument(
         "--attention",
@@ -158,8 +158,6 @@ def make_variants(args: argparse.Namespace) -> list:
                 "out or give --what=train",
                 2,
             )
-    if args.unstacked and args.what == "train":
-        raise UserError("--unstacked is for sampling; leave it out or give --what=sample", 2)
     if args.attention == "cudnn" and given["dtype"] == "float32":
         raise UserError("cuDNN's attention has no float32; give --dtype=bfloat16 or --attention=xla", 2)
     if args.json:

@@ -152,6 +152,10 @@ class BasisJob(Job):
             parts=[part for part in MODEL_PARTS if part not in left_out],
         )
 
+    def unstack(self, model) -> None:
+        if self.config.unstacked:
+            model.transformer.unstack()
+
     def frozen(self, shapes) -> dict[str, jax.Array]:
         return self.folder.read(shapes)
 

@@ -166,6 +166,10 @@ class PairJob(Job):
             dtype=config.compute_dtype,
         )
 
+    def unstack(self, model) -> None:
+        if self.config.unstacked:
+            model.transformer.unstack()
+
     def frozen(self, shapes) -> dict[str, jax.Array]:
         """The captions' embeddings first: their encoders are dropped before the transformer is read."""
         texts = [*self.captions.values(), *(text for both in self.prompts for text in both)]

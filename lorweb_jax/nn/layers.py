@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.attention import SAVED
 from lorweb_jax.nn.offload import any_offloaded, on_device
-from lorweb_jax.nn.quantization import product, quantize
+from lorweb_jax.nn.quantization import as_multiplied, product, quantize
 
 M = TypeVar("M", bound=nnx.Module)
 # A linear layer's input [.., i]: one array, or several whose features stand side by side (`sum_of_products`).
@@ -137,9 +137,7 @@ def parts(x: Input) -> tuple[jax.Array, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def sum_of_products(
-    x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
+def sum_of_products(x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel [i, o]. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its
     gradients takes them less than two."""
     if not isinstance(x, tuple):
@@ -260,9 +258,10 @@ class Unstacked(nnx.Module):
     """A stack whose blocks have arrays of their own: `blocks` lists them, without the layers named in `whole`, which
     are attributes here, stacked as before.
 
-    A scan copies each block's weights out of the stack before a product reads them; here nothing is copied, and as many
-    blocks are compiled as there are. The stack's other arrays are deleted, one after the other, as they are taken
-    apart, so that no more than one of them is there twice: the stack can't be used any more.
+    A scan copies each block's weights out of the stack before a product reads them, and what is kept for the backward
+    pass into stacks and out of them; here nothing is copied, and as many blocks are compiled as there are. The stack's
+    other arrays are deleted, one after the other, as they are taken apart, so that no more than one of them is there
+    twice: the stack can't be used any more. Of a stack of shapes it makes shapes.
     """
 
     def __init__(self, stack: nnx.Module, whole: Collection[str] = ()):
@@ -273,8 +272,8 @@ class Unstacked(nnx.Module):
         leaves, structure = jax.tree.flatten(state)
         slices = []
         for leaf in leaves:
-            slices.append(jax.block_until_ready(tuple(leaf)))
-            if not isinstance(leaf, jax.core.Tracer):
+            slices.append(jax.block_until_ready([as_multiplied(block) for block in sharding.slices(leaf)]))
+            if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
                 leaf.delete()
         self.blocks = nnx.List([nnx.merge(graphdef, structure.unflatten(block)) for block in zip(*slices)])
 

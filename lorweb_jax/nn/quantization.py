@@ -2,8 +2,8 @@
 
     W ≈ codes · scale        int8: scale = max|W| / 127 over the inputs, rounded to nearest; fp8 (e4m3): max|W| / 448
 
-"int8" is weight-only: the product is made in the input's dtype. "fp8" also takes the input in fp8, with one scale a
-token, on hardware that multiplies fp8 (`multiplies_fp8`), and is weight-only elsewhere.
+"int8" is weight-only: the product is made in the input's dtype. "fp8" also takes the input in fp8, with one scale an
+example, and in training what comes back, on hardware that multiplies fp8 (`multiplies_fp8`), and is weight-only elsewhere.
 """
 
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.sharding import device_in_use
@@ -18,6 +20,7 @@ from lorweb_jax.nn.sharding import device_in_use
 KINDS = ("none", "int8", "fp8")
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
+_SAMPLED = 8  # of so many tokens one is looked at
 
 
 def quantize(kernel: Any, kind: str) -> tuple[Any, Any]:
@@ -43,10 +46,11 @@ def dequantize(codes: Any, scale: Any) -> Any:
 def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """x [.., i] times the kernel that codes [i, o] and scale [1, o] stand for: [.., o] in x's dtype.
 
-    Codes and scale are frozen. The gradient with respect to x is the weight-only product's, whatever forward rounds.
+    Codes and scale are frozen. Where fp8 is multiplied, x is rounded to e4m3, and so is what comes back for the
+    gradient of x: `fp8_product`.
     """
     if codes.dtype == DTYPES["fp8"] and multiplies_fp8():
-        return fp8_product(x, codes, scale)
+        return _scaled(fp8_product(x, codes, 0), scale[0])
     return _scaled(x @ codes.astype(x.dtype), scale[0])
 
 
@@ -55,18 +59,25 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
     return (y.astype(jnp.float32) * scale).astype(y.dtype)
 
 
-def fp8_product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """`product` with x rounded to e4m3, one scale max|x| / 448 a token, and sums in float32."""
-    wide = x.astype(jnp.float32)
-    token_scale = jnp.abs(wide).max(-1, keepdims=True) * jnp.float32(1 / _LARGEST["fp8"])
-    token_scale = jnp.where(token_scale < jnp.finfo(jnp.float32).tiny, 1, token_scale)
-    y = jax.lax.dot_general(
-        (wide * (1 / token_scale)).astype(codes.dtype),
-        codes,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return (y * token_scale * scale[0]).astype(x.dtype)
+def fp8_product(x: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
+    """x [b, .., k] times e4m3 codes, whose `axis` is k, in x's dtype: x is rounded to e4m3, one scale an example.
+
+    The scale is twice the root mean square of every eighth token. e4m3 has 15 binades at three places after the first,
+    so that whatever lies between 1/32 and 896 times the root mean square is rounded alike; what is larger becomes
+    that, what is smaller is rounded to multiples of 1/256 of it. A largest value instead would have to be found in a pass of its own
+    over x, before that which rounds it.
+
+    Scales are applied to the product: what reads a layer's output next, a norm, an activation or a sum, reads all of it
+    once and multiplies on the way, where scales of examples and channels inside the product would keep cuBLASLt from
+    multiplying fp8.
+    """
+    tokens = x[:, ::_SAMPLED] if x.ndim > 2 else x
+    square = jnp.square(tokens.astype(jnp.float32)).mean(tuple(range(1, x.ndim)), keepdims=True)
+    scale = jnp.where(square > 0, 2 * jnp.sqrt(square), 1)
+    largest = _LARGEST["fp8"]
+    rounded = jnp.clip(x.astype(jnp.float32) * (1 / scale), -largest, largest).astype(codes.dtype)
+    contracted = (((x.ndim - 1,), (axis,)), ((), ()))
+    return _scaled(jax.lax.dot_general(rounded, codes, contracted, preferred_element_type=x.dtype), scale)
 
 
 def _forward(x, codes, scale):
@@ -76,10 +87,26 @@ def _forward(x, codes, scale):
 
 def _backward(kept, dy):
     codes, scale = kept
-    return _scaled(dy, scale[0]) @ codes.astype(dy.dtype).T, None, None
+    dy = _scaled(dy, scale[0])
+    if codes.dtype == DTYPES["fp8"] and multiplies_fp8():
+        return fp8_product(dy, codes, 1), None, None
+    return dy @ codes.astype(dy.dtype).T, None, None
 
 
 product.defvjp(_forward, _backward)
+
+
+def as_multiplied(array: Any) -> Any:
+    """The array, or a shape; a kernel [i, o] of e4m3 codes with its inputs side by side in the memory of an NVIDIA GPU,
+    which multiplies fp8 only so: else each product would have it transposed first."""
+    if array.dtype != DTYPES["fp8"] or array.ndim != 2 or isinstance(array, jax.core.Tracer):
+        return array
+    if device_in_use().platform not in ("gpu", "cuda") or not multiplies_fp8():
+        return array
+    where = Format(Layout((1, 0)), array.sharding or SingleDeviceSharding(jax.local_devices()[0]))
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+    return jax.device_put(array, where)
 
 
 def multiplies_fp8() -> bool:

@@ -205,6 +205,17 @@ def batch_split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def slices(stack: Any) -> tuple[Any, ...]:
+    """stack[0], stack[1], ... of an array or a shape; those of a split array are split as it is."""
+    if isinstance(stack, jax.core.Tracer) or not isinstance(stack.sharding, NamedSharding):
+        abstract = isinstance(stack, jax.ShapeDtypeStruct)
+        return (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype),) * stack.shape[0] if abstract else tuple(stack)
+    where = NamedSharding(stack.sharding.mesh, P(*stack.sharding.spec[1:]))
+    if isinstance(stack, jax.ShapeDtypeStruct):
+        return (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=where),) * stack.shape[0]
+    return jax.jit(tuple, out_shardings=where)(stack)
+
+
 def held_slices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[jax.Device, tuple[slice, ...]]:
     """{device of this process: the slice of each axis of an array of `shape` that it holds}."""
     indices = sharding.addressable_devices_indices_map(shape)

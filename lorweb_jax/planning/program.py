@@ -55,16 +55,17 @@ def train_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program:
     partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
     state = state_shapes(job, partition, optimizer, config, mesh)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
+    partition, of_blocks = partition.unstacked(job, frozen)
     batch = batch_shapes(job, mesh)
     step = TrainStep(job, partition, optimizer, config, mesh, state)
     with jax.set_mesh(mesh):
-        encoded = step.encoded(frozen, batch)
+        encoded = step.encoded(of_blocks, batch)
     basis = state.trainable | state.constants
     return Program(
         "train",
         job,
         mesh,
-        (Part(step.encode, (frozen, batch)), Part(step.update(), (state, frozen, encoded))),
+        (Part(step.encode, (of_blocks, batch)), Part(step.update(), (state, of_blocks, encoded))),
         {"base": frozen, "basis": basis, "optimizer": (state.optimizer, state.average), "batch": encoded},
         state.trainable,
         config.train.batch,
@@ -86,6 +87,7 @@ def sample_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program
     partition = Partition.of(job, config.seed)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
     basis = partition.trainable_shapes(mesh) | partition.constant_shapes(mesh)
+    partition, of_blocks = partition.unstacked(job, frozen)
     folded = job.can_fold(b)
 
     def sample(basis, frozen, inputs, decides, sigmas):
@@ -108,7 +110,7 @@ def sample_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program
     if folded:
         groups["folded weights"] = {path: frozen[f"transformer.{path}.kernel"] for path in job.folder.backbone.adapted}
     sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
-    part = Part(jax.jit(sample), (basis, frozen, inputs, decides, sigmas))
+    part = Part(jax.jit(sample), (basis, of_blocks, inputs, decides, sigmas))
     return Program("sample", job, mesh, (part,), groups, {}, b, steps)
 
 

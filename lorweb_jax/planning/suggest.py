@@ -53,7 +53,11 @@ class Estimator:
     def _bytes(self, config) -> float:
         program = make_program(config, self.plan.target, self.plan.program.what)
         if config.remat not in self._kept:
-            self._kept[config.remat] = kept_by_example(program, program.traced())
+            # What is kept is the same where blocks have arrays of their own, and seen where they are scanned.
+            scanned = config.copy_and_resolve_references()
+            scanned.unstacked = False
+            scanned = make_program(scanned, self.plan.target, self.plan.program.what)
+            self._kept[config.remat] = kept_by_example(scanned, scanned.traced())
         return (
             sum(arguments(program).values())
             + device_bytes(program.gradients)

@@ -33,6 +33,7 @@ _MAY_CHANGE = frozenset(
         "remat",
         "attention",
         "unroll",
+        "unstacked",
         "data.workers",
         "trackers",
         "profile",
@@ -44,6 +45,7 @@ _MAY_CHANGE = frozenset(
 _ADDED: dict[str, Any] = {
     "train.accumulate": 1,
     "offload": "none",
+    "unstacked": False,
     "data.buckets": [],
     "basis.scale": 1.0,
     "basis.normalised": False,
@@ -108,12 +110,15 @@ def add_computation(config: ConfigDict) -> None:
     # Where the blocks of the frozen transformer and of T5 lie: none, on the device, or blocks, in the host's memory,
     # from where they are streamed block by block, forward and backward.
     config.offload = "none"
-    # What the backward pass recomputes, the least first: none, dots (all but products and attention), outputs (all but
-    # attention and the products that end a block's branches), attention (all but attention), full (all of a block).
-    # `python -m lorweb_jax.plan` lists the memory of each.
+    # What the backward pass recomputes, the least first: none, dots (all but products and attention), qkv (all but
+    # attention, q, k, v and the products that end a block's branches), outputs (all but attention and those), attention
+    # (all but attention), full (all of a block). `python -m lorweb_jax.plan` lists the memory of each.
     config.remat = "none"
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
-    config.unroll = 8  # blocks compiled side by side
+    config.unroll = 8  # blocks of a stack compiled side by side
+    # Whether each block's weights are arrays of their own, from which nothing is copied: faster, but as many blocks are
+    # compiled as there are. Else one block of a kind is compiled, and scanned over stacks of weights.
+    config.unstacked = False
 
 
 def choose_variant(variants: Mapping[str, Callable[[], ConfigDict]], name: str) -> ConfigDict:

@@ -70,6 +70,7 @@ _FROZEN: dict[str, Rule] = {
     "remat": Choice(("none", "dots", "qkv", "outputs", "attention", "full")),
     "attention": Choice(("auto", "xla", "cudnn", "pallas")),
     "unroll": _LAYERS,
+    "unstacked": Flag(),
 }
 
 BASIS: dict[str, Rule] = _FROZEN | {

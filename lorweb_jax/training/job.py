@@ -104,6 +104,10 @@ class Job:
         """
         raise NotImplementedError
 
+    def unstack(self, model: nnx.Module) -> None:
+        """Give blocks of the frozen part of `model` arrays of their own (layers.Unstacked), where the config asks for
+        it; they may be shapes. `frozen` reads stacks, and this takes them apart."""
+
     def frozen(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray] | None:
         """The frozen weights by dotted path, read from files: exactly the paths and shapes of `shapes`. None (the
         default): what `build` makes of them.

@@ -65,6 +65,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
         partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
         shapes = state_shapes(job, partition, optimizer, config, mesh)
         frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
+        partition, frozen = partition.unstacked(job, frozen)
         hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(
             f"{config.job}: {count(shapes.trainable):,} trained and {count(frozen | shapes.constants):,} frozen "

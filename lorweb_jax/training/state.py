@@ -100,6 +100,19 @@ class Partition:
             )
         return paths
 
+    def unstacked(self, job: Job, frozen: Arrays) -> tuple["Partition", Arrays]:
+        """(the partition, the frozen weights, given stacked) once `job.unstack` has taken stacks apart."""
+        model = self.frozen_model(frozen)
+        job.unstack(model)
+        graphdef, _, _, rest = split(job, model)
+        of_blocks = _by_path(rest)
+        shapes = {
+            name: (path, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype)))
+            for name, (path, variable) in of_blocks.items()
+        }
+        arrays = {name: variable.get_value() for name, (_, variable) in of_blocks.items()}
+        return dataclasses.replace(self, graphdef=graphdef, frozen=shapes), arrays
+
     def model(self, own: Arrays, frozen: Arrays) -> nnx.Module:
         """The model that holds these arrays: trainables and constants, and frozen weights."""
         variables = (self.trainable | self.constants).items()

@@ -56,7 +56,7 @@ def seconds_of(run, budget):
 def measure(program, weights, results, out, tiny):
     """Time one program; its kernels too, where it is one of those that tell most."""
     setting = program.setting
-    run = _runner(program, weights.of(setting, bool({"fp8-tensor", "fp8-trained"} & {*program.variants})))
+    run = _runner(program, weights.of(setting, "fp8-tensor" in program.variants))
     row = seconds_of(run, 5.0 if setting.what == "sample" else 9.0)
     median = row["ms"][1]
     row["TFLOP/s"] = round(program.flops / median / 1e9, 1)
@@ -65,7 +65,7 @@ def measure(program, weights, results, out, tiny):
     stats = jax.devices()[0].memory_stats() or {}
     row["peak GiB so far"] = round(stats.get("peak_bytes_in_use", 0) / 2**30, 2)
     results.put(program.section, program.name, row)
-    if not tiny and not (program.name.endswith("basis") or "batch" in program.name or "train dots" == program.name):
+    if not tiny and "unstacked" in program.name:
         profile(run, results, f"{program.section} {program.name}", out)
 
 
@@ -147,18 +147,24 @@ def profile(run, results, name, out):
             run(2)
             jax.profiler.stop_trace()
             [file, *_] = Path(folder).rglob("*.xplane.pb")
-            total, count = collections.Counter(), collections.Counter()
+            total, count, gaps = collections.Counter(), collections.Counter(), collections.Counter()
             for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
                 if "GPU" not in plane.name or "CUPTI" in plane.name:
                     continue
                 for line in plane.lines:
                     if "Stream" not in line.name:
                         continue
-                    for event in line.events:
+                    end = None
+                    for event in sorted(line.events, key=lambda event: event.start_ns):
                         total[event.name] += event.duration_ns / 2e6
                         count[event.name] += 1
+                        if end is not None and 0 < event.start_ns - end < 5e5:
+                            gaps[event.name] += (event.start_ns - end) / 2e6
+                        end = max(end or 0, event.start_ns + event.duration_ns)
         table = [[round(ms, 3), count[kernel] // 2, kernel[:120]] for kernel, ms in total.most_common(80)]
         (out / f"profile_{name.replace(' ', '_').replace(',', '')}.json").write_text(json.dumps(table, indent=0))
-        results.put("profile", name, {"kernels ms": round(sum(total.values()), 2), "top": table[:3]})
+        waits = {kernel[:60]: round(ms, 3) for kernel, ms in gaps.most_common(6)}
+        facts = {"kernels ms": round(sum(total.values()), 2), "gaps ms": round(sum(gaps.values()), 2), "before": waits}
+        results.put("profile", name, facts | {"launches": sum(count.values()) // 2})
     except Exception as error:
         results.failed(f"profile {name}", error)

@@ -37,10 +37,14 @@ def attend_by(q, k, v, *, block_q=64, block_kv=128, steps=2, backward=None):
 
 def measure_attention(results, settings):
     """Rates of both, forward, and forward and backward; the largest difference beside cuDNN's largest result."""
-    choices = {f"mosaic {q}x{kv}, {n} steps": {"block_q": q, "block_kv": kv, "steps": n} for q, kv, n in
-               ((64, 128, 2), (128, 128, 2), (64, 64, 4), (128, 64, 2), (64, 256, 2))}
-    backward = {f"mosaic backward {blocks}": {"backward": blocks} for blocks in
-                ((64, 64, 64, 64), (64, 128, 64, 128), (128, 64, 128, 64))}
+    choices = {
+        f"mosaic {q}x{kv}, {n} steps": {"block_q": q, "block_kv": kv, "steps": n}
+        for q, kv, n in ((64, 128, 2), (128, 128, 2), (64, 64, 4), (128, 64, 2), (64, 256, 2))
+    }
+    backward = {
+        f"mosaic backward {blocks}": {"backward": blocks}
+        for blocks in ((64, 64, 64, 64), (64, 128, 64, 128), (128, 64, 128, 64))
+    }
     for name, setting in settings.items():
         shape = (setting.batch, setting.length, setting.model.num_attention_heads, setting.model.attention_head_dim)
         q, k, v = (normal(seed, shape, setting.dtype) for seed in range(3))

@@ -14,9 +14,11 @@ from benchmark.random_weights import inputs, new_flux
 from benchmark.setting import DEFAULTS, Setting
 from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.nn import layers
+from lorweb_jax.nn.quantization import as_multiplied
 from lorweb_jax.planning.flops import base_flops, basis_flops
 
 NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
+GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,DYNAMIC_SLICE_FUSION"
 
 
 def setting_of(what, tiny):
@@ -58,7 +60,7 @@ def graph(setting):
 
     def cast(leaf):
         wide = leaf.dtype == jnp.float32 and leaf.shape[-2:-1] != (1,)
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(setting.dtype) if wide else leaf.dtype)
+        return as_multiplied(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(setting.dtype) if wide else leaf.dtype))
 
     return graphdef, jax.tree.map(cast, state)
 
@@ -99,7 +101,7 @@ class Program:
         setting, donate = self.setting, ()
         with applied(self.variants):
             graphdef, state = graph(setting)
-            if {"fp8-tensor", "fp8-trained"} & {*self.variants}:
+            if "fp8-tensor" in self.variants:
                 state = jax.eval_shape(per_tensor, state)
             arguments = shapes(inputs_of(setting))
             if setting.what == "sample":
@@ -190,7 +192,7 @@ def trainable_shapes(setting):
     return trainable, jax.eval_shape(optimizer.init, trainable), optimizer
 
 
-GROUPS = ("unstacked", "fp8", "train", "attention")
+GROUPS = ("fp8", "unstacked", "train")
 
 
 def all_programs(sample, train):
@@ -212,14 +214,12 @@ def all_programs(sample, train):
     free = {"section": "unstacked", "unstacked": True}
     fp8 = {"section": "fp8", "unstacked": True, "quantization": "fp8"}
     return [
-        t("train dots, unstacked", "dots", options=most, **free),
-        t("train fp8, dots, unstacked", "dots", options=most, variants=("fp8-trained",), **fp8),
-        t("train dots, unstacked, batch 3", "dots", options=most, batch=3, **free),
-        t("train outputs", "outputs", options=most),
+        t("train fp8, dots, unstacked", "dots", options=most, **fp8),
         t("train dots", "dots", options=most),
+        t("train qkv", "qkv", options=most),
+        t("train fp8, dots", "dots", options=most, **fp8 | {"unstacked": False}),
         s("sample unstacked", options=NO_TRITON, **free),
-        s("sample mosaic", section="attention", options=NO_TRITON, variants=("mosaic",), unstacked=True),
-        s("sample fp8, unstacked", options=NO_TRITON, variants=("fp8-tensor",), **fp8),
-        t("train dots, unstacked, no basis", "dots", kind="inputs", options=most, **free),
-        s("sample as it is", section="train"),
+        s("sample unstacked, more graphs", options=NO_TRITON | {"xla_gpu_enable_command_buffer": GRAPHS}, **free),
+        s("sample fp8, unstacked", options=NO_TRITON, **fp8),
+        s("sample fp8, unstacked, as before", options=NO_TRITON, variants=("fp8-tensor",), **fp8),
     ]

@@ -60,28 +60,8 @@ def _fp8_per_tensor():
     return {"product": product, "sum_of_products": _joined}
 
 
-def _fp8_trained():
-    """The same with a gradient of x whose product is e4m3 too, dy with one scale of its own each time."""
-    forward = _fp8_per_tensor()["product"]
-
-    @jax.custom_vjp
-    def product(x, codes_oi, scale):
-        return forward(x, codes_oi, scale)
-
-    def backward(kept, dy):
-        codes, scale = kept
-        step = jnp.maximum(jnp.abs(dy).max().astype(jnp.float32), 1e-30) / 448
-        step = step.astype(dy.dtype)
-        rounded = (dy / step).astype(jnp.float8_e4m3fn).astype(dy.dtype) * step
-        kernel = codes.astype(dy.dtype) * scale.reshape(()).astype(dy.dtype)
-        return jax.lax.dot_general(rounded, kernel, (((dy.ndim - 1,), (0,)), ((), ()))), None, None
-
-    product.defvjp(lambda x, codes, scale: (forward(x, codes, scale), (codes, scale)), backward)
-    return {"product": product, "sum_of_products": _joined}
-
-
 def _mosaic():
     return {"attend": lambda q, k, v, implementation: mosaic.attend_by(q, k, v)}
 
 
-VARIANTS = {"mosaic": _mosaic, "fp8-trained": _fp8_trained, "before": _before, "fp8-tensor": _fp8_per_tensor}
+VARIANTS = {"mosaic": _mosaic, "before": _before, "fp8-tensor": _fp8_per_tensor}

@@ -17,6 +17,7 @@ from lorweb_jax.images.io import read_image
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.record import backbone
 from lorweb_jax.nn import quantization
+from lorweb_jax.nn.layers import Adapter, Input, parts
 from lorweb_jax.pipeline.pipeline import Pipeline
 from parity.report import errors
 
@@ -74,7 +75,7 @@ def random_layers(tokens: int = 64) -> dict[str, np.ndarray]:
     for i, o in sizes:
         keys = jax.random.split(jax.random.key(i * o))
         squares = np.asarray(
-            measure(jax.random.normal(keys[0], (tokens, i)), jax.random.normal(keys[1], (i, o)) * i**-0.5), np.float64
+            measure(jax.random.normal(keys[0], (1, tokens, i)), jax.random.normal(keys[1], (i, o)) * i**-0.5), np.float64
         )
         found[f"{i} x {o}"] = np.sqrt(squares[1:] / squares[0])
     return found
@@ -82,15 +83,18 @@ def random_layers(tokens: int = 64) -> dict[str, np.ndarray]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Probe:
+class _Probe(Adapter):
     """Given to a linear layer as its adapter: adds nothing, and tells how far each way is off for the layer's input."""
 
     kernel: jax.Array
     tell: Callable = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, x: jax.Array, text_tokens: int = 0) -> jax.Array:
-        jax.debug.callback(self.tell, _squares(x, self.kernel))
-        return jnp.zeros((), x.dtype)
+    def inner(self, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((self.kernel.shape[0], 0), dtype)
+
+    def outer(self, h: jax.Array, x: Input, text_tokens: int) -> jax.Array:
+        jax.debug.callback(self.tell, _squares(jnp.concatenate(parts(x), axis=-1), self.kernel))
+        return jnp.zeros((), h.dtype)
 
 
 def real_layers(folder: Path, example: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

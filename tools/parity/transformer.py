@@ -83,17 +83,25 @@ def _modulations(model: Flux, stack: str, block, vector_bd: jax.Array, add: dict
     return {name: getattr(block, name)(vector_bd, add.get(f"{name}.linear")) for name in model.modulation_names(stack)}
 
 
+class _Recorded(NamedTuple):
+    """An adapter whose coefficients go into `found`, where the layer's input decides them."""
+
+    mix: LowRankAdapter | RoutedAdapter
+    name: str
+    found: dict
+
+    def inner(self, dtype):
+        return self.mix.inner(dtype)
+
+    def outer(self, h, x, text_tokens):
+        if isinstance(self.mix, RoutedAdapter):
+            self.found[f"mix/{self.name}"] = self.mix.coefficients(x, text_tokens)
+        return self.mix.outer(h, x, text_tokens)
+
+
 def _blocks(model: Flux, stack: str, adapters: dict, found: dict):
     """Each block of a stack with what its layers add; coefficients that are found on the way go into `found`."""
     graphdef, state = nnx.split(getattr(model, stack))
-
-    def recorded(mix, name):
-        def add(x, text_tokens):
-            if isinstance(mix, RoutedAdapter):
-                found[f"mix/{name}"] = mix.coefficients(x, text_tokens)
-            return mix(x, text_tokens)
-
-        return add
 
     for index in range(jax.tree.leaves(state)[0].shape[0]):
 
@@ -103,7 +111,7 @@ def _blocks(model: Flux, stack: str, adapters: dict, found: dict):
         yield (
             nnx.merge(graphdef, here(state)),
             {
-                path.removeprefix(f"{stack}."): recorded(here(mix), layer_name(path, index))
+                path.removeprefix(f"{stack}."): _Recorded(here(mix), layer_name(path, index), found)
                 for path, mix in adapters.items()
                 if path.startswith(f"{stack}.")
             },

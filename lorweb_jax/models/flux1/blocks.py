@@ -154,11 +154,13 @@ class SingleBlock(nnx.Module):
         """x [b, t + s, d], text first -> the same."""
         shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
         normed = modulate(x, shift, scale)
-        attn = self.attn
-        layers = {"attn.to_q": attn.to_q, "attn.to_k": attn.to_k, "attn.to_v": attn.to_v, "proj_mlp": self.proj_mlp}
-        *qkv, hidden = outputs(normed, [(layer, add.get(name)) for name, layer in layers.items()], text_tokens)
+        layers = [
+            *((getattr(self.attn, name), add.get(f"attn.{name}")) for name in ("to_q", "to_k", "to_v")),
+            (self.proj_mlp, add.get("proj_mlp")),
+        ]
+        q, k, v, hidden = outputs(normed, layers, text_tokens)
         hidden = sharding.constrain(gelu(checkpoint_name(hidden, HIDDEN)), "batch", None, "hidden")
-        attended = attn(*qkv, rope)
+        attended = self.attn(q, k, v, rope)
         update = checkpoint_name(self.proj_out((attended, hidden), add.get("proj_out"), text_tokens), OUTPUTS)
         return x + gate[:, None] * update
 
