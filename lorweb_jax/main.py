@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.processes import distributed
+from lorweb_jax.processes.compiler_flags import set_compiler_flags
 from lorweb_jax.processes.coordination import stop_status
 from lorweb_jax.settings import config as configs
 
@@ -124,12 +125,18 @@ def command() -> int:
         return 0
     config, workdir = read_command_line(sys.argv)
     configs.check(config)
+    if added := set_compiler_flags():
+        print(f"compiler: {added}", flush=True)
     with distributed.joined({"workdir": workdir, **dict(configs.fields(config))}):
         from lorweb_jax.jobs import make_job
         from lorweb_jax.processes.host_memory import keep_freed_memory
         from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
 
         keep_freed_memory()
+        if config.get("remat") == "auto":
+            from lorweb_jax.planning import remat
+
+            config.remat = remat.choose(config, remat.this_machine())
         words = shlex.join(sys.argv[1:])
         finished = train(config, workdir, make_job, f"python -m lorweb_jax.main {words}")
     return 0 if finished else stop_status()

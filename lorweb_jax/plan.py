@@ -17,11 +17,11 @@
 --overwrite               replace files of these names
 
 TPU programs are compiled by libtpu (pip install libtpu==0.0.52), which needs no TPU; minutes on two CPU cores, and
-about 4 GB of memory. One gpu:h100, gpu:rtx4090 or gpu:rtx3060 is compiled for by jax's CUDA plugin where that is
-installed, without a GPU: pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own
-version; for an H100 the plan then says how long a step takes by the compiler's cost model. For other GPUs, bytes of
-arguments are exact and the rest is estimated. With --config.offload=blocks weights are streamed from the host's memory,
-at an assumed bandwidth (planning/chips.py).
+about 4 GB of memory. One GPU is compiled for by jax's CUDA plugin where that is installed, without a GPU: pip install
+--no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own version; for an H100, H200 or B200 the plan
+then says how long a step takes by the compiler's cost model. Without the plugin, and for several GPUs, bytes of
+arguments are exact and the rest is estimated. --config.remat=auto becomes what suits the devices planned for. With
+--config.offload=blocks weights are streamed from the host's memory, at an assumed bandwidth (planning/chips.py).
 """
 
 import json
@@ -58,7 +58,7 @@ def command() -> None:
     configs.check(config)
     require_writable([Path(name) for name in (FLAGS.json, FLAGS.hlo, FLAGS.profile) if name], overwrite=FLAGS.overwrite)
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has, nothing runs on it
-    from lorweb_jax.planning import gpu_compiler, report, suggest
+    from lorweb_jax.planning import gpu_compiler, remat, report, suggest
     from lorweb_jax.planning.figures import make_plan
     from lorweb_jax.planning.topology import target
 
@@ -66,7 +66,11 @@ def command() -> None:
     if not there.compiles and (FLAGS.hlo or FLAGS.confirm or FLAGS.profile):
         raise UserError(f"nothing is compiled for {there.name}; leave --hlo, --profile and --confirm out", 2)
     if FLAGS.profile and not gpu_compiler.estimates(there.chip.name):
-        raise UserError("instructions have known costs on an H100 alone; leave --profile out, or plan for gpu:h100", 2)
+        raise UserError(
+            "instructions have known costs on gpu:h100, gpu:h200 and gpu:b200; leave --profile out, or plan for one",
+            2,
+        )
+    config.remat = remat.choose(config, there) if FLAGS.what == "train" or config.remat != "auto" else "none"
     plan = make_plan(config, there, FLAGS.what)
     print(report.table(plan), flush=True)
     estimator = suggest.Estimator(config, plan)

@@ -2,7 +2,8 @@
 what test_mesh.py compares.
 
 Run as a program it prints, for each mesh given as data,fsdp,tensor, where its arrays end up, as .npz files. Of a mesh
-with "pair," before it, it is the pair, with "offload," the basis beside blocks in the host's memory.
+with "pair," before it, it is the pair, with "blocks," that with blocks of their own, with "offload," the basis beside
+blocks in the host's memory.
 """
 
 import functools
@@ -124,6 +125,11 @@ class MeshPair(OnePartition, PairJob):
         return {}
 
 
+class UnstackedPair(MeshPair):
+    def unstack(self, model):
+        model.transformer.unstack()
+
+
 def latents():
     random = np.random.default_rng(4)
     for _ in range(3):
@@ -174,23 +180,30 @@ def three_steps(sizes: dict[str, int], job: MeshJob | MeshPair) -> dict[str, np.
     state = jax.jit(
         lambda *parts: new_state(job, partition, optimizer, config, *parts), out_shardings=sharding.shardings_of(shapes)
     )(trainable, constants)
+    share = _shares(state.trainable | state.constants | frozen)
+    partition, frozen = partition.unstacked(job, frozen)
     losses = []
     with jax.set_mesh(mesh):
         step = TrainStep(job, partition, optimizer, config, mesh, shapes)
         for number, batch in enumerate(latents() if isinstance(job, MeshPair) else batches()):
             state, metrics = step(number, state, frozen, sharding.put_batch(mesh, batch))
             losses.append(float(metrics["loss"]))
-    trainable = state.trainable
-    share = {
+    trained = {name: np.asarray(array) for name, array in state.trainable.items()}
+    return trained | {"loss": np.array(losses)} | share | _shares(state.trainable | frozen)
+
+
+def _shares(arrays: dict[str, jax.Array]) -> dict[str, float]:
+    """ "share/<path>": a device's share of each array."""
+    return {
         f"share/{name}": array.addressable_shards[0].data.size / array.size
-        for name, array in {**trainable, **state.constants, **frozen}.items()
+        for name, array in arrays.items()
+        if not array.is_deleted()
     }
-    return {name: np.asarray(array) for name, array in trainable.items()} | {"loss": np.array(losses)} | share
 
 
 if __name__ == "__main__":
     out, *meshes = sys.argv[1:]
-    jobs = {"": MeshJob(), "pair": MeshPair(), "offload": OffloadedJob()}
+    jobs = {"": MeshJob(), "pair": MeshPair(), "blocks": UnstackedPair(), "offload": OffloadedJob()}
     for mesh in meshes:
         *kind, data, fsdp, tensor = mesh.split(",")
         sizes = dict(zip(sharding.AXES, map(int, (data, fsdp, tensor))))

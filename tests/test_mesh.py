@@ -13,7 +13,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
 
 TOLERANCE = 1e-5  # relative, L2
-PAIR = [("pair", 1, 1, 1), ("pair", 2, 2, 2)]  # of Pair Customization
+PAIR = [("pair", 1, 1, 1), ("blocks", 2, 2, 2)]  # of Pair Customization; the second with blocks of their own
 OFFLOADED = ("offload", 2, 2, 2)  # with blocks in the host's memory
 # Each axis alone, and two or all three of them.
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
@@ -50,6 +50,7 @@ def test_a_pair_trains_on_eight_devices_as_on_one(runs):
         assert relative(many[name], one[name]) <= TOLERANCE, name
     shares = {name: share for name, share in many.items() if name.startswith("share/basis.")}
     assert shares and {float(share) for share in shares.values()} == {1 / 2}
+    assert many["share/transformer.single_transformer_blocks.blocks.1.proj_out.kernel"] == 1 / 4
 
 
 def test_weights_and_basis_are_really_split(runs):

@@ -23,7 +23,7 @@ from lorweb_jax.jobs.pair import PairBatches
 from lorweb_jax.main import read_config
 from lorweb_jax.nn import sharding
 from lorweb_jax.pipeline.published import KontextSizes
-from lorweb_jax.planning import collectives, estimated_time, gpu_compiler, report, suggest
+from lorweb_jax.planning import collectives, estimated_time, gpu_compiler, remat, report, suggest
 from lorweb_jax.planning.activations import estimate, kept_bytes
 from lorweb_jax.planning.chips import GPUS
 from lorweb_jax.planning.collectives import Traffic
@@ -411,26 +411,45 @@ def test_compiled_for_a_gpu(monkeypatch):
 
 
 def test_what_remat_keeps(gpu_plan):
-    """Blocks' inputs; attention's results beside them; each branch's last products; by width d and token, float32.
+    """Blocks' inputs; attention's results beside them; each branch's last products and what adapters are inside; q, k
+    and v; the MLP. By width d and token, float32.
 
-    By hand: each of 2 + 6 blocks has one attention over all tokens; a double block has two products a token, a single
-    block one."""
+    By hand: each of 2 + 6 blocks has one attention over all tokens, q, k, v and a MLP 4·d wide; a double block has two
+    last products and six adapters a token, a single block one and five."""
     estimator = suggest.Estimator(smoke(), gpu_plan)
     peaks = {remat: change.peak for remat, change in estimator.policies.items()}
-    assert list(peaks) == ["none", "dots", "outputs", "attention", "full"]
+    assert list(peaks) == ["none", "dots", "qkv", "outputs", "attention", "full"]
     assert sorted(peaks.values(), reverse=True) == list(peaks.values()) and peaks[smoke().remat] == gpu_plan.peak
     program, folder = gpu_plan.program, gpu_plan.program.job.folder
     vector = 4 * program.batch * (program.job.sequence + folder.text_tokens) * folder.backbone.features
     depths = dict(folder.backbone.stacks)
     double, single = depths["transformer_blocks"], depths["single_transformer_blocks"]
     assert peaks["attention"] - peaks["full"] == pytest.approx((double + single) * vector)
-    assert peaks["outputs"] - peaks["attention"] == pytest.approx((2 * double + single) * vector)
+    inner = smoke().basis.size * smoke().basis.rank / folder.backbone.features * (6 * double + 5 * single)
+    assert peaks["outputs"] - peaks["attention"] == pytest.approx((2 * double + single + inner) * vector)
+    assert peaks["qkv"] - peaks["outputs"] == pytest.approx(3 * (double + single) * vector)
+    assert peaks["dots"] - peaks["qkv"] == pytest.approx(4 * (double + single) * vector)
     assert "GiB at the peak by --config.remat (estimated): none " in "\n".join(suggest.lines(estimator, []))
 
 
 def test_a_card_whose_name_ends_like_a_count():
     there = target("gpu:rtx4090")
     assert there.chip.name == "rtx4090" and len(there.devices) == 1
+
+
+def test_remat_that_suits_the_memory(gpu_plan, capsys):
+    """auto: what recomputes least and leaves a tenth free; with too little for any, what keeps least."""
+    peaks = {name: change.peak for name, change in suggest.Estimator(smoke(), gpu_plan).policies.items()}
+
+    def chosen(memory, **changes):
+        there = dataclasses.replace(gpu_plan.target, chip=dataclasses.replace(GPUS["h100"], memory=memory / 0.9))
+        return remat.choose(smoke(remat="auto", **changes), there)
+
+    assert [chosen(peaks[name] * 1.0001) for name in peaks] == list(peaks)
+    assert chosen(peaks["dots"] * 0.9999) == "qkv" and chosen(peaks["full"] / 2) == "full"
+    assert chosen(1e15, unstacked=True) == "none" and chosen(1e15, offload="blocks") == "dots"
+    assert "remat: dots (GiB at the peak, estimated: dots " in capsys.readouterr().out
+    assert remat.choose(smoke(remat="outputs"), gpu_plan.target) == "outputs"
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:", "h100"])

@@ -53,7 +53,8 @@ def shape(path, array, dtype, split):
     return jax.ShapeDtypeStruct(array.shape, dtype, sharding=NamedSharding(mesh, P(*split[-array.ndim:])))
 
 # Scales split as the codes' outputs, finer, or not at all: as sharding.py or a caller may ask.
-cases = [((None, None, None), jnp.float32, "int8", None), ((None, "fsdp", None), jnp.bfloat16, "fp8", "tensor"),
+cases = [((None, None, None), jnp.float32, "int8", None), ((None, "fsdp", "tensor"), jnp.bfloat16, "fp8", None),
+         ((None, None, ("data", "fsdp")), jnp.float32, "int8", "tensor"),
          ((None, "tensor", ("data", "fsdp")), jnp.float32, "int8", ("data", "fsdp")),
          ((None, None, "tensor"), jnp.bfloat16, "int8", ("tensor", "fsdp")),
          ((None, ("data", "fsdp", "tensor"), None), jnp.float32, "fp8", None),
@@ -71,7 +72,7 @@ for split, dtype, kind, outputs in cases:
     kernel = "single_transformer_blocks.proj_out.kernel"
     array, scale = expected[kernel], kernel.replace("kernel", "scale")
     wanted = {kernel: shape(kernel, array, DTYPES[kind], split),
-              scale: shape(scale, array[:, :1], jnp.float32, (None, None, outputs))}
+              scale: shape(scale, quantize(array, kind)[1], jnp.float32, (None, None, outputs))}
     for arrays in (load_sharded(stored, wanted, streamed_above=1000), load_sharded(stored, wanted)):
         for path, value in zip((kernel, scale), quantize(array, kind)):
             np.testing.assert_array_equal(np.asarray(arrays[path]).astype(np.float32), value.astype(np.float32))

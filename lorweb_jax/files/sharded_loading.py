@@ -64,7 +64,7 @@ def load_sharded(stored: Stored, shapes: Shapes, streamed_above: int | None = No
 
 def _check(stored: Stored, shapes: Shapes, scales: Mapping[str, str]) -> None:
     known = stored.layout.shapes | {
-        scale: (*stored.layout.shapes[kernel][:-2], 1, stored.layout.shapes[kernel][-1])
+        scale: quantization.scale_shape(stored.layout.shapes[kernel], shapes[kernel].dtype)
         for kernel, scale in scales.items()
         if kernel in stored.layout.shapes
     }
@@ -107,6 +107,8 @@ class _Parameter:
         self.splits_blocks = self.stacked and any(
             cut[0] != (0, len(self.parts)) for shards in self.shards for cut in shards.values()
         )
+        # Else one for the kernel.
+        self.scale_a_channel = kind is not None and wanted[1].shape[-1] == self.shape[-1]
         self.pieces = self._pieces()
 
     def _pieces(self) -> list[_Piece]:
@@ -114,9 +116,12 @@ class _Parameter:
         cuts = [tuple(shards[device][self.stacked :] for shards in self.shards) for device in self.devices]
         if self.kind is None:
             return [_Piece(cut, ((0,) * len(cut),)) for (cut,) in cuts]
-        # Quantised: all inputs of the device's output channels, or all of the tensor where its scales are of others.
+        # Quantised: all inputs of the device's output channels, or all of the tensor where its scales are of others, or
+        # there is one scale for all of it.
         inputs = tuple((0, size) for size in self.shape[:-1])
-        within = all(codes[-1][0] <= scale[-1][0] and scale[-1][1] <= codes[-1][1] for codes, scale in cuts)
+        within = self.scale_a_channel and all(
+            codes[-1][0] <= scale[-1][0] and scale[-1][1] <= codes[-1][1] for codes, scale in cuts
+        )
         pieces = []
         for cut in cuts:
             outputs = cut[0][-1] if within else (0, self.shape[-1])
@@ -177,11 +182,13 @@ class _Parameter:
         ours = ours.reshape(ours.shape[ours.ndim - len(self.shape) :])
         if self.kind is None:
             return [ours]
+        whole = None if self.scale_a_channel else quantization.largest_of(ours, self.kind)
         columns = [
-            quantization.quantize(ours[..., first : first + _BLOCK], self.kind)
+            quantization.quantize(ours[..., first : first + _BLOCK], self.kind, whole)
             for first in range(0, ours.shape[-1], _BLOCK)
         ]
-        return [np.concatenate(arrays, axis=-1) for arrays in zip(*columns)]
+        codes, scales = zip(*columns)
+        return [np.concatenate(codes, axis=-1), np.concatenate(scales, axis=-1) if whole is None else scales[0]]
 
     def streamed(self, readers: Executor) -> list[jax.Array]:
         """The devices make their shards, from one tensor after another."""

@@ -29,8 +29,8 @@ class Adapter:
     """What a linear layer may be given on top of its product: a low-rank update, in two halves, so that layers of one
     input can share the product of the first. It is a pytree.
 
-    `text_tokens` says how many of x's leading tokens are text tokens that precede image tokens (0 where the stream holds
-    one kind).
+    `text_tokens` says how many of x's leading tokens are text tokens that precede image tokens (0 where the stream
+    holds one kind).
     """
 
     def inner(self, dtype: jnp.dtype) -> jax.Array:
@@ -138,11 +138,14 @@ def parts(x: Input) -> tuple[jax.Array, ...]:
 
 
 def sum_of_products(x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel [i, o]. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its
-    gradients takes them less than two."""
+    """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel [i, o].
+
+    Accelerators are spared an array of the joined parts. CPUs join them, as one large product with its gradients takes
+    them less than two; and so does fp8, as parts are joined where they are rounded, and cuBLASLt's products of fp8 are
+    not recognised for slices of a kernel."""
     if not isinstance(x, tuple):
         return product(x, kernel)
-    if sharding.device_in_use().platform == "cpu":
+    if sharding.device_in_use().platform == "cpu" or kernel.dtype == jnp.float8_e4m3fn:
         return product(jnp.concatenate(x, axis=-1), kernel)
     ends = list(itertools.accumulate(part.shape[-1] for part in x))
     return functools.reduce(operator.add, map(product, x, jnp.split(kernel, ends[:-1])))

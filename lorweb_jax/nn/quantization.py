@@ -1,9 +1,13 @@
-"""Frozen linear layers in 8 bit: codes [.., i, o] with one float32 scale [.., 1, o] for each output channel.
+"""Frozen linear layers in 8 bit: codes [.., i, o] with float32 scales beside them.
 
-    W ≈ codes · scale        int8: scale = max|W| / 127 over the inputs, rounded to nearest; fp8 (e4m3): max|W| / 448
+    W ≈ codes · scale     int8: a scale [.., 1, o] for each output channel, max|W| / 127 over its inputs; to nearest
+                          fp8 (e4m3): one [.., 1, 1] for the kernel, the next power of two above max|W| / 448
 
-"int8" is weight-only: the product is made in the input's dtype. "fp8" also takes the input in fp8, with one scale an
-example, and in training what comes back, on hardware that multiplies fp8 (`multiplies_fp8`), and is weight-only elsewhere.
+e4m3 is a floating-point format: within 15 binades a number keeps three places after the first, whatever the scale. So
+one scale a kernel is as precise as many, and a power of two is exact in any dtype.
+
+"int8" is weight-only: the product is made in the input's dtype. On hardware that multiplies fp8 (`multiplies_fp8`)
+"fp8" also takes the input in fp8, and in training what comes back; elsewhere it is weight-only.
 """
 
 from typing import Any
@@ -23,18 +27,32 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _SAMPLED = 8  # of so many tokens one is looked at
 
 
-def quantize(kernel: Any, kind: str) -> tuple[Any, Any]:
-    """(codes [.., i, o], scale float32 [.., 1, o]) of a kernel [.., i, o]; numpy in, numpy out, and the same for jax.
+def quantize(kernel: Any, kind: str, largest: Any = None) -> tuple[Any, Any]:
+    """(codes [.., i, o], scale float32 [.., 1, o] or [.., 1, 1]) of a kernel [.., i, o]; numpy in, numpy out, and the
+    same for jax.
 
-    A channel of zeros gets the scale 1.
+    largest: max|W| that the scale is made of, `largest_of` the kernel that this is a part of; by default of this one. A
+    kernel or channel of zeros gets the scale 1.
     """
     xp = np if isinstance(kernel, np.ndarray) else jnp
     wide = kernel.astype(xp.float32)
     # Products with reciprocals, which XLA makes of divisions: numpy and jax then agree to the bit.
-    scale = abs(wide).max(-2, keepdims=True) * xp.float32(1 / _LARGEST[kind])
+    scale = (largest_of(kernel, kind) if largest is None else largest) * xp.float32(1 / _LARGEST[kind])
+    if kind == "fp8":
+        scale = xp.ldexp(xp.float32(1), xp.frexp(scale)[1]).astype(xp.float32)
     scale = xp.where(scale < np.finfo(np.float32).tiny, xp.float32(1), scale)
     codes = wide * (1 / scale)
     return (xp.rint(codes) if kind == "int8" else codes).astype(DTYPES[kind]), scale
+
+
+def largest_of(kernel: Any, kind: str) -> Any:
+    """max|W|, float32, over what shares a scale: the inputs of a channel, or all of a kernel [.., i, o]."""
+    return abs(kernel).max(-2 if kind == "int8" else (-2, -1), keepdims=True).astype(np.float32)
+
+
+def scale_shape(kernel: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
+    """Of the scale for a kernel of this shape [.., i, o] and codes of this dtype."""
+    return (*kernel[:-2], 1, kernel[-1] if dtype == DTYPES["int8"] else 1)
 
 
 def dequantize(codes: Any, scale: Any) -> Any:
@@ -44,14 +62,18 @@ def dequantize(codes: Any, scale: Any) -> Any:
 
 @jax.custom_vjp
 def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [.., i] times the kernel that codes [i, o] and scale [1, o] stand for: [.., o] in x's dtype.
+    """x [.., i] times the kernel that codes [i, o] and scale [1, o] or [1, 1] stand for: [.., o] in x's dtype.
 
-    Codes and scale are frozen. Where fp8 is multiplied, x is rounded to e4m3, and so is what comes back for the
-    gradient of x: `fp8_product`.
+    Codes and scale are frozen. Where fp8 is multiplied, x is rounded to e4m3 as it is, what lies beyond ±448 being
+    clipped, and dy, for the gradient of x, with a scale: a power of two near its root mean square.
     """
-    if codes.dtype == DTYPES["fp8"] and multiplies_fp8():
-        return _scaled(fp8_product(x, codes, 0), scale[0])
+    if _multiplied(codes):
+        return _fp8_product(x, jnp.float32(1), codes, scale, axis=0)
     return _scaled(x @ codes.astype(x.dtype), scale[0])
+
+
+def _multiplied(codes: jax.Array) -> bool:
+    return codes.dtype == DTYPES["fp8"] and multiplies_fp8()
 
 
 def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -59,25 +81,24 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
     return (y.astype(jnp.float32) * scale).astype(y.dtype)
 
 
-def fp8_product(x: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
-    """x [b, .., k] times e4m3 codes, whose `axis` is k, in x's dtype: x is rounded to e4m3, one scale an example.
+def _fp8_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+    """x [.., k] times codes · scale, whose `axis` is k. Written as cuBLASLt's products of fp8 are recognised: each side
+    dequantised by a scalar, a power of two, which no dtype rounds."""
+    limit = _LARGEST["fp8"]
+    rounded = jnp.clip(x * (1 / x_scale).astype(x.dtype), -limit, limit).astype(codes.dtype)
+    return jax.lax.dot_general(
+        rounded.astype(x.dtype) * x_scale.astype(x.dtype),
+        codes.astype(x.dtype) * scale.reshape(()).astype(x.dtype),
+        (((x.ndim - 1,), (axis,)), ((), ())),
+    )
 
-    The scale is twice the root mean square of every eighth token. e4m3 has 15 binades at three places after the first,
-    so that whatever lies between 1/32 and 896 times the root mean square is rounded alike; what is larger becomes
-    that, what is smaller is rounded to multiples of 1/256 of it. A largest value instead would have to be found in a pass of its own
-    over x, before that which rounds it.
 
-    Scales are applied to the product: what reads a layer's output next, a norm, an activation or a sum, reads all of it
-    once and multiplies on the way, where scales of examples and channels inside the product would keep cuBLASLt from
-    multiplying fp8.
-    """
-    tokens = x[:, ::_SAMPLED] if x.ndim > 2 else x
-    square = jnp.square(tokens.astype(jnp.float32)).mean(tuple(range(1, x.ndim)), keepdims=True)
-    scale = jnp.where(square > 0, 2 * jnp.sqrt(square), 1)
-    largest = _LARGEST["fp8"]
-    rounded = jnp.clip(x.astype(jnp.float32) * (1 / scale), -largest, largest).astype(codes.dtype)
-    contracted = (((x.ndim - 1,), (axis,)), ((), ()))
-    return _scaled(jax.lax.dot_general(rounded, codes, contracted, preferred_element_type=x.dtype), scale)
+def _power_of_two(dy: jax.Array) -> jax.Array:
+    """[], between once and twice the root mean square of every eighth token of dy [b, s, o], or of all of [b, o]. A
+    largest value would have to be found in a pass over all of dy, ahead of that which rounds it."""
+    tokens = dy[:, ::_SAMPLED] if dy.ndim > 2 else dy
+    root = jnp.sqrt(jnp.square(tokens.astype(jnp.float32)).mean())
+    return jnp.where(root > 0, jnp.ldexp(jnp.float32(1), jnp.frexp(root)[1]), 1)
 
 
 def _forward(x, codes, scale):
@@ -87,10 +108,9 @@ def _forward(x, codes, scale):
 
 def _backward(kept, dy):
     codes, scale = kept
-    dy = _scaled(dy, scale[0])
-    if codes.dtype == DTYPES["fp8"] and multiplies_fp8():
-        return fp8_product(dy, codes, 1), None, None
-    return dy @ codes.astype(dy.dtype).T, None, None
+    if _multiplied(codes):
+        return _fp8_product(dy, _power_of_two(dy), codes, scale, axis=1), None, None
+    return _scaled(dy, scale[0]) @ codes.astype(dy.dtype).T, None, None
 
 
 product.defvjp(_forward, _backward)

@@ -17,6 +17,7 @@ from lorweb_jax.nn.quantization import KINDS
 from lorweb_jax.pipeline.arguments import as_dtype, as_path
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
+from lorweb_jax.processes.compiler_flags import set_compiler_flags
 from lorweb_jax.settings.rules import Choice, Flag, as_value
 
 
@@ -31,6 +32,7 @@ def load(
     offload: str,
 ) -> tuple[PipelineFolder, AnalogyModel]:
     """See Pipeline.load. All weights lie on this process's first device, or in the host's memory beside it."""
+    set_compiler_flags()
     unstacked, offload = as_value(unstacked, "unstacked", Flag()), as_value(offload, "offload", Choice(OFFLOADS))
     if unstacked and offload != "none":
         raise UserError(

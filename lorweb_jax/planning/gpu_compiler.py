@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 
-# Descriptions by the name of the chip: the H100's as XLA prints it of one, those of the cards by data sheets.
+from lorweb_jax.processes import compiler_flags
+
+# Descriptions by the name of the chip: the H100's as XLA prints it of one, the others' by data sheets.
 _DESCRIPTIONS = Path(__file__).parent / "gpus"
-_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 INSTALL = "pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}"  # of jax's version
-# Products by cuBLASLt alone: on an H100 no slower than with Triton's, whose estimates are too high.
-OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-# The compiler has tables of products' rates for these; of a GeForce card it says "Cannot find key: sm_86".
-_ESTIMATED = ("h100",)
+# The compiler has tables of products' rates for these; of others it says "Cannot find key: sm_80".
+_ESTIMATED = ("h100", "h200", "b200")
 
 
 def described(kind: str) -> bool:
@@ -32,7 +31,7 @@ def estimates(kind: str) -> bool:
 
 
 def installed() -> bool:
-    return any(map(importlib.util.find_spec, _PLUGINS))
+    return any(map(importlib.util.find_spec, compiler_flags.PLUGINS))
 
 
 @functools.cache
@@ -54,6 +53,9 @@ def compiled(lowered: jax.stages.Lowered, kind: str) -> Any:
     build = options.executable_build_options
     build.num_replicas = build.num_partitions = 1
     build.use_spmd_partitioning = build.use_shardy_partitioner = True
-    options.env_option_overrides = [*OPTIONS.items(), ("xla_gpu_collect_cost_model_stats", estimates(kind))]
+    options.env_option_overrides = [
+        *compiler_flags.FOR_GPUS.items(),
+        ("xla_gpu_collect_cost_model_stats", estimates(kind)),
+    ]
     gpu = device(kind)
     return gpu.client.compile(lowered.compiler_ir(), xla_client.DeviceList((gpu,)), options)

@@ -133,7 +133,7 @@ def _estimated(plan: Plan) -> list[Line]:
         spent = [f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items() if seconds]
         rows.append((f"  {kind}", f"{1e3 * sum(phases.values()):.1f}", ", ".join(spent) * (len(spent) > 1)))
     whole = sum(sum(phases.values()) for phases in total.values())
-    rows.append(("  all", f"{1e3 * whole:.1f}", "an H100 took 3 to 10 % more than such estimates"))
+    rows.append(("  all", f"{1e3 * whole:.1f}", "an H100 and an H200 took 3 to 10 % more than such estimates"))
     if streamed:
         rows += [
             (f"  {estimated_time.STREAMED}", f"{1e3 * streamed:.1f}", "in the background"),

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import REMAT_POLICIES
-from lorweb_jax.planning.activations import estimate, kept_by_example
+from lorweb_jax.planning import remat
 from lorweb_jax.planning.chips import GIB
-from lorweb_jax.planning.figures import Plan, arguments, make_program
-from lorweb_jax.planning.shapes import device_bytes
+from lorweb_jax.planning.figures import Plan
 from lorweb_jax.settings.config import get
 
 
@@ -38,8 +37,8 @@ class Estimator:
         """What a device holds at the peak by what the backward pass recomputes, the least first; {} of sampling."""
         if self.plan.program.what != "train":
             return {}
-        policies = [remat for remat in REMAT_POLICIES if remat != "none" or self.config.offload == "none"]
-        return {remat: self.change({"remat": remat}) for remat in policies}
+        policies = [name for name in REMAT_POLICIES if name != "none" or self.config.offload == "none"]
+        return {name: self.change({"remat": name}) for name in policies}
 
     def change(self, values: dict[str, object]) -> Change:
         """The peak is infinite where the changed config can't run."""
@@ -51,18 +50,10 @@ class Estimator:
             return Change(values, math.inf)
 
     def _bytes(self, config) -> float:
-        program = make_program(config, self.plan.target, self.plan.program.what)
-        if config.remat not in self._kept:
-            # What is kept is the same where blocks have arrays of their own, and seen where they are scanned.
-            scanned = config.copy_and_resolve_references()
-            scanned.unstacked = False
-            scanned = make_program(scanned, self.plan.target, self.plan.program.what)
-            self._kept[config.remat] = kept_by_example(scanned, scanned.traced())
-        return (
-            sum(arguments(program).values())
-            + device_bytes(program.gradients)
-            + estimate(program, self._kept[config.remat]).total
-        )
+        there, what = self.plan.target, self.plan.program.what
+        if what == "train" and config.remat not in self._kept:
+            self._kept[config.remat] = remat.kept(config, there)
+        return remat.peak(config, there, what, self._kept.get(config.remat, 0.0))
 
 
 def suggestions(estimator: Estimator) -> list[Change]:
@@ -82,8 +73,8 @@ def suggestions(estimator: Estimator) -> list[Change]:
 
 def faster(estimator: Estimator) -> list[Change]:
     """Of a plan that fits, the policy that recomputes least and still fits with a tenth to spare; none or one."""
-    for remat, change in estimator.policies.items():
-        if remat == estimator.config.remat:
+    for name, change in estimator.policies.items():
+        if name == estimator.config.remat:
             break
         if change.peak <= 0.9 * estimator.plan.capacity:
             return [change]
@@ -94,9 +85,9 @@ def candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
     """Fields and values that may make a plan fit, the least costly first."""
     training = plan.program.what == "train"
     if training and config.remat != "full":
-        for remat in list(REMAT_POLICIES)[1:]:
-            if remat != config.remat:
-                yield {"remat": remat}
+        for name in list(REMAT_POLICIES)[1:]:
+            if name != config.remat:
+                yield {"remat": name}
     if config.train.param_dtype == "float32":
         yield {"train.param_dtype": "bfloat16"}
     if training and config.get("precomputed") == "":  # a pair has no such field
@@ -130,7 +121,7 @@ def candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
 
 def lines(estimator: Estimator, changes: list[Change]) -> list[str]:
     """What to tell of its policies, and of `suggestions`, or of `faster` for a plan that fits."""
-    peaks = [f"{remat} {change.peak / GIB:.2f}" for remat, change in estimator.policies.items()]
+    peaks = [f"{name} {change.peak / GIB:.2f}" for name, change in estimator.policies.items()]
     head = ["GiB at the peak by --config.remat (estimated): " + ", ".join(peaks)] if peaks else []
     return head + _lines(estimator.plan, changes)
 

@@ -110,9 +110,10 @@ def add_computation(config: ConfigDict) -> None:
     # Where the blocks of the frozen transformer and of T5 lie: none, on the device, or blocks, in the host's memory,
     # from where they are streamed block by block, forward and backward.
     config.offload = "none"
-    # What the backward pass recomputes, the least first: none, dots (all but products and attention), qkv (all but
-    # attention, q, k, v and the products that end a block's branches), outputs (all but attention and those), attention
-    # (all but attention), full (all of a block). `python -m lorweb_jax.plan` lists the memory of each.
+    # What the backward pass recomputes: auto, as little as the devices' memory allows; or, the least first: none, dots
+    # (all but products and attention), qkv (all but attention, q, k, v and the products that end a block's branches),
+    # outputs (all but attention and those products), attention (all but attention), full (all of a block).
+    # `python -m lorweb_jax.plan` lists the memory of each.
     config.remat = "none"
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
     config.unroll = 8  # blocks of a stack compiled side by side

@@ -67,7 +67,7 @@ _FROZEN: dict[str, Rule] = {
     "compute_dtype": _DTYPE,
     "quantization": Choice(("none", "int8", "fp8")),
     "offload": Choice(("none", "blocks")),
-    "remat": Choice(("none", "dots", "qkv", "outputs", "attention", "full")),
+    "remat": Choice(("auto", "none", "dots", "qkv", "outputs", "attention", "full")),
     "attention": Choice(("auto", "xla", "cudnn", "pallas")),
     "unroll": _LAYERS,
     "unstacked": Flag(),

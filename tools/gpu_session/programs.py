@@ -13,7 +13,6 @@ from benchmark import ours
 from benchmark.random_weights import inputs, new_flux
 from benchmark.setting import DEFAULTS, Setting
 from lorweb_jax.adapters.mixture import LowRankAdapter
-from lorweb_jax.nn import layers
 from lorweb_jax.nn.quantization import as_multiplied
 from lorweb_jax.planning.flops import base_flops, basis_flops
 

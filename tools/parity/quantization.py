@@ -75,7 +75,8 @@ def random_layers(tokens: int = 64) -> dict[str, np.ndarray]:
     for i, o in sizes:
         keys = jax.random.split(jax.random.key(i * o))
         squares = np.asarray(
-            measure(jax.random.normal(keys[0], (1, tokens, i)), jax.random.normal(keys[1], (i, o)) * i**-0.5), np.float64
+            measure(jax.random.normal(keys[0], (1, tokens, i)), jax.random.normal(keys[1], (i, o)) * i**-0.5),
+            np.float64,
         )
         found[f"{i} x {o}"] = np.sqrt(squares[1:] / squares[0])
     return found

@@ -1,0 +1,37 @@
+"""What is put into XLA_FLAGS, and where."""
+
+import importlib.util
+import os
+
+import jax
+import pytest
+
+from lorweb_jax.processes import compiler_flags
+from lorweb_jax.processes.compiler_flags import set_compiler_flags
+
+
+@pytest.mark.parametrize(
+    "plugins, given, expected",
+    [
+        ((), "--xla_x=1", ("", "--xla_x=1")),
+        (("jax_cuda12_plugin",), "", ("--xla_gpu_enable_triton_gemm=false",) * 2),
+        (
+            ("jax_cuda13_plugin",),
+            "--xla_x=1",
+            ("--xla_gpu_enable_triton_gemm=false", "--xla_x=1 --xla_gpu_enable_triton_gemm=false"),
+        ),
+        (("jax_cuda12_plugin",), "--xla_gpu_enable_triton_gemm=true", ("", "--xla_gpu_enable_triton_gemm=true")),
+    ],
+)
+def test_flags(plugins, given, expected, monkeypatch):
+    """Where there is a GPU's plugin, and never against what a user has set."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in plugins or None)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    assert (set_compiler_flags(), os.environ["XLA_FLAGS"]) == expected
+
+
+def test_xla_knows_the_flags():
+    """A name that XLA doesn't know would end every program on a GPU."""
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=compiler_flags.FOR_GPUS)
+    with pytest.raises(Exception, match="xla_gpu_no_such_flag"):
+        jax.jit(lambda x: x + 2).lower(1.0).compile(compiler_options={"xla_gpu_no_such_flag": False})
