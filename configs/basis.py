@@ -82,6 +82,7 @@ def default():
     config.loss_weight = "bell"  # by timestep: bell, as published, or uniform
     config.guidance = 1.0  # guidance input while training
     add_computation(config)
+    config.unstacked = True  # the small base has few blocks
 
     # Images that are logged while training, and tables at its end: changes neither what is trained nor a checkpoint.
     config.evaluation = dict(
@@ -120,7 +121,7 @@ def kontext():
     config.data.root, config.data.quadrant_size, config.data.workers = "Relation252K", 256, 8
     config.precomputed = "local_data/precomputed"
     config.compute_dtype = config.train.param_dtype = "bfloat16"
-    config.remat, config.unroll = "full", 1
+    config.remat, config.unroll, config.unstacked = "auto", 1, False
     config.evaluation.steps, config.evaluation.batch = 28, 2
     config.train.steps, config.train.batch = 10_000, 6
     config.train.checkpoint_every = 250

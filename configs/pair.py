@@ -104,7 +104,7 @@ def kontext():
     config.pair.content_rank = config.pair.style_rank = 32
     config.pair.style_start, config.pair.times = 750, "example"
     config.compute_dtype = config.train.param_dtype = "bfloat16"
-    config.remat, config.unroll = "full", 1
+    config.remat, config.unroll = "auto", 1
     config.evaluation.prompts = ("a photo of a cat", "a photo of a man", "a photo of a house")
     config.evaluation.steps, config.evaluation.batch = 28, 2
     config.train.steps, config.train.batch, config.train.accumulate = 1500, 8, 2

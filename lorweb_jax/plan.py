@@ -67,8 +67,7 @@ def command() -> None:
         raise UserError(f"nothing is compiled for {there.name}; leave --hlo, --profile and --confirm out", 2)
     if FLAGS.profile and not gpu_compiler.estimates(there.chip.name):
         raise UserError(
-            "instructions have known costs on gpu:h100, gpu:h200 and gpu:b200; leave --profile out, or plan for one",
-            2,
+            "instructions have known costs on gpu:h100, gpu:h200 and gpu:b200; leave --profile out, or plan for one", 2
         )
     config.remat = remat.choose(config, there) if FLAGS.what == "train" or config.remat != "auto" else "none"
     plan = make_plan(config, there, FLAGS.what)

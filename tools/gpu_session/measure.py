@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from programs import graph, inputs_of, modulation_shapes, per_tensor, shapes, trainable_shapes
+from programs import graph, inputs_of, modulation_shapes, shapes, trainable_shapes
 from results import say
 
 from benchmark import ceilings, ours
@@ -23,14 +23,12 @@ class Weights:
     def __init__(self):
         self._kind, self._state = None, None
 
-    def of(self, setting, tensor_scales):
-        kind = setting.quantization, setting.unstacked, tensor_scales
+    def of(self, setting):
+        kind = setting.quantization, setting.unstacked
         if kind != self._kind:
             self._state = None  # first, so that never two lie there
             start = time.monotonic()
             _, self._state = nnx.split(random_flux(setting))
-            if tensor_scales:
-                self._state = per_tensor(self._state)
             jax.block_until_ready(self._state)
             say(f"weights made, {time.monotonic() - start:.1f} s")
             self._kind = kind
@@ -56,7 +54,7 @@ def seconds_of(run, budget):
 def measure(program, weights, results, out, tiny):
     """Time one program; its kernels too, where it is one of those that tell most."""
     setting = program.setting
-    run = _runner(program, weights.of(setting, "fp8-tensor" in program.variants))
+    run = _runner(program, weights.of(setting))
     row = seconds_of(run, 5.0 if setting.what == "sample" else 9.0)
     median = row["ms"][1]
     row["TFLOP/s"] = round(program.flops / median / 1e9, 1)

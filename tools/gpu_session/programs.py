@@ -15,9 +15,11 @@ from benchmark.setting import DEFAULTS, Setting
 from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.nn.quantization import as_multiplied
 from lorweb_jax.planning.flops import base_flops, basis_flops
+from lorweb_jax.processes.compiler_flags import FOR_GPUS
 
-NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
-GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,DYNAMIC_SLICE_FUSION"
+# The first is what the commands set (compiler_flags.py); a training step may also use all memory that there is.
+NO_TRITON = FOR_GPUS
+FOR_TRAINING = FOR_GPUS | {"xla_gpu_memory_limit_slop_factor": 118}
 
 
 def setting_of(what, tiny):
@@ -64,18 +66,6 @@ def graph(setting):
     return graphdef, jax.tree.map(cast, state)
 
 
-def per_tensor(state):
-    """The state with codes [.., o, i] and one scale a kernel, of a model quantised to fp8 as codes [.., i, o]."""
-
-    def turned(leaf):
-        if leaf.dtype == jnp.float8_e4m3fn:
-            return jnp.swapaxes(leaf, -1, -2)
-        # Scales are [.., 1, o].
-        return leaf.max(axis=-1, keepdims=True) if leaf.shape[-2:-1] == (1,) else leaf
-
-    return jax.tree.map(turned, state)
-
-
 _INPUTS = {}
 
 
@@ -100,8 +90,6 @@ class Program:
         setting, donate = self.setting, ()
         with applied(self.variants):
             graphdef, state = graph(setting)
-            if "fp8-tensor" in self.variants:
-                state = jax.eval_shape(per_tensor, state)
             arguments = shapes(inputs_of(setting))
             if setting.what == "sample":
                 levels = {name: arguments.pop(name) for name in ("pooled_bp", "timestep_b", "guidance_b")}
@@ -191,7 +179,7 @@ def trainable_shapes(setting):
     return trainable, jax.eval_shape(optimizer.init, trainable), optimizer
 
 
-GROUPS = ("fp8", "unstacked", "train")
+GROUPS = ("unstacked", "fp8", "stacked", "ceilings", "int8")
 
 
 def all_programs(sample, train):
@@ -200,25 +188,30 @@ def all_programs(sample, train):
     sizes = (train.batch, train.tokens, train.text_tokens)
     update = base_flops("basis", train.backbone, *sizes) + basis_flops("basis", train.backbone, train.basis, *sizes)
 
-    def s(name, section="sample", kind="base", variants=(), options=None, **change):
+    def s(name, section="stacked", kind="base", variants=(), options=NO_TRITON, **change):
         setting = dataclasses.replace(sample, **change)
         return Program(section, name, setting, kind=kind, flops=step, variants=variants, options=options)
 
-    def t(name, remat, section="train", kind="basis", variants=(), options=None, **change):
+    def t(name, remat, section="stacked", kind="basis", variants=(), options=FOR_TRAINING, **change):
         setting = dataclasses.replace(train, remat=remat, **change)
         flops = update * setting.batch / train.batch
         return Program(section, name, setting, kind=kind, flops=flops, variants=variants, options=options)
 
-    most = NO_TRITON | {"xla_gpu_memory_limit_slop_factor": 118}
     free = {"section": "unstacked", "unstacked": True}
     fp8 = {"section": "fp8", "unstacked": True, "quantization": "fp8"}
     return [
-        t("train fp8, dots, unstacked", "dots", options=most, **fp8),
-        t("train dots", "dots", options=most),
-        t("train qkv", "qkv", options=most),
-        t("train fp8, dots", "dots", options=most, **fp8 | {"unstacked": False}),
-        s("sample unstacked", options=NO_TRITON, **free),
-        s("sample unstacked, more graphs", options=NO_TRITON | {"xla_gpu_enable_command_buffer": GRAPHS}, **free),
-        s("sample fp8, unstacked", options=NO_TRITON, **fp8),
-        s("sample fp8, unstacked, as before", options=NO_TRITON, variants=("fp8-tensor",), **fp8),
+        t("train dots, unstacked", "dots", **free),
+        t("train fp8, dots, unstacked", "dots", **fp8),
+        t("train dots, unstacked, batch 3", "dots", batch=3, **free),
+        t("train outputs", "outputs"),
+        t("train dots", "dots"),
+        s("sample unstacked", **free),
+        s("sample fp8, unstacked", **fp8),
+        t("train dots, unstacked, no basis", "dots", kind="inputs", **free),
+        s("sample"),
+        s("sample, before", variants=("before",)),
+        t("train qkv", "qkv"),
+        t("train full, before", "full", variants=("before",)),
+        s("sample, low-rank basis", kind="low-rank"),
+        s("sample int8", section="int8", quantization="int8"),
     ]

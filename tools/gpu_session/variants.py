@@ -1,16 +1,13 @@
 """Other ways to compute the same step: what the code did before, for the ratio on one device, and what is tried there
 before it becomes the code's own.
 
-Each is a set of replacements that hold while a step is traced (`applied`); results equal the code's to rounding, but
-for "fp8-tensor".
+Each is a set of replacements that hold while a step is traced (`applied`); results equal the code's to rounding.
 """
 
 import contextlib
 import functools
 
-import jax
 import jax.numpy as jnp
-import mosaic
 
 from lorweb_jax.models.flux1 import blocks, embeddings
 from lorweb_jax.nn import layers
@@ -48,20 +45,4 @@ def _before():
     return {"rotate": lambda x, rope: embeddings._rotate_pairs(x, *rope), "sum_of_products": _joined}
 
 
-def _fp8_per_tensor():
-    """Products as cuBLASLt makes them in e4m3: codes [o, i], one scale a kernel, a constant one for the input."""
-
-    def product(x, codes_oi, scale):
-        step = jnp.asarray(0.02, x.dtype)
-        rounded = (jnp.clip(x / step, -448, 448)).astype(jnp.float8_e4m3fn)
-        kernel = codes_oi.astype(x.dtype) * scale.reshape(()).astype(x.dtype)
-        return jax.lax.dot_general(rounded.astype(x.dtype) * step, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-
-    return {"product": product, "sum_of_products": _joined}
-
-
-def _mosaic():
-    return {"attend": lambda q, k, v, implementation: mosaic.attend_by(q, k, v)}
-
-
-VARIANTS = {"mosaic": _mosaic, "before": _before, "fp8-tensor": _fp8_per_tensor}
+VARIANTS = {"before": _before}
