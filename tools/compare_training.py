@@ -2,6 +2,7 @@
 
   tools/compare_training.py optimizer.moments=bfloat16 optimizer.moments=int8 quantization=int8 quantization=fp8
   tools/compare_training.py --config=configs/basis.py:smoke --steps=20 optimizer.moments=int8
+  tools/compare_training.py --multiply-fp8 quantization=fp8
 
 The first row is the config as it is. Columns: mean loss of the last steps, mean loss on held-out splits after them (the
 same analogies, noise and noise levels for all), bytes of the frozen weights and of the optimizer's state, and seconds
@@ -37,6 +38,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="default: 300")
     parser.add_argument("--batch", type=positive, default=6, metavar="N", help="default: 6")
+    parser.add_argument(
+        "--multiply-fp8",
+        action="store_true",
+        help="make products of fp8 as hardware does that multiplies it, inputs and gradients rounded too",
+    )
     return parser.parse_args()
 
 
@@ -68,6 +74,7 @@ def trained(config, name: str) -> Outcome:
     partition = Partition.of(job, config.seed)
     shapes = state_shapes(job, partition, optimizer, config, mesh)
     frozen = frozen_weights(job, partition.frozen_shapes(mesh, config.train.param_dtype), config)
+    partition, frozen = partition.unstacked(job, frozen)
     state = initial_state(job, partition, optimizer, config, shapes)
     losses, held_out, start = [], {}, None
     with jax.set_mesh(mesh):
@@ -117,8 +124,11 @@ def main() -> None:
     from tabulate import tabulate
 
     from lorweb_jax.main import read_config, set_field
+    from lorweb_jax.nn import quantization
     from lorweb_jax.settings import config as configs
 
+    if args.multiply_fp8:
+        quantization.multiplies_fp8 = lambda: True
     planned = {}
     for option in [None, *args.options]:
         config = planned[option or "as it is"] = read_config(args.config)
