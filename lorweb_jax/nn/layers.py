@@ -137,9 +137,7 @@ def parts(x: Input) -> tuple[jax.Array, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def sum_of_products(
-    x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
+def sum_of_products(x: Input, kernel: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """Σ product(part, rows) over the parts of x; `rows` is what the part meets of the kernel [i, o]. Accelerators are spared an array of the joined parts; CPUs join them, as one large product with its
     gradients takes them less than two."""
     if not isinstance(x, tuple):
