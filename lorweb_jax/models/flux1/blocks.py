@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lorweb_jax.models.backbone import MakeLinear
 from lorweb_jax.models.flux1.embeddings import rotate
-from lorweb_jax.nn import head_major, sharding
+from lorweb_jax.nn import head_major, modulated_norm, sharding
 from lorweb_jax.nn.attention import Parts, attend, attend_streams
 from lorweb_jax.nn.layers import HIDDEN, OUTPUTS, QKV, Adapter, Linear, RMSNorm, layer_norm, outputs
 
@@ -26,6 +26,13 @@ Modulations = dict[str, jax.Array]
 def modulate(x: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:
     """LN(x) · (1 + scale) + shift, x [b, s, d]."""
     return layer_norm(x) * (1 + scale_bd[:, None]) + shift_bd[:, None]
+
+
+def branch(x: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a branch of a block begins with, and the x to which its end is added (modulated_norm.modulated)."""
+    if modulated_norm.fits(x):
+        return modulated_norm.modulated(x, shift_bd, scale_bd)
+    return modulate(x, shift_bd, scale_bd), x
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -125,16 +132,16 @@ class DoubleBlock(nnx.Module):
             mod["norm1_context"], 6, axis=-1
         )
 
-        image_update, text_update = self.attn(
-            modulate(image, shift, scale), modulate(text, text_shift, text_scale), rope, add
-        )
+        image_branch, image = branch(image, shift, scale)
+        text_branch, text = branch(text, text_shift, text_scale)
+        image_update, text_update = self.attn(image_branch, text_branch, rope, add)
         image = image + gate[:, None] * image_update
         text = text + text_gate[:, None] * text_update
 
-        image = image + mlp_gate[:, None] * self.ff(modulate(image, mlp_shift, mlp_scale), add, "ff")
-        text = text + text_mlp_gate[:, None] * self.ff_context(
-            modulate(text, text_mlp_shift, text_mlp_scale), add, "ff_context"
-        )
+        image_branch, image = branch(image, mlp_shift, mlp_scale)
+        text_branch, text = branch(text, text_mlp_shift, text_mlp_scale)
+        image = image + mlp_gate[:, None] * self.ff(image_branch, add, "ff")
+        text = text + text_mlp_gate[:, None] * self.ff_context(text_branch, add, "ff_context")
         return image, text
 
 
@@ -166,7 +173,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: jax.Array, mod: Modulations, rope, add: Additions, text_tokens: int) -> jax.Array:
         """x [b, t + s, d], text first -> the same."""
         shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
-        normed = modulate(x, shift, scale)
+        normed, x = branch(x, shift, scale)
         attn = self.attn
         layers = {"attn.to_q": attn.to_q, "attn.to_k": attn.to_k, "attn.to_v": attn.to_v, "proj_mlp": self.proj_mlp}
         *qkv, hidden = outputs(normed, [(layer, add.get(name)) for name, layer in layers.items()], text_tokens)
