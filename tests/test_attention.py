@@ -45,7 +45,7 @@ def normed_and_turned(parts, scales, angles, factor):
     return factor * jnp.stack([x.real, x.imag], -1).reshape(*x.shape[:3], 128).transpose(0, 2, 1, 3)
 
 
-LENGTHS = [(256,), (128, 256)]  # one part in a block; two, in blocks of 128 tokens
+LENGTHS = [(256,), (128, 256)]  # one part; two, in blocks of 128 tokens
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -85,8 +85,7 @@ def test_split_and_merge_move_heads_and_undo_each_other(lengths):
 @pytest.mark.parametrize("keys", [128, 384])  # blocks of keys: three, whose gradients of q are added up, and one
 def test_parts_through_tpu_kernels_equal_xla(keys, monkeypatch):
     """From projections to the output projection's inputs, and back, in float32."""
-    monkeypatch.setattr("lorweb_jax.nn.attention._KEYS", keys)
-    monkeypatch.setattr("lorweb_jax.nn.attention._KEYS_BACKWARD", keys)
+    monkeypatch.setattr("lorweb_jax.nn.attention._HELD", keys * 128 * 4)
     random = np.random.default_rng(0)
     norms = [RMSNorm(128, rngs=nnx.Rngs(0)) for _ in range(4)]
     for norm in norms:

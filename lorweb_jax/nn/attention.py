@@ -20,10 +20,11 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 SAVED = "attention"
 _AXES = ("batch", None, "heads", None)  # of q, k, v
 _LANES = 128  # sequence lengths of the TPU kernel's blocks are multiples of this
-# Keys that the TPU kernel holds at once, at most: as many as VMEM has room for. With all of them each is read once a
-# head, not once a block of queries; and the backward pass writes as many partial gradients of q, to be added up
-# afterwards in their own dtype, as there are blocks of keys.
-_KEYS, _KEYS_BACKWARD = 8704, 4608
+# Bytes of a head's keys that the TPU kernel holds at once, at most: VMEM has room for little more beside what is
+# computed from them. With all of a head's each is read once, not once a block of
+# queries; and the backward pass writes as many partial gradients of q, to be added up afterwards in their own dtype, as
+# there are blocks of keys.
+_HELD = 4608 * _LANES * 2
 Parts = head_major.Parts
 
 
@@ -170,8 +171,8 @@ def _pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
     """softmax(q kᵀ) v, all [b, h, s, a]; the last `padding` tokens, which stand for nothing, see themselves alone."""
-    heads, s = q.shape[1:3]
-    kernel, segments = _splash_kernel(s, heads), None
+    heads, s, width = q.shape[1:]
+    kernel, segments = _splash_kernel(s, heads, _HELD // (width * k.dtype.itemsize)), None
     if padding:
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
@@ -180,17 +181,18 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.A
     return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
 
 
-def _splash_kernel(s: int, heads: int) -> Callable:
+def _splash_kernel(s: int, heads: int, keys: int) -> Callable:
+    """For a sequence of s tokens, of which it holds at most so many keys at once."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block, kv, kv_backward = _divisor(s, 512), _divisor(s, _KEYS), _divisor(s, _KEYS_BACKWARD)
+    block, kv = _divisor(s, 512), _divisor(s, keys)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=kv,
         block_kv_compute=_divisor(kv, 512),
         block_q_dkv=block,
-        block_kv_dkv=kv_backward,
-        block_kv_dkv_compute=_divisor(kv_backward, 512),
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=_divisor(kv, 512),
         use_fused_bwd_kernel=True,
     )
     return splash.make_splash_mha(

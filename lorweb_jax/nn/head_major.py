@@ -95,7 +95,11 @@ class _Grid:
 
     def __init__(self, b: int, heads: int, lengths: Sequence[int], dtype: jnp.dtype):
         self.heads = next(size for size in range(min(_GROUP, heads), 0, -1) if heads % size == 0)
-        self.rows = next(rows for rows in _ROWS if all(length % rows == 0 for length in lengths))
+        self.rows = next(
+            rows
+            for rows in _ROWS[jnp.dtype(dtype).itemsize > 2 :]  # wider ones have room for half as many
+            if all(length % rows == 0 for length in lengths)
+        )
         counts = [length // self.rows for length in lengths]
         self.ends = list(itertools.accumulate(counts))
         self.starts = [end - count for end, count in zip(self.ends, counts)]
