@@ -53,7 +53,7 @@ def _modulated(x, shift, scale, eps):
 
         _each_rows(write)
 
-    return _call(kernel, [x], [shift, scale], sums=0), x
+    return _call(kernel, [x], [shift, scale]), x
 
 
 def _modulated_forward(x, shift, scale, eps):
@@ -77,7 +77,7 @@ def _modulated_backward(eps, kept, gradients):
 
         _each_rows(write)
 
-    dx, *sums = _call(kernel, [x, *gradients], [scale], sums=2)
+    dx, *sums = _call(kernel, [x, *gradients], [scale], sums=2, in_place={2: 0})
     return dx, *(each.sum((1, 2)).astype(like.dtype) for each, like in zip(sums, (shift, scale)))
 
 
@@ -102,11 +102,12 @@ def _folded(x: jax.Array) -> jax.Array:
     return x.reshape(-1, _SUBLANES, x.shape[-1]).sum(0)
 
 
-def _call(kernel, tokens: list[jax.Array], vectors: list[jax.Array], sums: int):
+def _call(kernel, tokens: list[jax.Array], vectors: list[jax.Array], sums: int = 0, in_place: dict | None = None):
     """kernel(tokens [b, s, d] …, vectors [b, d] …, a result like tokens, sums …) in steps of _ROWS tokens.
 
     sums: how many arrays [b, steps, 8, d] of sums over a step's tokens there are, for XLA to add up: a row for each
-    sublane and step, so that no step waits for another.
+    sublane and step, so that no step waits for another. in_place: {index of an input: of the result that takes its
+    place}, which spares a scan's carry a copy.
     """
     b, s, d = tokens[0].shape
     steps, like = s // _ROWS, jax.ShapeDtypeStruct(tokens[0].shape, tokens[0].dtype)
@@ -121,6 +122,7 @@ def _call(kernel, tokens: list[jax.Array], vectors: list[jax.Array], sums: int):
         in_specs=[*[by_step] * len(tokens), *[by_example] * len(vectors)],
         out_specs=[by_step, *[of_sums] * sums] if sums else by_step,
         out_shape=[like, *[sum_shape] * sums] if sums else like,
+        input_output_aliases=in_place or {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
     )(*tokens, *(vector[:, None] for vector in vectors))
