@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import relative
+from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.models.flux1.blocks import attention
 from lorweb_jax.models.flux1.embeddings import _rotate_lanes, _rotate_pairs, _rotate_swapped, rotary, rotate
+from lorweb_jax.nn import head_major
 from lorweb_jax.nn.attention import attend, candidates, choose, fastest, resolve
+from lorweb_jax.nn.layers import RMSNorm
 
 
 def softmax_attention(q, k, v):
@@ -27,6 +31,78 @@ def test_the_tpu_kernel_is_the_formula(tokens):
     with pltpu.force_tpu_interpret_mode():
         assert relative(attend(*inputs, "pallas"), expected) <= 1e-5
     assert relative(attend(*inputs, "xla"), expected) <= 1e-5
+
+
+def normed_and_turned(parts, scales, angles, factor):
+    """factor · e^iφ · RMSNorm(x) by heads: parts [b, s_p, h·128], scales [128], angles [s, 64] -> [b, h, s, 128]."""
+    x = [part.reshape(*part.shape[:2], -1, 64, 2) for part in parts]
+    x = [
+        y / jnp.sqrt(jnp.square(y).mean((-2, -1), keepdims=True) + 1e-6) * scale.reshape(64, 2)
+        for y, scale in zip(x, scales)
+    ]
+    x = jnp.concatenate(x, 1)
+    x = (x[..., 0] + 1j * x[..., 1]) * jnp.exp(1j * angles)[:, None]
+    return factor * jnp.stack([x.real, x.imag], -1).reshape(*x.shape[:3], 128).transpose(0, 2, 1, 3)
+
+
+LENGTHS = [(256,), (128, 256)]  # one part; two, in blocks of 128 tokens
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_heads_normed_and_turned_by_a_kernel_are_the_formula(lengths, monkeypatch):
+    """Values and gradients, against the formula in float64."""
+    monkeypatch.setattr(head_major, "_GROUP", 3)  # of four heads: two groups of two
+    random = np.random.default_rng(0)
+    parts = tuple(random.normal(size=(2, length, 4 * 128)) for length in lengths)
+    scales = tuple(1 + 0.2 * random.normal(size=128) for _ in lengths)
+    angles, dy = random.uniform(0, 6, (sum(lengths), 64)), random.normal(size=(2, 4, sum(lengths), 128))
+    with jax.enable_x64(True):
+        formula = jax.vjp(lambda *xs: normed_and_turned(*xs, angles, 0.3), parts, scales)
+        expected = jax.tree.map(np.asarray, (formula[0], formula[1](jnp.asarray(dy))))
+    rope = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    parts, scales, dy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (parts, scales, dy))
+    with pltpu.force_tpu_interpret_mode():
+        y, transpose = jax.vjp(lambda *xs: head_major.normed(*xs, rope, 0.3), parts, scales)
+        found = y, transpose(dy)
+    for ours, formulas in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative(ours, formulas) <= 1e-6
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_split_and_merge_move_heads_and_undo_each_other(lengths):
+    random = np.random.default_rng(0)
+    parts = tuple(jnp.asarray(random.normal(size=(2, length, 3 * 128)), jnp.bfloat16) for length in lengths)
+    joined = jnp.concatenate(parts, 1)
+    expected = joined.reshape(2, -1, 3, 128).transpose(0, 2, 1, 3)
+    with pltpu.force_tpu_interpret_mode():
+        y, back = jax.vjp(head_major.split, parts)
+        again, forth = jax.vjp(lambda x: head_major.merge(x, lengths), expected)
+        pairs = [(y, expected), (forth(parts)[0], expected), *zip(back(expected)[0], parts), *zip(again, parts)]
+    for found, wanted in pairs:
+        np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("keys", [128, 384])  # blocks of keys: three, whose gradients of q are added up, and one
+def test_parts_through_tpu_kernels_equal_xla(keys, monkeypatch):
+    """From projections to the output projection's inputs, and back, in float32."""
+    monkeypatch.setattr("lorweb_jax.nn.attention._HELD", keys * 128 * 4)
+    random = np.random.default_rng(0)
+    norms = [RMSNorm(128, rngs=nnx.Rngs(0)) for _ in range(4)]
+    for norm in norms:
+        norm.scale[...] = jnp.asarray(1 + 0.2 * random.normal(size=128), jnp.float32)
+    rope = rotary(jnp.asarray(random.integers(0, 99, (384, 3))), (16, 56, 56))
+    streams = [tuple(random.normal(size=(3, 1, length, 256)).astype(np.float32)) for length in (128, 256)]
+    q, k, v = zip(*streams)
+    dy = tuple(random.normal(size=(1, length, 256)).astype(np.float32) for length in (128, 256))
+
+    def run(implementation):
+        y, transpose = jax.vjp(lambda q, k, v: attention(q, k, v, norms[:2], norms[2:], rope, implementation), q, k, v)
+        return y, transpose(dy)
+
+    with pltpu.force_tpu_interpret_mode():
+        found = run("pallas")
+    for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(run("xla")), strict=True):
+        assert relative(ours, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("form", [_rotate_pairs, _rotate_swapped, _rotate_lanes])

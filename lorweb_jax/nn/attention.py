@@ -10,15 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from lorweb_jax.common.errors import UserError
-from lorweb_jax.nn import sharding
+from lorweb_jax.nn import head_major, sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 # Values of this name may be kept for the backward pass (layers.REMAT_POLICIES).
 SAVED = "attention"
 _AXES = ("batch", None, "heads", None)  # of q, k, v
 _LANES = 128  # sequence lengths of the TPU kernel's blocks are multiples of this
+# Bytes of a head's keys that the TPU kernel holds at once, at most: VMEM has room for little more beside what is
+# computed from them. With all of a head's each is read once, not once a block of queries; and the backward pass writes
+# as many partial gradients of q, to be added up afterwards in their own dtype, as there are blocks of keys.
+_HELD = 4608 * _LANES * 2
+Parts = head_major.Parts
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
@@ -122,45 +128,70 @@ def fastest(shape: tuple[int, int, int, int], dtype: jnp.dtype, backward: bool, 
     return dict(sorted(seconds_of.items(), key=lambda item: item[1]))
 
 
-def _pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """jax's splash attention on every device's own examples and heads."""
+def attend_streams(
+    q: Parts, k: Parts, v: Parts, q_scales: Parts, k_scales: Parts, rope: tuple[jax.Array, jax.Array], eps: float
+) -> Parts:
+    """`attend` by the Pallas kernel from layers' outputs to layers' inputs: q, k, v and the result are the parts of a
+    sequence, [b, s_p, h·a] each, that `head_major.fits` accepts. q and k are normed, each part by its scale [a], and
+    turned by rope, cos and sin [s, a/2] (head_major.normed)."""
+
+    def local(q, k, v, q_scales, k_scales, rope):
+        q = head_major.normed(q, q_scales, rope, head_major.WIDTH**-0.5, eps)
+        k = head_major.normed(k, k_scales, rope, 1.0, eps)
+        return head_major.merge(_splash(q, k, head_major.split(v)), tuple(part.shape[1] for part in v))
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _splash(q, k, v)
+        return local(q, k, v, q_scales, k_scales, rope)
+    split = tuple(sharding.spec(mesh, ("batch", None, "heads"), part.shape) for part in q)
+    specs = (split, split, split, P(), P(), P())
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return run(q, k, v, q_scales, k_scales, rope)
+
+
+def _pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """jax's splash attention on every device's own examples and heads."""
+
+    def local(q, k, v):
+        s, width = q.shape[1], q.shape[-1]
+        more = -s % _LANES
+
+        def by_head(x):  # [b, s, h, a] -> [b, h, padded s, a]
+            return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+        return _splash(by_head(q * width**-0.5), by_head(k), by_head(v), more).transpose(0, 2, 1, 3)[:, :s]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v)
     split = sharding.spec(mesh, _AXES, q.shape)
-    return jax.shard_map(_splash, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
+    return jax.shard_map(local, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    s, heads, width = q.shape[1:]
-    padded = -(-s // _LANES) * _LANES
-    kernel = _splash_kernel(padded, heads)
-    scale = width**-0.5
-
-    def by_head(x):  # [b, s, h, a] -> [b, h, padded s, a]
-        return jnp.pad(x, ((0, 0), (0, padded - s), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-
-    segments = None
-    if padded != s:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
+    """softmax(q kᵀ) v, all [b, h, s, a]; the last `padding` tokens, which stand for nothing, see themselves alone."""
+    heads, s, width = q.shape[1:]
+    kernel, segments = _splash_kernel(s, heads, _HELD // (width * k.dtype.itemsize)), None
+    if padding:
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-        ids = (jnp.arange(padded) >= s).astype(jnp.int32)  # the padding attends to itself alone
+        ids = (jnp.arange(s) >= s - padding).astype(jnp.int32)
         segments = SegmentIds(ids, ids)
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(by_head(q * scale), by_head(k), by_head(v))
-    return out.transpose(0, 2, 1, 3)[:, :s]
+    return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
 
 
-def _splash_kernel(s: int, heads: int) -> Callable:
+def _splash_kernel(s: int, heads: int, keys: int) -> Callable:
+    """For a sequence of s tokens, of which it holds at most so many keys at once."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block = next(size for size in (1024, 512, 256, 128) if s % size == 0)
+    block, kv = _divisor(s, 512), _divisor(s, keys)
     sizes = splash.BlockSizes(
         block_q=block,
-        block_kv=block,
-        block_kv_compute=min(block, 512),
+        block_kv=kv,
+        block_kv_compute=_divisor(kv, 512),
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=min(block, 512),
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=_divisor(kv, 512),
         use_fused_bwd_kernel=True,
     )
     return splash.make_splash_mha(
@@ -170,3 +201,8 @@ def _splash_kernel(s: int, heads: int) -> Callable:
         block_sizes=sizes,
         residual_checkpoint_name=SAVED,
     )
+
+
+def _divisor(s: int, most: int) -> int:
+    """The largest divisor of s, a multiple of 128, that is a multiple of 128 and no more than `most`."""
+    return next(size for size in range(min(most, s) // _LANES * _LANES, 0, -_LANES) if s % size == 0)

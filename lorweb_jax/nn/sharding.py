@@ -130,7 +130,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"--config.mesh.… so that the product of its sizes is {len(devices)}",
             2,
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total])
+    return Mesh(_arranged(shape, devices[:total]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of this shape, neighbours of an axis close to each other where they are connected."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # no axis of a TPU slice has a size that fits: 8 × 2 of 4 × 4 chips, say
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -5,6 +5,9 @@ name of a linear layer in the block to what is added to that layer's product. `m
 [b, count·d] by the name of the layer that computed them (Flux.modulations).
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lorweb_jax.models.backbone import MakeLinear
 from lorweb_jax.models.flux1.embeddings import rotate
-from lorweb_jax.nn import sharding
-from lorweb_jax.nn.attention import attend
+from lorweb_jax.nn import head_major, modulated_norm, sharding
+from lorweb_jax.nn.attention import Parts, attend, attend_streams
 from lorweb_jax.nn.layers import HIDDEN, OUTPUTS, QKV, Adapter, Linear, RMSNorm, layer_norm, outputs
 
 Additions = dict[str, Adapter]
@@ -23,6 +26,13 @@ Modulations = dict[str, jax.Array]
 def modulate(x: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> jax.Array:
     """LN(x) · (1 + scale) + shift, x [b, s, d]."""
     return layer_norm(x) * (1 + scale_bd[:, None]) + shift_bd[:, None]
+
+
+def branch(x: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a branch of a block begins with, and the x to which its end is added (modulated_norm.modulated)."""
+    if modulated_norm.fits(x):
+        return modulated_norm.modulated(x, shift_bd, scale_bd)
+    return modulate(x, shift_bd, scale_bd), x
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -51,14 +61,27 @@ class FeedForward(nnx.Module):
         return checkpoint_name(self.net_2(hidden, add.get(f"{name}.net_2")), OUTPUTS)
 
 
-def _by_head(y: jax.Array, heads: int) -> jax.Array:
-    """[b, s, d] -> [b, s, heads, a], as the backward pass may keep it."""
-    return checkpoint_name(y, QKV).reshape(*y.shape[:2], heads, -1)
+def attention(
+    q: Parts, k: Parts, v: Parts, norms_q: Sequence[RMSNorm], norms_k: Sequence[RMSNorm], rope, implementation: str
+) -> Parts:
+    """Attention over one sequence in parts, [b, s_p, d] each as the projections make them, as is the result; q and k
+    are normed, each part by a norm of its own, and turned by rope."""
+    q, k, v = (tuple(checkpoint_name(part, QKV) for part in parts) for parts in (q, k, v))
+    lengths, head_dim = [part.shape[1] for part in v], norms_q[0].scale.shape[-1]
+    if implementation == "pallas" and head_major.fits(lengths, head_dim):
+        q_scales, k_scales = (tuple(norm.scale[...] for norm in norms) for norms in (norms_q, norms_k))
+        return attend_streams(q, k, v, q_scales, k_scales, rope, norms_q[0].eps)
 
+    def by_head(parts):
+        return [part.reshape(*part.shape[:2], -1, head_dim) for part in parts]
 
-def _joined(out: jax.Array) -> jax.Array:
-    """[b, s, heads, a] -> [b, s, d]."""
-    return out.reshape(*out.shape[:2], -1)
+    def turned(parts, norms):
+        normed = [norm(part) for norm, part in zip(norms, by_head(parts))]
+        return rotate(jnp.concatenate(normed, axis=1), rope)
+
+    out = attend(turned(q, norms_q), turned(k, norms_k), jnp.concatenate(by_head(v), axis=1), implementation)
+    out = out.reshape(*out.shape[:2], -1)
+    return tuple(jnp.split(out, list(itertools.accumulate(lengths))[:-1], axis=1))
 
 
 class JointAttention(nnx.Module):
@@ -72,7 +95,7 @@ class JointAttention(nnx.Module):
     norm_added_k: RMSNorm
 
     def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
-        self.heads, self.implementation = heads, implementation
+        self.implementation = implementation
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out_0", "to_add_out"):
             setattr(self, name, linear(f"attn.{name}"))
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
@@ -80,18 +103,15 @@ class JointAttention(nnx.Module):
 
     def __call__(self, image: jax.Array, text: jax.Array, rope, add: Additions) -> tuple[jax.Array, jax.Array]:
         def projected(x, *names):
-            products = outputs(x, [(getattr(self, name), add.get(f"attn.{name}")) for name in names])
-            return [_by_head(y, self.heads) for y in products]
+            return outputs(x, [(getattr(self, name), add.get(f"attn.{name}")) for name in names])
 
-        text_q, text_k, text_v = projected(text, "add_q_proj", "add_k_proj", "add_v_proj")
-        image_q, image_k, image_v = projected(image, "to_q", "to_k", "to_v")
-        q = jnp.concatenate([self.norm_added_q(text_q), self.norm_q(image_q)], axis=1)
-        k = jnp.concatenate([self.norm_added_k(text_k), self.norm_k(image_k)], axis=1)
-        v = jnp.concatenate([text_v, image_v], axis=1)
-        out = _joined(attend(rotate(q, rope), rotate(k, rope), v, self.implementation))
-        length = text.shape[1]
-        image = self.to_out_0(out[:, length:], add.get("attn.to_out_0"))
-        text = self.to_add_out(out[:, :length], add.get("attn.to_add_out"))
+        q, k, v = zip(
+            projected(text, "add_q_proj", "add_k_proj", "add_v_proj"), projected(image, "to_q", "to_k", "to_v")
+        )
+        norms_q, norms_k = (self.norm_added_q, self.norm_q), (self.norm_added_k, self.norm_k)
+        text, image = attention(q, k, v, norms_q, norms_k, rope, self.implementation)
+        image = self.to_out_0(image, add.get("attn.to_out_0"))
+        text = self.to_add_out(text, add.get("attn.to_add_out"))
         return checkpoint_name(image, OUTPUTS), checkpoint_name(text, OUTPUTS)
 
 
@@ -112,16 +132,16 @@ class DoubleBlock(nnx.Module):
             mod["norm1_context"], 6, axis=-1
         )
 
-        image_update, text_update = self.attn(
-            modulate(image, shift, scale), modulate(text, text_shift, text_scale), rope, add
-        )
+        image_branch, image = branch(image, shift, scale)
+        text_branch, text = branch(text, text_shift, text_scale)
+        image_update, text_update = self.attn(image_branch, text_branch, rope, add)
         image = image + gate[:, None] * image_update
         text = text + text_gate[:, None] * text_update
 
-        image = image + mlp_gate[:, None] * self.ff(modulate(image, mlp_shift, mlp_scale), add, "ff")
-        text = text + text_mlp_gate[:, None] * self.ff_context(
-            modulate(text, text_mlp_shift, text_mlp_scale), add, "ff_context"
-        )
+        image_branch, image = branch(image, mlp_shift, mlp_scale)
+        text_branch, text = branch(text, text_mlp_shift, text_mlp_scale)
+        image = image + mlp_gate[:, None] * self.ff(image_branch, add, "ff")
+        text = text + text_mlp_gate[:, None] * self.ff_context(text_branch, add, "ff_context")
         return image, text
 
 
@@ -129,7 +149,7 @@ class SelfAttention(nnx.Module):
     """Attention of the single-stream blocks; its output projection is part of the block's `proj_out`."""
 
     def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
-        self.heads, self.implementation = heads, implementation
+        self.implementation = implementation
         for name in ("to_q", "to_k", "to_v"):
             setattr(self, name, linear(f"attn.{name}"))
         self.norm_q = RMSNorm(head_dim, rngs=rngs)
@@ -137,8 +157,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, rope) -> jax.Array:
         """What to_q, to_k and to_v made, [b, s, d] each -> [b, s, d]."""
-        q, k, v = (_by_head(y, self.heads) for y in (q, k, v))
-        return _joined(attend(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, self.implementation))
+        [out] = attention((q,), (k,), (v,), (self.norm_q,), (self.norm_k,), rope, self.implementation)
+        return out
 
 
 class SingleBlock(nnx.Module):
@@ -153,7 +173,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: jax.Array, mod: Modulations, rope, add: Additions, text_tokens: int) -> jax.Array:
         """x [b, t + s, d], text first -> the same."""
         shift, scale, gate = jnp.split(mod["norm"], 3, axis=-1)
-        normed = modulate(x, shift, scale)
+        normed, x = branch(x, shift, scale)
         layers = [
             *((getattr(self.attn, name), add.get(f"attn.{name}")) for name in ("to_q", "to_k", "to_v")),
             (self.proj_mlp, add.get("proj_mlp")),
