@@ -1,6 +1,7 @@
 """The basis's training job on the small base: what is trained, what it starts from, what a run leaves."""
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -26,9 +27,12 @@ from lorweb_jax.files.state import shapes
 from lorweb_jax.jobs import basis as basis_job
 from lorweb_jax.jobs.basis import BasisJob
 from lorweb_jax.models.image_encoder.identity import identity
+from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import Weight
 from lorweb_jax.pipeline.adapters import basis_of_run, load_basis
 from lorweb_jax.pipeline.folder import PipelineFolder
+from lorweb_jax.planning.shapes import PlannedBasisJob
+from lorweb_jax.training.state import Partition
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +50,8 @@ def run(tmp_path_factory):
             f"--config.pipeline={ROOT}/assets/small_kontext",
             f"--config.data.cache={folder}/data",
             "--config.evaluation.validate=4",
-            "--config.unstacked=True",
+            "--config.unroll=1",
+            "--config.unstacked=False",
             "--config.remat=auto",
             f"--workdir={folder}/run",
         ],
@@ -57,6 +62,7 @@ def run(tmp_path_factory):
         env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"},
     )
     assert done.returncode == 0, done.stderr
+    assert "remat: none (GiB at the peak, estimated: none " in done.stdout
     return folder / "run", done.stdout
 
 
@@ -80,7 +86,7 @@ def test_training_is_compared(run, tmp_path, monkeypatch, capsys, quick_compiles
 import runpy
 def get_config():
     config = runpy.run_path({str(ROOT / "configs" / "basis.py")!r})["get_config"]("smoke")
-    config.unroll, config.pipeline = 1, {str(ROOT / "assets" / "small_kontext")!r}
+    config.unroll, config.unstacked, config.pipeline = 1, False, {str(ROOT / "assets" / "small_kontext")!r}
     config.data.cache = {str(run[0].parent / "data")!r}
     return config
 """)
@@ -145,6 +151,30 @@ def test_exported_basis_is_the_checkpoints(run):
             # The published format has no place for the scale, which lora_B takes up.
             array = array * np.float32(config.scale) if name == "b" else array
             np.testing.assert_array_equal(exported[path][name], array.astype(np.float16))
+
+
+def test_blocks_get_arrays_of_their_own():
+    """Where the config asks for it: the frozen weights, block by block; what is trained stays as it was."""
+    config = basis_config.smoke()
+    config.pipeline = str(ROOT / "assets" / "small_kontext")
+    for config.unstacked in (False, True):
+        job = PlannedBasisJob(config, "cpu")
+        partition = Partition.of(job, 0)
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        stacks = partition.frozen_shapes(mesh, "bfloat16")
+        unstacked, blocks = partition.unstacked(job, stacks)
+        assert unstacked.trainable.keys() == partition.trainable.keys() and unstacked.frozen.keys() == blocks.keys()
+        if config.unstacked:
+            name = "transformer.single_transformer_blocks.{}proj_out.kernel"
+            of_all, of_one = stacks[name.format("")], blocks[name.format("blocks.5.")]
+            assert of_one.shape == of_all.shape[1:] and of_one.dtype == of_all.dtype and name.format("") not in blocks
+            # Modulations are made for all blocks at once.
+            assert "transformer.single_transformer_blocks.norm.linear.kernel" in blocks
+            assert sum(math.prod(shape.shape) for shape in blocks.values()) == sum(
+                math.prod(shape.shape) for shape in stacks.values()
+            )
+        else:
+            assert blocks.keys() == stacks.keys()
 
 
 def test_only_the_basis_is_trained():

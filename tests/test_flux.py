@@ -135,10 +135,7 @@ def test_remat_policies_and_unrolling_give_the_same_gradients():
         }
 
     expected = gradients()
-    policies = {"full": 1, "attention": 1, "outputs": 1, "qkv": 1, "dots": 2}
-    assert set(REMAT_POLICIES) == {"none", *policies}
-    choices = [{"remat": remat, "unroll": unroll} for remat, unroll in policies.items()]
-    for options in [*choices, {"remat": "dots", "unstacked": True}]:
+    for options in ({"remat": "full", "unroll": 2}, {"remat": "qkv"}, {"remat": "dots", "unstacked": True}):
         gradient = gradients(**options)
         assert gradient.keys() == expected.keys()
         for path, found in gradient.items():

@@ -55,7 +55,7 @@ def pictures(folder):
 
 def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     content, style = pictures(tmp_path)
-    short = {"train.batch": 2, "optimizer.learning_rate": 0.05, "unroll": 1}
+    short = {"train.batch": 2, "optimizer.learning_rate": 0.05, "unroll": 1, "unstacked": False}
     short |= {f"train.{name}": 2 for name in ("steps", "log_every", "checkpoint_every", "log_images_every")}
     changes = {
         "basis": short

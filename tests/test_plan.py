@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 def smoke(**changes):
     config = read_config(str(ROOT / "configs" / "basis.py") + ":smoke")
     config.pipeline = str(ROOT / "assets" / "small_kontext")
-    config.update_from_flattened_dict({"mesh.fsdp": 1, "precomputed": "elsewhere", **changes})
+    config.update_from_flattened_dict({"mesh.fsdp": 1, "precomputed": "elsewhere", "unstacked": False, **changes})
     return config
 
 
@@ -410,13 +410,17 @@ def test_compiled_for_a_gpu(monkeypatch):
     assert report.instructions(plan).count("\n") == 51
 
 
-def test_what_remat_keeps(gpu_plan):
+@pytest.fixture(scope="module")
+def estimator(gpu_plan):
+    return suggest.Estimator(smoke(), gpu_plan)
+
+
+def test_what_remat_keeps(gpu_plan, estimator):
     """Blocks' inputs; attention's results beside them; each branch's last products and what adapters are inside; q, k
     and v; the MLP. By width d and token, float32.
 
     By hand: each of 2 + 6 blocks has one attention over all tokens, q, k, v and a MLP 4·d wide; a double block has two
     last products and six adapters a token, a single block one and five."""
-    estimator = suggest.Estimator(smoke(), gpu_plan)
     peaks = {remat: change.peak for remat, change in estimator.policies.items()}
     assert list(peaks) == ["none", "dots", "qkv", "outputs", "attention", "full"]
     assert sorted(peaks.values(), reverse=True) == list(peaks.values()) and peaks[smoke().remat] == gpu_plan.peak
@@ -437,19 +441,30 @@ def test_a_card_whose_name_ends_like_a_count():
     assert there.chip.name == "rtx4090" and len(there.devices) == 1
 
 
-def test_remat_that_suits_the_memory(gpu_plan, capsys):
+def test_remat_that_suits_the_memory(gpu_plan, estimator, monkeypatch, capsys):
     """auto: what recomputes least and leaves a tenth free; with too little for any, what keeps least."""
-    peaks = {name: change.peak for name, change in suggest.Estimator(smoke(), gpu_plan).policies.items()}
+    peaks = {name: change.peak for name, change in estimator.policies.items()}
+    asked = []
+
+    def kept(config, there):
+        asked.append((config.remat, config.unstacked))
+        return estimator.kept[config.remat]
 
     def chosen(memory, **changes):
         there = dataclasses.replace(gpu_plan.target, chip=dataclasses.replace(GPUS["h100"], memory=memory / 0.9))
         return remat.choose(smoke(remat="auto", **changes), there)
 
-    assert [chosen(peaks[name] * 1.0001) for name in peaks] == list(peaks)
-    assert chosen(peaks["dots"] * 0.9999) == "qkv" and chosen(peaks["full"] / 2) == "full"
-    assert chosen(1e15, unstacked=True) == "none" and chosen(1e15, offload="blocks") == "dots"
-    assert "remat: dots (GiB at the peak, estimated: dots " in capsys.readouterr().out
+    monkeypatch.setattr(remat, "kept", kept)
+    assert chosen(peaks["qkv"] * 1.0001) == "qkv" and asked == [("none", False), ("dots", False), ("qkv", False)]
+    assert "remat: qkv (GiB at the peak, estimated: none 0.1, dots " in capsys.readouterr().out
+    assert chosen(peaks["dots"] * 1.0001) == "dots" and chosen(peaks["full"] / 2) == "full"
+    assert chosen(1e15) == "none" and chosen(1e15, offload="blocks") == "dots"
     assert remat.choose(smoke(remat="outputs"), gpu_plan.target) == "outputs"
+
+
+def test_blocks_of_their_own_are_estimated_as_stacks(gpu_plan):
+    plan = make_plan(smoke(unstacked=True), gpu_plan.target, "train")
+    assert plan.peak == pytest.approx(gpu_plan.peak) and plan.work.model == gpu_plan.work.model
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:", "h100"])
@@ -471,6 +486,7 @@ def test_command(tmp_path):
             f"--config.pipeline={ROOT}/assets/small_kontext",
             "--config.precomputed=elsewhere",
             "--config.unroll=1",
+            "--config.unstacked=False",
             "--topology=gpu:h100x8",
             f"--json={tmp_path}/plan.json",
             *options,

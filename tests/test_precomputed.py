@@ -51,7 +51,7 @@ def config_of(data, cache, **basis):
     config = basis_config.smoke()
     config.pipeline, config.data.root, config.precomputed = str(PIPELINE), str(data), str(cache)
     config.data.reverse_probability, config.data.caption_drop, config.train.batch = 0.5, 0.3, 8
-    config.unroll = 1
+    config.unroll, config.unstacked = 1, False
     config.basis.update(basis)
     return config
 

@@ -51,6 +51,15 @@ def make_program(config, there: Target, what: str, as_run: bool = False) -> Prog
     return PROGRAMS[what](job, sharding.make_mesh(config.mesh, there.devices))
 
 
+def kept(config, there: Target) -> float:
+    """Bytes that are kept for the backward pass, for each example of a micro-batch (activations.py): the same where
+    blocks have arrays of their own, and seen where they are scanned."""
+    scanned = config.copy_and_resolve_references()
+    scanned.unstacked = False
+    program = make_program(scanned, there, "train")
+    return kept_by_example(program, program.traced(there.gpu))
+
+
 def make_plan(config, there: Target, what: str) -> Plan:
     """By the devices' compiler where there is one; otherwise estimated."""
     program = make_program(config, there, what)
@@ -72,7 +81,7 @@ def make_plan(config, there: Target, what: str) -> Plan:
         }
         peak, traffic = sum(memory.values()), compiled.traffic if compiled.text else expected_traffic(program)
     else:
-        temporaries = estimate(program, kept_by_example(program, traced)).total
+        temporaries = estimate(program, kept(config, there) if what == "train" else 0.0).total
         memory |= {"gradients": gradients, "activations, temporaries": temporaries}
         peak, traffic = sum(memory.values()), expected_traffic(program)
         if compiled:

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from lorweb_jax.nn.layers import REMAT_POLICIES
-from lorweb_jax.planning.activations import estimate, kept_by_example
+from lorweb_jax.planning.activations import estimate
 from lorweb_jax.planning.chips import GIB, Chip
-from lorweb_jax.planning.figures import arguments, make_program
+from lorweb_jax.planning.figures import arguments, kept, make_program
 from lorweb_jax.planning.shapes import device_bytes
 from lorweb_jax.planning.topology import Target
 
@@ -23,15 +23,6 @@ def this_machine() -> Target:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(jax.local_devices())
     chip = Chip(device.device_kind, limit, *[1.0] * 3)  # no rates are asked for
     return Target("this machine", device.platform, chip, jax.devices(), False)
-
-
-def kept(config, there: Target) -> float:
-    """Bytes that are kept for the backward pass, for each example of a micro-batch (activations.py): the same where
-    blocks have arrays of their own, and seen where they are scanned."""
-    scanned = config.copy_and_resolve_references()
-    scanned.unstacked = False
-    program = make_program(scanned, there, "train")
-    return kept_by_example(program, program.traced(there.gpu))
 
 
 def peak(config, there: Target, what: str, kept: float) -> float:

@@ -28,7 +28,8 @@ class Estimator:
     """Bytes on a device of a planned config with changes; programs are traced once for each remat policy."""
 
     def __init__(self, config, plan: Plan):
-        self.config, self.plan, self._kept = config, plan, {}
+        self.config, self.plan = config, plan
+        self.kept: dict[str, float] = {}  # by policy, see remat.kept
         # What the estimate misses now, it is taken to miss then.
         self._offset = plan.peak - self._bytes(config)
 
@@ -51,9 +52,9 @@ class Estimator:
 
     def _bytes(self, config) -> float:
         there, what = self.plan.target, self.plan.program.what
-        if what == "train" and config.remat not in self._kept:
-            self._kept[config.remat] = remat.kept(config, there)
-        return remat.peak(config, there, what, self._kept.get(config.remat, 0.0))
+        if what == "train" and config.remat not in self.kept:
+            self.kept[config.remat] = remat.kept(config, there)
+        return remat.peak(config, there, what, self.kept.get(config.remat, 0.0))
 
 
 def suggestions(estimator: Estimator) -> list[Change]:
