@@ -125,7 +125,7 @@ def command() -> int:
         return 0
     config, workdir = read_command_line(sys.argv)
     configs.check(config)
-    if added := set_compiler_flags():
+    if added := set_compiler_flags(training=True):
         print(f"compiler: {added}", flush=True)
     with distributed.joined({"workdir": workdir, **dict(configs.fields(config))}):
         from lorweb_jax.jobs import make_job

@@ -69,7 +69,9 @@ def command() -> None:
         raise UserError(
             "instructions have known costs on gpu:h100, gpu:h200 and gpu:b200; leave --profile out, or plan for one", 2
         )
-    config.remat = remat.choose(config, there) if FLAGS.what == "train" or config.remat != "auto" else "none"
+    config.remat = (
+        remat.choose(config, remat.planned(there)) if FLAGS.what == "train" or config.remat != "auto" else "none"
+    )
     plan = make_plan(config, there, FLAGS.what)
     print(report.table(plan), flush=True)
     estimator = suggest.Estimator(config, plan)

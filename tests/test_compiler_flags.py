@@ -30,8 +30,19 @@ def test_flags(plugins, given, expected, monkeypatch):
     assert (set_compiler_flags(), os.environ["XLA_FLAGS"]) == expected
 
 
+def test_flags_of_a_training(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    said = "--xla_gpu_memory_limit_slop_factor=118 XLA_PYTHON_CLIENT_MEM_FRACTION=0.94"
+    assert set_compiler_flags(training=True) == said and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.94"
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=false --xla_gpu_memory_limit_slop_factor=118"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert set_compiler_flags(training=True) == "" and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+
+
 def test_xla_knows_the_flags():
     """A name that XLA doesn't know would end every program on a GPU."""
-    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=compiler_flags.FOR_GPUS)
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=compiler_flags.FOR_TRAINING)
     with pytest.raises(Exception, match="xla_gpu_no_such_flag"):
         jax.jit(lambda x: x + 2).lower(1.0).compile(compiler_options={"xla_gpu_no_such_flag": False})

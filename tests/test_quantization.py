@@ -106,6 +106,8 @@ def test_products_in_fp8(monkeypatch):
     np.testing.assert_allclose(y[0, 3], rounded(np.clip(x[0, 3], -448, 448)) @ kernel, rtol=1e-5, atol=1e-5)
     assert not np.any(jax.vjp(lambda x: quantization.product(x, codes, scale), x)[1](0 * dy)[0])
     assert quantization.product(x.astype(jnp.bfloat16), codes, scale).dtype == jnp.bfloat16
+    vectors = x[:, 0]  # are not rounded
+    assert relative(quantization.product(vectors, codes, scale), vectors.astype(np.float64) @ kernel) < 1e-6
 
 
 def test_a_scanned_stack_keeps_codes_for_the_way_back_not_numbers():

@@ -67,13 +67,14 @@ def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     Codes and scale are frozen. Where fp8 is multiplied, x is rounded to e4m3 as it is, what lies beyond ±448 being
     clipped, and dy, for the gradient of x, with a scale: a power of two near its root mean square.
     """
-    if _multiplied(codes):
+    if _multiplied(x, codes):
         return _fp8_product(x, jnp.float32(1), codes, scale, axis=0)
     return _scaled(x @ codes.astype(x.dtype), scale[0])
 
 
-def _multiplied(codes: jax.Array) -> bool:
-    return codes.dtype == DTYPES["fp8"] and multiplies_fp8()
+def _multiplied(x: jax.Array, codes: jax.Array) -> bool:
+    """Vectors [b, i] take as long as reading the kernel does, whatever multiplies them."""
+    return codes.dtype == DTYPES["fp8"] and x.ndim > 2 and multiplies_fp8()
 
 
 def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -94,10 +95,9 @@ def _fp8_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.
 
 
 def _power_of_two(dy: jax.Array) -> jax.Array:
-    """[], between once and twice the root mean square of every eighth token of dy [b, s, o], or of all of [b, o]. A
-    largest value would have to be found in a pass over all of dy, ahead of that which rounds it."""
-    tokens = dy[:, ::_SAMPLED] if dy.ndim > 2 else dy
-    root = jnp.sqrt(jnp.square(tokens.astype(jnp.float32)).mean())
+    """[], between once and twice the root mean square of every eighth token of dy [b, s, o]. A largest value would have
+    to be found in a pass over all of dy, ahead of that which rounds it."""
+    root = jnp.sqrt(jnp.square(dy[:, ::_SAMPLED].astype(jnp.float32)).mean())
     return jnp.where(root > 0, jnp.ldexp(jnp.float32(1), jnp.frexp(root)[1]), 1)
 
 
@@ -108,7 +108,7 @@ def _forward(x, codes, scale):
 
 def _backward(kept, dy):
     codes, scale = kept
-    if _multiplied(codes):
+    if _multiplied(dy, codes):
         return _fp8_product(dy, _power_of_two(dy), codes, scale, axis=1), None, None
     return _scaled(dy, scale[0]) @ codes.astype(dy.dtype).T, None, None
 

@@ -54,7 +54,7 @@ def compiled(lowered: jax.stages.Lowered, kind: str) -> Any:
     build.num_replicas = build.num_partitions = 1
     build.use_spmd_partitioning = build.use_shardy_partitioner = True
     options.env_option_overrides = [
-        *compiler_flags.FOR_GPUS.items(),
+        *compiler_flags.FOR_TRAINING.items(),
         ("xla_gpu_collect_cost_model_stats", estimates(kind)),
     ]
     gpu = device(kind)

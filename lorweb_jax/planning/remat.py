@@ -1,5 +1,6 @@
 """remat=auto: the policy that recomputes least among those whose step fits into the devices' memory."""
 
+import dataclasses
 import os
 
 import jax
@@ -11,6 +12,7 @@ from lorweb_jax.planning.chips import GIB, Chip
 from lorweb_jax.planning.figures import arguments, kept, make_program
 from lorweb_jax.planning.shapes import device_bytes
 from lorweb_jax.planning.topology import Target
+from lorweb_jax.processes.compiler_flags import MEMORY_SHARE
 
 SPARED = 0.1  # of the memory: estimates are off by a few hundredths of it
 
@@ -23,6 +25,12 @@ def this_machine() -> Target:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(jax.local_devices())
     chip = Chip(device.device_kind, limit, *[1.0] * 3)  # no rates are asked for
     return Target("this machine", device.platform, chip, jax.devices(), False)
+
+
+def planned(there: Target) -> Target:
+    """Devices elsewhere with as much memory as a training process will have of them."""
+    share = MEMORY_SHARE if there.platform == "gpu" else 1
+    return dataclasses.replace(there, chip=dataclasses.replace(there.chip, memory=share * there.chip.memory))
 
 
 def peak(config, there: Target, what: str, kept: float) -> float:

@@ -1,19 +1,28 @@
-"""What XLA is told about compiling for the accelerators of this machine, so that users need not."""
+"""What jax and XLA are told about the accelerators of this machine, so that users need not."""
 
 import importlib.util
 import os
 
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Products by cuBLASLt alone: Triton's take an activation out of the product, and are autotuned for minutes.
 FOR_GPUS = {"xla_gpu_enable_triton_gemm": False}
-PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# In training also: what a step keeps is chosen (remat) so that it fits; XLA, which would like a twentieth of the memory
+# free, must not recompute more.
+FOR_TRAINING = FOR_GPUS | {"xla_gpu_memory_limit_slop_factor": 118}
+MEMORY_SHARE = 0.94  # of a GPU, for a training process; jax takes 0.75 if it is told nothing
+_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
-def set_compiler_flags() -> str:
-    """Add to XLA_FLAGS what isn't there and suits the accelerators whose plugins are installed; to be called before
-    jax's backend starts, which reads the variable once. Returns what was added, "" where nothing was."""
-    given = os.environ.get("XLA_FLAGS", "")
+def set_compiler_flags(training: bool = False) -> str:
+    """Put into the environment what suits the accelerators whose plugins are installed, where it says nothing of it;
+    to be called before jax's backend starts, which reads it once. Returns what was set, "" where nothing was."""
     if not any(map(importlib.util.find_spec, PLUGINS)):
         return ""
-    added = " ".join(f"--{name}={str(value).lower()}" for name, value in FOR_GPUS.items() if name not in given)
+    given = os.environ.get("XLA_FLAGS", "")
+    flags = FOR_TRAINING if training else FOR_GPUS
+    added = " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items() if name not in given)
     os.environ["XLA_FLAGS"] = f"{given} {added}".strip()
+    if training and _SHARE not in os.environ:
+        os.environ[_SHARE] = str(MEMORY_SHARE)
+        added = f"{added} {_SHARE}={MEMORY_SHARE}".strip()
     return added

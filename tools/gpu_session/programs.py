@@ -15,11 +15,7 @@ from benchmark.setting import DEFAULTS, Setting
 from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.nn.quantization import as_multiplied
 from lorweb_jax.planning.flops import base_flops, basis_flops
-from lorweb_jax.processes.compiler_flags import FOR_GPUS
-
-# The first is what the commands set (compiler_flags.py); a training step may also use all memory that there is.
-NO_TRITON = FOR_GPUS
-FOR_TRAINING = FOR_GPUS | {"xla_gpu_memory_limit_slop_factor": 118}
+from lorweb_jax.processes.compiler_flags import FOR_GPUS, FOR_TRAINING
 
 
 def setting_of(what, tiny):
@@ -188,7 +184,7 @@ def all_programs(sample, train):
     sizes = (train.batch, train.tokens, train.text_tokens)
     update = base_flops("basis", train.backbone, *sizes) + basis_flops("basis", train.backbone, train.basis, *sizes)
 
-    def s(name, section="stacked", kind="base", variants=(), options=NO_TRITON, **change):
+    def s(name, section="stacked", kind="base", variants=(), options=FOR_GPUS, **change):
         setting = dataclasses.replace(sample, **change)
         return Program(section, name, setting, kind=kind, flops=step, variants=variants, options=options)
 
