@@ -14,7 +14,9 @@ same command resumes a run that was stopped, also on another mesh, and also afte
 if their contents are the same. Two runs at once in one folder are refused. A run may consist of several processes, on
 one or many hosts: the scripts in launch/ start them, and lorweb_jax/processes/distributed.py says how they find each
 other. Fields are explained in the config file itself or in lorweb_jax/settings/config.py; --config.profile=5-7 traces
-steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .compile_cache beside the run folder.
+steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .compile_cache beside the run folder. On
+NVIDIA GPUs a run adds to XLA_FLAGS and sets XLA_CLIENT_MEM_FRACTION where they say nothing of what it needs
+(lorweb_jax/processes/compiler_flags.py), and says so.
 """
 
 import ast
@@ -125,18 +127,15 @@ def command() -> int:
         return 0
     config, workdir = read_command_line(sys.argv)
     configs.check(config)
-    if added := set_compiler_flags(training=True):
-        print(f"compiler: {added}", flush=True)
+    added = set_compiler_flags(training=True)
     with distributed.joined({"workdir": workdir, **dict(configs.fields(config))}):
         from lorweb_jax.jobs import make_job
         from lorweb_jax.processes.host_memory import keep_freed_memory
         from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
 
         keep_freed_memory()
-        if config.get("remat") == "auto":
-            from lorweb_jax.planning import remat
-
-            config.remat = remat.choose(config, remat.this_machine())
+        if added:
+            print(f"told jax: {added}", flush=True)
         words = shlex.join(sys.argv[1:])
         finished = train(config, workdir, make_job, f"python -m lorweb_jax.main {words}")
     return 0 if finished else stop_status()

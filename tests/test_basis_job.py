@@ -62,7 +62,7 @@ def run(tmp_path_factory):
         env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"},
     )
     assert done.returncode == 0, done.stderr
-    assert "remat: none (GiB at the peak, estimated: none " in done.stdout
+    assert "remat: none (fits; GiB at the peak, estimated: none " in done.stdout
     return folder / "run", done.stdout
 
 

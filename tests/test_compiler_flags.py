@@ -33,12 +33,15 @@ def test_flags(plugins, given, expected, monkeypatch):
 def test_flags_of_a_training(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    said = "--xla_gpu_memory_limit_slop_factor=118 XLA_PYTHON_CLIENT_MEM_FRACTION=0.94"
-    assert set_compiler_flags(training=True) == said and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.94"
+    said = "--xla_gpu_memory_limit_slop_factor=118 XLA_CLIENT_MEM_FRACTION=0.94"
+    assert set_compiler_flags(training=True) == said and os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.94"
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=false --xla_gpu_memory_limit_slop_factor=118"
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert set_compiler_flags(training=True) == "" and os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # jax ends where it finds both
+    assert set_compiler_flags(training=True) == "" and "XLA_CLIENT_MEM_FRACTION" not in os.environ
 
 
 def test_xla_knows_the_flags():

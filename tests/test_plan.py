@@ -456,9 +456,12 @@ def test_remat_that_suits_the_memory(gpu_plan, estimator, monkeypatch, capsys):
 
     monkeypatch.setattr(remat, "kept", kept)
     assert chosen(peaks["qkv"] * 1.0001) == "qkv" and asked == [("none", False), ("dots", False), ("qkv", False)]
-    assert "remat: qkv (GiB at the peak, estimated: none 0.1, dots " in capsys.readouterr().out
+    assert "remat: qkv (fits; GiB at the peak, estimated: none 0.1, dots " in capsys.readouterr().out
     assert chosen(peaks["dots"] * 1.0001) == "dots" and chosen(peaks["full"] / 2) == "full"
     assert chosen(1e15) == "none" and chosen(1e15, offload="blocks") == "dots"
+    assert "remat: full (nothing fits; GiB" in capsys.readouterr().out
+    sized = {"data.quadrant_size": 0, "data.buckets": (), "train.batch": 1}
+    assert chosen(1e15, **sized) == "full" and "can't be planned: config.data.quadrant" in capsys.readouterr().out
     assert remat.choose(smoke(remat="outputs"), gpu_plan.target) == "outputs"
 
 

@@ -63,11 +63,14 @@ def trained(config, name: str) -> Outcome:
     from lorweb_jax.jobs import make_job
     from lorweb_jax.nn import sharding
     from lorweb_jax.nn.quantization import bytes_by_dtype
+    from lorweb_jax.planning import remat
     from lorweb_jax.training.loop import next_batch
     from lorweb_jax.training.optimizer import make_optimizer
     from lorweb_jax.training.state import Partition, frozen_weights, initial_state, state_shapes
     from lorweb_jax.training.step import TrainStep
 
+    if config.remat == "auto":
+        config.remat = remat.choose(config, remat.this_machine())
     steps, batch_size = config.train.steps, config.train.batch
     mesh = sharding.make_mesh(config.mesh)
     job, optimizer = make_job(config), make_optimizer(config)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What some minutes on one bare H100 or H200 settle:  tools/gpu_session.sh [FOLDER [--tiny]]
 # Most important first, each part with a time limit, results in FOLDER (default: $OUT) as they come. Needs jax, flax,
-# optax, numpy and safetensors; torch, diffusers and peft for the comparison; pydantic and ml_collections for parity. --tiny rehearses it
-# on any machine. SPEED_SECONDS, TORCH_SECONDS and PARITY_SECONDS are the limits; GROUPS_TIMED what speed.py measures.
+# optax, numpy and safetensors; torch, diffusers and peft for the comparison; pydantic and ml_collections for parity.
+# --tiny rehearses it on any machine. SPEED_SECONDS, TORCH_SECONDS and PARITY_SECONDS are the limits; GROUPS_TIMED what
+# speed.py measures.
 #
 # In one call with the small base, whose training leaves the processors idle: speed.py compiles beside it, and measures
 # once it has ended. On the H100 of 27 November 2026 it was started 66 s later:

@@ -33,9 +33,7 @@ class LowRankAdapter(Adapter):
 
     def inner(self, dtype: jnp.dtype) -> jax.Array:
         """A [i, k]."""
-        # Members split over devices are gathered here, one layer at a time and in the dtype of the product.
-        a = sharding.constrain(self.a_nir.astype(dtype), None, sharding.ANY, None)
-        return a.transpose(1, 0, 2).reshape(a.shape[1], -1)
+        return _side_by_side(self.a_nir, dtype)
 
     def outer(self, h: jax.Array, x: Input, text_tokens: int) -> jax.Array:
         """(h · c) B for h [b, s, k] or [b, k]."""
@@ -93,10 +91,17 @@ class RoutedAdapter(Adapter):
 
     def inner(self, dtype: jnp.dtype) -> jax.Array:
         """As LowRankAdapter's."""
-        return LowRankAdapter(self.a_nir, self.b_nro, self.a_nir).inner(dtype)
+        return _side_by_side(self.a_nir, dtype)
 
     def outer(self, h: jax.Array, x: Input, text_tokens: int) -> jax.Array:
         """As LowRankAdapter's with the coefficients of x."""
         return LowRankAdapter(self.a_nir, self.b_nro, self.coefficients(x, text_tokens), self.scale).outer(
             h, x, text_tokens
         )
+
+
+def _side_by_side(a_nir: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[i, n·r]"""
+    # Members split over devices are gathered here, one layer at a time and in the dtype of the product.
+    a = sharding.constrain(a_nir.astype(dtype), None, sharding.ANY, None)
+    return a.transpose(1, 0, 2).reshape(a.shape[1], -1)

@@ -35,9 +35,10 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 def load_sharded(stored: Stored, shapes: Shapes, streamed_above: int | None = None) -> dict[str, jax.Array]:
     """{path: array} of `shapes`, some or all of the model's paths with the dtype and sharding of each.
 
-    A path X.kernel of 8-bit dtype with X.scale beside it (and not in the files) is quantised as it is read, a whole
-    output channel at a time however it is sharded. streamed_above: parameters of more bytes than this are assembled on
-    the device; by default SMALL, and none on a CPU. Raises UserError for a path or shape that the files don't have.
+    A path X.kernel of 8-bit dtype with X.scale beside it (and not in the files) is quantised as it is read: int8 a
+    whole output channel at a time however it is sharded, fp8, which has one scale a kernel, a whole block's tensor,
+    which each host then reads. streamed_above: parameters of more bytes than this are assembled on the device; by
+    default SMALL, and none on a CPU. Raises UserError for a path or shape that the files don't have.
     """
     kinds = {dtype: kind for kind, dtype in quantization.DTYPES.items()}
     scales = {

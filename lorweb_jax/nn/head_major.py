@@ -194,12 +194,12 @@ def _merge(
 
     def kernel(*refs):
         dy, refs, out = refs[0], list(refs[1 : -len(lengths)]), refs[-len(lengths) :]
-        tables, scales, x = ([refs.pop(0) for _ in given] for given in (tables_given, rows, parts or ()))
+        turns, scales, x = ([refs.pop(0) for _ in given] for given in (tables, rows, parts or ()))
 
         def body(part, head, lanes):
             z = dy[0, head]
-            if tables:
-                z = _turned(z.astype(jnp.float32), tables[0][...], -tables[1][...])
+            if turns:
+                z = _turned(z.astype(jnp.float32), turns[0][...], -turns[1][...])
                 z = z * scales[part][...] if scales else z * factor
             if x:
                 y = x[part][0, :, lanes].astype(jnp.float32)
@@ -210,7 +210,6 @@ def _merge(
 
         grid.each(body)
 
-    tables_given = tables
     return tuple(
         grid.call(
             kernel,

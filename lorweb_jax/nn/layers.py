@@ -76,7 +76,7 @@ class Linear(nnx.Module):
     """y = x W (+ bias) (+ adapter(x)); kernel [i, o], bias [o].
 
     role: of sharding.ROLES, how the layer is split over devices. quantization: one of quantization.KINDS; the kernel
-    holds 8-bit codes, and scale [1, o] what multiplies them.
+    holds 8-bit codes, and scale [1, o], in fp8 [1, 1], what multiplies them.
     """
 
     def __init__(

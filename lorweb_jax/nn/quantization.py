@@ -4,10 +4,10 @@
                           fp8 (e4m3): one [.., 1, 1] for the kernel, the next power of two above max|W| / 448
 
 e4m3 is a floating-point format: within 15 binades a number keeps three places after the first, whatever the scale. So
-one scale a kernel is as precise as many, and a power of two is exact in any dtype.
+one scale a kernel is as precise as many, and a power of two is exact in bfloat16 and float32.
 
 "int8" is weight-only: the product is made in the input's dtype. On hardware that multiplies fp8 (`multiplies_fp8`)
-"fp8" also takes the input in fp8, and in training what comes back; elsewhere it is weight-only.
+"fp8" also takes inputs [b, s, i] in fp8, and in training what comes back; elsewhere, and of vectors, it is weight-only.
 """
 
 from typing import Any
@@ -73,8 +73,9 @@ def product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _multiplied(x: jax.Array, codes: jax.Array) -> bool:
-    """Vectors [b, i] take as long as reading the kernel does, whatever multiplies them."""
-    return codes.dtype == DTYPES["fp8"] and x.ndim > 2 and multiplies_fp8()
+    """Whether x is rounded to be multiplied in fp8. Vectors [b, i] aren't: they take as long as reading the kernel
+    does. Nor is float16, to which small gradients' scales are too small."""
+    return codes.dtype == DTYPES["fp8"] and x.ndim > 2 and x.dtype != jnp.float16 and multiplies_fp8()
 
 
 def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
@@ -83,14 +84,18 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _fp8_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
-    """x [.., k] times codes · scale, whose `axis` is k. Written as cuBLASLt's products of fp8 are recognised: each side
-    dequantised by a scalar, a power of two, which no dtype rounds."""
-    limit = _LARGEST["fp8"]
+    """x [.., k] times codes · scale, whose `axis` is k; scales are scalars, powers of two."""
+    limit, contracted = _LARGEST["fp8"], (((x.ndim - 1,), (axis,)), ((), ()))
     rounded = jnp.clip(x * (1 / x_scale).astype(x.dtype), -limit, limit).astype(codes.dtype)
+    if device_in_use().platform == "tpu":
+        y = jax.lax.dot_general(rounded, codes, contracted, preferred_element_type=jnp.float32)
+        return (y * (x_scale * scale.reshape(()))).astype(x.dtype)
+    # As cuBLASLt's products of fp8 are recognised, with what is added to them and done to them after: each side
+    # dequantised.
     return jax.lax.dot_general(
         rounded.astype(x.dtype) * x_scale.astype(x.dtype),
         codes.astype(x.dtype) * scale.reshape(()).astype(x.dtype),
-        (((x.ndim - 1,), (axis,)), ((), ())),
+        contracted,
     )
 
 
@@ -138,7 +143,8 @@ def multiplies_fp8() -> bool:
     if device.platform == "tpu":
         return "7" in device.device_kind
     if device.platform in ("gpu", "cuda"):
-        return tuple(map(int, str(jax.local_devices()[0].compute_capability).split("."))) >= (8, 9)
+        capability = getattr(device, "compute_capability", None) or jax.local_devices()[0].compute_capability
+        return tuple(map(int, str(capability).split("."))) >= (8, 9)
     return False
 
 

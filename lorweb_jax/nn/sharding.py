@@ -66,8 +66,8 @@ RULES: tuple[tuple[str, str], ...] = (
 
 
 class Role(NamedTuple):
-    """Logical axes of a linear layer's kernel [i, o] (its quantised scale [1, o] has the same), of its bias [o], and of
-    the input and output of an adapter of the layer."""
+    """Logical axes of a linear layer's kernel [i, o] (its quantised scale [1, o] or [1, 1] has the same), of its bias
+    [o], and of the input and output of an adapter of the layer."""
 
     inputs: str
     outputs: str
@@ -130,15 +130,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"--config.mesh.… so that the product of its sizes is {len(devices)}",
             2,
         )
-    return Mesh(_arranged(shape, devices[:total]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _arranged(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices as an array of this shape, neighbours of an axis close to each other where they are connected."""
+    kinds = (AxisType.Auto,) * len(AXES)
     try:
-        return mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # no axis of a TPU slice has a size that fits: 8 × 2 of 4 × 4 chips, say
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices[:total])
+    except NotImplementedError:
+        # No axes of a TPU slice have sizes that fit, such as 8 × 2 of 4 × 4 chips: those of the slice are split.
+        arranged = mesh_utils.create_device_mesh(shape, devices[:total], allow_split_physical_axes=True)
+        return Mesh(arranged, AXES, axis_types=kinds)
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:

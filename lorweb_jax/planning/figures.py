@@ -81,7 +81,8 @@ def make_plan(config, there: Target, what: str) -> Plan:
         }
         peak, traffic = sum(memory.values()), compiled.traffic if compiled.text else expected_traffic(program)
     else:
-        temporaries = estimate(program, kept(config, there) if what == "train" else 0.0).total
+        scanned = kept(config, there) if program.gradients and config.unstacked else kept_by_example(program, traced)
+        temporaries = estimate(program, scanned).total
         memory |= {"gradients": gradients, "activations, temporaries": temporaries}
         peak, traffic = sum(memory.values()), expected_traffic(program)
         if compiled:

@@ -6,6 +6,7 @@ import os
 import jax
 import numpy as np
 
+from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import REMAT_POLICIES
 from lorweb_jax.planning.activations import estimate
 from lorweb_jax.planning.chips import GIB, Chip
@@ -18,19 +19,25 @@ SPARED = 0.1  # of the memory: estimates are off by a few hundredths of it
 
 
 def this_machine() -> Target:
-    """The devices that jax has here."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    if limit is None:
+    """The devices that jax has here; of a CPU's the host's memory is shared between them. A device that doesn't say
+    what memory it has is taken to have none."""
+    device, rates = jax.local_devices()[0], [1.0] * 3  # which nobody asks for
+    if device.platform == "cpu":
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(jax.local_devices())
-    chip = Chip(device.device_kind, limit, *[1.0] * 3)  # no rates are asked for
-    return Target("this machine", device.platform, chip, jax.devices(), False)
+    else:
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return Target("this machine", device.platform, Chip(device.device_kind, limit, *rates), jax.devices(), False)
 
 
 def planned(there: Target) -> Target:
     """Devices elsewhere with as much memory as a training process will have of them."""
     share = MEMORY_SHARE if there.platform == "gpu" else 1
     return dataclasses.replace(there, chip=dataclasses.replace(there.chip, memory=share * there.chip.memory))
+
+
+def room(there: Target) -> float:
+    """Bytes that an estimated peak may have."""
+    return (1 - SPARED) * there.chip.memory
 
 
 def peak(config, there: Target, what: str, kept: float) -> float:
@@ -41,28 +48,27 @@ def peak(config, there: Target, what: str, kept: float) -> float:
 
 def choose(config, there: Target) -> str:
     """What config.remat is: itself, or for "auto" the first of REMAT_POLICIES that fits `there` with a tenth to spare,
-    and where none does the last. All processes of a run get the same answer."""
+    and the last where none does or the step can't be planned. All processes of a run get the same answer; process 0
+    tells why."""
     if config.remat != "auto":
         return config.remat
-    room, peaks = (1 - SPARED) * there.chip.memory, {}
-    for name in REMAT_POLICIES:
-        if name == "none" and config.offload == "blocks":
-            continue
-        changed = config.copy_and_resolve_references()
-        changed.remat = name
-        peaks[name] = peak(changed, there, "train", kept(changed, there))
-        if peaks[name] <= room:
-            break
-    names = list(REMAT_POLICIES)
-    index = np.int32(names.index(name))
+    names, peaks = list(REMAT_POLICIES), {}
+    chosen, why = names[-1], "nothing fits"
+    try:
+        for name in names[config.offload == "blocks" :]:
+            changed = config.copy_and_resolve_references()
+            changed.remat = name
+            peaks[name] = peak(changed, there, "train", kept(changed, there))
+            if peaks[name] <= room(there):
+                chosen, why = name, "fits"
+                break
+        estimated = ", ".join(f"{name} {size / GIB:.1f}" for name, size in peaks.items())
+        why += f"; GiB at the peak, estimated: {estimated}; there are {there.chip.memory / GIB:.1f}"
+    except UserError as error:
+        why = f"its memory can't be planned: {error}"
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        index = multihost_utils.broadcast_one_to_all(index)
-    chosen = names[int(index)]
-    estimated = ", ".join(f"{name} {size / GIB:.1f}" for name, size in peaks.items())
-    print(
-        f"remat: {chosen} (GiB at the peak, estimated: {estimated}; there are {there.chip.memory / GIB:.1f})",
-        flush=True,
-    )
+        chosen = names[int(multihost_utils.broadcast_one_to_all(np.int32(names.index(chosen))))]
+    print(f"remat: {chosen} ({why})", flush=True)
     return chosen

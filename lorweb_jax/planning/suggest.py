@@ -29,7 +29,7 @@ class Estimator:
 
     def __init__(self, config, plan: Plan):
         self.config, self.plan = config, plan
-        self.kept: dict[str, float] = {}  # by policy, see remat.kept
+        self.kept: dict[str, float] = {}  # by policy, see figures.kept
         # What the estimate misses now, it is taken to miss then.
         self._offset = plan.peak - self._bytes(config)
 
@@ -77,7 +77,7 @@ def faster(estimator: Estimator) -> list[Change]:
     for name, change in estimator.policies.items():
         if name == estimator.config.remat:
             break
-        if change.peak <= 0.9 * estimator.plan.capacity:
+        if change.peak <= remat.room(remat.planned(estimator.plan.target)):
             return [change]
     return []
 
@@ -96,7 +96,8 @@ def candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
     if config.quantization == "none":
         yield {"quantization": "int8"}
     if config.offload == "none":
-        yield {"offload": "blocks"} | ({"remat": "full"} if training and config.remat == "none" else {})
+        beside = {"remat": "full"} if training and config.remat == "none" else {}
+        yield {"offload": "blocks"} | beside | ({"unstacked": False} if config.unstacked else {})
     if training and config.optimizer.name == "adamw":
         for moments in ("bfloat16", "int8"):
             if moments != config.optimizer.moments:

@@ -92,7 +92,7 @@ def _streams(values: Values) -> None:
         raise refused(
             "remat",
             "none",
-            "dots, qkv, outputs, attention or full, as config.offload is blocks, which are streamed both ways",
+            "auto, dots, qkv, outputs, attention or full, as config.offload is blocks, which are streamed both ways",
         )
     if values["offload"] == "blocks" and values["unstacked"]:
         raise refused("unstacked", True, "False, as config.offload is blocks, which are streamed out of stacks")

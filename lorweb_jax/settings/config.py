@@ -116,7 +116,7 @@ def add_computation(config: ConfigDict) -> None:
     # `python -m lorweb_jax.plan` lists the memory of each.
     config.remat = "none"
     config.attention = "auto"  # auto takes the one that is fastest there: xla, cudnn (NVIDIA), pallas (TPU)
-    config.unroll = 8  # blocks of a stack compiled side by side
+    config.unroll = 8  # blocks of a stack compiled side by side; of no effect where unstacked
     # Whether each block's weights are arrays of their own, from which nothing is copied: faster, but as many blocks are
     # compiled as there are. Else one block of a kind is compiled, and scanned over stacks of weights.
     config.unstacked = False

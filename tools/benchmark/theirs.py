@@ -43,7 +43,7 @@ def make_step(kind: str, setting: Setting, device: str) -> Step:
 
     start = time.perf_counter()
     run(1)
-    partly = training and setting.remat in ("attention", "outputs", "dots")
+    partly = training and setting.remat not in ("none", "full")
     return Step(
         run,
         time.perf_counter() - start if kind == "compiled" else 0.0,

@@ -58,8 +58,9 @@ def _read(out: Path, trial: Trial) -> Record | None:
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if changed := configs.differences(record["config"], _plain(trial.config)):
-        field, (old, new) = next(iter(changed.items()))
+    changed = configs.differences(record["config"], _plain(trial.config)).items()
+    # How something is computed may differ; what, not.
+    for field, (old, new) in ((field, values) for field, values in changed if not configs.may_change(field)):
         raise UserError(
             f"{path} is of a run whose {field} was {old!r}, and now it is {new!r}; give another --out, or delete the "
             "record"

@@ -13,12 +13,7 @@ from lorweb_jax.models.flux1 import blocks, embeddings
 from lorweb_jax.nn import layers
 
 # What is replaced, and every module that has imported it.
-_TARGETS = {
-    "rotate": ((blocks, "rotate"),),
-    "attend": ((blocks, "attend"),),
-    "product": ((layers, "product"),),
-    "sum_of_products": ((layers, "sum_of_products"),),
-}
+_TARGETS = {"rotate": ((blocks, "rotate"),), "sum_of_products": ((layers, "sum_of_products"),)}
 
 
 @contextlib.contextmanager

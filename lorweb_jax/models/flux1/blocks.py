@@ -94,7 +94,7 @@ class JointAttention(nnx.Module):
     norm_added_q: RMSNorm
     norm_added_k: RMSNorm
 
-    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
         self.implementation = implementation
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out_0", "to_add_out"):
             setattr(self, name, linear(f"attn.{name}"))
@@ -118,10 +118,10 @@ class JointAttention(nnx.Module):
 class DoubleBlock(nnx.Module):
     """One double-stream block: image and text have weights of their own and meet in attention."""
 
-    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
         self.norm1 = Modulation(linear, "norm1")
         self.norm1_context = Modulation(linear, "norm1_context")
-        self.attn = JointAttention(linear, heads, head_dim, implementation, rngs=rngs)
+        self.attn = JointAttention(linear, head_dim, implementation, rngs=rngs)
         self.ff = FeedForward(linear, "ff")
         self.ff_context = FeedForward(linear, "ff_context")
 
@@ -148,7 +148,7 @@ class DoubleBlock(nnx.Module):
 class SelfAttention(nnx.Module):
     """Attention of the single-stream blocks; its output projection is part of the block's `proj_out`."""
 
-    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
         self.implementation = implementation
         for name in ("to_q", "to_k", "to_v"):
             setattr(self, name, linear(f"attn.{name}"))
@@ -164,9 +164,9 @@ class SelfAttention(nnx.Module):
 class SingleBlock(nnx.Module):
     """One single-stream block on the joined sequence: attention and MLP side by side, then one projection."""
 
-    def __init__(self, linear: MakeLinear, heads: int, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
+    def __init__(self, linear: MakeLinear, head_dim: int, implementation: str, *, rngs: nnx.Rngs):
         self.norm = Modulation(linear, "norm")
-        self.attn = SelfAttention(linear, heads, head_dim, implementation, rngs=rngs)
+        self.attn = SelfAttention(linear, head_dim, implementation, rngs=rngs)
         self.proj_mlp = linear("proj_mlp")
         self.proj_out = linear("proj_out")
 

@@ -48,7 +48,7 @@ class Flux(nnx.Module):
         def blocks(kind: type, stack: str, depth: int):
             def block(rngs):
                 linear = self.backbone.maker(stack, quantization=quantization, rngs=rngs)
-                return kind(linear, config.num_attention_heads, config.attention_head_dim, attention, rngs=rngs)
+                return kind(linear, config.attention_head_dim, attention, rngs=rngs)
 
             return stacked(block, depth, rngs)
 
@@ -61,8 +61,8 @@ class Flux(nnx.Module):
         self.proj_out = linear("proj_out")
 
     def unstack(self) -> None:
-        """Give each block arrays of its own (layers.Unstacked), but for the modulations: sampling on a GPU is faster
-        so, and compiling slower. Weights are moved, not copied."""
+        """Give each block arrays of its own (layers.Unstacked), but for the modulations: sampling and training
+        are faster so on CPUs and GPUs, and compiling slower. Weights are moved, not copied."""
         for stack, depth in self.backbone.stacks:
             if depth:
                 setattr(self, stack, Unstacked(getattr(self, stack), self.modulation_names(stack)))
