@@ -130,6 +130,7 @@ def command() -> int:
     added = set_compiler_flags(training=True)
     with distributed.joined({"workdir": workdir, **dict(configs.fields(config))}):
         from lorweb_jax.jobs import make_job
+        from lorweb_jax.planning.remat import settled
         from lorweb_jax.processes.host_memory import keep_freed_memory
         from lorweb_jax.training.loop import train  # jax is imported once the command line is known to be good
 
@@ -137,7 +138,7 @@ def command() -> int:
         if added:
             print(f"told jax: {added}", flush=True)
         words = shlex.join(sys.argv[1:])
-        finished = train(config, workdir, make_job, f"python -m lorweb_jax.main {words}")
+        finished = train(config, workdir, settled(make_job), f"python -m lorweb_jax.main {words}")
     return 0 if finished else stop_status()
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from lorweb_jax.planning.figures import arguments, kept, make_program
 from lorweb_jax.planning.shapes import device_bytes
 from lorweb_jax.planning.topology import Target
 from lorweb_jax.processes.compiler_flags import MEMORY_SHARE
+from lorweb_jax.training.job import Job
 
 SPARED = 0.1  # of the memory: estimates are off by a few hundredths of it
 
@@ -72,3 +75,15 @@ def choose(config, there: Target) -> str:
         chosen = names[int(multihost_utils.broadcast_one_to_all(np.int32(names.index(chosen))))]
     print(f"remat: {chosen} ({why})", flush=True)
     return chosen
+
+
+def settled(make_job: Callable[[Any], Job]) -> Callable[[Any], Job]:
+    """`make_job`, after which config.remat, where there is one, is a policy that suits this machine."""
+
+    def make(config) -> Job:
+        job = make_job(config)
+        if "remat" in config:
+            config.remat = choose(config, this_machine())
+        return job
+
+    return make

@@ -56,10 +56,6 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
         job = make_job(config)
         for heads in job.attention_heads:
             sharding.check_heads(heads, mesh)
-        if config.get("remat") == "auto":
-            from lorweb_jax.planning import remat  # which knows training
-
-            config.remat = remat.choose(config, remat.this_machine())
         open_run(workdir, config, job.sources(), command)
         outcome = closing.enter_context(recorded(workdir))
         trackers = closing.enter_context(tracked(config, workdir))

@@ -14,6 +14,7 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.common.progress import progress_bar
 from lorweb_jax.files.safetensors_io import write_json
 from lorweb_jax.jobs import make_job
+from lorweb_jax.planning.remat import settled
 from lorweb_jax.processes.coordination import stop_status
 from lorweb_jax.settings import config as configs
 from lorweb_jax.training.loop import train
@@ -74,7 +75,7 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
 
 def _record(trial: Trial, out: Path, measure: Callable[[Trial, Path], Record]) -> Record:
     folder, start = out / "runs" / trial.name, time.perf_counter()
-    if not train(trial.config, folder, make_job):
+    if not train(trial.config, folder, settled(make_job)):
         raise SystemExit(stop_status())
     record = {"labels": trial.labels, "config": _plain(trial.config), "seconds": time.perf_counter() - start}
     record |= measure(trial, folder)
