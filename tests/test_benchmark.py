@@ -198,6 +198,30 @@ def test_diffusers_row_has_the_same_model():
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == sum(weight.numel() for weight in model.parameters())
 
 
+def test_diffusers_lora_is_as_large_as_the_basis(monkeypatch):
+    """On the same layers, and trained: torch's optimizer is given as many numbers as A and B have of all members."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    from benchmark import theirs
+
+    trained, threads = [], torch.get_num_threads()
+    made = torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda weights, **given: made(trained.append(weights) or weights, **given)
+    )
+    setting = dataclasses.replace(TINY, what="train")
+    step = theirs.make_step("lora", setting, "cpu")
+    [weights] = trained
+    before = [weight.detach().clone() for weight in weights]
+    step.run(1)
+    torch.set_num_threads(threads)
+    layers, rank = setting.backbone.adapted.values(), setting.basis.size * setting.basis.rank
+    assert sum(weight.numel() for weight in weights) == sum(
+        layer.depth * rank * (layer.inputs + layer.outputs) for layer in layers
+    )
+    assert all((one != other).any() for one, other in zip(before, weights, strict=True))
+
+
 def test_a_row_that_fails_says_why():
     row = BenchmarkRow("base", "ours", "base", dataclasses.replace(TINY, what="sample", dtype="float31"))
     results = {"base": {"name": "ours", "seconds": [], "cpu_seconds": []}}
@@ -248,8 +272,15 @@ def test_rows_and_comparisons_of_several_variants():
 
     # Nothing that 8 bit can't do, and torch's rows in full.
     rows = make_rows(variants("train", quantization=["int8"]), with_torch=True)
-    assert [row.key for row in rows] == ["inputs", "basis", "eager", "compiled"]
+    assert [row.key for row in rows] == ["inputs", "basis", "eager", "compiled", "lora", "lora compiled"]
     assert pairs(rows) == [Pair("basis", "inputs")]
+    plain = pairs(make_rows(variants("train", remat=["none"]), with_torch=True))
+    assert [(pair.row, pair.other) for pair in plain if pair.torch] == [
+        ("weights", "eager"),
+        ("weights", "compiled"),
+        ("basis", "lora"),
+        ("basis", "lora compiled"),
+    ]
 
 
 def test_drift_does_not_reach_the_ratios():

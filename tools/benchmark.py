@@ -24,7 +24,8 @@ Rows of "train":
   ours frozen, gradient of tokens     forward, and backward through frozen weights: training with nothing to train
   ours frozen, basis train step       router, forward, backward, clipping, AdamW on a float32 basis; latents, text and
                                       queries come ready
-  diffusers, also with torch.compile  gradient of all weights
+  diffusers, also with torch.compile  gradient of all weights; and, beside the basis, a train step of peft's LoRA of
+                                      rank N·r on the same layers: forward, backward, clipping, AdamW
 
 --quant, --remat and --moments take lists: of their combinations the first gets every row, the others "ours" and
 "low-rank" or the "basis train step". Torch's rows are never quantised.

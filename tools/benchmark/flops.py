@@ -13,13 +13,14 @@ _COUNTED = {
     "inputs": ("inputs", None),
     "basis": ("basis", "basis"),
 }
-_TORCH = {"sample": "inside", "train": "weights"}
+_TORCH = {"sample": "inside", "train": "weights", "lora": "basis"}
 
 
 def step_flops(row: BenchmarkRow) -> int:
     """FLOPs of one step of a row of the table."""
     setting = row.setting
-    base, added = _COUNTED[_TORCH[setting.what] if row.torch else row.kind]
+    what = "lora" if row.kind.startswith("lora") else setting.what
+    base, added = _COUNTED[_TORCH[what] if row.torch else row.kind]
     sizes = (setting.batch, setting.tokens, setting.text_tokens)
     total = base_flops(base, setting.backbone, *sizes)
     return total + (basis_flops(added, setting.backbone, setting.basis, *sizes) if added else 0)

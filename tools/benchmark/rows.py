@@ -23,15 +23,24 @@ KINDS = {
 }
 TORCH_KINDS = {
     "sample": {"eager": "diffusers", "compiled": "diffusers, torch.compile"},
-    "train": {"eager": "diffusers, gradient of all weights", "compiled": "diffusers, the same, torch.compile"},
+    "train": {
+        "eager": "diffusers, gradient of all weights",
+        "compiled": "diffusers, the same, torch.compile",
+        "lora": "diffusers frozen, LoRA train step",
+        "lora compiled": "diffusers, the same LoRA, torch.compile",
+    },
 }
 # Measured for every variant; the others once, for the first variant that can.
 _EVERY = {"sample": ("base", "low-rank"), "train": ("basis",)}
 # 8-bit weights have no gradient, and no mix is folded into them.
 _UNQUANTISED = ("folded", "weights")
 _COMPARED = {"sample": (("inside", "base"), ("low-rank", "base"), ("folded", "base")), "train": (("basis", "inputs"),)}
-# With torch's: "inside" does the same work a step as diffusers, "base" has done part of it beforehand.
-_BESIDE_TORCH = {"sample": ("base", "inside"), "train": ("weights",)}
+# With torch's: "inside" does the same work a step as diffusers, "base" has done part of it beforehand. A LoRA has the
+# basis's trainables but the router's.
+_BESIDE_TORCH = {
+    "sample": {"base": ("eager", "compiled"), "inside": ("eager", "compiled")},
+    "train": {"weights": ("eager", "compiled"), "basis": ("lora", "lora compiled")},
+}
 # Copies of the weights that a row needs, roughly: gradients, the basis and its optimizer, folding.
 _COPIES = {
     "base": 1.2,
@@ -43,6 +52,8 @@ _COPIES = {
     "basis": 3.0,
     "eager": 2.0,
     "compiled": 2.5,
+    "lora": 2.5,
+    "lora compiled": 3.0,
 }
 _VARIED = ("quantization", "moments", "remat")
 _SHOWN = {"quantization": "{}", "moments": "moments {}", "remat": "remat {}"}
@@ -58,7 +69,7 @@ class BenchmarkRow(NamedTuple):
 
     @property
     def torch(self) -> bool:
-        return self.kind in ("eager", "compiled")
+        return self.kind in TORCH_KINDS[self.setting.what]
 
 
 class Pair(NamedTuple):
@@ -109,9 +120,9 @@ def pairs(rows: Sequence[BenchmarkRow]) -> list[Pair]:
     for kind in _EVERY[what]:
         first, *rest = [row.key for row in rows if row.kind == kind]
         found += [Pair(key, first) for key in rest]
-    for kind in _BESIDE_TORCH[what]:
+    for kind, theirs in _BESIDE_TORCH[what].items():
         ours = next((row.key for row in rows if row.kind == kind and row.setting.quantization == "none"), None)
-        found += [Pair(ours, row.key, True) for row in rows if row.torch and ours]
+        found += [Pair(ours, row.key, True) for row in rows if row.kind in theirs and ours]
     return found
 
 

@@ -1,8 +1,10 @@
-"""The rows measured in torch: diffusers' FluxTransformer2DModel, eager and through torch.compile."""
+"""The rows measured in torch: diffusers' FluxTransformer2DModel, eager and through torch.compile; in training also with
+peft's LoRA."""
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from benchmark.setting import Setting
 
 
 def make_step(kind: str, setting: Setting, device: str) -> Step:
-    """A forward, or a forward and backward to all weights. Random weights are made on the device, in the dtype."""
+    """A forward; a forward and backward to all weights; or a training step of a LoRA as large as the basis. Random
+    weights are made on the device, in the dtype."""
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, setting.dtype))
@@ -21,18 +24,21 @@ def make_step(kind: str, setting: Setting, device: str) -> Step:
         model = FluxTransformer2DModel(**dataclasses.asdict(setting.model))
         given, target = inputs(setting)
     torch.set_default_dtype(torch.float32)
-    training = setting.what == "train"
-    model.train(training).requires_grad_(training)
+    training, lora, compiled = setting.what == "train", kind.startswith("lora"), kind.endswith("compiled")
+    model.train(training).requires_grad_(training and not lora)
+    update = _lora(model, setting.basis_size * setting.basis_rank) if lora else model.zero_grad
     if training and setting.remat == "full":
         model.enable_gradient_checkpointing()
-    called = torch.compile(model) if kind == "compiled" else model
+    called = torch.compile(model) if compiled else model
 
     def step():
-        velocity = called(**given, return_dict=False)[0]
+        # As diffusers' scripts train a float32 LoRA over a narrower base.
+        with torch.autocast(device, torch.bfloat16, enabled=lora and setting.dtype == "bfloat16"):
+            velocity = called(**given, return_dict=False)[0]
         if training:
             error = velocity[:, : target.shape[1]].float() - target.float()
             error.square().mean().backward()
-            model.zero_grad(set_to_none=True)
+            update()
 
     def run(count):
         with torch.inference_mode(not training):
@@ -46,10 +52,32 @@ def make_step(kind: str, setting: Setting, device: str) -> Step:
     partly = training and setting.remat not in ("none", "full")
     return Step(
         run,
-        time.perf_counter() - start if kind == "compiled" else 0.0,
+        time.perf_counter() - start if compiled else 0.0,
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         note=f"keeps every intermediate: torch has no policy like {setting.remat}" if partly else "",
     )
+
+
+def _lora(model: FluxTransformer2DModel, rank: int) -> Callable[[], None]:
+    """Gives every linear layer of the blocks a float32 LoRA of this rank; what clips its gradient and updates it, by
+    AdamW, as ours does a basis."""
+    from peft import LoraConfig
+
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name
+    ]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.05, fused=True)
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
 
 
 def inputs(setting: Setting) -> tuple[dict[str, Any], torch.Tensor]:

@@ -38,10 +38,11 @@ def main() -> None:
 
 
 def measure(request: dict, reply) -> None:
+    from benchmark.rows import TORCH_KINDS
     from benchmark.setting import Setting
 
     kind, setting = request["kind"], Setting(**request["setting"])
-    if kind in ("eager", "compiled"):
+    if kind in TORCH_KINDS[setting.what]:
         module, arguments = "theirs", ("cuda" if request["platform"] == "gpu" else "cpu",)
     else:
         import jax
