@@ -84,9 +84,10 @@ class Pipeline:
         image_encoder: the router's image encoder (CLIP ViT-L/14 or SigLIP2 folder); default `folder`/clip_vision.
         dtype: what weights of transformer and text encoders are kept and computed in. attention, quantization: see
         Flux; nothing is folded into a quantised transformer. unstacked: each block has arrays of its own, from which
-        steps on a GPU are some per cent faster; each block is compiled, which takes longer. offload: "blocks" leaves
+        steps on CPUs and GPUs are faster; each block is compiled, which takes longer. offload: "blocks" leaves
         the kernels of the transformer's and T5's blocks in the host's memory, from where they are streamed block by
-        block in every step; nothing is folded into them.
+        block in every step; nothing is folded into them. Where jax's plugin for NVIDIA GPUs is installed, XLA_FLAGS
+        gets what suits them, unless it says otherwise (processes/compiler_flags.py); jax reads it as it starts.
         Raises UserError for missing, truncated, damaged or foreign files, with the difference where keys don't match,
         and for weights that are not finite.
         """
