@@ -446,16 +446,16 @@ def test_remat_that_suits_the_memory(gpu_plan, estimator, monkeypatch, capsys):
     peaks = {name: change.peak for name, change in estimator.policies.items()}
     asked = []
 
-    def kept(config, there):
-        asked.append((config.remat, config.unstacked))
-        return estimator.kept[config.remat]
+    def kept(program, traced):
+        asked.append(program.job.config.remat)
+        return estimator.kept[program.job.config.remat]
 
     def chosen(memory, **changes):
         there = dataclasses.replace(gpu_plan.target, chip=dataclasses.replace(GPUS["h100"], memory=memory / 0.9))
         return remat.choose(smoke(remat="auto", **changes), there)
 
-    monkeypatch.setattr(remat, "kept", kept)
-    assert chosen(peaks["qkv"] * 1.0001) == "qkv" and asked == [("none", False), ("dots", False), ("qkv", False)]
+    monkeypatch.setattr(remat, "kept_by_example", kept)
+    assert chosen(peaks["qkv"] * 1.0001) == "qkv" and asked == ["none", "dots", "qkv"]
     assert "remat: qkv (fits; GiB at the peak, estimated: none 0.1, dots " in capsys.readouterr().out
     assert chosen(peaks["dots"] * 1.0001) == "dots" and chosen(peaks["full"] / 2) == "full"
     assert chosen(1e15) == "none" and chosen(1e15, offload="blocks") == "dots"

@@ -1,5 +1,7 @@
 """8-bit kernels against formulas in float64, and that a quantised transformer really holds 8 bits."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +15,7 @@ from lorweb_jax.files.state import flat_state, shapes
 from lorweb_jax.models.flux1.config import FluxConfig
 from lorweb_jax.models.flux1.model import Flux
 from lorweb_jax.models.flux1.record import backbone
-from lorweb_jax.nn import quantization
+from lorweb_jax.nn import quantization, sharding
 from lorweb_jax.nn.layers import Linear
 from lorweb_jax.nn.quantization import bytes_by_dtype, dequantize, quantize
 from lorweb_jax.pipeline.pipeline import Pipeline
@@ -108,6 +110,14 @@ def test_products_in_fp8(monkeypatch):
     assert quantization.product(x.astype(jnp.bfloat16), codes, scale).dtype == jnp.bfloat16
     vectors = x[:, 0]  # are not rounded
     assert relative(quantization.product(vectors, codes, scale), vectors.astype(np.float64) @ kernel) < 1e-6
+
+
+@pytest.mark.parametrize("capability, expected", [("9.0", True), ("8.9", True), ("8.6", False)])
+def test_a_gpu_elsewhere_is_asked_itself(capability, expected):
+    """As plans are made: this machine's devices know nothing of it."""
+    with sharding.compiling_for(SimpleNamespace(platform="cuda", compute_capability=capability)):
+        assert quantization.multiplies_fp8() == expected
+    assert not quantization.multiplies_fp8()
 
 
 def test_a_scanned_stack_keeps_codes_for_the_way_back_not_numbers():

@@ -51,13 +51,12 @@ def make_program(config, there: Target, what: str, as_run: bool = False) -> Prog
     return PROGRAMS[what](job, sharding.make_mesh(config.mesh, there.devices))
 
 
-def kept(config, there: Target) -> float:
-    """Bytes that are kept for the backward pass, for each example of a micro-batch (activations.py): the same where
-    blocks have arrays of their own, and seen where they are scanned."""
+def scanned_program(config, there: Target, what: str) -> Program:
+    """`make_program` with stacks, whatever config.unstacked: blocks of their own hold as many bytes, and what a step
+    keeps (activations.py) is seen where blocks are scanned."""
     scanned = config.copy_and_resolve_references()
     scanned.unstacked = False
-    program = make_program(scanned, there, "train")
-    return kept_by_example(program, program.traced(there.gpu))
+    return make_program(scanned, there, what)
 
 
 def make_plan(config, there: Target, what: str) -> Plan:
@@ -81,8 +80,12 @@ def make_plan(config, there: Target, what: str) -> Plan:
         }
         peak, traffic = sum(memory.values()), compiled.traffic if compiled.text else expected_traffic(program)
     else:
-        scanned = kept(config, there) if program.gradients and config.unstacked else kept_by_example(program, traced)
-        temporaries = estimate(program, scanned).total
+        if config.unstacked:
+            program_of_stacks = scanned_program(config, there, what)
+            kept = kept_by_example(program_of_stacks, program_of_stacks.traced(there.gpu))
+        else:
+            kept = kept_by_example(program, traced)
+        temporaries = estimate(program, kept).total
         memory |= {"gradients": gradients, "activations, temporaries": temporaries}
         peak, traffic = sum(memory.values()), expected_traffic(program)
         if compiled:

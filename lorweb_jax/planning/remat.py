@@ -10,9 +10,10 @@ import numpy as np
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import REMAT_POLICIES
-from lorweb_jax.planning.activations import estimate
+from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.chips import GIB, Chip
-from lorweb_jax.planning.figures import arguments, kept, make_program
+from lorweb_jax.planning.figures import arguments, scanned_program
+from lorweb_jax.planning.program import Program
 from lorweb_jax.planning.shapes import device_bytes
 from lorweb_jax.planning.topology import Target
 from lorweb_jax.processes.compiler_flags import MEMORY_SHARE
@@ -43,9 +44,8 @@ def room(there: Target) -> float:
     return (1 - SPARED) * there.chip.memory
 
 
-def peak(config, there: Target, what: str, kept: float) -> float:
-    """Bytes on a device, estimated from shapes: arguments, gradients, activations."""
-    program = make_program(config, there, what)
+def peak(program: Program, kept: float) -> float:
+    """Bytes on a device, estimated from shapes: arguments, gradients, activations; kept: see kept_by_example."""
     return sum(arguments(program).values()) + device_bytes(program.gradients) + estimate(program, kept).total
 
 
@@ -61,7 +61,8 @@ def choose(config, there: Target) -> str:
         for name in names[config.offload == "blocks" :]:
             changed = config.copy_and_resolve_references()
             changed.remat = name
-            peaks[name] = peak(changed, there, "train", kept(changed, there))
+            program = scanned_program(changed, there, "train")
+            peaks[name] = peak(program, kept_by_example(program, program.traced(there.gpu)))
             if peaks[name] <= room(there):
                 chosen, why = name, "fits"
                 break

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import REMAT_POLICIES
 from lorweb_jax.planning import remat
+from lorweb_jax.planning.activations import kept_by_example
 from lorweb_jax.planning.chips import GIB
-from lorweb_jax.planning.figures import Plan
+from lorweb_jax.planning.figures import Plan, scanned_program
 from lorweb_jax.settings.config import get
 
 
@@ -29,7 +30,7 @@ class Estimator:
 
     def __init__(self, config, plan: Plan):
         self.config, self.plan = config, plan
-        self.kept: dict[str, float] = {}  # by policy, see figures.kept
+        self.kept: dict[str, float] = {}  # by policy, see kept_by_example
         # What the estimate misses now, it is taken to miss then.
         self._offset = plan.peak - self._bytes(config)
 
@@ -51,10 +52,11 @@ class Estimator:
             return Change(values, math.inf)
 
     def _bytes(self, config) -> float:
-        there, what = self.plan.target, self.plan.program.what
-        if what == "train" and config.remat not in self.kept:
-            self.kept[config.remat] = remat.kept(config, there)
-        return remat.peak(config, there, what, self.kept.get(config.remat, 0.0))
+        there = self.plan.target
+        program = scanned_program(config, there, self.plan.program.what)
+        if config.remat not in self.kept:
+            self.kept[config.remat] = kept_by_example(program, program.traced(there.gpu))
+        return remat.peak(program, self.kept[config.remat])
 
 
 def suggestions(estimator: Estimator) -> list[Change]:

@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-# Products by cuBLASLt alone: Triton's take an activation out of the product, and are autotuned for minutes.
+# Products by cuBLASLt alone, which makes their activations too, as Triton's don't.
 FOR_GPUS = {"xla_gpu_enable_triton_gemm": False}
 # In training also: what a step keeps is chosen (remat) so that it fits; XLA, which would like a twentieth of the memory
 # free, must not recompute more.
