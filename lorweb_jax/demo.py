@@ -130,8 +130,10 @@ def _words(args: argparse.Namespace) -> list[str]:
     for name, value in model_options(args).items():
         if value is True:
             words.append(f"--{name}")
-        elif value not in (False, "none", "auto", "float32"):
-            words += [f"--{name}", str(value)]
+        elif isinstance(value, dict):
+            words += [f"--{name}", ",".join(f"{axis}={size}" for axis, size in value.items())]
+        elif value not in (False, None, "none", "auto", "float32"):
+            words += [f"--{name}", value]
     return words
 
 

@@ -168,6 +168,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "for them, in every step (default: none)",
     )
     parser.add_argument(
+        "--mesh",
+        type=mesh,
+        metavar="AXIS=SIZE,…",
+        help="share the model between this machine's devices: sequence=4 each image's tokens (faster, whole weights "
+        "on each), tensor=4 every layer, fsdp=4 weights alone; or several, such as sequence=4,tensor=2 (default: one "
+        "device)",
+    )
+    parser.add_argument(
         "--round-to-bfloat16",
         action="store_true",
         help="round timestep and guidance as the published pipeline does, to compare pixel by pixel",
@@ -176,7 +184,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """What Pipeline.load takes of `add_model_options`."""
-    return {name: getattr(args, name) for name in ("dtype", "attention", "quantization", "unstacked", "offload")}
+    names = ("dtype", "attention", "quantization", "unstacked", "offload", "mesh")
+    return {name: getattr(args, name) for name in names}
+
+
+def mesh(text: str) -> dict[str, int]:
+    """AXIS=SIZE,… -> {axis: size}"""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, number = part.partition("=")
+        if not number.removeprefix("-").isdecimal() or axis in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} is no mesh; give one such as sequence=4,tensor=2")
+        sizes[axis] = int(number)
+    return sizes
 
 
 def size(text: str) -> tuple[int, int]:

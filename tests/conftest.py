@@ -21,6 +21,10 @@ os.environ.update(
     }
 )
 
+from lorweb_jax.processes.compiler_flags import set_compiler_flags  # noqa: E402  (the path above comes first)
+
+set_compiler_flags()  # as the commands do, here and for processes that tests start
+
 
 @pytest.fixture(scope="session")
 def drawing_pack(tmp_path_factory):

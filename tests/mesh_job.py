@@ -1,9 +1,9 @@
 """A small FLUX with a routed basis, or with a pair of adapters, as a training job, and three steps of it on any mesh:
 what test_mesh.py compares.
 
-Run as a program it prints, for each mesh given as data,fsdp,tensor, where its arrays end up, as .npz files. Of a mesh
-with "pair," before it, it is the pair, with "blocks," that with blocks of their own, with "offload," the basis beside
-blocks in the host's memory.
+Run as a program it prints, for each mesh given as data,fsdp,sequence,tensor, where its arrays end up, as .npz files. Of
+a mesh with "pair," before it, it is the pair, with "blocks," that with blocks of their own, with "offload," the basis
+beside blocks in the host's memory.
 """
 
 import functools
@@ -41,7 +41,7 @@ FLUX = FluxConfig(
     pooled_projection_dim=12,
     axes_dims_rope=(2, 2, 4),
 )
-BATCH, TOKENS, TEXT, QUERY = 8, 6, 5, 20
+BATCH, TOKENS, TEXT, QUERY = 8, 6, 6, 20
 # Layers with a basis: of each stack one of every role and stream. More take longer to compile and are split no other
 # way.
 ADAPTED = ("norm1.linear", "attn.to_q", "add_q_proj", "ff.net_2", "to_add_out", "s.norm.linear", "s.proj_out")
@@ -205,6 +205,6 @@ if __name__ == "__main__":
     out, *meshes = sys.argv[1:]
     jobs = {"": MeshJob(), "pair": MeshPair(), "blocks": UnstackedPair(), "offload": OffloadedJob()}
     for mesh in meshes:
-        *kind, data, fsdp, tensor = mesh.split(",")
-        sizes = dict(zip(sharding.AXES, map(int, (data, fsdp, tensor))))
+        *kind, data, fsdp, sequence, tensor = mesh.split(",")
+        sizes = dict(zip(sharding.AXES, map(int, (data, fsdp, sequence, tensor))))
         np.savez(Path(out) / f"{mesh}.npz", **three_steps(sizes, jobs["".join(kind)]))

@@ -195,7 +195,7 @@ def test_a_basis_for_another_backbone():
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(basis))}
     assert flat["layers.double_modulation_img.linear.b"].shape == (1, 4, 2, 6 * D)
     assert flat["layers.single_transformer_blocks.attn.to_qkv_mlp_proj.b"].shape == (SINGLE, 4, 2, 9 * D)
-    mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 2), sharding.AXES)
     specs = {
         path: sharding.spec(mesh, sharding.variable_axes(leaf), leaf.shape)
         for path, leaf in flat.items()
@@ -212,7 +212,7 @@ def test_a_basis_for_another_backbone():
 
 
 def test_weights_of_another_backbone_are_split_by_role():
-    mesh, P = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES), jax.sharding.PartitionSpec
+    mesh, P = jax.sharding.AbstractMesh((1, 4, 1, 2), sharding.AXES), jax.sharding.PartitionSpec
     record = klein()
     axes = axes_of(record)
     assert set(axes) == {f"{path}.{name}" for path in record.linears for name in ("kernel", "scale")}

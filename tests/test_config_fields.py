@@ -96,6 +96,7 @@ def test_values_of_no_sense_for_every_field(config):
         ("optimizer.weight_decay", (101.0,)),
         ("optimizer.clip", (0.0,)),
         ("mesh.data", (0, -3)),
+        ("mesh.sequence", (0, -2)),
         ("mesh.tensor", (0,)),
         ("pipeline", ("", "  ")),
         ("basis.size", (0, 4097)),

@@ -13,16 +13,16 @@ from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
 
 TOLERANCE = 1e-5  # relative, L2
-PAIR = [("pair", 1, 1, 1), ("blocks", 2, 2, 2)]  # of Pair Customization; the second with blocks of their own
-OFFLOADED = ("offload", 2, 2, 2)  # with blocks in the host's memory
-# Each axis alone, and two or all three of them.
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
+PAIR = [("pair", 1, 1, 1, 1), ("blocks", 2, 2, 1, 2)]  # of Pair Customization; the second with blocks of their own
+OFFLOADED = ("offload", 2, 2, 1, 2)  # with blocks in the host's memory
+# Axes alone, and two or three of them; by data, fsdp, sequence, tensor.
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (1, 4, 1, 2), (4, 1, 2, 1), (1, 2, 2, 2)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[tuple[int, int, int], dict[str, np.ndarray]]:
+def runs(tmp_path_factory) -> dict[tuple[int, int, int, int], dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("meshes")
-    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1), *MESHES, *PAIR, OFFLOADED]]
+    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1, 1), *MESHES, *PAIR, OFFLOADED]]
     subprocess.run(
         [sys.executable, Path(__file__).with_name("mesh_job.py"), out, *names],
         check=True,
@@ -38,7 +38,7 @@ def _number(word: str) -> int | str:
 
 @pytest.mark.parametrize("sizes", [*MESHES, OFFLOADED], ids=str)
 def test_a_mesh_of_eight_devices_trains_as_one_device(runs, sizes):
-    one, many = runs[1, 1, 1], runs[sizes]
+    one, many = runs[1, 1, 1, 1], runs[sizes]
     for name in (name for name in one if not name.startswith("share/")):
         assert relative(many[name], one[name]) <= TOLERANCE, name
 
@@ -55,7 +55,7 @@ def test_a_pair_trains_on_eight_devices_as_on_one(runs):
 
 def test_weights_and_basis_are_really_split(runs):
     """A device's share of the numbers: all linear layers along fsdp and tensor, the basis along its members."""
-    whole, split = runs[8, 1, 1], runs[1, 4, 2]
+    whole, split = runs[8, 1, 1, 1], runs[1, 4, 1, 2]
     for path in (
         "transformer.transformer_blocks.ff.net_0_proj.kernel",
         "transformer.single_transformer_blocks.proj_out.kernel",
@@ -67,7 +67,7 @@ def test_weights_and_basis_are_really_split(runs):
 
 
 def mesh_of(**sizes):
-    return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes)
+    return sharding.make_mesh(sizes)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_states_are_split_like_their_parameters_and_weigh_what_is_said():
             }
     parameters = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameters.items()}
     assert sum(shape.size for shape in parameters.values()) == 835_051_520
-    mesh = jax.sharding.AbstractMesh((1, 16, 1), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 16, 1, 1), sharding.AXES)
     weights = {}
     for config.optimizer.moments in ("float32", "bfloat16", "int8"):
         state = jax.eval_shape(make_optimizer(config).init, parameters)

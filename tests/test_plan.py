@@ -501,6 +501,6 @@ def test_command(tmp_path):
     done = run("--config.train.batch=8")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "plan.json").read_text())
-    assert made["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and made["fits"] and made["estimated"]
+    assert made["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1} and made["fits"] and made["estimated"]
     assert made["memory"]["basis"] == pytest.approx(4 * made["parameters"]["basis"] / 8, rel=0.05)
     assert set(made["traffic"]) == {"all-gather", "all-reduce"}

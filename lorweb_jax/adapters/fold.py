@@ -56,7 +56,8 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
         for layer, own in zip(layers, mixes_of, strict=True):
             kernel = layer.kernel[...]
             kernel_lio = kernel.reshape(-1, *kernel.shape[-2:])
-            layer.kernel.set_value(_updated(kernel_lio, own).reshape(kernel.shape))
+            updated = _updated(kernel_lio, own).reshape(kernel.shape)
+            layer.kernel.set_value(jax.device_put(updated, kernel.sharding))  # where the layer's own kernel lies
     return folded
 
 

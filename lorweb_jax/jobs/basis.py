@@ -131,6 +131,12 @@ class BasisJob(Job):
         return [self.folder.backbone.heads]
 
     @property
+    def sequences(self) -> list[int]:
+        patch = self.folder.backbone.latents.patch * self.folder.vae_config.downscale
+        shown = [2 * 4 * height * width // patch**2 for height, width in quadrant_shapes(self.config.data)]
+        return [length + text for length in shown for text in (0, self.folder.text_tokens)]
+
+    @property
     def offloaded(self) -> Sequence[str]:
         return self.folder.stacks if self.config.offload == "blocks" else ()
 

@@ -142,6 +142,10 @@ class PairJob(Job):
         return [self.folder.backbone.heads]
 
     @property
+    def sequences(self) -> list[int]:
+        return [self.tokens, self.tokens + self.folder.text_tokens]
+
+    @property
     def offloaded(self) -> Sequence[str]:
         return self.folder.stacks if self.config.offload == "blocks" else ()
 

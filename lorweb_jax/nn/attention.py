@@ -18,7 +18,7 @@ from lorweb_jax.nn import head_major, sharding
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 # Values of this name may be kept for the backward pass (layers.REMAT_POLICIES).
 SAVED = "attention"
-_AXES = ("batch", None, "heads", None)  # of q, k, v
+HEADS = ("batch", None, "heads", None)  # axes of q, k, v
 _LANES = 128  # sequence lengths of the TPU kernel's blocks are multiples of this
 # Bytes of a head's keys that the TPU kernel holds at once, at most: VMEM has room for little more beside what is
 # computed from them. With all of a head's each is read once, not once a block of queries; and the backward pass writes
@@ -32,7 +32,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax
 
     implementation: one of IMPLEMENTATIONS but "auto", which `resolve` turns into one of the others.
     """
-    q, k, v = (sharding.constrain(x, *_AXES) for x in (q, k, v))
+    q, k, v = (sharding.constrain(x, *HEADS) for x in (q, k, v))
     if implementation == "pallas":
         return _pallas(q, k, v)
     if implementation == "xla":
@@ -143,7 +143,7 @@ def attend_streams(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, q_scales, k_scales, rope)
-    split = tuple(sharding.spec(mesh, ("batch", None, "heads"), part.shape) for part in q)
+    split = tuple(sharding.spec(mesh, HEADS[:3], part.shape) for part in q)
     specs = (split, split, split, P(), P(), P())
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return run(q, k, v, q_scales, k_scales, rope)
@@ -164,7 +164,7 @@ def _pallas(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v)
-    split = sharding.spec(mesh, _AXES, q.shape)
+    split = sharding.spec(mesh, HEADS, q.shape)
     return jax.shard_map(local, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
 

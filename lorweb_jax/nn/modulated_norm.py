@@ -17,12 +17,13 @@ from lorweb_jax.nn import sharding
 _ROWS = 128  # tokens of a step; so many are fetched while as many are computed
 _AT_ONCE = 16  # of these in registers: as many as a register of bfloat16 has rows
 _SUBLANES, _LANES = 8, 128
+_TOKENS = ("batch", "tokens", None)  # axes of x
 
 
 def fits(x: jax.Array) -> bool:
     """Whether the kernels take x [b, s, d] on the device in use."""
     on_tpu = sharding.device_in_use().platform == "tpu"
-    return on_tpu and x.shape[1] % _ROWS == 0 and x.shape[2] % _LANES == 0
+    return on_tpu and sharding.local_shape(x, *_TOKENS)[1] % _ROWS == 0 and x.shape[2] % _LANES == 0
 
 
 def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array]:
@@ -37,7 +38,7 @@ def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = 1e-
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(x, shift, scale)
-    tokens = sharding.spec(mesh, ("batch", None, None), x.shape)
+    tokens = sharding.spec(mesh, _TOKENS, x.shape)
     vectors = sharding.spec(mesh, ("batch", None), shift.shape)
     specs = (tokens, vectors, vectors)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)(x, shift, scale)

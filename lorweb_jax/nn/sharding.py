@@ -1,8 +1,9 @@
 """Where arrays live: the device mesh, and the one place that says which array is split over which of its axes.
 
-The mesh has three axes. "data" and "fsdp" share the batch between them; parameters and optimizer states are replicated
-along "data" and split along "fsdp", to be gathered where they are used; "tensor" splits the features and attention
-heads of every layer, activations included.
+The mesh has four axes. "data" and "fsdp" share the batch between them; parameters and optimizer states are replicated
+along "data" and split along "fsdp", to be gathered where they are used; "sequence" splits each example's tokens, and in
+attention, which needs all of them, its heads (DeepSpeed-Ulysses); "tensor" splits the features and attention heads of
+every layer, activations included.
 
 Arrays name their axes: activations where they are made (`constrain`), parameters in their Variable's metadata
 (`variable_axes`), by the role of the layer that they belong to (ROLES). RULES says what each name means on a mesh.
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from lorweb_jax.common.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that share the batch
 
 # Logical names of an array's axes, counted from the last one; None: whole on every device. A stack's axis l, and what
@@ -33,12 +34,14 @@ Axes = tuple[str | None, ...]
 # (logical axis, mesh axis that splits it), best first: a mesh axis splits the first axis of an array that it is listed
 # with and that it divides, once. Where two split the same axis, the first is the outer one.
 RULES: tuple[tuple[str, str], ...] = (
-    # activations and what is added to them: examples; vectors that stand for an example each, few, which travel to
-    # the weights; attention heads; hidden features of an MLP
+    # activations and what is added to them: examples; their tokens; vectors that stand for an example each, few, which
+    # travel to the weights; attention heads; hidden features of an MLP
     ("batch", "data"),
     ("batch", "fsdp"),
+    ("tokens", "sequence"),
     ("vectors", "data"),
     ("heads", "tensor"),
+    ("heads", "sequence"),
     ("hidden", "tensor"),
     # router: a score is a sum over k, and sums of [l, b, n] are all that has to travel
     ("key", "fsdp"),
@@ -102,17 +105,22 @@ def basis_axes(role: str) -> dict[str, Axes]:
     }
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) of the given sizes; one size may be -1 and takes what the others leave.
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, option: str = "--config.mesh.…"
+) -> Mesh:
+    """A mesh over `devices` (default: all) of the given sizes, 1 where none is given; one size may be -1 and takes what
+    the others leave.
 
-    Raises UserError where sizes and devices don't fit each other; nothing has been loaded by then.
+    option: where sizes are set, for messages. Raises UserError where sizes and devices don't fit each other; nothing
+    has been loaded by then.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = {name: sizes.get(name, 1) for name in AXES}
     shown = " × ".join(f"{name} {sizes[name]}" for name in AXES)
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
             f"the mesh {shown} can't be made; give sizes of at least 1, one of them -1 at most, which "
-            "takes the devices that the others leave: set --config.mesh.…",
+            f"takes the devices that the others leave: set {option}",
             2,
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -121,13 +129,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if not 0 < total <= len(devices):
         raise UserError(
             f"the mesh {shown} needs {max(fixed, total)} devices, but {len(devices)} were found; set "
-            "--config.mesh.… so that the product of its sizes is at most that",
+            f"{option} so that the product of its sizes is at most that",
             2,
         )
     if total < len(devices) and (-1 in sizes.values() or jax.process_count() > 1):
         raise UserError(
             f"the mesh {shown} leaves {len(devices) - total} of {len(devices)} devices idle; set "
-            f"--config.mesh.… so that the product of its sizes is {len(devices)}",
+            f"{option} so that the product of its sizes is {len(devices)}",
             2,
         )
     kinds = (AxisType.Auto,) * len(AXES)
@@ -152,12 +160,24 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
-def check_heads(heads: int, mesh: Mesh) -> None:
-    """UserError unless the attention heads divide over the mesh's tensor axis."""
-    if heads % mesh.shape["tensor"]:
+def check_heads(heads: int, mesh: Mesh, option: str = "--config.mesh.…") -> None:
+    """UserError unless the attention heads divide over the mesh's tensor and sequence axes. option: see make_mesh."""
+    tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
+    if heads % (tensor * sequence):
         raise UserError(
-            f"{heads} attention heads do not divide over a tensor axis of {mesh.shape['tensor']}; set "
-            f"--config.mesh.tensor to a divisor of {heads}",
+            f"{heads} attention heads do not divide over {tensor * sequence} devices (tensor {tensor} × sequence "
+            f"{sequence}); set {option} so that the product of these two divides {heads}",
+            2,
+        )
+
+
+def check_tokens(lengths: Sequence[int], mesh: Mesh) -> None:
+    """UserError unless sequences of these lengths, in tokens, divide over the mesh's sequence axis."""
+    parts = mesh.shape["sequence"]
+    if uneven := [length for length in lengths if length % parts]:
+        raise UserError(
+            f"{uneven[0]} tokens do not divide over a sequence axis of {parts} devices; set --config.mesh.sequence to "
+            "a divisor, or train at other sizes",
             2,
         )
 
@@ -180,6 +200,14 @@ def spec(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes, shape: Sequence[int
                 split[at] += (name,)
                 unused.remove(name)
     return P(*(names if len(names) > 1 else (names[0] if names else None) for names in split))
+
+
+def local_shape(x: jax.Array, *axes: str | None) -> tuple[int, ...]:
+    """Of one device's share of an array inside a jitted function, split over the mesh of the context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x.shape
+    return NamedSharding(mesh, spec(mesh, axes, x.shape)).shard_shape(x.shape)
 
 
 def variable_axes(variable: nnx.Variable) -> Axes:

@@ -4,7 +4,6 @@ All that is known of an edit is a → a′, so that the loss is the training los
 expectation over noise and noise level of which Adam takes steps from what the router chose.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from lorweb_jax.flow.loss import draw, weighted_mse
 from lorweb_jax.flow.schedule import train_timesteps, train_weights
 from lorweb_jax.images.grid import condition_grid, fit_to_model, target_grid
 from lorweb_jax.nn.sharding import to_host
+from lorweb_jax.pipeline import devices
 from lorweb_jax.pipeline.arguments import Pair
 from lorweb_jax.pipeline.model import AnalogyModel
 from lorweb_jax.settings.seeds import random_key
@@ -88,14 +88,14 @@ def _rematerialised(transformer: nnx.Module) -> nnx.Module:
     return copy
 
 
-@nnx.jit
+@devices.jit
 def _begin(model: AnalogyModel, target: jax.Array, condition: jax.Array, start: dict[str, jax.Array]):
     """Tokens of both grids, and what `_step` carries: out of a compiled function, as what it returns is, so that its
     first call compiles it for all."""
     return model.tokens(target), model.tokens(condition), (start, optax.adam(0.0).init(start))
 
 
-@functools.partial(nnx.jit, static_argnames="size")
+@devices.jit(static_argnames="size")
 def _step(model: AnalogyModel, rate: jax.Array, step: jax.Array, shown: _Shown, carry, size: tuple[int, int]):
     """(coefficients, Adam's state) after one more step. size: of the grids, [height, width] in pixels."""
     x0, references, text, pooled, keys = shown

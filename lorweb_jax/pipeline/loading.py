@@ -1,19 +1,20 @@
 """A pipeline's weights from its folder into the model."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.files.state import abstract_shapes, fill
 from lorweb_jax.nn.attention import IMPLEMENTATIONS, resolve
 from lorweb_jax.nn.offload import OFFLOADS, offloaded
 from lorweb_jax.nn.quantization import KINDS
+from lorweb_jax.pipeline import devices
 from lorweb_jax.pipeline.arguments import as_dtype, as_path
 from lorweb_jax.pipeline.folder import PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
@@ -30,8 +31,9 @@ def load(
     quantization: str,
     unstacked: bool,
     offload: str,
+    mesh: Mapping[str, int] | None,
 ) -> tuple[PipelineFolder, AnalogyModel]:
-    """See Pipeline.load. All weights lie on this process's first device, or in the host's memory beside it."""
+    """See Pipeline.load."""
     set_compiler_flags()
     unstacked, offload = as_value(unstacked, "unstacked", Flag()), as_value(offload, "offload", Choice(OFFLOADS))
     if unstacked and offload != "none":
@@ -42,7 +44,7 @@ def load(
     pipeline = PipelineFolder(
         as_path(folder, "the pipeline"), None if image_encoder is None else as_path(image_encoder, "the image encoder")
     )
-    dtype, device = as_dtype(dtype), SingleDeviceSharding(jax.local_devices()[0])
+    dtype, mesh = as_dtype(dtype), devices.as_mesh(mesh, pipeline.flux_config.num_attention_heads)
     attention = as_value(attention, "attention", Choice(IMPLEMENTATIONS))
     attention = resolve(attention, jax.default_backend(), dtype, pipeline.flux_config.attention_head_dim)
 
@@ -55,7 +57,7 @@ def load(
             return shapes[path].dtype
         return dtype if path.startswith(("transformer.", "text_encoder")) else jnp.dtype(jnp.float32)
 
-    targets = {path: jax.ShapeDtypeStruct(shape.shape, stored(path), sharding=device) for path, shape in shapes.items()}
+    targets = devices.targets(model, {path: stored(path) for path in shapes}, mesh)
     if offload == "blocks":
         targets = offloaded(targets, pipeline.stacks)
     model = fill(model, pipeline.read(targets), str(folder))

@@ -28,7 +28,7 @@ from lorweb_jax.images.grid import condition_grid, stretched
 from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.sharding import to_host
-from lorweb_jax.pipeline import adapting, loading, saving
+from lorweb_jax.pipeline import adapting, devices, loading, saving
 from lorweb_jax.pipeline.adapters import load_basis
 from lorweb_jax.pipeline.arguments import MAX_SIZE, Images, Pair, as_analogies, as_pairs, as_path, as_prompts
 from lorweb_jax.pipeline.folder import PipelineFolder
@@ -78,6 +78,7 @@ class Pipeline:
         quantization: str = "none",
         unstacked: bool = False,
         offload: str = "none",
+        mesh: Mapping[str, int] | None = None,
     ) -> "Pipeline":
         """From a folder in diffusers' layout.
 
@@ -86,8 +87,10 @@ class Pipeline:
         Flux; nothing is folded into a quantised transformer. unstacked: each block has arrays of its own, from which
         steps on CPUs and GPUs are faster; each block is compiled, which takes longer. offload: "blocks" leaves
         the kernels of the transformer's and T5's blocks in the host's memory, from where they are streamed block by
-        block in every step; nothing is folded into them. Where jax's plugin for NVIDIA GPUs is installed, XLA_FLAGS
-        gets what suits them, unless it says otherwise (processes/compiler_flags.py); jax reads it as it starts.
+        block in every step; nothing is folded into them. mesh: sizes of the axes of a mesh of this process's devices,
+        which share the model, such as {"sequence": 4} or {"tensor": 2, "sequence": 4} (nn/sharding.py); None for the
+        first device alone. XLA_FLAGS gets what suits this machine's devices, unless it says otherwise
+        (processes/compiler_flags.py); jax reads it as it starts.
         Raises UserError for missing, truncated, damaged or foreign files, with the difference where keys don't match,
         and for weights that are not finite.
         """
@@ -100,6 +103,7 @@ class Pipeline:
                 quantization=quantization,
                 unstacked=unstacked,
                 offload=offload,
+                mesh=mesh,
             )
         )
 
@@ -118,7 +122,7 @@ class Pipeline:
             basis = Basis.from_arrays(*load_basis(source, layers, config))
         self.folder.complete(basis.config, self.model.image_encoder)
         self.folder.require_encoder(basis.config)
-        return Pipeline(self.folder, self.model.replace(basis=basis), self.precomputed, source)
+        return self._with(basis, source)
 
     def append(self, styles: Style | Sequence[Style]) -> "Pipeline":
         """A pipeline whose basis has these styles as members beside its own, by their names and at their weights.
@@ -131,9 +135,7 @@ class Pipeline:
         styles = as_styles(styles)
         members = dict(zip(unique_names([style.name for style in styles]), map(weighted, styles)))
         arrays = append(basis.config, saving.arrays_of(basis), members, layers)
-        return Pipeline(
-            self.folder, self.model.replace(basis=Basis.from_arrays(*arrays)), self.precomputed, self.source
-        )
+        return self._with(Basis.from_arrays(*arrays), self.source)
 
     def query(self, conditions: list[Images]) -> jax.Array:
         """The external query [b, q] of analogies (a, a′, b), each at its own size."""
@@ -510,6 +512,10 @@ class Pipeline:
             )
         fold = one and (folded or (folded is None and can_fold(self.model.transformer)))
         return Session(self, basis, coefficients, fold, styles)
+
+    def _with(self, basis: Basis, source: Path | None) -> "Pipeline":
+        basis = devices.spread(basis, devices.mesh_of(self.model.transformer))
+        return Pipeline(self.folder, self.model.replace(basis=basis), self.precomputed, source)
 
     def _basis(self) -> Basis:
         if self.model.basis is None:

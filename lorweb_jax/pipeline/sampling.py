@@ -1,19 +1,18 @@
 """From a request to images: the jitted parts of a pipeline, run one after the other."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.flow.schedule import Schedule, published_tokens
 from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.models.image_encoder.encoder import ImageEncoder
 from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.pipeline import devices
 from lorweb_jax.pipeline.model import AnalogyModel, Size
 from lorweb_jax.pipeline.request import Request
 from lorweb_jax.pipeline.stages import Stage
@@ -53,6 +52,8 @@ def make_images(
         encoded = [_encode(model.only("vae"), jnp.asarray(image)) for image in request.references]
         references = jnp.concatenate(encoded, axis=1)
         reference_sizes = tuple(image.shape[1:3] for image in request.references)
+    shown = request.noise.shape[1] + (0 if references is None else references.shape[1])
+    devices.tell_undivided(devices.mesh_of(model), shown, text[0].shape[1])
     tokens = _denoise(model, schedule, request, stages, references, reference_sizes)
     decoded = _decode(model.only("vae"), request.size, tokens)
     places = {"the text's embedding": text[0], "the text's pooled embedding": text[1]}
@@ -96,17 +97,17 @@ def encode_query(model: AnalogyModel, views: np.ndarray) -> jax.Array:
     return _query(model, jnp.asarray(views))
 
 
-@nnx.jit
+@devices.jit
 def _prompt(model: AnalogyModel, clip_ids, t5_ids) -> Text:
     return model.prompt(clip_ids, t5_ids)
 
 
-@nnx.jit
+@devices.jit
 def _query(model: AnalogyModel, views) -> jax.Array:
     return model.query(views)
 
 
-@nnx.jit
+@devices.jit
 def _encode(model: AnalogyModel, images) -> jax.Array:
     return model.tokens(images)
 
@@ -114,7 +115,7 @@ def _encode(model: AnalogyModel, images) -> jax.Array:
 Shape = tuple[Size, tuple[Size, ...] | None, bool]  # the result's, the references', whether times are rounded
 
 
-@functools.partial(nnx.jit, static_argnums=1)
+@devices.jit(static_argnums=1)
 def _sample(model: AnalogyModel, shape: Shape, noise, references, text, guidance, sigmas, combine, adapters):
     size, reference_sizes, rounded = shape
     return model.sample(
@@ -131,12 +132,12 @@ def _sample(model: AnalogyModel, shape: Shape, noise, references, text, guidance
     )
 
 
-@functools.partial(nnx.jit, static_argnums=1)
+@devices.jit(static_argnums=1)
 def _modulations(model: AnalogyModel, shape: Shape, text, guidance, sigmas, adapters) -> Any:
     return model.step_modulations(sigmas, text[1], guidance, adapters, shape[2])
 
 
-@functools.partial(nnx.jit, static_argnums=1)
+@devices.jit(static_argnums=1)
 def _step(model: AnalogyModel, shape: Shape, step, z, difference, modulations, references, text, combine, adapters):
     size, reference_sizes, _ = shape
     now = jax.tree.map(lambda x: x[step], modulations)
@@ -145,7 +146,7 @@ def _step(model: AnalogyModel, shape: Shape, step, z, difference, modulations, r
     )
 
 
-@functools.partial(nnx.jit, static_argnums=1)
+@devices.jit(static_argnums=1)
 def _decode(model: AnalogyModel, size: Size, tokens) -> jax.Array:
     return model.images(tokens, *size)
 

@@ -21,6 +21,7 @@ from lorweb_jax.adapters.mixture import added
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.images.fit import STRETCH
 from lorweb_jax.nn.layers import Adapter
+from lorweb_jax.pipeline import devices
 from lorweb_jax.pipeline.arguments import Images
 from lorweb_jax.pipeline.request import Request, edit_request, generation_request
 from lorweb_jax.pipeline.sampling import Rows, Text, make_images
@@ -51,7 +52,8 @@ class Session:
         """basis: None for the base alone. coefficients: {path: c [l, b, n]} of each row of a batch, or of all rows
         where b is 1; None where the layers' own inputs choose them. folded: b must be 1. styles: what guides."""
         self._pipeline, self._basis, self._coefficients = pipeline, basis, coefficients
-        self._styles = Styles(styles, pipeline.folder.backbone.adapted) if styles else None
+        mesh = devices.mesh_of(pipeline.model.transformer)
+        self._styles = Styles(styles, pipeline.folder.backbone.adapted, mesh) if styles else None
         self._model, self._own = pipeline.model, ()
         if folded:
             transformer = fold(pipeline.model.transformer, basis.adapters(coefficients))

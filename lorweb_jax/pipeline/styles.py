@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from lorweb_jax.adapters import pair
 from lorweb_jax.adapters.basis import AdaptedLayer, Basis, BasisConfig
@@ -20,6 +21,7 @@ from lorweb_jax.common.errors import UserError, say
 from lorweb_jax.files.checkpoint import Checkpoint
 from lorweb_jax.files.hub_cache import existing
 from lorweb_jax.nn import layers as nn_layers
+from lorweb_jax.pipeline import devices
 from lorweb_jax.pipeline.adapters import is_run
 from lorweb_jax.pipeline.saving import ROLE, WORDS
 from lorweb_jax.pipeline.stages import Pass
@@ -176,8 +178,8 @@ def as_styles(value: Style | Sequence[Style]) -> list[Style]:
 class Styles:
     """Styles as the members of one basis with fixed coefficients, whose rows of a batch have one of them or none."""
 
-    def __init__(self, styles: Sequence[Style], layers: Mapping[str, AdaptedLayer]):
-        """layers: of the model, by path."""
+    def __init__(self, styles: Sequence[Style], layers: Mapping[str, AdaptedLayer], mesh: Mesh | None = None):
+        """layers: of the model, by path. mesh: that its weights lie on."""
         self.styles = list(styles)
         weights = np.diag([style.weight for style in self.styles])
         self.rows = unique_names([style.name for style in self.styles], taken=(_BASE,))
@@ -190,7 +192,7 @@ class Styles:
             table={_BASE: np.zeros(len(members)), **dict(zip(self.rows, weights))},
             frozen=("a", "b"),
         )
-        self.basis = Basis.from_arrays(config, pair.stack(members, layers))
+        self.basis = devices.spread(Basis.from_arrays(config, pair.stack(members, layers)), mesh)
 
     @property
     def strengths(self) -> list[float]:

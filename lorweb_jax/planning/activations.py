@@ -43,7 +43,7 @@ def estimate(program: Program, kept: float) -> Estimate:
     job, mesh = program.job, program.mesh
     backbone, vae = job.folder.backbone, job.folder.vae_config
     local = -(-(job.micro_batch if program.gradients else program.batch) // batch_shares(mesh))
-    sequence = job.sequence + job.folder.text_tokens
+    sequence = (job.sequence + job.folder.text_tokens) / mesh.shape["sequence"]
     itemsize, tensor = jnp.dtype(job.config.compute_dtype).itemsize, mesh.shape["tensor"]
     block = BLOCK_VECTORS * (1 if program.gradients else 0.5) * local * sequence * backbone.features * itemsize / tensor
     # At the last block going forward, or the first going backward, most is kept.
@@ -53,7 +53,7 @@ def estimate(program: Program, kept: float) -> Estimate:
     gathered += _largest_block(program)
     pixels = local * math.prod(job.size)  # of one of an example's images; the others follow
     images = IMAGE_MAPS * pixels * vae.block_out_channels[0] * 4 if program.gradients else 0
-    return Estimate(kept * local, block, gathered, images)
+    return Estimate(kept * local / mesh.shape["sequence"], block, gathered, images)
 
 
 def _largest_block(program: Program) -> float:

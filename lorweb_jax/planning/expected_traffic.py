@@ -12,7 +12,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     Modulations, router and encoders are left out: little travels for them."""
     job, mesh = program.job, program.mesh
     backbone, itemsize = job.folder.backbone, jnp.dtype(job.config.compute_dtype).itemsize
-    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    data, fsdp, parts, tensor = (mesh.shape[name] for name in ("data", "fsdp", "sequence", "tensor"))
     training = program.what == "train"
     # Going backward a block's weights are gathered once, even if its forward pass is recomputed.
     times = job.passes * job.config.train.accumulate if training else program.steps
@@ -35,15 +35,21 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
         whole = low_rank * itemsize + sum(shape.size * shape.dtype.itemsize for shape in kernels)
         traffic["all-gather"] = Traffic(passes * backbone.blocks, passes * whole / tensor * (fsdp - 1) / fsdp)
     reduced = Traffic()
-    if training and data * fsdp > 1:
+    if training and data * fsdp * parts > 1:
         sums = backbone.blocks * times
         each = trained / job.passes  # a pass has the gradients of its own part
-        reduced = Traffic(sums, 2 * times * each * itemsize / tensor * (1 - 1 / (data * fsdp)))
+        reduced = Traffic(sums, 2 * times * each * itemsize / tensor * (1 - 1 / (data * fsdp * parts)))
+    batch = job.micro_batch if training else program.batch
+    local = (batch // (data * fsdp) if batch % (data * fsdp) == 0 else batch) / parts
+    if training:
+        passes += times * (job.config.remat != "none")
+    if parts > 1:
+        # q, k, v and what attention makes of them, once a block; its two streams, where there are two, count as one.
+        count, tokens = 4 * passes * backbone.blocks, job.sequence + job.folder.text_tokens
+        sent = count * local * tokens * backbone.features * itemsize / tensor * (parts - 1) / parts
+        traffic["all-to-all"] = Traffic(count, sent)
     if tensor > 1:
         # After each product whose inputs are split, as many going backward; those of the text beside the image's.
-        batch = job.micro_batch if training else program.batch
-        local = batch // (data * fsdp) if batch % (data * fsdp) == 0 else batch
-        passes += times * (training and job.config.remat != "none")
         rows = [layer for layer in backbone.scanned.values() if layer.role == "row"]
         count = passes * sum(layer.depth for layer in rows if layer.stream != "text")
         outputs = passes * sum(

@@ -47,11 +47,12 @@ class Program:
 
 
 def train_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program:
-    """One training step. UserError where batch or heads don't divide over the mesh."""
+    """One training step. UserError where batch, heads or tokens don't divide over the mesh."""
     config = job.config
     sharding.check_batch(config.train.batch, mesh, config.train.accumulate)
     for heads in job.attention_heads:
         sharding.check_heads(heads, mesh)
+    sharding.check_tokens(job.sequences, mesh)
     partition, optimizer = Partition.of(job, config.seed), make_optimizer(config)
     state = state_shapes(job, partition, optimizer, config, mesh)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)
@@ -83,6 +84,7 @@ def sample_program(job: PlannedBasisJob | PlannedPairJob, mesh: Mesh) -> Program
     config, flux = job.config, job.folder.flux_config
     for heads in job.attention_heads:
         sharding.check_heads(heads, mesh)
+    sharding.check_tokens(job.sequences, mesh)
     b, steps, size = config.evaluation.batch, config.evaluation.steps, job.size
     partition = Partition.of(job, config.seed)
     frozen = partition.frozen_shapes(mesh, config.train.param_dtype)

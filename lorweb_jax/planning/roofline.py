@@ -37,8 +37,8 @@ def roofline(program: Program, work: Work, sent: float, chip: Chip) -> Roofline:
 
 def parts(program: Program) -> int:
     """Between how many devices the work is divided; others do the same as these."""
-    shares, tensor = batch_shares(program.mesh), program.mesh.shape["tensor"]
-    return (shares if program.batch % shares == 0 else 1) * tensor
+    shares, mesh = batch_shares(program.mesh), program.mesh.shape
+    return (shares if program.batch % shares == 0 else 1) * mesh["sequence"] * mesh["tensor"]
 
 
 def memory_bytes(program: Program) -> float:

@@ -69,6 +69,10 @@ class Planned:
         return self.drawn * (1 + self.references)
 
     @property
+    def sequences(self) -> list[int]:
+        return [self.sequence, self.sequence + self.folder.text_tokens]
+
+    @property
     def micro_batch(self) -> int:
         """Examples that are computed at once."""
         return self.config.train.batch // self.config.train.accumulate

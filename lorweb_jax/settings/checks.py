@@ -63,7 +63,7 @@ def _training(values: Values) -> None:
             "at float32, or set --config.optimizer.name=adamw",
             2,
         )
-    sizes = {axis: values[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")}
+    sizes = {axis: values[f"mesh.{axis}"] for axis in ("data", "fsdp", "sequence", "tensor")}
     if list(sizes.values()).count(-1) > 1:
         raise UserError(
             f"config.mesh is {', '.join(f'{axis} {size}' for axis, size in sizes.items())}; one of them "

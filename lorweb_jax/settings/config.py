@@ -28,6 +28,7 @@ _MAY_CHANGE = frozenset(
         "train.accumulate",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.sequence",
         "mesh.tensor",
         "offload",
         "remat",
@@ -95,6 +96,7 @@ def base_config(job: str) -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = 1  # devices that share the batch, each with a copy of the weights
     config.mesh.fsdp = -1  # devices that share the batch and split the weights; -1 takes what the others leave
+    config.mesh.sequence = 1  # devices that share the tokens of each example, and in attention its heads
     config.mesh.tensor = 1  # devices that split heads and features of every layer
 
     config.trackers = ()  # where metrics and pictures go beside log and TensorBoard: wandb, trackio

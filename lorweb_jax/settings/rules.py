@@ -198,6 +198,7 @@ SIDE = Whole(8, 4096, multiple=8)  # of a quadrant, pixels: its latents then div
 BUCKETS = Several(Several(SIDE, 2, 2), 0, 64)  # (height, width) of quadrants, pixels
 WORKERS = Whole(0, 1024)
 BATCH = Whole(1, 2**20)
+MESH_AXIS = Whole(1, 2**20, also=(-1,))
 
 
 def shown(value: Any) -> str:

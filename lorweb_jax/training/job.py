@@ -89,7 +89,13 @@ class Job:
 
     @property
     def attention_heads(self) -> Sequence[int]:
-        """Numbers of attention heads that the mesh's tensor axis must divide; known before any weights are read."""
+        """Numbers of attention heads that the mesh's tensor and sequence axes must divide; known before any weights are
+        read."""
+        return ()
+
+    @property
+    def sequences(self) -> Sequence[int]:
+        """Lengths, in tokens, that the mesh's sequence axis must divide, as far as they are known beforehand."""
         return ()
 
     @property

@@ -56,6 +56,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
         job = make_job(config)
         for heads in job.attention_heads:
             sharding.check_heads(heads, mesh)
+        sharding.check_tokens(job.sequences, mesh)
         open_run(workdir, config, job.sources(), command)
         outcome = closing.enter_context(recorded(workdir))
         trackers = closing.enter_context(tracked(config, workdir))

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lorweb_jax.models.backbone import MakeLinear
 from lorweb_jax.models.flux1.embeddings import rotate
 from lorweb_jax.nn import head_major, modulated_norm, sharding
-from lorweb_jax.nn.attention import Parts, attend, attend_streams
+from lorweb_jax.nn.attention import HEADS, Parts, attend, attend_streams
 from lorweb_jax.nn.layers import HIDDEN, OUTPUTS, QKV, Adapter, Linear, RMSNorm, layer_norm, outputs
 
 Additions = dict[str, Adapter]
@@ -57,7 +57,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, add: Additions, name: str) -> jax.Array:
         hidden = gelu(checkpoint_name(self.net_0_proj(x, add.get(f"{name}.net_0_proj")), HIDDEN))
-        hidden = sharding.constrain(hidden, "batch", None, "hidden")
+        hidden = sharding.constrain(hidden, "batch", "tokens", "hidden")
         return checkpoint_name(self.net_2(hidden, add.get(f"{name}.net_2")), OUTPUTS)
 
 
@@ -65,23 +65,31 @@ def attention(
     q: Parts, k: Parts, v: Parts, norms_q: Sequence[RMSNorm], norms_k: Sequence[RMSNorm], rope, implementation: str
 ) -> Parts:
     """Attention over one sequence in parts, [b, s_p, d] each as the projections make them, as is the result; q and k
-    are normed, each part by a norm of its own, and turned by rope."""
-    q, k, v = (tuple(checkpoint_name(part, QKV) for part in parts) for parts in (q, k, v))
+    are normed, each part by a norm of its own, and turned by rope.
+
+    Where tokens are split over devices, heads are instead in here: each device sends its tokens' part of other
+    devices' heads, before anything is done to them, and gets back what those made of them.
+    """
+
+    def by_tokens(parts):
+        return tuple(sharding.constrain(part, "batch", "tokens", "hidden") for part in parts)
+
+    q, k, v = (tuple(checkpoint_name(part, QKV) for part in by_tokens(parts)) for parts in (q, k, v))
     lengths, head_dim = [part.shape[1] for part in v], norms_q[0].scale.shape[-1]
     if implementation == "pallas" and head_major.fits(lengths, head_dim):
         q_scales, k_scales = (tuple(norm.scale[...] for norm in norms) for norms in (norms_q, norms_k))
-        return attend_streams(q, k, v, q_scales, k_scales, rope, norms_q[0].eps)
+        return by_tokens(attend_streams(q, k, v, q_scales, k_scales, rope, norms_q[0].eps))
 
     def by_head(parts):
-        return [part.reshape(*part.shape[:2], -1, head_dim) for part in parts]
+        return [sharding.constrain(part.reshape(*part.shape[:2], -1, head_dim), *HEADS) for part in parts]
 
     def turned(parts, norms):
         normed = [norm(part) for norm, part in zip(norms, by_head(parts))]
         return rotate(jnp.concatenate(normed, axis=1), rope)
 
     out = attend(turned(q, norms_q), turned(k, norms_k), jnp.concatenate(by_head(v), axis=1), implementation)
-    out = out.reshape(*out.shape[:2], -1)
-    return tuple(jnp.split(out, list(itertools.accumulate(lengths))[:-1], axis=1))
+    out = jnp.split(out.reshape(*out.shape[:2], -1), list(itertools.accumulate(lengths))[:-1], axis=1)
+    return by_tokens(sharding.constrain(part, *HEADS[:3]) for part in out)
 
 
 class JointAttention(nnx.Module):
@@ -179,7 +187,7 @@ class SingleBlock(nnx.Module):
             (self.proj_mlp, add.get("proj_mlp")),
         ]
         q, k, v, hidden = outputs(normed, layers, text_tokens)
-        hidden = sharding.constrain(gelu(checkpoint_name(hidden, HIDDEN)), "batch", None, "hidden")
+        hidden = sharding.constrain(gelu(checkpoint_name(hidden, HIDDEN)), "batch", "tokens", "hidden")
         attended = self.attn(q, k, v, rope)
         update = checkpoint_name(self.proj_out((attended, hidden), add.get("proj_out"), text_tokens), OUTPUTS)
         return x + gate[:, None] * update

@@ -145,19 +145,19 @@ class Flux(nnx.Module):
     ) -> jax.Array:
         """`__call__` for modulations that are known."""
 
-        def by_example(x):
-            return sharding.constrain(x, "batch", None, None)
+        def split(x):
+            return sharding.constrain(x, "batch", "tokens", None)
 
-        image, text = by_example(self.x_embedder(hidden_bsc)), by_example(self.context_embedder(text_btj))
+        image, text = split(self.x_embedder(hidden_bsc)), split(self.context_embedder(text_btj))
         rope = rotary(jnp.concatenate([text_ids_t3, image_ids_s3]), self.config.axes_dims_rope)
         length = text.shape[1]
 
         def double(block, streams, slices):
             image, text = block(*streams, slices[0], rope, slices[1])
-            return by_example(image), by_example(text)
+            return split(image), split(text)
 
         def single(block, x, slices):
-            return by_example(block(x, slices[0], rope, slices[1], length))
+            return split(block(x, slices[0], rope, slices[1], length))
 
         def scan(stack, body, carry, mods):
             known = self.modulation_names(stack)
@@ -180,7 +180,7 @@ class Flux(nnx.Module):
         with jax.named_scope("double_blocks"):
             image, text = scan(DOUBLE, double, (image, text), modulations.double)
         with jax.named_scope("single_blocks"):
-            x = scan(SINGLE, single, jnp.concatenate([text, image], axis=1), modulations.single)
+            x = scan(SINGLE, single, split(jnp.concatenate([text, image], axis=1)), modulations.single)
         return self.proj_out(self.norm_out(x[:, length:], modulations.output))
 
 

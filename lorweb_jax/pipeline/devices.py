@@ -1,0 +1,99 @@
+"""Where a pipeline computes: on this process's first device, or on a mesh of its devices that share the model.
+
+What lies where is in each array's sharding, and from there the functions below learn of the mesh: a model is of one
+mesh, on which its weights lie.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from lorweb_jax.common.errors import UserError, say
+from lorweb_jax.nn import sharding
+from lorweb_jax.settings.rules import MESH_AXIS, as_value, shown
+
+M = TypeVar("M", bound=nnx.Module)
+OPTION = "mesh"  # what sizes are called in messages
+
+
+def as_mesh(sizes: Mapping[str, int] | None, heads: int) -> Mesh | None:
+    """A mesh of this process's devices of these sizes; None for None. UserError for axes that there are none of, and
+    for sizes that don't fit the devices or the model's attention heads."""
+    if sizes is None:
+        return None
+    if not isinstance(sizes, Mapping) or not set(sizes) <= set(sharding.AXES):
+        raise UserError(
+            f"the mesh is {shown(sizes)}; give sizes of some of {', '.join(sharding.AXES)}, such as sequence 4", 2
+        )
+    sizes = {name: as_value(size, f"the mesh's {name}", MESH_AXIS) for name, size in sizes.items()}
+    mesh = sharding.make_mesh(sizes, jax.local_devices(), OPTION)
+    sharding.check_heads(heads, mesh, OPTION)
+    return mesh
+
+
+def targets(model: nnx.Module, dtypes: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """{dotted path: shape, dtype and place} of the weights of a model of shapes."""
+    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+    def place(variable: nnx.Variable):
+        return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else _place(mesh, variable)
+
+    return {
+        path: jax.ShapeDtypeStruct(variables[path].shape, dtype, sharding=place(variables[path]))
+        for path, dtype in dtypes.items()
+    }
+
+
+def mesh_of(module: nnx.Module | None) -> Mesh | None:
+    """That on which a module's weights lie; None where they lie on one device."""
+    for leaf in jax.tree.leaves(nnx.state(module)):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return leaf.sharding.mesh if leaf.sharding.mesh.axis_names == sharding.AXES else None
+    return None
+
+
+def spread(module: M, mesh: Mesh | None) -> M:
+    """The module with its arrays in their places on a mesh, each device with its share; the same module for None."""
+    if mesh is None:
+        return module
+    graphdef, state = nnx.split(module)
+    moved = jax.tree.map(
+        lambda variable: variable.replace(jax.device_put(variable.get_value(), _place(mesh, variable))),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.merge(graphdef, moved)
+
+
+def _place(mesh: Mesh, variable: nnx.Variable) -> NamedSharding:
+    return NamedSharding(mesh, sharding.spec(mesh, sharding.variable_axes(variable), variable.shape))
+
+
+def jit(function: Callable | None = None, **options: Any) -> Callable:
+    """nnx.jit of a function whose first argument is a model, compiled for the mesh of the model's weights."""
+    if function is None:
+        return functools.partial(jit, **options)
+    jitted = nnx.jit(function, **options)
+
+    @functools.wraps(function)
+    def on_its_mesh(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        mesh = mesh_of(model)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return jitted(model, *args, **kwargs)
+
+    return on_its_mesh
+
+
+def tell_undivided(mesh: Mesh | None, image_tokens: int, text_tokens: int) -> None:
+    """Say so where the mesh is to split sequences of a length that it can't."""
+    parts = 1 if mesh is None else mesh.shape["sequence"]
+    if lengths := [length for length in (image_tokens, image_tokens + text_tokens) if length % parts]:
+        say(
+            f"{lengths[0]} tokens do not divide over a sequence axis of {parts} devices, which therefore all do the "
+            "same work; take images of another size, or fewer devices"
+        )
