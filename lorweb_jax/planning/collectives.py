@@ -42,11 +42,11 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
         instructions = computations.get(name, ())
         begins = any('"AsyncCollectiveStart"' in instruction.rest for instruction in instructions)
         for instruction in instructions:
-            kind = _kind(instruction)
+            kind = kind_of(instruction)
             if kind and "async_collective_fusion_config" in instruction.rest and not begins:
                 pass  # one that other fusions go on with while they compute
             elif kind:
-                total[kind].add(times, times * _sent(kind, instruction, devices), at_least)
+                total[kind].add(times, times * sent(kind, instruction, devices), at_least)
             elif instruction.opcode == "while":
                 runs = trips(instruction, computations)
                 visit(instruction.attribute("body"), times * (runs or 1), at_least or runs is None)
@@ -73,7 +73,8 @@ def added(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
     return {kind: total[kind] for kind in KINDS if kind in total}
 
 
-def _kind(instruction: Instruction) -> str | None:
+def kind_of(instruction: Instruction) -> str | None:
+    """One of KINDS; None if it is no collective."""
     # The TPU compiler's fused reduce-scatter holds an all-reduce and a slice of it.
     if instruction.opcode == "fusion" and "all-reduce-scatter" in instruction.rest.split("calls=")[-1]:
         return "reduce-scatter"
@@ -81,7 +82,8 @@ def _kind(instruction: Instruction) -> str | None:
     return opcode if opcode in KINDS else None
 
 
-def _sent(kind: str, instruction: Instruction, devices: int) -> float:
+def sent(kind: str, instruction: Instruction, devices: int) -> float:
+    """Bytes that one of `devices` sends for a collective of this kind, once."""
     started = instruction.opcode.endswith("-start")
     n = _group(instruction.rest, devices)
     result = instruction.shape
