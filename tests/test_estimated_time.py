@@ -2,8 +2,9 @@
 
 import pytest
 
-from lorweb_jax.planning import estimated_time, gpu_time, tpu_time
+from lorweb_jax.planning import collectives, estimated_time, gpu_time, tpu_time
 from lorweb_jax.planning.chips import GPUS, TPUS
+from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.estimated_time import COLLECTIVES, costs
 from lorweb_jax.planning.hlo import parse, places
 
@@ -225,6 +226,32 @@ def test_a_chain_of_fusions_that_gather():
     text = f"{fusions}ENTRY %main (f: bf16[65536]) -> bf16[262144] {{\n{entry}}}\n"
     found = seconds(text, TPUS["v6e"], 4, tpu_time.model)
     assert found[COLLECTIVES, "forward"] == pytest.approx(2 * 262144 * 3 / 4 / 400e9 - 800e-9)
+
+
+def test_a_gather_by_the_sparse_core():
+    """As libtpu 0.0.52 writes it: its operand comes with the update, after 1 µs of work; 600 ns hide part of it."""
+    text = """
+%called (p.1: bf16[65536]) -> bf16[262144] {
+  ROOT %g = bf16[262144]{0} all-gather(%p.1), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async (p.2: bf16[65536]) -> bf16[262144] {
+  ROOT %c = bf16[262144]{0} custom-call(%p.2), custom_call_target="TODO", called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p.3: bf16[65536]) -> bf16[262144] {
+  %p.3 = bf16[65536]{0} parameter(0)
+  %start = ((), (), s32[8]{0}) async-start(), async_execution_thread="sparsecore", calls=%async
+  %shard = bf16[65536]{0} negate(%p.3), backend_config={"estimated_cycles":"1750"}
+  %update = ((bf16[65536]{0}), bf16[262144]{0}, s32[8]{0}) async-update(%start, %shard)
+  %y = bf16[64]{0} tanh(%p.3), backend_config={"estimated_cycles":"1050"}
+  ROOT %done = bf16[262144]{0} async-done(%update)
+}
+"""
+    sent = 2 * 262144 * 3 / 4
+    assert collectives.traffic(text, 4) == {"all-gather": Traffic(1, sent)}
+    found = seconds(text, TPUS["v6e"], 4, tpu_time.model)
+    assert found[COLLECTIVES, "forward"] == pytest.approx(sent / 400e9 - 600e-9)
 
 
 def test_a_pallas_call_keeps_its_attributes():

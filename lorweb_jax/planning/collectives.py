@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from lorweb_jax.planning.hlo import Instruction, parse, second, size_of, trips
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|called_computations)=\{?%?([\w.-]+)")
 
 
 @dataclasses.dataclass
@@ -57,8 +57,8 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
                     visit(branch, times, at_least)
             elif instruction.opcode in ("async-update", "async-done"):
                 pass  # name the computation that async-start began
-            elif called := _CALLED.search(instruction.rest):
-                visit(called.group(1), times, at_least)
+            elif called := called_by(instruction):
+                visit(called, times, at_least)
 
     visit(entry, 1.0, False)
     return {kind: total[kind] for kind in KINDS if kind in total}
@@ -71,6 +71,12 @@ def added(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
         for kind, traffic in part.items():
             total[kind].add(traffic.count, traffic.sent, traffic.at_least)
     return {kind: total[kind] for kind in KINDS if kind in total}
+
+
+def called_by(instruction: Instruction) -> str | None:
+    """The computation that it fuses, starts or calls."""
+    match = _CALLED.search(instruction.rest)
+    return match and match.group(1)
 
 
 def kind_of(instruction: Instruction) -> str | None:

@@ -67,7 +67,7 @@ def costs(text: str, chip: Chip, devices: int, model: Model) -> list[Cost]:
                 pass  # which of its branches runs isn't known; ours have none that matter
             elif instruction.opcode not in _NOTHING:
                 spent = _spent(instruction, by_name, computations, chip, model)
-                begun, awaited = transfers(instruction, computations, devices)
+                begun, awaited = transfers(instruction, by_name, computations, devices)
                 for key, size in begun.items():
                     link.begin(key, size / chip.interconnect)
                 link.serve(sum(seconds for kind, seconds in spent.items() if kind != STREAMED))
@@ -86,7 +86,7 @@ def _spent(
     instruction: Instruction, others: Instructions, computations: Computations, chip: Chip, model: Model
 ) -> dict[str, float]:
     """{kind: seconds} of what it does itself, once."""
-    if instruction.opcode.endswith("-done") or collectives.kind_of(instruction):
+    if instruction.opcode.endswith(("-done", "-update")) or collectives.kind_of(instruction):
         return {}
     if any(_IN_HOST_MEMORY in others[name].shape for name in instruction.operands() if name in others):
         started = instruction.opcode.endswith("-start")  # (operands, result, …)

@@ -39,24 +39,43 @@ class Interconnect:
 
 
 def transfers(
-    instruction: Instruction, computations: dict[str, list[Instruction]], devices: int
+    instruction: Instruction, others: dict[str, Instruction], computations: dict[str, list[Instruction]], devices: int
 ) -> tuple[dict[str, float], list[str]]:
-    """{key: bytes} of the collectives that an instruction begins, and the keys of those that it waits for."""
+    """{key: bytes} of the collectives that an instruction begins, and the keys of those that it waits for; others:
+    those of its computation, by name."""
+    start = _start(instruction, others)
     if instruction.opcode.endswith("-done"):
-        return {}, instruction.operands()[:1]
-    fused = inside(instruction, computations)
-    members = [instruction] if collectives.kind_of(instruction) else [*filter(collectives.kind_of, fused)]
+        return {}, [start.name]
+    # A start without operands is given them by an update, as of what a TPU's SparseCore sends.
+    if start.opcode == "async-start" and (instruction is start) != bool(start.operands()):
+        return {}, []
+    within = _within(start, computations)
+    members = [start] if collectives.kind_of(start) else [*filter(collectives.kind_of, within)]
+    begun = {_key(each): collectives.sent(collectives.kind_of(each), each, devices) for each in members}
     if not members:
         return {}, []
-    begun = {_key(each): collectives.sent(collectives.kind_of(each), each, devices) for each in members}
-    if instruction.opcode.endswith("-start"):
-        return {instruction.name: sum(begun.values())}, []
+    if start.opcode.endswith("-start"):
+        return {start.name: sum(begun.values())}, []
     if not any("async_collective_fusion_config" in each.rest for each in members):
         return begun, list(begun)
     # One of a chain of fusions, which compute meanwhile.
-    first = any('"AsyncCollectiveStart"' in each.rest for each in fused)
-    last = any('"AsyncCollectiveDone"' in each.rest for each in fused)
+    first = any('"AsyncCollectiveStart"' in each.rest for each in within)
+    last = any('"AsyncCollectiveDone"' in each.rest for each in within)
     return begun if first else {}, list(begun) if last else []
+
+
+def _start(instruction: Instruction, others: dict[str, Instruction]) -> Instruction:
+    """What an asynchronous operation began with, of its updates and its end; any other instruction itself."""
+    while instruction.opcode.endswith(("-update", "-done")) and instruction.operands()[0] in others:
+        instruction = others[instruction.operands()[0]]
+    return instruction
+
+
+def _within(instruction: Instruction, computations: dict[str, list[Instruction]]) -> list[Instruction]:
+    """What it fuses or starts, and what that calls."""
+    direct = inside(instruction, computations)
+    called = filter(None, map(collectives.called_by, direct))
+    return [*direct, *(each for name in called for each in computations.get(name, []))]
 
 
 def _key(collective: Instruction) -> str:
