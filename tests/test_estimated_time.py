@@ -6,7 +6,7 @@ from lorweb_jax.planning import collectives, estimated_time, gpu_time, tpu_time
 from lorweb_jax.planning.chips import GPUS, TPUS
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.estimated_time import COLLECTIVES, costs
-from lorweb_jax.planning.hlo import parse, places
+from lorweb_jax.planning.hlo import operand_shapes, parse, places
 
 
 def seconds(text, chip, devices, model):
@@ -260,4 +260,9 @@ def test_a_pallas_call_keeps_its_attributes():
     call = next(instruction for instruction in computations[entry] if instruction.name == "splash.1")
     assert 'op_name="jit(f)/jvp(loss)/splash_mha_fwd/pallas_call"' in call.rest
     assert call.operands() == ["mask", "q", "k", "k"] and len(computations[entry]) == 12
+    text = (
+        "ENTRY %m (p: f32[]) -> f32[] {\n  %p = (f32[8,4], (s8[2], f32[2,3])) parameter(0)\n  %r = f32[] f(%p#1#1)\n}"
+    )
+    made = {instruction.name: instruction for instruction in parse(text)[0]["m"]}
+    assert operand_shapes(made["r"], made) == ["f32[2,3]"]
     assert places("ENTRY %main (p: f32[]) -> f32[] {\n}\n") == {}

@@ -3,6 +3,7 @@ command for GPUs. What needs the TPU compiler is skipped where libtpu isn't inst
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from lorweb_jax.planning.program import Part, Program
 from lorweb_jax.planning.shapes import batch_shapes, planned_job
 from lorweb_jax.planning.topology import target
 from lorweb_jax.planning.work import products
+from lorweb_jax.processes import compiler_flags
 from lorweb_jax.training.state import count
 from lorweb_jax.training.step import numeric
 
@@ -328,24 +330,6 @@ def test_compiled_for_a_small_card(monkeypatch):
     assert re.search(r"s8\[\d+,\d+,\d+\]\{2,1,0:S\(5\)\}.*s8\[1,\d+,\d+\]\{2,1,0\}.*fusion-start", plan.compiled.text)
 
 
-@pytest.mark.skipif(not gpu_compiler.installed(), reason="jax's CUDA plugin is not installed")
-def test_compiled_for_gpus(monkeypatch):
-    monkeypatch.setattr(gpu_compiler, "installed", lambda: True)
-    half = {"compute_dtype": "bfloat16", "train.param_dtype": "bfloat16"}
-    plan = make_plan(smoke(**half, **{"mesh.fsdp": 2}), target("gpu:h100x2"), "train")
-    assert plan.compiled and plan.fits and plan.program.job.planned_attention == "cudnn"
-    kinds = {(cost.kind, cost.phase) for cost in plan.costs}
-    assert {(kind, phase) for kind in estimated_time.KINDS[:3] for phase in ("forward", "backward")} <= kinds
-    blocks = sum(depth for _, depth in plan.program.job.folder.backbone.stacks)
-    runs = [cost.times for cost in plan.costs if (cost.kind, cost.phase) == ("attention", "forward")]
-    assert sum(runs) == blocks  # once each, as remat is none
-    assert {"all-gather", "all-reduce"} <= plan.traffic.keys() and (estimated_time.COLLECTIVES, "backward") in kinds
-    assert "time of a step, as the compiler estimates" in report.table(
-        plan
-    ) and "cuDNN's attention: 57 % of" in report.table(plan)
-    assert report.instructions(plan).count("\n") == 51
-
-
 @pytest.fixture(scope="module")
 def estimator(gpu_plan):
     return suggest.Estimator(smoke(), gpu_plan)
@@ -413,31 +397,50 @@ def test_unknown_topologies(name):
     assert told.value.code == 2
 
 
+def command(tmp_path, *options, **environment):
+    """In a process of its own, which can have more devices than this one."""
+    line = [
+        sys.executable,
+        "-m",
+        "lorweb_jax.plan",
+        f"--config={ROOT}/configs/basis.py:smoke",
+        f"--config.pipeline={ROOT}/assets/small_kontext",
+        "--config.precomputed=elsewhere",
+        "--config.unroll=1",
+        "--config.unstacked=False",
+        f"--json={tmp_path}/plan.json",
+        *options,
+    ]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+
+
 def test_command(tmp_path):
     """Eight GPUs share what one held; a batch that doesn't divide is refused."""
 
-    def run(*options):
-        command = [
-            sys.executable,
-            "-m",
-            "lorweb_jax.plan",
-            f"--config={ROOT}/configs/basis.py:smoke",
-            f"--config.pipeline={ROOT}/assets/small_kontext",
-            "--config.precomputed=elsewhere",
-            "--config.unroll=1",
-            "--config.unstacked=False",
-            "--topology=gpu:h100x8",
-            f"--json={tmp_path}/plan.json",
-            *options,
-        ]
-        without_plugin = os.environ | {"PYTHONPATH": ""}
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=without_plugin)
-
-    refused = run("--config.train.batch=12")
+    refused = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=12")
     assert refused.returncode == 2 and refused.stderr.startswith("error: a batch of 12 does not divide over 8")
-    done = run("--config.train.batch=8")
+    done = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=8")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "plan.json").read_text())
     assert made["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and made["fits"] and made["estimated"]
     assert made["memory"]["basis"] == pytest.approx(4 * made["parameters"]["basis"] / 8, rel=0.05)
-    assert set(made["traffic"]) == {"all-gather", "all-reduce"}
+    assert set(made["traffic"]) == {"all-gather", "all-reduce"} and not made["estimated_seconds"]
+
+
+@pytest.mark.skipif(not gpu_compiler.installed(), reason="jax's CUDA plugin is not installed")
+def test_compiled_for_gpus(tmp_path):
+    """Two of one host."""
+    plugin = next(filter(None, map(importlib.util.find_spec, compiler_flags.PLUGINS)))
+    half = ("--config.compute_dtype=bfloat16", "--config.train.param_dtype=bfloat16", "--config.remat=none")
+    options = ("--topology=gpu:h100x2", "--config.train.batch=8", f"--profile={tmp_path}/profile.txt", *half)
+    done = command(tmp_path, *options, PYTHONPATH=str(Path(plugin.origin).parents[1]))
+    assert done.returncode == 0, done.stderr
+    assert "time of a step, as the compiler estimates" in done.stdout and "cuDNN's attention: 57 % of" in done.stdout
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert not made["estimated"] and {"all-gather", "all-reduce"} <= made["traffic"].keys()
+    spent = made["estimated_seconds"]
+    for kind in ("products", "attention", "elementwise, reductions", estimated_time.COLLECTIVES):
+        assert spent[kind]["forward"] > 0 and spent[kind]["backward"] > 0
+    head, *rows = (tmp_path / "profile.txt").read_text().splitlines()
+    assert head.split() == ["ms", "runs", "kind", "phase", "instruction", "line", "source"] and len(rows) == 50
+    assert any("lorweb_jax/nn/" in row for row in rows)

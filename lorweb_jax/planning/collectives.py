@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from lorweb_jax.planning.hlo import Instruction, parse, second, size_of, trips
+from lorweb_jax.planning.hlo import Instruction, element, parse, size_of, trips
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|called_computations)=\{?%?([\w.-]+)")
@@ -94,7 +94,7 @@ def sent(kind: str, instruction: Instruction, devices: int) -> float:
     n = _group(instruction.rest, devices)
     result = instruction.shape
     if started and kind in ("all-gather", "collective-permute"):
-        result = second(result)  # (operand, result, …)
+        result = element(result, 1)  # (operand, result, …)
     size = size_of(result)
     if kind == "collective-permute":
         return size

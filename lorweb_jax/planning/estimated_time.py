@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 
 from lorweb_jax.planning import collectives
 from lorweb_jax.planning.chips import Chip
-from lorweb_jax.planning.hlo import Instruction, inside, parse, places, second, size_of, trips
+from lorweb_jax.planning.hlo import Instruction, element, inside, operand_shapes, parse, places, size_of, trips
 from lorweb_jax.planning.interconnect import Interconnect, transfers
 
 COLLECTIVES = "collectives, not hidden"
@@ -88,9 +88,9 @@ def _spent(
     """{kind: seconds} of what it does itself, once."""
     if instruction.opcode.endswith(("-done", "-update")) or collectives.kind_of(instruction):
         return {}
-    if any(_IN_HOST_MEMORY in others[name].shape for name in instruction.operands() if name in others):
+    if any(_IN_HOST_MEMORY in shape for shape in operand_shapes(instruction, others)):
         started = instruction.opcode.endswith("-start")  # (operands, result, …)
-        return {STREAMED: size_of(second(instruction.shape) if started else instruction.shape) / chip.host}
+        return {STREAMED: size_of(element(instruction.shape, 1) if started else instruction.shape) / chip.host}
     kind, seconds = model(instruction, others, computations, chip)
     return {kind: seconds} if seconds else {}
 
@@ -121,5 +121,4 @@ def kind_by_opcodes(instruction: Instruction, computations: Computations) -> str
 
 def moved(instruction: Instruction, others: Instructions) -> float:
     """Bytes of its operands and results."""
-    read = sum(size_of(others[name].shape) for name in instruction.operands() if name in others)
-    return read + size_of(instruction.shape)
+    return sum(map(size_of, [*operand_shapes(instruction, others), instruction.shape]))

@@ -1,6 +1,7 @@
 """The text of a compiled program, HLO, as instructions."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -85,15 +86,26 @@ def axes(shape: str) -> list[int]:
     return [int(axis) for axis in match.group(2).split(",") if axis] if match else []
 
 
-def second(shape: str) -> str:
-    """The second part of a tuple's shape, itself perhaps a tuple."""
+def element(shape: str, place: int) -> str:
+    """Of a tuple's shape, itself perhaps a tuple; the shape where it has no such element."""
     parts, depth, start = [], 0, 1
+    if not shape.startswith("("):
+        return shape
     for at, letter in enumerate(shape):
         depth += (letter in "([{") - (letter in ")]}")
         if (letter == "," and depth == 1) or depth == 0:
             parts.append(shape[start:at])
             start = at + 1
-    return parts[1] if len(parts) > 1 else shape
+    return parts[place].strip() if len(parts) > place else shape
+
+
+def operand_shapes(instruction: Instruction, others: dict[str, Instruction]) -> list[str]:
+    """Of those that are known; others: the instructions beside it, by name."""
+    shapes = []
+    for name, *places in (operand.split("#") for operand in instruction.operands()):
+        if name in others:
+            shapes.append(functools.reduce(lambda shape, place: element(shape, int(place)), places, others[name].shape))
+    return shapes
 
 
 def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:

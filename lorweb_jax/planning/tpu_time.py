@@ -7,7 +7,7 @@ import re
 
 from lorweb_jax.planning.chips import Chip
 from lorweb_jax.planning.estimated_time import Computations, Instructions, kind_by_opcodes, moved
-from lorweb_jax.planning.hlo import Instruction, axes, inside
+from lorweb_jax.planning.hlo import Instruction, axes, inside, operand_shapes
 
 # Hz of the cycles. v4: its paper (Jouppi et al. 2023), v5e and v5p: the peak over what four or eight MXUs of 128 x 128
 # multiply in a cycle; v6e as v5p. Large products then come to nine tenths of the peak on each. Of tpu7x nobody says.
@@ -42,8 +42,8 @@ def model(instruction: Instruction, others: Instructions, computations: Computat
     if kind == "Pallas kernels":
         return kind, moved(instruction, others) / (_KERNELS * chip.bandwidth)
     if kind == "products":
-        fused = {each.name: each for each in inside(instruction, computations)} or others
-        flops = sum(_product_flops(each, fused) for each in (fused.values() if fused is not others else [instruction]))
+        fused = {each.name: each for each in inside(instruction, computations)}
+        flops = sum(_product_flops(each, fused or others) for each in fused.values() or [instruction])
         return kind, flops / (_JOINED * chip.flops)
     return kind, 0
 
@@ -62,7 +62,7 @@ def _attention(width: int, chip: Chip) -> float:
 def _attention_flops(instruction: Instruction, others: Instructions) -> tuple[float, int]:
     """FLOPs, and the heads' width: of q [..., s, width] and k [..., t, width] two products, five on the way back, where
     one kernel makes all gradients (nn/attention.py)."""
-    shapes = [others[name].shape for name in instruction.operands() if name in others]
+    shapes = operand_shapes(instruction, others)
     q, k = [axes(shape) for shape in shapes if not shape.startswith("s")][:2]  # after the masks' integers
     return 2 * (5 if "dkv" in instruction.name else 2) * math.prod(q) * k[-2], q[-1]
 
@@ -72,7 +72,7 @@ def _product_flops(product: Instruction, others: Instructions) -> float:
     window over a left side that is spread as far. 0 of anything else."""
     if product.opcode != "convolution":
         return 0
-    kernel = axes(others[product.operands()[1]].shape)
+    kernel = axes(operand_shapes(product, others)[1])
     summed = kernel[re.search(r"dim_labels=\w+_(\w+)->", product.rest).group(1).index("i")]
     if window := re.search(r"window=\{(.*?)\}", product.rest):
         fields = dict(field.split("=") for field in window.group(1).split())
