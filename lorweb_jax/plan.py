@@ -13,15 +13,21 @@
 --confirm                 if it doesn't fit, compile again with the first change that should make it fit
 --json=FILE               the same figures as json
 --hlo=FILE                the compiled program's text
---profile=FILE            its fifty most expensive instructions by the compiler's cost model (GPUs)
+--profile=FILE            its fifty most expensive instructions, as the compiler estimates: milliseconds, runs, kind,
+                          phase, file and line, operation
 --overwrite               replace files of these names
 
 TPU programs are compiled by libtpu (pip install libtpu==0.0.52), which needs no TPU; minutes on two CPU cores, and
-about 4 GB of memory. One GPU is compiled for by jax's CUDA plugin where that is installed, without a GPU: pip install
---no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own version; for an H100, H200 or B200 the plan
-then says how long a step takes by the compiler's cost model. Without the plugin, and for several GPUs, bytes of
-arguments are exact and the rest is estimated. --config.remat=auto becomes what suits the devices planned for. With
---config.offload=blocks weights are streamed from the host's memory, at an assumed bandwidth (planning/chips.py).
+about 4 GB of memory. Up to eight GPUs of one host are compiled for by jax's CUDA plugin where that is installed,
+without a GPU: pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2, of jax's own version. Without
+the plugin, and for more GPUs, bytes of arguments are exact and the rest is estimated.
+
+For TPUs v4, v5e, v5p and v6e, and for H100, H200 and B200, the plan also says how long a step takes as the compiler
+estimates: products, attention, other Pallas kernels, elementwise work, copies, and what collectives take beyond the
+work that they hide behind, each forward, recomputed and backward; and what it takes for granted.
+
+--config.remat=auto becomes what suits the devices planned for. With --config.offload=blocks weights are streamed from
+the host's memory, at an assumed bandwidth (planning/chips.py).
 """
 
 import json
@@ -58,16 +64,18 @@ def command() -> None:
     configs.check(config)
     require_writable([Path(name) for name in (FLAGS.json, FLAGS.hlo, FLAGS.profile) if name], overwrite=FLAGS.overwrite)
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has, nothing runs on it
-    from lorweb_jax.planning import gpu_compiler, remat, report, suggest
-    from lorweb_jax.planning.figures import make_plan
+    from lorweb_jax.planning import remat, report, suggest
+    from lorweb_jax.planning.figures import make_plan, timed
     from lorweb_jax.planning.topology import target
 
     there = target(FLAGS.topology)
     if not there.compiles and (FLAGS.hlo or FLAGS.confirm or FLAGS.profile):
         raise UserError(f"nothing is compiled for {there.name}; leave --hlo, --profile and --confirm out", 2)
-    if FLAGS.profile and not gpu_compiler.estimates(there.chip.name):
+    if FLAGS.profile and not timed(there):
         raise UserError(
-            "instructions have known costs on gpu:h100, gpu:h200 and gpu:b200; leave --profile out, or plan for one", 2
+            f"how long instructions take on {there.name} is not known; leave --profile out, or plan for v4, v5e, v5p, "
+            "v6e, gpu:h100, gpu:h200 or gpu:b200",
+            2,
         )
     config.remat = (
         remat.choose(config, remat.planned(there)) if FLAGS.what == "train" or config.remat != "auto" else "none"

@@ -12,10 +12,10 @@ import math
 import re
 from collections.abc import Iterable
 
-from lorweb_jax.planning.hlo import Instruction, parse, second, size_of, trips
+from lorweb_jax.planning.hlo import Instruction, element, parse, size_of, trips
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|called_computations)=\{?%?([\w.-]+)")
 
 
 @dataclasses.dataclass
@@ -42,11 +42,11 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
         instructions = computations.get(name, ())
         begins = any('"AsyncCollectiveStart"' in instruction.rest for instruction in instructions)
         for instruction in instructions:
-            kind = _kind(instruction)
+            kind = kind_of(instruction)
             if kind and "async_collective_fusion_config" in instruction.rest and not begins:
                 pass  # one that other fusions go on with while they compute
             elif kind:
-                total[kind].add(times, times * _sent(kind, instruction, devices), at_least)
+                total[kind].add(times, times * sent(kind, instruction, devices), at_least)
             elif instruction.opcode == "while":
                 runs = trips(instruction, computations)
                 visit(instruction.attribute("body"), times * (runs or 1), at_least or runs is None)
@@ -57,8 +57,8 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
                     visit(branch, times, at_least)
             elif instruction.opcode in ("async-update", "async-done"):
                 pass  # name the computation that async-start began
-            elif called := _CALLED.search(instruction.rest):
-                visit(called.group(1), times, at_least)
+            elif called := called_by(instruction):
+                visit(called, times, at_least)
 
     visit(entry, 1.0, False)
     return {kind: total[kind] for kind in KINDS if kind in total}
@@ -73,7 +73,14 @@ def added(parts: Iterable[dict[str, Traffic]]) -> dict[str, Traffic]:
     return {kind: total[kind] for kind in KINDS if kind in total}
 
 
-def _kind(instruction: Instruction) -> str | None:
+def called_by(instruction: Instruction) -> str | None:
+    """The computation that it fuses, starts or calls."""
+    match = _CALLED.search(instruction.rest)
+    return match and match.group(1)
+
+
+def kind_of(instruction: Instruction) -> str | None:
+    """One of KINDS; None if it is no collective."""
     # The TPU compiler's fused reduce-scatter holds an all-reduce and a slice of it.
     if instruction.opcode == "fusion" and "all-reduce-scatter" in instruction.rest.split("calls=")[-1]:
         return "reduce-scatter"
@@ -81,12 +88,13 @@ def _kind(instruction: Instruction) -> str | None:
     return opcode if opcode in KINDS else None
 
 
-def _sent(kind: str, instruction: Instruction, devices: int) -> float:
+def sent(kind: str, instruction: Instruction, devices: int) -> float:
+    """Bytes that one of `devices` sends for a collective of this kind, once."""
     started = instruction.opcode.endswith("-start")
     n = _group(instruction.rest, devices)
     result = instruction.shape
     if started and kind in ("all-gather", "collective-permute"):
-        result = second(result)  # (operand, result, …)
+        result = element(result, 1)  # (operand, result, …)
     size = size_of(result)
     if kind == "collective-permute":
         return size

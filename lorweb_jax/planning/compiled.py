@@ -14,6 +14,7 @@ import jax
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.planning import collectives, gpu_compiler
 from lorweb_jax.planning.program import Program
+from lorweb_jax.planning.topology import Target
 from lorweb_jax.training.step import side_by_side
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -25,7 +26,8 @@ class Compiled:
     `temporaries` and `results` beyond those that take an argument's place. Or, if the compiler found that memory
     doesn't suffice, `needed` of `capacity`.
 
-    `seconds` by the clock, and of all this machine's cores together."""
+    `seconds` by the clock, and of all this machine's cores together. `schedules`: the text of each part with what its
+    compiler says of instructions' times, in the order in which they run."""
 
     seconds: float
     core_seconds: float
@@ -37,21 +39,23 @@ class Compiled:
     capacity: float = 0
     traffic: dict[str, collectives.Traffic] = dataclasses.field(default_factory=dict)
     text: str = dataclasses.field(default="", repr=False)
+    schedules: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def fits(self) -> bool:
         return not self.needed
 
 
-def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platform: str, chip: str = "") -> Compiled:
-    """All parts, side by side. chip: a described GPU's name. UserError for a failure of the compiler other than too
-    little memory."""
+def compile_program(program: Program, traced: Sequence[jax.stages.Traced], there: Target) -> Compiled:
+    """All parts, side by side. UserError for a failure of the compiler other than too little memory."""
     clock, cores = time.perf_counter(), time.process_time()
     with jax.set_mesh(program.mesh):
-        lowered = [part.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)) for part in traced]
+        lowered = [
+            part.lower(lowering_platforms=({"gpu": "cuda"}.get(there.platform, there.platform),)) for part in traced
+        ]
     compile = functools.partial(_compile, devices=program.mesh.size)
-    if platform == "gpu":
-        compile = functools.partial(_compile_gpu, chip=chip)
+    if there.platform == "gpu":
+        compile = functools.partial(_compile_gpu, devices=program.mesh.size, chip=there.chip.name)
     parts = side_by_side([functools.partial(compile, part) for part in lowered])
     took = time.perf_counter() - clock, time.process_time() - cores
     if failed := [part for part in parts if isinstance(part, str)]:
@@ -66,6 +70,7 @@ def compile_program(program: Program, traced: Sequence[jax.stages.Traced], platf
         code=sum(part.generated_code_size_in_bytes for part in memory),
         traffic=collectives.added(part.traffic for part in parts),
         text="\n".join(part.text for part in parts),
+        schedules=tuple(part.schedule for part in parts),
     )
 
 
@@ -73,6 +78,7 @@ class _Part(NamedTuple):
     memory: Any
     traffic: dict[str, collectives.Traffic]
     text: str
+    schedule: str
 
 
 def _results(memory) -> int:
@@ -88,18 +94,21 @@ def _compile(lowered: jax.stages.Lowered, devices: int) -> _Part | str:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
         except Exception as error:  # jax raises whatever the compiler does
             return str(error)
-        text = "".join(path.read_text() for path in Path(dump).glob("*.after_optimizations.txt"))
-    return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text)
+        text, schedule = (
+            "".join(path.read_text() for path in Path(dump).glob(f"*.{stage}.txt"))
+            for stage in ("after_optimizations", "after_codegen")
+        )
+    return _Part(compiled.memory_analysis(), collectives.traffic(text, devices), text, schedule)
 
 
-def _compile_gpu(lowered: jax.stages.Lowered, chip: str) -> _Part:
+def _compile_gpu(lowered: jax.stages.Lowered, devices: int, chip: str) -> _Part:
     """The same for a GPU, whose compiler doesn't mind too little memory."""
     try:
-        compiled = gpu_compiler.compiled(lowered, chip)
+        compiled = gpu_compiler.compiled(lowered, chip, devices)
     except Exception as error:  # jax raises whatever the compiler does
         raise UserError("the compiler failed: " + str(error).strip().splitlines()[0]) from None
     text = "\n".join(module.to_string() for module in compiled.hlo_modules())
-    return _Part(compiled.get_compiled_memory_stats(), collectives.traffic(text, 1), text)
+    return _Part(compiled.get_compiled_memory_stats(), collectives.traffic(text, devices), text, text)
 
 
 def _too_large(message: str, seconds: float, core_seconds: float) -> Compiled:

@@ -6,12 +6,13 @@ import jax
 import jax.extend
 
 from lorweb_jax.nn import sharding
-from lorweb_jax.planning import gpu_compiler
+from lorweb_jax.planning import gpu_compiler, gpu_time, tpu_time
 from lorweb_jax.planning.activations import estimate, kept_by_example
 from lorweb_jax.planning.collectives import Traffic
 from lorweb_jax.planning.compiled import Compiled, compile_program
 from lorweb_jax.planning.estimated_time import Cost, costs
 from lorweb_jax.planning.expected_traffic import expected_traffic
+from lorweb_jax.planning.interconnect import ASSUMPTION as COMMUNICATION
 from lorweb_jax.planning.program import PROGRAMS, Part, Program
 from lorweb_jax.planning.roofline import Roofline, roofline
 from lorweb_jax.planning.shapes import device_bytes, host_bytes, planned_job
@@ -23,7 +24,7 @@ from lorweb_jax.planning.work import Work, work
 class Plan:
     """`memory`: bytes on a device by what they are for, adding up to `peak`; `host_memory`: those of weights that are
     streamed to it; `compiled` is None where they are estimated from shapes; `costs` are its instructions' where their
-    compiler tells."""
+    compiler tells, under `assumptions`."""
 
     target: Target
     program: Program
@@ -36,6 +37,7 @@ class Plan:
     roofline: Roofline
     compiled: Compiled | None
     costs: list[Cost]
+    assumptions: list[str]
 
     @property
     def fits(self) -> bool:
@@ -67,7 +69,7 @@ def make_plan(config, there: Target, what: str) -> Plan:
     if there.compiles:
         # cuDNN's attention is one call, in which no products can be counted.
         as_run = make_program(config, there, what, as_run=True).traced(there.gpu) if there.gpu else traced
-        compiled = compile_program(program, as_run, there.platform, there.chip.name)
+        compiled = compile_program(program, as_run, there)
     memory = arguments(program)
     gradients = device_bytes(program.gradients)
     if compiled and compiled.fits:
@@ -94,6 +96,10 @@ def make_plan(config, there: Target, what: str) -> Plan:
     done = work(program, traced)
     sent = sum(kind.sent for kind in traffic.values())
     capacity = compiled.capacity if compiled and compiled.capacity else there.chip.memory
+    how, spent = gpu_time if there.platform == "gpu" else tpu_time, []
+    if compiled and timed(there):
+        schedules = compiled.schedules
+        spent = [cost for text in schedules for cost in costs(text, there.chip, program.mesh.size, how.model)]
     return Plan(
         there,
         program,
@@ -105,8 +111,14 @@ def make_plan(config, there: Target, what: str) -> Plan:
         done,
         roofline(program, done, sent, there.chip),
         compiled,
-        costs(compiled.text, there.chip) if compiled and gpu_compiler.estimates(there.chip.name) else [],
+        spent,
+        [*how.assumptions(there.chip), *([COMMUNICATION] if compiled.traffic else [])] if spent else [],
     )
+
+
+def timed(there: Target) -> bool:
+    """Whether it is known how long instructions take there, once they are compiled."""
+    return gpu_compiler.estimates(there.chip.name) if there.platform == "gpu" else there.chip.name in tpu_time.CLOCKS
 
 
 def used_bytes(part: Part, traced: jax.stages.Traced) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lorweb_jax.processes import compiler_flags
 
@@ -35,27 +36,29 @@ def installed() -> bool:
 
 
 @functools.cache
-def device(kind: str) -> jax.Device:
-    """A GPU of this kind to compile for. cuDNN's attention is traced as if its library were there."""
+def devices(kind: str, count: int) -> list[jax.Device]:
+    """GPUs of this kind, in one host, to compile for. cuDNN's attention is traced as if its library were there."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.experimental import topologies
 
     cudnn.check_cudnn_version = lambda: 91000
     text = (_DESCRIPTIONS / f"{kind}.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text).devices[0]
+    return topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=text).devices
 
 
-def compiled(lowered: jax.stages.Lowered, kind: str) -> Any:
-    """XLA's executable, for this chip, of a function that was traced for a CPU device and lowered for "cuda"."""
+def compiled(lowered: jax.stages.Lowered, kind: str, count: int) -> Any:
+    """XLA's executable, for so many of this chip, of a function that was traced for CPU devices and lowered for
+    "cuda"."""
     from jax._src.lib import xla_client
 
     options = xla_client.CompileOptions()
     build = options.executable_build_options
-    build.num_replicas = build.num_partitions = 1
+    build.num_replicas, build.num_partitions = 1, count
+    build.device_assignment = xla_client.DeviceAssignment.create(np.arange(count).reshape(1, count))
     build.use_spmd_partitioning = build.use_shardy_partitioner = True
     options.env_option_overrides = [
         *compiler_flags.FOR_TRAINING.items(),
         ("xla_gpu_collect_cost_model_stats", estimates(kind)),
     ]
-    gpu = device(kind)
-    return gpu.client.compile(lowered.compiler_ir(), xla_client.DeviceList((gpu,)), options)
+    gpus = devices(kind, count)
+    return gpus[0].client.compile(lowered.compiler_ir(), xla_client.DeviceList(tuple(gpus)), options)

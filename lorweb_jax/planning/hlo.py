@@ -1,6 +1,7 @@
 """The text of a compiled program, HLO, as instructions."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -9,6 +10,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
 # %name = shape opcode(operands), attributes
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,37 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if head := _COMPUTATION.match(line):
             current = computations.setdefault(head.group(2), [])
             entry = head.group(2) if head.group(1) else entry
+        elif _END.match(line):
+            current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             root, name, shape, opcode, rest = match.groups()
             current.append(Instruction(name, shape, opcode, rest, bool(root)))
+        elif current:  # a Pallas call's metadata has line ends in it
+            current[-1] = dataclasses.replace(current[-1], rest=f"{current[-1].rest} {line}")
     return computations, entry
+
+
+def places(text: str) -> dict[str, str]:
+    """{stack frame: "lorweb_jax/nn/attention.py:40"}, the line of the program that an instruction's stack_frame_id
+    names; {} of a text without such tables."""
+
+    def entries(name: str) -> dict[str, str]:
+        table = re.search(rf"^{name}\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+        return dict(line.split(" ", 1) for line in table.group(1).splitlines()) if table else {}
+
+    def field(entry: str, name: str) -> str:
+        return re.search(rf"\b{name}=(\d+)", entry).group(1)
+
+    files, locations = entries("FileNames"), {}
+    for number, entry in entries("FileLocations").items():
+        file = re.sub(r".*/(site-packages/|(?=lorweb_jax/))", "", files[field(entry, "file_name_id")].strip('"'))
+        locations[number] = f"{file}:{field(entry, 'line')}"
+    return {number: locations[field(entry, "file_location_id")] for number, entry in entries("StackFrames").items()}
+
+
+def inside(instruction: Instruction, computations: dict[str, list[Instruction]]) -> list[Instruction]:
+    """What is fused in it, or what it starts."""
+    return computations.get(instruction.attribute("calls") or "", [])
 
 
 def size_of(shape: str) -> float:
@@ -51,15 +80,32 @@ def size_of(shape: str) -> float:
     return total
 
 
-def second(shape: str) -> str:
-    """The second part of a tuple's shape, itself perhaps a tuple."""
+def axes(shape: str) -> list[int]:
+    """Of a shape, or of the first of a tuple of shapes."""
+    match = _ARRAY.search(shape)
+    return [int(axis) for axis in match.group(2).split(",") if axis] if match else []
+
+
+def element(shape: str, place: int) -> str:
+    """Of a tuple's shape, itself perhaps a tuple; the shape where it has no such element."""
     parts, depth, start = [], 0, 1
+    if not shape.startswith("("):
+        return shape
     for at, letter in enumerate(shape):
         depth += (letter in "([{") - (letter in ")]}")
         if (letter == "," and depth == 1) or depth == 0:
             parts.append(shape[start:at])
             start = at + 1
-    return parts[1] if len(parts) > 1 else shape
+    return parts[place].strip() if len(parts) > place else shape
+
+
+def operand_shapes(instruction: Instruction, others: dict[str, Instruction]) -> list[str]:
+    """Of those that are known; others: the instructions beside it, by name."""
+    shapes = []
+    for name, *places in (operand.split("#") for operand in instruction.operands()):
+        if name in others:
+            shapes.append(functools.reduce(lambda shape, place: element(shape, int(place)), places, others[name].shape))
+    return shapes
 
 
 def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:

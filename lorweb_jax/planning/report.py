@@ -10,6 +10,7 @@ from lorweb_jax.planning import estimated_time, gpu_compiler
 from lorweb_jax.planning.chips import GIB
 from lorweb_jax.planning.figures import Plan
 from lorweb_jax.planning.roofline import parts
+from lorweb_jax.planning.topology import HOST
 from lorweb_jax.training.state import count
 
 _NAMES = {"base": "base weights, frozen", "optimizer": "optimizer's moments"}
@@ -126,14 +127,17 @@ def _time(plan: Plan) -> list[Line]:
 
 def _estimated(plan: Plan) -> list[Line]:
     """Milliseconds by what is done; of training also by phase, in the remark."""
-    rows: list[Line] = [("time by the compiler's cost model", "ms")]
-    total = estimated_time.table(plan.costs)
-    streamed = sum(total.pop(estimated_time.STREAMED).values())
+    what = "a step" if plan.program.steps == 1 else f"all {plan.program.steps} steps"
+    rows: list[Line] = [(f"time of {what}, as the compiler estimates", "ms")]
+    done = {cost.kind for cost in plan.costs}
+    total = {kind: phases for kind, phases in estimated_time.table(plan.costs).items() if kind in done}
+    streamed = sum(total.pop(estimated_time.STREAMED, {}).values())
     for kind, phases in total.items():
         spent = [f"{phase} {1e3 * seconds:.1f}" for phase, seconds in phases.items() if seconds]
         rows.append((f"  {kind}", f"{1e3 * sum(phases.values()):.1f}", ", ".join(spent) * (len(spent) > 1)))
     whole = sum(sum(phases.values()) for phases in total.values())
-    rows.append(("  all", f"{1e3 * whole:.1f}", "an H100 and an H200 took 3 to 10 % more than such estimates"))
+    training = plan.program.what == "train"
+    rows.append(("  all", f"{1e3 * whole:.1f}", "forward: with encoders and optimizer" * training))
     if streamed:
         rows += [
             (f"  {estimated_time.STREAMED}", f"{1e3 * streamed:.1f}", "in the background"),
@@ -147,9 +151,10 @@ def instructions(plan: Plan, count: int = 50) -> str:
     """The most expensive ones, a line each: milliseconds of all runs, runs, what it is, and where it comes from."""
     most = sorted(plan.costs, key=lambda cost: -cost.seconds)[:count]
     rows = [
-        (f"{1e3 * cost.seconds:.3f}", f"x{cost.times}", cost.kind, cost.phase, cost.name, cost.source) for cost in most
+        (f"{1e3 * cost.seconds:.3f}", f"x{cost.times}", cost.kind, cost.phase, cost.name, cost.place, cost.source)
+        for cost in most
     ]
-    return tabulate(rows, ("ms", "runs", "kind", "phase", "instruction", "source"), tablefmt="plain") + "\n"
+    return tabulate(rows, ("ms", "runs", "kind", "phase", "instruction", "line", "source"), tablefmt="plain") + "\n"
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -157,15 +162,19 @@ def _notes(plan: Plan) -> list[str]:
     if (
         plan.target.platform == "gpu"
         and not plan.compiled
-        and program.mesh.size == 1
+        and program.mesh.size <= HOST
         and gpu_compiler.described(plan.target.chip.name)
     ):
         return [f"to have it compiled, {gpu_compiler.INSTALL.format(jax.__version__)}"]
+    notes = (
+        ["", "the estimated time takes for granted:", *(f"  {each}" for each in plan.assumptions)] if plan.costs else []
+    )
     if divided == program.mesh.size:
-        return []
+        return notes
     return [
+        *notes,
         f"the work is divided between {divided} of {program.mesh.size} devices: batch {program.batch} does not divide "
-        "over data × fsdp"
+        "over data × fsdp",
     ]
 
 
@@ -189,6 +198,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "flops": dataclasses.asdict(plan.work),
         "roofline": dataclasses.asdict(plan.roofline),
         "estimated_seconds": estimated_time.table(plan.costs) if plan.costs else None,
+        "assumptions": plan.assumptions,
         "traffic": {kind: dataclasses.asdict(traffic) for kind, traffic in plan.traffic.items()},
         "compile_seconds": compiled and compiled.seconds,
         "compile_core_seconds": compiled and compiled.core_seconds,

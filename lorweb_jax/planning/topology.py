@@ -13,6 +13,8 @@ from lorweb_jax.planning.chips import GPUS, TPUS, Chip
 
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4, v6e:4x4, tpu7x:2x2x1, gpu:h100 or gpu:h100x8"
 
+HOST = 8  # GPUs in a host: between hosts nothing is known
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -75,7 +77,7 @@ def _slice(name: str, chip: Chip) -> Target:
 
 
 def _gpus(name: str, shape: str) -> Target:
-    """CPU devices that stand in for GPUs: they give a mesh its size. One GPU may be known to a compiler."""
+    """CPU devices that stand in for GPUs: they give a mesh its size. Those of one host may be known to a compiler."""
     kind, count = (shape, None) if shape in GPUS else re.fullmatch(r"(.*?)(?:x(\d+))?", shape).groups()
     if kind not in GPUS:
         raise UserError(
@@ -84,8 +86,8 @@ def _gpus(name: str, shape: str) -> Target:
             2,
         )
     count = int(count or 1)
-    known = count == 1 and gpu_compiler.described(kind) and gpu_compiler.installed()
-    gpu = gpu_compiler.device(kind) if known else None
+    known = count <= HOST and gpu_compiler.described(kind) and gpu_compiler.installed()
+    gpu = gpu_compiler.devices(kind, count)[0] if known else None
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # jax has made its devices already
