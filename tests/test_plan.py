@@ -102,6 +102,7 @@ ENTRY %main (p.4: f32[8,64]) -> f32[8,64] {
   %end = bf16[8,64]{1,0} fusion(%begin), kind=kCustom, calls=%fused.2
   %loop = (s32[], f32[8,64]) while(%start), condition=%condition, body=%body
   %a2a = (f32[4,64], f32[4,64]) all-to-all(%a, %b), replica_groups={{0,1},{2,3}}
+  %a2a.s = ((bf16[4,64]{1,0}), bf16[4,64]{1,0}) all-to-all-start(%c), replica_groups={{0,1},{2,3}}, dimensions={0}
   ROOT %called = f32[8,64]{1,0} call(%p.4), to_apply=%double
 }
 """
@@ -113,7 +114,7 @@ def test_collectives_of_hlo_text():
         "all-gather": Traffic(4, 4 * 8 * 64 * 2 * 3 / 4),
         "reduce-scatter": Traffic(3, 3 * 2 * 64 * 4 * 3),
         "all-reduce": Traffic(1, 2 * 8 * 64 * 4 * 3 / 4),
-        "all-to-all": Traffic(1, 2 * 4 * 64 * 4 / 2),
+        "all-to-all": Traffic(2, 2 * 4 * 64 * 4 / 2 + 4 * 64 * 2 / 2),
         "collective-permute": Traffic(3, 3 * 8 * 64 * 4),
     }
 

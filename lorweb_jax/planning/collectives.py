@@ -93,7 +93,7 @@ def sent(kind: str, instruction: Instruction, devices: int) -> float:
     started = instruction.opcode.endswith("-start")
     n = _group(instruction.rest, devices)
     result = instruction.shape
-    if started and kind in ("all-gather", "collective-permute"):
+    if started and kind != "all-reduce":
         result = element(result, 1)  # (operand, result, …)
     size = size_of(result)
     if kind == "collective-permute":
