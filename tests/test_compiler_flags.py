@@ -5,12 +5,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from lorweb_jax.processes import compiler_flags
-from lorweb_jax.processes.compiler_flags import set_compiler_flags
+from lorweb_jax.processes.compiler_flags import set_compiler_flags, step_options
 
 
 @pytest.mark.parametrize(
@@ -42,9 +44,23 @@ def test_flags_of_a_jaxlib_whose_sums_are_wrong_on_cpus(monkeypatch):
     assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_cpu_experimental_ynn_fusion_type=dot"
 
 
+def test_options_of_a_step_on_tpus(monkeypatch):
+    """For kinds that have a SparseCore and several chips, and never against what a user has set."""
+
+    def mesh(kind, size=4):
+        return SimpleNamespace(devices=np.full(size, SimpleNamespace(device_kind=kind)), size=size)
+
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    name = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+    assert step_options(mesh("TPU v6 lite")) == {name: True}
+    assert all(step_options(mesh(*other)) == {} for other in (("TPU v6 lite", 1), ("TPU v5 lite",), ("cpu",)))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}=false")
+    assert step_options(mesh("TPU v6 lite")) == {}
+
+
 _SUM = """
 import sys, jax, numpy as np
-from lorweb_jax.processes.compiler_flags import set_compiler_flags
+from lorweb_jax.processes.compiler_flags import set_compiler_flags, step_options
 set_compiler_flags()
 def gate(d, x, w, bias, h, c, b):
     return (d * (x @ w + bias + (h * c) @ b)).sum(1)

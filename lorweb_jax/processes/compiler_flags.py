@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+from typing import Any
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Products by cuBLASLt alone, which makes their activations too, as Triton's don't.
@@ -16,6 +17,24 @@ FOR_TRAINING = FOR_GPUS | {"xla_gpu_memory_limit_slop_factor": 118}
 FOR_CPUS, FAULTY = {"xla_cpu_experimental_ynn_fusion_type": "dot"}, "0.10."
 MEMORY_SHARE = 0.94  # of a GPU, for a training process; jax takes 0.75 if it is told nothing
 _SHARE, _FORMER = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax refuses both at once
+
+
+# Of a training step, by the kind of TPU. libtpu gathers weights while nothing else runs (docs/performance.md); the
+# SparseCore that these chips have can do it meanwhile.
+FOR_TPUS = {
+    "TPU v6 lite": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True},
+    "TPU v5": {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    },
+}
+
+
+def step_options(mesh: Any) -> dict[str, bool]:
+    """What the compiler of a training step on a jax.sharding.Mesh is told, but for what LIBTPU_INIT_ARGS says."""
+    known = FOR_TPUS.get(mesh.devices.flat[0].device_kind, {}) if mesh.size > 1 else {}
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {name: value for name, value in known.items() if name not in given}
 
 
 def set_compiler_flags(training: bool = False) -> str:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from lorweb_jax.nn import sharding
 from lorweb_jax.nn.quantization import bytes_by_dtype
+from lorweb_jax.processes.compiler_flags import step_options
 from lorweb_jax.processes.stop import StopRequest
 from lorweb_jax.runs.checkpoints import Checkpoints, goes_on
 from lorweb_jax.runs.folder import open_run, owned
@@ -75,6 +76,9 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
             f"optimizer: {bytes_by_dtype((shapes.optimizer, shapes.average))}",
             flush=True,
         )
+
+        if options := step_options(mesh):
+            print("told the step's compiler: " + ", ".join(f"{name}={options[name]}" for name in options), flush=True)
 
         checkpoints = Checkpoints(workdir)
         closing.callback(checkpoints.close)

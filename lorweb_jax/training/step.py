@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn import sharding
+from lorweb_jax.processes.compiler_flags import step_options
 from lorweb_jax.settings.seeds import random_key
 from lorweb_jax.training.job import Batch, Job, Phase
 from lorweb_jax.training.optimizer import moving_average
@@ -150,6 +151,7 @@ class TrainStep:
         shapes: TrainState,
     ):
         self._split = sharding.batch_split(mesh)
+        options = step_options(mesh)
         count = config.train.accumulate
 
         def encode(frozen: Arrays, batch: Batch) -> Batch:
@@ -165,6 +167,7 @@ class TrainStep:
                 make_update(job, partition, optimizer, config, names),
                 donate_argnums=0,
                 out_shardings=(sharding.shardings_of(shapes), sharding.replicated(mesh)),
+                compiler_options=options or None,
             )
 
         self.encode = jax.jit(encode, out_shardings=self._split, compiler_options=_encode_options(mesh))
