@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from compare import relative
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.edit import parse
-from lorweb_jax.pipeline.devices import as_mesh
+from lorweb_jax.pipeline.devices import as_mesh, tell_undivided
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,12 @@ def test_the_mesh_of_a_command():
     for text in ("4", "sequence", "sequence=two", "tensor=2,tensor=4"):
         with pytest.raises(UserError, match="is no mesh; give one such as sequence=4,tensor=2"):
             parse(["--mesh", text])
+
+
+def test_tokens_that_do_not_divide_are_told(capsys):
+    mesh = SimpleNamespace(shape={"sequence": 4})
+    tell_undivided(mesh, 128, 20)
+    tell_undivided(None, 3, 4)
+    assert capsys.readouterr().out == ""
+    tell_undivided(mesh, 98, 20)
+    assert capsys.readouterr().out.startswith("98 tokens do not divide over a sequence axis of 4 devices")
