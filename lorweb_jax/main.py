@@ -14,9 +14,10 @@ same command resumes a run that was stopped, also on another mesh, and also afte
 if their contents are the same. Two runs at once in one folder are refused. A run may consist of several processes, on
 one or many hosts: the scripts in launch/ start them, and lorweb_jax/processes/distributed.py says how they find each
 other. Fields are explained in the config file itself or in lorweb_jax/settings/config.py; --config.profile=5-7 traces
-steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .compile_cache beside the run folder. On
-NVIDIA GPUs a run adds to XLA_FLAGS and sets XLA_CLIENT_MEM_FRACTION where they say nothing of what it needs
-(lorweb_jax/processes/compiler_flags.py), and says so.
+steps 5 to 7 for TensorBoard and Perfetto, and compiled programs are kept in .compile_cache beside the run folder. What
+XLA needs to be told for this machine's devices a run adds to XLA_FLAGS and XLA_CLIENT_MEM_FRACTION, and on TPUs tells
+the step's compiler, where these and LIBTPU_INIT_ARGS say nothing of it (lorweb_jax/processes/compiler_flags.py); it
+says so.
 """
 
 import ast

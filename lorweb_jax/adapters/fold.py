@@ -8,6 +8,7 @@ from flax import nnx
 
 from lorweb_jax.adapters.mixture import LowRankAdapter
 from lorweb_jax.common.errors import UserError
+from lorweb_jax.nn import sharding
 from lorweb_jax.nn.layers import Linear, Scale, Unstacked
 from lorweb_jax.nn.offload import any_offloaded
 
@@ -56,8 +57,7 @@ def fold(module: nnx.Module, mixes: dict[str, LowRankAdapter]) -> nnx.Module:
         for layer, own in zip(layers, mixes_of, strict=True):
             kernel = layer.kernel[...]
             kernel_lio = kernel.reshape(-1, *kernel.shape[-2:])
-            updated = _updated(kernel_lio, own).reshape(kernel.shape)
-            layer.kernel.set_value(jax.device_put(updated, kernel.sharding))  # where the layer's own kernel lies
+            layer.kernel.set_value(sharding.put_beside(_updated(kernel_lio, own).reshape(kernel.shape), kernel))
     return folded
 
 

@@ -275,6 +275,11 @@ def put(array: Any, where: jax.ShapeDtypeStruct) -> jax.Array:
     )
 
 
+def put_beside(array: jax.Array, other: jax.Array) -> jax.Array:
+    """An array of another's shape, split as that is; inside jitted functions, as the partitioner likes."""
+    return array if isinstance(other, jax.core.Tracer) else jax.device_put(array, other.sharding)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())

@@ -45,6 +45,9 @@ def measure(request: dict, reply) -> None:
     if kind in TORCH_KINDS[setting.what]:
         module, arguments = "theirs", ("cuda" if request["platform"] == "gpu" else "cpu",)
     else:
+        from lorweb_jax.processes.compiler_flags import set_compiler_flags
+
+        set_compiler_flags(training=setting.what == "train")  # as the commands do
         import jax
 
         module, arguments = "ours", ()
