@@ -363,7 +363,7 @@ def test_a_card_whose_name_ends_like_a_count():
 
 
 def test_remat_that_suits_the_memory(gpu_plan, estimator, monkeypatch, capsys):
-    """auto: what recomputes least and leaves a tenth free; with too little for any, what keeps least."""
+    """auto: what is fastest and leaves a tenth free; with too little for any, what keeps least."""
     peaks = {name: change.peak for name, change in estimator.policies.items()}
     asked = []
 
@@ -371,15 +371,16 @@ def test_remat_that_suits_the_memory(gpu_plan, estimator, monkeypatch, capsys):
         asked.append(program.job.config.remat)
         return estimator.kept[program.job.config.remat]
 
-    def chosen(memory, **changes):
-        there = dataclasses.replace(gpu_plan.target, chip=dataclasses.replace(GPUS["h100"], memory=memory / 0.9))
+    def chosen(memory, platform="gpu", **changes):
+        chip = dataclasses.replace(GPUS["h100"], memory=memory / 0.9)
+        there = dataclasses.replace(gpu_plan.target, chip=chip, platform=platform)
         return remat.choose(smoke(remat="auto", **changes), there)
 
     monkeypatch.setattr(remat, "kept_by_example", kept)
-    assert chosen(peaks["qkv"] * 1.0001) == "qkv" and asked == ["none", "dots", "qkv"]
-    assert "remat: qkv (fits; GiB at the peak, estimated: none 0.1, dots " in capsys.readouterr().out
+    assert chosen(peaks["qkv"] * 1.0001) == "qkv" and asked == ["dots", "qkv"]
+    assert "remat: qkv (fits; GiB at the peak, estimated: dots " in capsys.readouterr().out
     assert chosen(peaks["dots"] * 1.0001) == "dots" and chosen(peaks["full"] / 2) == "full"
-    assert chosen(1e15) == "none" and chosen(1e15, offload="blocks") == "dots"
+    assert chosen(1e15) == "dots" and chosen(1e15, "cpu") == "none" and chosen(1e15, "cpu", offload="blocks") == "dots"
     assert "remat: full (nothing fits; GiB" in capsys.readouterr().out
     sized = {"data.quadrant_size": 0, "data.buckets": (), "train.batch": 1}
     assert chosen(1e15, **sized) == "full" and "can't be planned: config.data.quadrant" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""remat=auto: the policy that recomputes least among those whose step fits into the devices' memory."""
+"""remat=auto: the fastest policy among those whose step fits into the devices' memory."""
 
 import dataclasses
 import os
@@ -49,8 +49,14 @@ def peak(program: Program, kept: float) -> float:
     return sum(arguments(program).values()) + device_bytes(program.gradients) + estimate(program, kept).total
 
 
+def candidates(config, there: Target) -> list[str]:
+    """Those of REMAT_POLICIES that "auto" stands for, the fastest first. On accelerators what is elementwise is made
+    anew in less time than it takes to keep (docs/performance.md), so that keeping all, "none", is for CPUs."""
+    return list(REMAT_POLICIES)[config.offload == "blocks" or there.platform != "cpu" :]
+
+
 def choose(config, there: Target) -> str:
-    """What config.remat is: itself, or for "auto" the first of REMAT_POLICIES that fits `there` with a tenth to spare,
+    """What config.remat is: itself, or for "auto" the first of `candidates` that fits `there` with a tenth to spare,
     and the last where none does or the step can't be planned. All processes of a run get the same answer; process 0
     tells why."""
     if config.remat != "auto":
@@ -58,7 +64,7 @@ def choose(config, there: Target) -> str:
     names, peaks = list(REMAT_POLICIES), {}
     chosen, why = names[-1], "nothing fits"
     try:
-        for name in names[config.offload == "blocks" :]:
+        for name in candidates(config, there):
             changed = config.copy_and_resolve_references()
             changed.remat = name
             program = scanned_program(changed, there, "train")
