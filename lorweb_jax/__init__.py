@@ -5,6 +5,8 @@
 
 import importlib
 
+from lorweb_jax.processes.compiler_flags import set_cpu_flags
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -18,6 +20,8 @@ _PUBLIC = {
     "write_image": "lorweb_jax.images.io",
 }
 __all__ = list(_PUBLIC)
+
+set_cpu_flags()
 
 
 def __getattr__(name: str):

@@ -192,7 +192,7 @@ def mesh(text: str) -> dict[str, int]:
     """AXIS=SIZE,… -> {axis: size}"""
     sizes = {}
     for part in text.split(","):
-        axis, _, number = part.partition("=")
+        axis, _, number = part.replace(" ", "").partition("=")
         if not number.removeprefix("-").isdecimal() or axis in sizes:
             raise argparse.ArgumentTypeError(f"{text!r} is no mesh; give one such as sequence=4,tensor=2")
         sizes[axis] = int(number)

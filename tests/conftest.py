@@ -21,9 +21,7 @@ os.environ.update(
     }
 )
 
-from lorweb_jax.processes.compiler_flags import set_compiler_flags  # noqa: E402  (the path above comes first)
-
-set_compiler_flags()  # as the commands do, here and for processes that tests start
+import lorweb_jax  # noqa: E402, F401  (the path above comes first; it sets XLA_FLAGS, also for processes of tests)
 
 
 @pytest.fixture(scope="session")

@@ -58,4 +58,11 @@ def sent_in_blocks(mesh: dict[str, int]) -> list[str]:
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than what is computed
     made = {f"{name}/{what}": each for name, mesh in MESHES.items() for what, each in pictures(mesh).items()}
+    # A basis of one mesh, taken to one device.
+    basis = Pipeline.load(golden_dir() / "tiny_pipeline", mesh=MESHES["all"]).attach(
+        golden_dir() / "basis_a.safetensors"
+    )
+    alone = Pipeline.load(golden_dir() / "tiny_pipeline").attach(basis.model.basis)
+    recorded = np.load(golden_dir() / "e2e_square.npz")
+    made["back"] = alone.edit(*(recorded[name] for name in ("image_a", "image_atag", "image_b")), steps=2, folded=True)
     np.savez(sys.argv[1], **made, sent=np.array(sent_in_blocks(MESHES["sequence"])))

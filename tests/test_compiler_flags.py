@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorweb_jax.processes import compiler_flags
-from lorweb_jax.processes.compiler_flags import set_compiler_flags, step_options
+from lorweb_jax.processes.compiler_flags import set_compiler_flags, set_cpu_flags, step_options
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,22 @@ from lorweb_jax.processes.compiler_flags import set_compiler_flags, step_options
 )
 def test_flags(plugins, given, expected, monkeypatch):
     """Where there is a GPU's plugin, and never against what a user has set."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in plugins or None)
     monkeypatch.setenv("XLA_FLAGS", given)
     assert (set_compiler_flags(), os.environ["XLA_FLAGS"]) == expected
 
 
-def test_flags_of_a_jaxlib_whose_sums_are_wrong_on_cpus(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(importlib.metadata, "version", {"jaxlib": "0.10.2"}.get)
+@pytest.mark.parametrize(
+    "version, started, added", [("0.10.2", {}, True), ("0.10.2", {"cpu": 1}, True), ("0.11.0", {}, False)]
+)
+def test_flags_of_a_jaxlib_whose_sums_are_wrong_on_cpus(version, started, added, monkeypatch, capsys):
+    """Said where they come too late."""
+    monkeypatch.setattr(importlib.metadata, "version", {"jaxlib": version}.get)
+    monkeypatch.setitem(sys.modules, "jax._src.xla_bridge", SimpleNamespace(_backends=started))
     monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
-    assert set_compiler_flags(training=True) == "--xla_cpu_experimental_ynn_fusion_type=dot"
-    assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_cpu_experimental_ynn_fusion_type=dot"
+    set_cpu_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_x=1" + " --xla_cpu_experimental_ynn_fusion_type=dot" * added
+    assert ("import lorweb_jax first, or set XLA_FLAGS=--xla_cpu" in capsys.readouterr().out) == bool(started)
 
 
 def test_options_of_a_step_on_tpus(monkeypatch):
@@ -60,8 +64,7 @@ def test_options_of_a_step_on_tpus(monkeypatch):
 
 _SUM = """
 import sys, jax, numpy as np
-from lorweb_jax.processes.compiler_flags import set_compiler_flags, step_options
-set_compiler_flags()
+import lorweb_jax
 def gate(d, x, w, bias, h, c, b):
     return (d * (x @ w + bias + (h * c) @ b)).sum(1)
 random = np.random.default_rng(0)
@@ -79,7 +82,6 @@ def test_a_sum_over_tokens_of_products_is_right_on_a_cpu(monkeypatch):
 
 
 def test_flags_of_a_training(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "")  # so that it is as it was afterwards

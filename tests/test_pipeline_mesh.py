@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from compare import relative
+from jax.sharding import AbstractMesh
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.edit import parse
+from lorweb_jax.nn import sharding
 from lorweb_jax.pipeline.devices import as_mesh, tell_undivided
 
 
@@ -30,6 +31,7 @@ def test_pictures_and_mixes_are_those_of_one_device(made):
         assert np.abs(made[f"{mesh}/{what}"].astype(int) - made[f"one/{what}"]).max() <= 1, what
     assert relative(made["sequence/adapted"], made["one/adapted"]) <= 1e-5
     assert made["all/steps"].tolist() == [0, 1]
+    np.testing.assert_array_equal(made["back"], made["one/folded"])
 
 
 def test_weights_are_whole_along_the_sequence_and_split_along_the_others(made):
@@ -44,7 +46,7 @@ def test_tokens_are_exchanged_for_heads_and_nothing_else_travels(made):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"heads": 2}, "give sizes of some of data, fsdp, sequence, tensor"),
+        ({"heads": 2}, "the mesh is heads=2; give sizes of some of data, fsdp, sequence, tensor"),
         ({"tensor": 0}, "the mesh's tensor is 0; give a whole number from 1"),
         ({"sequence": 2}, "needs 2 devices, but 1 were found; set mesh so that"),
     ],
@@ -56,16 +58,26 @@ def test_a_mesh_that_cannot_be_is_refused_in_one_sentence(sizes, message):
 
 
 def test_the_mesh_of_a_command():
-    assert parse(["--mesh", "sequence=4,tensor=-1"]).mesh == {"sequence": 4, "tensor": -1}
+    assert parse(["--mesh", "sequence=4, tensor=-1"]).mesh == {"sequence": 4, "tensor": -1}
     for text in ("4", "sequence", "sequence=two", "tensor=2,tensor=4"):
         with pytest.raises(UserError, match="is no mesh; give one such as sequence=4,tensor=2"):
             parse(["--mesh", text])
 
 
-def test_tokens_that_do_not_divide_are_told(capsys):
-    mesh = SimpleNamespace(shape={"sequence": 4})
-    tell_undivided(mesh, 128, 20)
-    tell_undivided(None, 3, 4)
+def test_what_does_not_divide_is_told_once(capsys):
+    mesh = AbstractMesh((2, 1, 4, 1), sharding.AXES)
+    tell_undivided(mesh, 2, 128, 20)
+    tell_undivided(None, 1, 3, 4)
     assert capsys.readouterr().out == ""
-    tell_undivided(mesh, 98, 20)
-    assert capsys.readouterr().out.startswith("98 tokens do not divide over a sequence axis of 4 devices")
+    for _ in range(2):
+        tell_undivided(mesh, 1, 98, 20)
+    batch, tokens = capsys.readouterr().out.splitlines()
+    assert batch.startswith("a batch of 1 does not divide over a data axis of 2 devices")
+    assert tokens.startswith("98 tokens do not divide over a sequence axis of 4 devices")
+
+
+def test_training_refuses_tokens_that_do_not_divide():
+    mesh = AbstractMesh((1, 1, 4, 1), sharding.AXES)
+    sharding.check_tokens([128, 148], mesh)
+    with pytest.raises(UserError, match="150 tokens do not divide over a sequence axis of 4 devices"):
+        sharding.check_tokens([128, 150], mesh)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -362,6 +363,16 @@ def test_a_card_whose_name_ends_like_a_count():
     assert there.chip.name == "rtx4090" and len(there.devices) == 1
 
 
+def test_other_meshes_that_may_fit():
+    """Of the same devices, each once, and never the one in use."""
+    for sizes in ((1, 4, 1, 1), (1, 1, 2, 2)):
+        mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+        plan = SimpleNamespace(program=SimpleNamespace(what="train", mesh=mesh))
+        changes = [change for change in suggest.candidates(smoke(), plan) if "mesh.fsdp" in change]
+        meshes = [tuple(change[f"mesh.{axis}"] for axis in sharding.AXES) for change in changes]
+        assert set(meshes) == {(1, 4, 1, 1), (1, 2, 1, 2), (1, 1, 1, 4)} - {sizes} and len(meshes) == len(set(meshes))
+
+
 def test_remat_that_suits_the_memory(gpu_plan, estimator, monkeypatch, capsys):
     """auto: what is fastest and leaves a tenth free; with too little for any, what keeps least."""
     peaks = {name: change.peak for name, change in estimator.policies.items()}
@@ -392,9 +403,9 @@ def test_blocks_of_their_own_are_estimated_as_stacks(gpu_plan):
     assert plan.peak == pytest.approx(gpu_plan.peak) and plan.work.model == gpu_plan.work.model
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:", "h100"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v6e", "gpu:h300x8", "gpu:h100x0", "gpu:", "h100"])
 def test_unknown_topologies(name):
-    with pytest.raises(UserError, match="give .*v6e|give one of .*gpu:h100x8") as told:
+    with pytest.raises(UserError, match="give .*v6e|give .*gpu:h100x8") as told:
         target(name)
     assert told.value.code == 2
 

@@ -21,6 +21,8 @@ from lorweb_jax.jobs import make_job
 from lorweb_jax.nn import sharding
 from lorweb_jax.runs import checkpoints, checksums
 from lorweb_jax.runs.checkpoints import restore_trainables
+from lorweb_jax.training import loop
+from lorweb_jax.training import step as steps
 from lorweb_jax.training.job import Phase
 from lorweb_jax.training.loop import train
 from lorweb_jax.training.optimizer import make_optimizer, make_schedule, moving_average
@@ -461,6 +463,15 @@ def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
     assert run.returncode == 2
     assert errors.splitlines()[-1].startswith("error: a batch of 6 does not divide over 4 devices")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_step_s_compiler_is_told_what_suits_the_devices(tmp_path, monkeypatch, capsys):
+    """An option that there is none of ends in the compiler's complaint."""
+    for module in (loop, steps):
+        monkeypatch.setattr(module, "step_options", lambda mesh: {"xla_no_such_option": True})
+    with pytest.raises(Exception, match="No such compile option: 'xla_no_such_option'"):
+        train(line_job.get_config(), tmp_path / "run", make_job)
+    assert "told the step's compiler: xla_no_such_option=True" in capsys.readouterr().out
 
 
 def test_a_mesh_of_more_devices_than_there_are():

@@ -114,7 +114,7 @@ def make_mesh(
     option: where sizes are set, for messages. Raises UserError where sizes and devices don't fit each other; nothing
     has been loaded by then.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    all_processes, devices = devices is None, jax.devices() if devices is None else list(devices)
     sizes = {name: sizes.get(name, 1) for name in AXES}
     shown = " × ".join(f"{name} {sizes[name]}" for name in AXES)
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -132,7 +132,7 @@ def make_mesh(
             f"{option} so that the product of its sizes is at most that",
             2,
         )
-    if total < len(devices) and (-1 in sizes.values() or jax.process_count() > 1):
+    if total < len(devices) and (-1 in sizes.values() or (all_processes and jax.process_count() > 1)):
         raise UserError(
             f"the mesh {shown} leaves {len(devices) - total} of {len(devices)} devices idle; set "
             f"{option} so that the product of its sizes is {len(devices)}",
@@ -155,7 +155,7 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
         raise UserError(
             f"a batch of {batch}{parts} does not divide over {shares} devices (data {mesh.shape['data']} × fsdp "
             f"{mesh.shape['fsdp']}); set --config.train.batch to a multiple of {shares * accumulate}, or let "
-            "--config.mesh.tensor take more of the devices",
+            "--config.mesh.tensor or .sequence take more of the devices",
             2,
         )
 
@@ -177,7 +177,7 @@ def check_tokens(lengths: Sequence[int], mesh: Mesh) -> None:
     if uneven := [length for length in lengths if length % parts]:
         raise UserError(
             f"{uneven[0]} tokens do not divide over a sequence axis of {parts} devices; set --config.mesh.sequence to "
-            "a divisor, or train at other sizes",
+            "a divisor, or take images of other sizes",
             2,
         )
 

@@ -26,10 +26,10 @@ def as_mesh(sizes: Mapping[str, int] | None, heads: int) -> Mesh | None:
     for sizes that don't fit the devices or the model's attention heads."""
     if sizes is None:
         return None
-    if not isinstance(sizes, Mapping) or not set(sizes) <= set(sharding.AXES):
-        raise UserError(
-            f"the mesh is {shown(sizes)}; give sizes of some of {', '.join(sharding.AXES)}, such as sequence 4", 2
-        )
+    if not isinstance(sizes, Mapping) or not sizes or not set(sizes) <= set(sharding.AXES):
+        named = ", ".join(f"{name}={size}" for name, size in sizes.items()) if isinstance(sizes, Mapping) else ""
+        axes = ", ".join(sharding.AXES)
+        raise UserError(f"the mesh is {named or shown(sizes)}; give sizes of some of {axes}, such as sequence 4", 2)
     sizes = {name: as_value(size, f"the mesh's {name}", MESH_AXIS) for name, size in sizes.items()}
     mesh = sharding.make_mesh(sizes, jax.local_devices(), OPTION)
     sharding.check_heads(heads, mesh, OPTION)
@@ -39,12 +39,8 @@ def as_mesh(sizes: Mapping[str, int] | None, heads: int) -> Mesh | None:
 def targets(model: nnx.Module, dtypes: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     """{dotted path: shape, dtype and place} of the weights of a model of shapes."""
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
-
-    def place(variable: nnx.Variable):
-        return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else _place(mesh, variable)
-
     return {
-        path: jax.ShapeDtypeStruct(variables[path].shape, dtype, sharding=place(variables[path]))
+        path: jax.ShapeDtypeStruct(variables[path].shape, dtype, sharding=_place(mesh, variables[path]))
         for path, dtype in dtypes.items()
     }
 
@@ -58,8 +54,8 @@ def mesh_of(module: nnx.Module | None) -> Mesh | None:
 
 
 def spread(module: M, mesh: Mesh | None) -> M:
-    """The module with its arrays in their places on a mesh, each device with its share; the same module for None."""
-    if mesh is None:
+    """The module with its arrays in their places on a mesh, each device with its share; for None on one device."""
+    if mesh is None and mesh_of(module) is None:
         return module
     graphdef, state = nnx.split(module)
     moved = jax.tree.map(
@@ -70,7 +66,9 @@ def spread(module: M, mesh: Mesh | None) -> M:
     return nnx.merge(graphdef, moved)
 
 
-def _place(mesh: Mesh, variable: nnx.Variable) -> NamedSharding:
+def _place(mesh: Mesh | None, variable: nnx.Variable) -> jax.sharding.Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(mesh, sharding.spec(mesh, sharding.variable_axes(variable), variable.shape))
 
 
@@ -89,11 +87,17 @@ def jit(function: Callable | None = None, **options: Any) -> Callable:
     return on_its_mesh
 
 
-def tell_undivided(mesh: Mesh | None, image_tokens: int, text_tokens: int) -> None:
-    """Say so where the mesh is to split sequences of a length that it can't."""
-    parts = 1 if mesh is None else mesh.shape["sequence"]
+@functools.cache  # each is said once
+def tell_undivided(mesh: Mesh | None, rows: int, image_tokens: int, text_tokens: int) -> None:
+    """Say so where the mesh is to split a batch of so many rows, or sequences of a length, that it can't."""
+    data, parts = (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["sequence"])
+    if rows % data:
+        say(
+            f"a batch of {rows} does not divide over a data axis of {data} devices, which all do the same work; leave "
+            "it out, or take sequence or tensor"
+        )
     if lengths := [length for length in (image_tokens, image_tokens + text_tokens) if length % parts]:
         say(
-            f"{lengths[0]} tokens do not divide over a sequence axis of {parts} devices, which therefore all do the "
-            "same work; take images of another size, or fewer devices"
+            f"{lengths[0]} tokens do not divide over a sequence axis of {parts} devices, which saves little then; take "
+            "images of another size, or fewer devices"
         )

@@ -53,7 +53,8 @@ def make_images(
         references = jnp.concatenate(encoded, axis=1)
         reference_sizes = tuple(image.shape[1:3] for image in request.references)
     shown = request.noise.shape[1] + (0 if references is None else references.shape[1])
-    devices.tell_undivided(devices.mesh_of(model), shown, text[0].shape[1])
+    rows = max(len(rows.text[0]) for rows in stages)
+    devices.tell_undivided(devices.mesh_of(model), rows, shown, text[0].shape[1])
     tokens = _denoise(model, schedule, request, stages, references, reference_sizes)
     decoded = _decode(model.only("vae"), request.size, tokens)
     places = {"the text's embedding": text[0], "the text's pooled embedding": text[1]}

@@ -6,7 +6,7 @@ devices is taken to be hidden as far as the schedule allows (interconnect.py).
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from lorweb_jax.planning import collectives
 from lorweb_jax.planning.chips import Chip
@@ -111,7 +111,7 @@ def table(rows: list[Cost]) -> dict[str, dict[str, float]]:
 
 def kind_by_opcodes(instruction: Instruction, computations: Computations) -> str:
     """Of what isn't a call of something foreign to XLA."""
-    opcodes: Collection[str] = {each.opcode for each in inside(instruction, computations)}
+    opcodes: set[str] = {each.opcode for each in inside(instruction, computations)}
     opcodes = opcodes or {instruction.opcode.removesuffix("-start")}
     if {"dot", "convolution"} & opcodes:
         return "products"

@@ -162,7 +162,8 @@ def _notes(plan: Plan) -> list[str]:
     if (
         plan.target.platform == "gpu"
         and not plan.compiled
-        and program.mesh.size <= HOST
+        and not gpu_compiler.installed()
+        and len(plan.target.devices) <= HOST
         and gpu_compiler.described(plan.target.chip.name)
     ):
         return [f"to have it compiled, {gpu_compiler.INSTALL.format(jax.__version__)}"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.nn.layers import REMAT_POLICIES
+from lorweb_jax.nn.sharding import batch_shares
 from lorweb_jax.planning import remat
 from lorweb_jax.planning.activations import kept_by_example
 from lorweb_jax.planning.chips import GIB
@@ -107,10 +108,10 @@ def candidates(config, plan: Plan) -> Iterator[dict[str, object]]:
     devices = plan.program.mesh.size
     tensors = [size for size in (1, 2, 4, 8) if devices % size == 0]
     for tensor in tensors:
-        mesh = {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor}
+        mesh = {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.sequence": 1, "mesh.tensor": tensor}
         if dict(plan.program.mesh.shape) != {name.partition(".")[2]: size for name, size in mesh.items()}:
             yield mesh
-    shares = devices // plan.program.mesh.shape["tensor"] if training else 1
+    shares = batch_shares(plan.program.mesh) if training else 1
     parts = 2 * config.train.accumulate
     while training and config.train.batch % (parts * shares) == 0:
         yield {"train.accumulate": parts}

@@ -85,7 +85,8 @@ def _gpus(name: str, shape: str) -> Target:
             "many, as in gpu:h100x8",
             2,
         )
-    count = int(count or 1)
+    if (count := int(count or 1)) < 1:
+        raise UserError(f"topology {name!r} has no GPU; give how many there are, as in gpu:h100x8", 2)
     known = count <= HOST and gpu_compiler.described(kind) and gpu_compiler.installed()
     gpu = gpu_compiler.devices(kind, count)[0] if known else None
     try:

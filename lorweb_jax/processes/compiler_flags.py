@@ -3,7 +3,11 @@
 import importlib.metadata
 import importlib.util
 import os
+import sys
+from collections.abc import Mapping
 from typing import Any
+
+from lorweb_jax.common.errors import say
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Products by cuBLASLt alone, which makes their activations too, as Triton's don't.
@@ -22,11 +26,14 @@ _SHARE, _FORMER = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  #
 # Of a training step, by the kind of TPU. libtpu gathers weights while nothing else runs (docs/performance.md); the
 # SparseCore that these chips have can do it meanwhile.
 FOR_TPUS = {
-    "TPU v6 lite": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True},
-    "TPU v5": {
-        "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
-        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
-    },
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True}),
+    **dict.fromkeys(
+        ("TPU v5", "TPU v5p"),
+        {
+            "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+            "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+        },
+    ),
 }
 
 
@@ -37,19 +44,35 @@ def step_options(mesh: Any) -> dict[str, bool]:
     return {name: value for name, value in known.items() if name not in given}
 
 
-def set_compiler_flags(training: bool = False) -> str:
-    """Put into the environment what suits CPUs and the accelerators whose plugins are installed, where it says nothing
-    of it; to be called before jax's backend starts, which reads it once: later calls change nothing. Returns what was
-    set, "" where nothing was."""
-    flags: dict[str, object] = dict(FOR_CPUS if importlib.metadata.version("jaxlib").startswith(FAULTY) else {})
-    gpu = any(map(importlib.util.find_spec, PLUGINS))
-    if gpu:
-        flags |= FOR_TRAINING if training else FOR_GPUS
+def set_cpu_flags() -> None:
+    """Put into the environment what CPUs need for right results; the package does it as it is imported. Where jax's
+    backend has started by then, which reads the environment once, a sentence says so."""
+    if not importlib.metadata.version("jaxlib").startswith(FAULTY) or not (added := _add(FOR_CPUS)):
+        return
+    if getattr(sys.modules.get("jax._src.xla_bridge"), "_backends", None):
+        say(
+            f"jax had started before lorweb_jax was imported, and on a CPU this version of it gets some sums wrong; "
+            f"import lorweb_jax first, or set XLA_FLAGS={added}"
+        )
+
+
+def _add(flags: Mapping[str, object]) -> str:
+    """What of these was added to XLA_FLAGS, which said nothing of it."""
     given = os.environ.get("XLA_FLAGS", "")
     added = " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items() if name not in given)
     if added:
         os.environ["XLA_FLAGS"] = f"{given} {added}".strip()
-    if gpu and training and not {_SHARE, _FORMER} & os.environ.keys():
+    return added
+
+
+def set_compiler_flags(training: bool = False) -> str:
+    """Put into the environment what suits the accelerators whose plugins are installed, where it says nothing of it;
+    to be called before jax's backend starts, which reads it once: later calls change nothing. Returns what was set, ""
+    where nothing was."""
+    if not any(map(importlib.util.find_spec, PLUGINS)):
+        return ""
+    added = _add(FOR_TRAINING if training else FOR_GPUS)
+    if training and not {_SHARE, _FORMER} & os.environ.keys():
         os.environ[_SHARE] = str(MEMORY_SHARE)
         added = f"{added} {_SHARE}={MEMORY_SHARE}".strip()
     return added

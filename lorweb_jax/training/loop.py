@@ -78,7 +78,8 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
         )
 
         if options := step_options(mesh):
-            print("told the step's compiler: " + ", ".join(f"{name}={options[name]}" for name in options), flush=True)
+            told = ", ".join(f"{name}={options[name]}" for name in options)
+            print(f"told the step's compiler: {told} (what LIBTPU_INIT_ARGS says of these wins)", flush=True)
 
         checkpoints = Checkpoints(workdir)
         closing.callback(checkpoints.close)
