@@ -62,13 +62,13 @@ def test_a_folder_belongs_to_one_run_and_is_free_once_that_is_dead(tmp_path):
 
 
 def test_a_start_that_is_refused_leaves_nothing(tmp_path, monkeypatch):
-    """Data that can't be used; a tensor axis that doesn't divide the heads, which is told before weights are read."""
+    """Data that can't be used; axes that don't divide heads or tokens, which is told before weights are read."""
 
     def refused(config):
         raise UserError("no data")
 
     class TwoHeads(line_job.LineJob):
-        attention_heads = (4, 3)
+        attention_heads, sequences = (4, 3), (8, 7)
 
         def frozen(self, shapes):
             raise AssertionError("weights were read")
@@ -77,11 +77,18 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path, monkeypatch):
         train(line_job.get_config(), tmp_path / "runs" / "a", refused)
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
-    mesh = jax.sharding.AbstractMesh((1, 1, 2), sharding.AXES)
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh)
-    with pytest.raises(UserError, match="3 attention heads do not divide over a tensor axis of 2") as caught:
+    for sizes, message in (
+        ((1, 1, 1, 2), r"3 attention heads do not divide over 2 devices \(tensor 2 × sequence 1\)"),
+        ((1, 1, 3, 1), r"4 attention heads do not divide over 3 devices"),
+    ):
+        mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+        monkeypatch.setattr(sharding, "make_mesh", lambda sizes, mesh=mesh: mesh)
+        with pytest.raises(UserError, match=message) as caught:
+            train(line_job.get_config(), tmp_path / "there", lambda config: TwoHeads())
+        assert caught.value.code == 2 and not list((tmp_path / "there").iterdir())
+    TwoHeads.attention_heads = (3,)
+    with pytest.raises(UserError, match="8 tokens do not divide over a sequence axis of 3"):
         train(line_job.get_config(), tmp_path / "there", lambda config: TwoHeads())
-    assert caught.value.code == 2 and not list((tmp_path / "there").iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
