@@ -33,12 +33,14 @@ def drawing_pack(tmp_path_factory):
 
 
 def _quick():
-    """Without most of XLA's optimizations, for tests that compile much and compute little."""
+    """Without most of XLA's optimizations, for tests that compile much and compute little. What they compiled is
+    dropped in the end: jax would give it to later tests too, whose numbers would depend on what ran before them."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 quick_compiles = pytest.fixture(_quick)
