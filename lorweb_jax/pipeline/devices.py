@@ -46,11 +46,13 @@ def targets(model: nnx.Module, dtypes: Mapping[str, Any], mesh: Mesh | None) -> 
 
 
 def mesh_of(module: nnx.Module | None) -> Mesh | None:
-    """That on which a module's weights lie; None where they lie on one device."""
-    for leaf in jax.tree.leaves(nnx.state(module)):
-        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
-            return leaf.sharding.mesh if leaf.sharding.mesh.axis_names == sharding.AXES else None
-    return None
+    """That on which a module's weights lie; None where they lie on one device. All lie where the first one does, which
+    is all that is looked for: this is asked in every step of a sampling that is watched."""
+    variables = (node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable))
+    array = next((each for each in map(nnx.Variable.get_value, variables) if isinstance(each, jax.Array)), None)
+    if array is None or not isinstance(array.sharding, NamedSharding):
+        return None
+    return array.sharding.mesh if array.sharding.mesh.axis_names == sharding.AXES else None
 
 
 def spread(module: M, mesh: Mesh | None) -> M:
