@@ -428,16 +428,19 @@ def command(tmp_path, *options, **environment):
 
 
 def test_command(tmp_path):
-    """Eight GPUs share what one held; a batch that doesn't divide is refused."""
-
+    """Four GPUs share what one held, each with one that has the other half of the tokens; a batch that doesn't divide is
+    refused. All-to-alls: q, k, v and the result of 8 blocks, forward and back, of 1 x 52 tokens, 160 wide in float32,
+    of which a device sends half."""
     refused = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=12")
     assert refused.returncode == 2 and refused.stderr.startswith("error: a batch of 12 does not divide over 8")
-    done = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=8")
+    done = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=8", "--config.mesh.sequence=2")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "plan.json").read_text())
-    assert made["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1} and made["fits"] and made["estimated"]
-    assert made["memory"]["basis"] == pytest.approx(4 * made["parameters"]["basis"] / 8, rel=0.05)
-    assert set(made["traffic"]) == {"all-gather", "all-reduce"} and not made["estimated_seconds"]
+    assert made["mesh"] == {"data": 1, "fsdp": 4, "sequence": 2, "tensor": 1} and made["fits"] and made["estimated"]
+    assert made["memory"]["basis"] == pytest.approx(4 * made["parameters"]["basis"] / 4, rel=0.05)
+    assert set(made["traffic"]) == {"all-gather", "all-reduce", "all-to-all"} and not made["estimated_seconds"]
+    assert made["traffic"]["all-to-all"]["count"] == 4 * 8 * 2
+    assert made["traffic"]["all-to-all"]["sent"] == 4 * 8 * 2 * 52 * 160 * 4 / 2
 
 
 @pytest.mark.skipif(not gpu_compiler.installed(), reason="jax's CUDA plugin is not installed")
