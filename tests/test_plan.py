@@ -428,9 +428,9 @@ def command(tmp_path, *options, **environment):
 
 
 def test_command(tmp_path):
-    """Four GPUs share what one held, each with one that has the other half of the tokens; a batch that doesn't divide is
-    refused. All-to-alls: q, k, v and the result of 8 blocks, forward and back, of 1 x 52 tokens, 160 wide in float32,
-    of which a device sends half."""
+    """Four GPUs share what one held, each with one that has the other half of the tokens; a batch that doesn't divide
+    is refused. All-to-alls: q, k, v and the result of 8 blocks, forward and back, of 1 x 52 tokens, 160 wide in
+    float32, of which a device sends half."""
     refused = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=12")
     assert refused.returncode == 2 and refused.stderr.startswith("error: a batch of 12 does not divide over 8")
     done = command(tmp_path, "--topology=gpu:h100x8", "--config.train.batch=8", "--config.mesh.sequence=2")
