@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from lorweb_jax.common.command_line import Parser, add_basis_config, add_image_encoder, nonempty_path, positive
 from lorweb_jax.common.errors import UserError, run_command
 from lorweb_jax.common.outputs import require_writable
+from lorweb_jax.edit import add_model_options, model_options
 from lorweb_jax.evaluation.chat import Endpoint
 from lorweb_jax.evaluation.words import WORDS, is_own, parse_data, parse_method
 from lorweb_jax.files.hub_cache import is_name
@@ -72,9 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="longest edge of the 2x2 grid; larger ones are made smaller (default: no limit)",
     )
     parser.add_argument("--batch", type=int, default=16, help="analogies sampled at once (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="what the transformer computes in"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--part",
         type=part,
@@ -225,7 +224,7 @@ def make(args: argparse.Namespace) -> None:
     ]
     if len(problems):
         print(problems.summary())
-    pipeline = Pipeline.load(args.pipeline, args.image_encoder, dtype=args.dtype)
+    pipeline = Pipeline.load(args.pipeline, args.image_encoder, **model_options(args))
     encoder, folder = pipeline.image_encoder, pipeline.folder.encoder_folder
     if args.clip:
         from lorweb_jax.models.image_encoder.encoder import existing_encoder, load_image_encoder
@@ -235,7 +234,10 @@ def make(args: argparse.Namespace) -> None:
     source = fingerprint.of_folder(folder) if folder and encoder is not None else ""
     scores = scoring.select([*scoring.standard(encoder, source), *own], args.scores)
     sampling = {"steps": args.steps, "guidance": args.guidance}
-    common = conditions(pipeline, **sampling, seed=args.seed, max_size=args.max_size, dtype=args.dtype)
+    if args.round_to_bfloat16:
+        sampling["round_to_bfloat16"] = True
+    precision = {"dtype": args.dtype, "quantization": args.quantization}
+    common = conditions(pipeline, **sampling, **precision, seed=args.seed, max_size=args.max_size)
     skipped = [dataclasses.asdict(each) for each in problems]
     records = Records.begin(args.out, samples, common, skipped)
     add_descriptions(args.out, scores)

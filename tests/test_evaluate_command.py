@@ -82,7 +82,8 @@ class FakePipeline:
         self.folder = SimpleNamespace(encoder_folder=None, folder=self.root)
 
     @classmethod
-    def load(cls, folder, image_encoder=None, dtype="float32"):
+    def load(cls, folder, image_encoder=None, **options):
+        FakePipeline.loaded = options
         return cls()
 
     def attach(self, path, config=None):
@@ -217,6 +218,9 @@ def test_parts_make_the_same_as_one_process(run, data):
         (["--steps", "4"], "steps was 3 and is 4"),
         (["--seed", "1"], "seed was 0 and is 1"),
         (["--max-size", "48"], "max_size was None and is 48.*12 triplets have another size"),
+        (["--dtype", "bfloat16"], "dtype was float32 and is bfloat16"),
+        (["--quantization", "fp8"], "quantization was the default and is fp8"),
+        (["--round-to-bfloat16"], "round_to_bfloat16 was the default and is True"),
         (["--per-task", "3"], "6 triplets are not in it"),
         (["--per-task", "1"], "6 of its triplets are not asked for"),
     ],
@@ -227,6 +231,14 @@ def test_records_of_another_evaluation_are_refused(run, data, options, message):
     with pytest.raises(UserError, match=message):
         run(*options)
     assert not FakePipeline.calls
+
+
+def test_where_and_how_it_is_computed_reaches_the_pipeline(run, data):
+    """What changes no figure needs no other folder: an evaluation on one device goes on on four."""
+    run("--scores", "mse", methods=["ours"])
+    run("--scores", "mse", "--mesh", "data=4", "--attention", "xla", "--unstacked", "--offload", "blocks")
+    expected = {"mesh": {"data": 4}, "attention": "xla", "unstacked": True, "offload": "blocks"}
+    assert FakePipeline.loaded == {"dtype": "float32", "quantization": "none"} | expected
 
 
 def test_other_weights_images_and_folders_are_refused(run, data):

@@ -28,14 +28,28 @@ AT_ONCE = 64  # records whose images are in memory while they are scored
 
 
 def conditions(
-    pipeline: Pipeline, *, steps: int, guidance: float, seed: int, max_size: int | None = None, dtype: str = "float32"
+    pipeline: Pipeline,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    max_size: int | None = None,
+    dtype: str = "float32",
+    quantization: str = "none",
+    round_to_bfloat16: bool = False,
 ) -> dict[str, Any]:
     """What all records of a folder have in common beside their triplets: `Records.begin` refuses others.
 
-    max_size: longest edge of the grid, px; None: no limit. dtype: what the transformer computes in.
+    max_size: longest edge of the grid, px; None: no limit. dtype: what the transformer computes in. The others as
+    Pipeline takes them; a folder's setup names them where they aren't the default.
     """
     base = fingerprint.of_folders(pipeline.folder.folder / name for name in PARTS)
-    return {"steps": steps, "guidance": guidance, "seed": seed, "max_size": max_size, "dtype": dtype, "base": base}
+    common = {"steps": steps, "guidance": guidance, "seed": seed, "max_size": max_size, "dtype": dtype, "base": base}
+    if quantization != "none":
+        common["quantization"] = quantization
+    if round_to_bfloat16:
+        common["round_to_bfloat16"] = True
+    return common
 
 
 def make_images(

@@ -192,7 +192,7 @@ def difference(there: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two setups, in words; empty if nothing does. What was skipped shows in the triplets."""
     parts = []
     for name in dict.fromkeys([*there["conditions"], *new["conditions"]]):
-        one, other = there["conditions"].get(name), new["conditions"].get(name)
+        one, other = (setup["conditions"].get(name, "the default") for setup in (there, new))
         if one != other:
             parts.append(f"{name} was {one} and is {other}")
     old, now = there["triplets"], new["triplets"]
