@@ -34,7 +34,9 @@ metadata={op_name="jit(f)/jvp(blocks)/dot"}, backend_config={"reification_cost":
   %a = (bf16[1,2,50,128]{3,2,1,0}, u8[0]{0}) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmaxBackward", \
 metadata={op_name="jit(f)/transpose(jvp(blocks))/dot_product_attention_bwd"}, backend_config={\
 "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["1", "2", "50", "60"]}}
-  ROOT %g = bf16[8,64]{1,0} fusion(%y), kind=kLoop, calls=%fused_gelu, \
+  %k = bf16[8,64]{1,0} custom-call(%y), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/jvp(blocks)/pallas_call"}
+  ROOT %g = bf16[8,64]{1,0} fusion(%k), kind=kLoop, calls=%fused_gelu, \
 metadata={op_name="jit(f)/transpose(jvp(blocks))/rematted_computation/gelu"}
 }
 
@@ -47,12 +49,14 @@ ENTRY %main (p.4: bf16[4,8,64]) -> bf16[8,64] {
 
 def test_time_of_a_gpu_program():
     """Four runs of a loop, by hand: a copy reads and writes 1 KiB; a product takes what its model says; attention's
-    five products of the way back 10·2·50·60·128 FLOPs at 51 % of the peak; a fusion without an estimate, its bytes."""
+    five products of the way back 10·2·50·60·128 FLOPs at 51 % of the peak; a Pallas kernel its bytes at nine tenths of
+    the bandwidth; a fusion without an estimate, its bytes."""
     chip = GPUS["h100"]
     expected = {
         ("copies, slices", "forward"): 4 * 2048 / chip.bandwidth,
         ("products", "forward"): 4 * 7e-6,
         ("attention", "backward"): 4 * 10 * 2 * 50 * 60 * 128 / (0.51 * chip.flops),
+        ("Pallas kernels", "forward"): 4 * 2048 / (0.9 * chip.bandwidth),
         ("elementwise, reductions", "recomputed"): 4 * 2048 / chip.bandwidth,
     }
     assert seconds(GPU_HLO, chip, 1, gpu_time.model) == pytest.approx(expected)

@@ -13,6 +13,7 @@ from lorweb_jax.planning.hlo import Instruction, size_of
 
 # cuDNN's share of the peak, forward and backward: 563 and 506 of an H100's 989 TFLOP/s at 8,704 and 2,560 tokens.
 _ATTENTION = {False: 0.57, True: 0.51}
+_KERNELS = 0.9  # of the memory's bandwidth
 
 
 def assumptions(chip: Chip) -> list[str]:
@@ -21,7 +22,8 @@ def assumptions(chip: Chip) -> list[str]:
         "the compiler's cost model; one H100 and one H200 took 3 to 10 % more than it said",
         f"cuDNN's attention: {100 * _ATTENTION[False]:.0f} % of the peak, backward {100 * _ATTENTION[True]:.0f} %, "
         "as on an H100",
-        f"what the model says nothing of: its bytes, at {chip.bandwidth / 1e9:.0f} GB/s",
+        f"what the model says nothing of: its bytes, at {chip.bandwidth / 1e9:.0f} GB/s; Pallas kernels: operands and "
+        f"results, at {100 * _KERNELS:.0f} % of that",
     ]
 
 
@@ -31,6 +33,8 @@ def model(instruction: Instruction, others: Instructions, computations: Computat
     if kind == "attention":
         backward = "Backward" in instruction.rest
         return kind, _attention_flops(instruction, backward) / (_ATTENTION[backward] * chip.flops)
+    if kind == "Pallas kernels":
+        return kind, moved(instruction, others) / (_KERNELS * chip.bandwidth)
     if "dynamic_memcpy" in instruction.rest:  # reads of a stack no more than it writes
         return kind, 2 * size_of(instruction.shape) / chip.bandwidth
     match = re.search(r'"reification_cost":(\[.*?\])[,}]', instruction.rest)
@@ -48,6 +52,8 @@ def _kind(instruction: Instruction, computations: Computations) -> str:
         return "attention"
     if "matmul" in target or "gemm" in target:
         return "products"
+    if target == "__gpu$xla.gpu.triton" or target.startswith("mosaic_gpu"):
+        return "Pallas kernels"
     return "copies, slices" if "dynamic_memcpy" in instruction.rest else kind_by_opcodes(instruction, computations)
 
 

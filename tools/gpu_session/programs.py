@@ -175,7 +175,7 @@ def trainable_shapes(setting):
     return trainable, jax.eval_shape(optimizer.init, trainable), optimizer
 
 
-GROUPS = ("unstacked", "fp8", "stacked", "ceilings", "int8")
+GROUPS = ("unstacked", "fp8", "stacked", "trials", "ceilings", "int8")
 
 
 def all_programs(sample, train):
@@ -206,6 +206,9 @@ def all_programs(sample, train):
         t("train dots, unstacked, no basis", "dots", kind="inputs", **free),
         s("sample"),
         s("sample, before", variants=("before",)),
+        t("train dots, norm and rope in one pass", "dots", section="trials", variants=("one pass",)),
+        t("train dots, gelu in product", "dots", section="trials", variants=("gelu in product",)),
+        s("sample unstacked, norm and rope in one pass", section="trials", unstacked=True, variants=("one pass",)),
         t("train qkv", "qkv"),
         t("train full, before", "full", variants=("before",)),
         s("sample, low-rank basis", kind="low-rank"),

@@ -61,6 +61,17 @@ class FeedForward(nnx.Module):
         return checkpoint_name(self.net_2(hidden, add.get(f"{name}.net_2")), OUTPUTS)
 
 
+def by_head(parts: Parts, head_dim: int) -> list[jax.Array]:
+    """[b, s_p, d] -> [b, s_p, h, a]"""
+    return [sharding.constrain(part.reshape(*part.shape[:2], -1, head_dim), *HEADS) for part in parts]
+
+
+def normed_heads(parts: Parts, norms: Sequence[RMSNorm], rope) -> jax.Array:
+    """Parts [b, s_p, d], each normed by a norm of its own and all turned by rope -> [b, Σ s_p, h, a]."""
+    normed = [norm(part) for norm, part in zip(norms, by_head(parts, norms[0].scale.shape[-1]))]
+    return rotate(jnp.concatenate(normed, axis=1), rope)
+
+
 def attention(
     q: Parts, k: Parts, v: Parts, norms_q: Sequence[RMSNorm], norms_k: Sequence[RMSNorm], rope, implementation: str
 ) -> Parts:
@@ -80,14 +91,8 @@ def attention(
         q_scales, k_scales = (tuple(norm.scale[...] for norm in norms) for norms in (norms_q, norms_k))
         return by_tokens(attend_streams(q, k, v, q_scales, k_scales, rope, norms_q[0].eps))
 
-    def by_head(parts):
-        return [sharding.constrain(part.reshape(*part.shape[:2], -1, head_dim), *HEADS) for part in parts]
-
-    def turned(parts, norms):
-        normed = [norm(part) for norm, part in zip(norms, by_head(parts))]
-        return rotate(jnp.concatenate(normed, axis=1), rope)
-
-    out = attend(turned(q, norms_q), turned(k, norms_k), jnp.concatenate(by_head(v), axis=1), implementation)
+    q, k = normed_heads(q, norms_q, rope), normed_heads(k, norms_k, rope)
+    out = attend(q, k, jnp.concatenate(by_head(v, head_dim), axis=1), implementation)
     out = jnp.split(out.reshape(*out.shape[:2], -1), list(itertools.accumulate(lengths))[:-1], axis=1)
     return by_tokens(sharding.constrain(part, *HEADS[:3]) for part in out)
 
