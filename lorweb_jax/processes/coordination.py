@@ -40,6 +40,7 @@ class Coordination:
         self.stop_asked = False
         self.client: Any = None  # of jax's coordination service
         self._ending = threading.Lock()  # never released: the first that takes it ends the process
+        self._watching: list[threading.Thread] = []
         self.log = NativeLog(self._lost)
 
     def meet(self, options: Mapping[str, Any]) -> None:
@@ -79,6 +80,9 @@ class Coordination:
         except Exception:
             self._ending.release()
             raise
+        # They hear of it too. One that came back from jax's C++ while Python ends would abort the process.
+        for thread in self._watching:
+            thread.join(LAST)
         self.log.close()
 
     def leave(self, sentence: str) -> None:
@@ -115,7 +119,9 @@ class Coordination:
                         return  # the run has ended, or _lost will hear of it
             then(value)
 
-        threading.Thread(target=wait, daemon=True).start()
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        self._watching.append(thread)
 
     def _stop_asked(self, value: str) -> None:
         self.stop_asked = True
