@@ -87,9 +87,10 @@ def test_flags_of_a_training(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "")  # so that it is as it was afterwards
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    said = "--xla_gpu_memory_limit_slop_factor=118 XLA_CLIENT_MEM_FRACTION=0.94"
-    assert set_compiler_flags(training=True) == said and os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.94"
-    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=false --xla_gpu_memory_limit_slop_factor=118"
+    flags = "--xla_gpu_memory_limit_slop_factor=118 --xla_gpu_dot_merger_threshold_mb=0"
+    assert set_compiler_flags(training=True) == f"{flags} XLA_CLIENT_MEM_FRACTION=0.94"
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.94"
+    assert os.environ["XLA_FLAGS"] == f"--xla_gpu_enable_triton_gemm=false {flags}"
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # jax ends where it finds both
     assert set_compiler_flags(training=True) == "" and "XLA_CLIENT_MEM_FRACTION" not in os.environ

@@ -13,8 +13,9 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Products by cuBLASLt alone, which makes their activations too, as Triton's don't.
 FOR_GPUS = {"xla_gpu_enable_triton_gemm": False}
 # In training also: what a step keeps is chosen (remat) so that it fits; XLA, which would like a twentieth of the memory
-# free, must not recompute more.
-FOR_TRAINING = FOR_GPUS | {"xla_gpu_memory_limit_slop_factor": 118}
+# free, must not recompute more. Nor must it join products of one operand, such as the gradients of A by the parts of an
+# input: it copies the parts together first.
+FOR_TRAINING = FOR_GPUS | {"xla_gpu_memory_limit_slop_factor": 118, "xla_gpu_dot_merger_threshold_mb": 0}
 # On CPUs jaxlib 0.10 fuses sums over rows with the products that make them (YNNPACK), and for some shapes gets them
 # wrong by up to a third: such as the gradient of a gate, for one example of 100 to 272 tokens. Products alone are
 # right, and so is jaxlib 0.11.
