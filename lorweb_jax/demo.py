@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
-        raise UserError('the page needs Gradio, which is not installed; run pip install "gradio>=6.17,<7"', 2)
+        raise UserError('the page needs Gradio, which is not installed; run pip install "gradio>=6.17.3,<7"', 2)
     as_value(args.port, "--port", _PORT)
     if args.max_size is not None:
         as_value(args.max_size, "--max-size", MAX_SIZE)

@@ -1,5 +1,7 @@
 """Attention's implementations and rope's forms against their formulas; GPU and TPU kernels emulated or skipped."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from compare import relative
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from lorweb_jax.common.errors import UserError
 from lorweb_jax.models.flux1.blocks import attention
 from lorweb_jax.models.flux1.embeddings import _rotate_lanes, _rotate_pairs, _rotate_swapped, rotary, rotate
+from lorweb_jax.nn import attention as attention_module
 from lorweb_jax.nn import head_major
 from lorweb_jax.nn.attention import attend, candidates, choose, fastest, resolve
 from lorweb_jax.nn.layers import RMSNorm
@@ -80,6 +84,21 @@ def test_split_and_merge_move_heads_and_undo_each_other(lengths):
         pairs = [(y, expected), (forth(parts)[0], expected), *zip(back(expected)[0], parts), *zip(again, parts)]
     for found, wanted in pairs:
         np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))
+
+
+def test_the_tpu_kernel_takes_several_examples(monkeypatch):
+    """Values and gradients; by Pallas's general interpreter, as the TPU's knows no batches of this kernel."""
+    monkeypatch.setattr(splash_attention, "make_splash_mha", partial(splash_attention.make_splash_mha, interpret=True))
+    *streams, dy = np.random.default_rng(0).normal(size=(4, 2, 2, 384, 128)).astype(np.float32)
+    streams[0] /= 10
+
+    def run(attend):
+        y, transpose = jax.vjp(attend, *streams)
+        return y, *transpose(dy)
+
+    formula = run(lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(-1, -2), -1) @ v)
+    for ours, wanted in zip(run(attention_module._splash), formula, strict=True):
+        assert relative(ours, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("keys", [128, 384])  # blocks of keys: three, whose gradients of q are added up, and one

@@ -39,6 +39,7 @@ from lorweb_jax.models.image_encoder import queries
 from lorweb_jax.models.image_encoder.identity import identity
 from lorweb_jax.nn import quantization, sharding
 from lorweb_jax.nn.attention import choose
+from lorweb_jax.nn.layers import in_turn
 from lorweb_jax.pipeline.adapters import ENCODER, write_run
 from lorweb_jax.pipeline.folder import MODEL_PARTS, PARTS, PipelineFolder
 from lorweb_jax.pipeline.model import AnalogyModel
@@ -232,8 +233,7 @@ class BasisJob(Job):
         p], and the query [b, q] of a router that asks from outside."""
         # All targets, then all conditions: half the memory of both at once, and a quarter fewer bytes moved as the TPU
         # compiler counts them.
-        latents = jax.lax.map(model.latents, jnp.moveaxis(batch["grids"], 1, 0))
-        encoded = {"latents": jnp.moveaxis(latents, 0, 1)}
+        encoded = {"latents": jnp.stack(in_turn(model.latents, list(jnp.moveaxis(batch["grids"], 1, 0))), axis=1)}
         if "clip_ids" in batch:
             encoded["text"], encoded["pooled"] = model.prompt(batch["clip_ids"], batch["t5_ids"])
         if "views" in batch:

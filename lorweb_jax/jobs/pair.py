@@ -28,6 +28,7 @@ from lorweb_jax.images.levels import to_uint8
 from lorweb_jax.images.pictures import sheet
 from lorweb_jax.nn import quantization
 from lorweb_jax.nn.attention import choose
+from lorweb_jax.nn.layers import in_turn
 from lorweb_jax.pipeline import pair_run
 from lorweb_jax.pipeline.folder import PARTS, PipelineFolder
 from lorweb_jax.pipeline.model import Size
@@ -224,10 +225,9 @@ class PairJob(Job):
         """Mean and standard deviation of the latents of both images [b, 2, h, w, c], and the mode of the condition's
         [b, h, w, c]."""
         # One image of all examples after the other: half the memory.
-        mean, deviation = jax.lax.map(
-            lambda images: model.backbone.latents.posterior(model.vae, images), jnp.moveaxis(batch["images"], 1, 0)
-        )
-        encoded = {"mean": jnp.moveaxis(mean[:2], 0, 1), "deviation": jnp.moveaxis(deviation[:2], 0, 1)}
+        posterior = functools.partial(model.backbone.latents.posterior, model.vae)
+        mean, deviation = zip(*in_turn(posterior, list(jnp.moveaxis(batch["images"], 1, 0))))
+        encoded = {"mean": jnp.stack(mean[:2], 1), "deviation": jnp.stack(deviation[:2], 1)}
         return encoded | ({"condition": mean[2]} if len(mean) > 2 else {})
 
     def phases(self) -> list[Phase]:

@@ -67,9 +67,9 @@ def may_change(field: str) -> bool:
 
 
 def base_config(job: str) -> ConfigDict:
-    """The fields that train.py itself reads, with the paper's recipe for the optimizer (method.md §5)."""
+    """The fields that the loop and `main` themselves read, with the paper's recipe for the optimizer (method.md §5)."""
     config = ConfigDict()
-    config.job = job  # a name of training/jobs, or an import path package.module:function
+    config.job = job  # a name of lorweb_jax/jobs, or an import path package.module:function
     config.seed = 0  # of initial weights, noise and data order
 
     config.train = ConfigDict()
