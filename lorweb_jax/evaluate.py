@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 
 FILES = ("results.json", "results.md", "report.html", "setup.json", "scores.json")
 EMBEDDED = "embedded"
+# What `evaluate --out OUT` alone may be given beside it: it makes a report of the images that are there.
+_OF_A_REPORT = {
+    *("methods", "data", "out", "also", "endpoint", "judge", "judge_model", "judge_key", "judge_at_once"),
+    *("judge_timeout", "judge_tries", "judge_without_json_mode"),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -117,8 +123,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     }
     for name, rule in rules.items():
         as_value(getattr(args, name), f"--{name.replace('_', '-')}", rule)
-    _check(args)
+    _check(args, parser)
     return args
+
+
+def given_of(args: argparse.Namespace, parser: Parser, names: Iterable[str]) -> str | None:
+    """The first of these options that isn't as it would be if it hadn't been given."""
+    changed = (name for name in names if getattr(args, name) != parser.get_default(name))
+    return next((f"--{name.replace('_', '-')}" for name in changed), None)
 
 
 def part(text: str) -> tuple[int, int]:
@@ -129,7 +141,7 @@ def part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, parser: Parser) -> None:
     """UserError, before anything is loaded, for options that don't go together; completes methods and --out."""
     args.endpoint = _endpoint(args)
     if bool(args.methods) != bool(args.data):
@@ -138,9 +150,11 @@ def _check(args: argparse.Namespace) -> None:
     if not args.methods:
         if args.out is None:
             raise UserError("neither methods nor --out were given; see --help", 2)
-        if args.part:
-            raise UserError("--part makes images, and no methods were given; give them, or leave it out", 2)
+        if unused := given_of(args, parser, sorted(vars(args).keys() - _OF_A_REPORT)):
+            raise UserError(f"{unused} is of making images, and no methods were given; give them, or leave it out", 2)
         return
+    if args.part and (unused := given_of(args, parser, ("also", "judge"))):
+        raise UserError(f"{unused} is of the report, which --part doesn't make; give it when all parts are made", 2)
     if args.pipeline is None:
         raise UserError("--pipeline was not given; give the folder of the base, such as assets/small_kontext", 2)
     sources = [parse_method(text) for text in args.methods]
@@ -240,7 +254,6 @@ def make(args: argparse.Namespace) -> None:
     common = conditions(pipeline, **sampling, **precision, seed=args.seed, max_size=args.max_size)
     skipped = [dataclasses.asdict(each) for each in problems]
     records = Records.begin(args.out, samples, common, skipped)
-    add_descriptions(args.out, scores)
     number, parts = args.part or (1, 1)
     mine = samples[number - 1 :: parts]
     by_id = {sample.id: sample for sample in mine}
@@ -252,6 +265,7 @@ def make(args: argparse.Namespace) -> None:
     for method in itertools.chain(candidates, truths):
         kept = make_images(records, method, mine, seed=args.seed, batch=args.batch)
         add_scores(kept, by_id, scores)
+        add_descriptions(args.out, scores)
         if number == parts:
             add_coefficients(kept, method, samples, args.batch)
             add_path(kept, method, samples, args.seed)

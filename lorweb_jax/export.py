@@ -318,6 +318,12 @@ def _mix(args: argparse.Namespace, saved: Mix | None, config, arrays) -> Mix:
     from lorweb_jax.adapters.basis import Basis
 
     basis = Basis.from_arrays(config, arrays)
+    chosen = "--mix" if saved is not None else "the adapter, which has no router,"
+    asks = saved is None and config.coefficients.has_router
+    if not asks and (unused := [name for name in ("a", "a2", "b", "image_encoder") if getattr(args, name) is not None]):
+        raise UserError(
+            f"--{unused[0].replace('_', '-')} was given, but {chosen} says what is exported; leave it out", 2
+        )
     if saved is not None:
         require_basis(args.mix[0].path, saved, basis.fingerprint())
         return basis.own(saved)

@@ -386,7 +386,9 @@ def test_a_score_of_ones_own(run, data):
         "    return Score('colour', 'Colour', lambda samples, images: [image[..., c].mean() for image in images])\n"
         "def wrong(): return Score('wrong', 'Wrong', lambda samples, images: [float('nan')] * len(images))\n"
         "def number(): return 1\n"
+        "def none(): return Score('none', 'None', lambda samples, images: None)\n"
     )
+    (data / "broken.py").write_text("1 / 0")
     results = run("--add-score", f"{data}/mine.py:colour=1", "--scores", "colour", "mse", methods=["ours"])
     assert results["splits"]["all"]["methods"]["base, text only"]["colour"]["mean"] == 128
     # A score that comes later is computed from the images that are there.
@@ -397,12 +399,18 @@ def test_a_score_of_ones_own(run, data):
         (f"{data}/mine.py:gone", "has no function gone"),
         (f"{data}/mine.py:number", "returned a int; expected .*Score"),
         (f"{data}/absent.py:colour", "can't be loaded"),
+        (f"{data}/broken.py:colour", "can't be loaded .ZeroDivisionError: division by zero"),
+        (f"{data}/mine.py:colour", "can't be called .*argument: 'channel'.; give .*mine.py:colour=ARGUMENT"),
+        (f"{data}/mine.py:number=1", "can't be called .*too many positional arguments.; give .*mine.py:number alone"),
         ("colour", "no FILE.py:FUNCTION"),
     ):
         with pytest.raises(UserError, match=message):
             run("--add-score", spec)
-    with pytest.raises(UserError, match="wrong gave 12 values for 12 images, or such as are not finite"):
+    with pytest.raises(UserError, match="wrong gave .nan, .* for 12 images; expected one finite number an image"):
         run("--add-score", f"{data}/mine.py:wrong", methods=["ours"])
+    with pytest.raises(UserError, match="none gave None for 12 images; expected one finite number an image"):
+        run("--add-score", f"{data}/mine.py:none", methods=["ours"])
+    assert not {"wrong", "none"} & json.loads((data / "out/scores.json").read_text()).keys()
     with pytest.raises(UserError, match="there is no score beauty; there are mse"):
         run("--scores", "beauty")
 
@@ -579,6 +587,12 @@ def test_bad_command_lines(options, message):
         ([".", "--data", "d"], "--pipeline was not given"),
         ([".", "--pipeline", "p", "--data", "a/x", "b/x"], "two data folders are of one split, x, x"),
         (["--out", "{}"], "holds no setup.json, so no evaluation"),
+        (["--out", "{}", "--steps", "7"], "--steps is of making images, and no methods were given"),
+        (["--out", "{}", "--add-score", "x.py:y"], "--add-score is of making images, and no methods were given"),
+        (
+            [".", "--pipeline", "p", "--data", "d", "--part", "1/2", "--also", "x"],
+            "--also is of the report, which --part",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, message):

@@ -265,6 +265,10 @@ def test_lora_command(basis, coefficients, tmp_path, capsys):
             lost += np.square(update - up.astype(np.float32) @ down.astype(np.float32)).sum()
             norm += np.square(update).sum()
     assert abs(np.sqrt(lost / norm) - stated) <= 1e-3
+    with pytest.raises(UserError, match="--b was given, but the adapter, which has no router, says what is exported"):
+        again = ["lora", tmp_path / "full.safetensors", tmp_path / "no.safetensors", "--b", "b.png"]
+        export(*again, "--pipeline", golden_dir() / "tiny_pipeline")
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 @pytest.mark.parametrize("names", ["kohya", "comfyui"])

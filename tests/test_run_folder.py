@@ -211,6 +211,15 @@ def test_the_folder_of_another_jobs_run(moved):
         open_run(workdir, pair.smoke(), sources)
 
 
+def test_fewer_steps_than_there_are(moved):
+    """The run's record stays that of what it did."""
+    workdir, config, sources = moved
+    before, config.train.steps = files_in(workdir), 3
+    with pytest.raises(UserError, match="at step 4, and config.train.steps is 3; give 4 or more, or another --workdir"):
+        open_run(workdir, config, sources)
+    assert files_in(workdir) == before
+
+
 @pytest.mark.parametrize("field", ["pipeline", "basis.encoder", "data.root", "data.held_out"])
 def test_other_files_are_refused_wherever_they_lie(moved, field):
     workdir, config, sources = moved

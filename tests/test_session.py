@@ -232,7 +232,12 @@ def test_sizes_of_what_is_generated(base, capsys):
         ("the image is a path", ["x"], ["b.png"], {}),
         ("the image 1 is an array", ["x"], [[np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16))]], {}),
         ("have 1, 0 reference images", ["x", "y"], [[np.zeros((16, 16, 3), np.uint8)], []], {}),
-        ("of different sizes", ["x", "y"], [np.zeros((16, n, 3), np.uint8) for n in (16, 32)], {}),
+        (
+            "have different sizes, 16x16, 32x16; give them one by one",
+            ["x", "y"],
+            [np.zeros((16, n, 3), np.uint8) for n in (16, 32)],
+            {},
+        ),
         ("the image is 8x99 pixels, at least 16x16", ["x"], [np.zeros((99, 8, 3), np.uint8)], {}),
         ("negative_prompt was given and true_guidance is 1", ["x"], None, {"negative_prompt": "y"}),
         ("negative_prompt is 5", ["x"], None, {"negative_prompt": 5, "true_guidance": 2}),

@@ -73,6 +73,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.verify is None and not (args.source and args.to and args.out):
         parser.error("give the source, --to and --out, or --verify")
+    if args.verify is not None and (args.source or args.to or args.out):
+        parser.error("--verify converts nothing; give it alone")
     return args
 
 

@@ -4,6 +4,7 @@ those of a user's own file."""
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lorweb_jax.common.errors import UserError
+from lorweb_jax.common.errors import UserError, printable
 from lorweb_jax.evaluation import metrics
 from lorweb_jax.evaluation.chat import Judge
 from lorweb_jax.evaluation.lpips import features, lpips
 from lorweb_jax.evaluation.samples import Sample, batches
+from lorweb_jax.settings.rules import shown
 
 
 class Embedder(Protocol):
@@ -49,13 +51,17 @@ class Score:
         asked = [i for i, sample in enumerate(samples) if sample.b2 is not None or not self.needs_truth]
         values: list[float | None] = [None] * len(samples)
         if asked:
-            computed = [float(x) for x in self.compute([samples[i] for i in asked], [images[i] for i in asked])]
+            given = self.compute([samples[i] for i in asked], [images[i] for i in asked])
+            try:
+                computed = np.array([float(x) for x in given])
+            except (TypeError, ValueError):  # no sequence, or not of numbers
+                computed = np.array([np.nan])
             if len(computed) != len(asked) or not np.isfinite(computed).all():
                 raise UserError(
-                    f"the score {self.name} gave {len(computed)} values for {len(asked)} images, or such as are not "
-                    "finite; expected one finite number an image: correct it or leave it out"
+                    f"the score {self.name} gave {shown(given)} for {len(asked)} images; expected one finite number an "
+                    "image: correct it or leave it out"
                 )
-            for i, value in zip(asked, computed):
+            for i, value in zip(asked, computed.tolist()):
                 values[i] = value
         return values
 
@@ -231,7 +237,13 @@ def called(spec: str, what: str) -> Any:
     make = getattr(_module(module_name), function, None)
     if not callable(make):
         raise UserError(f"{module_name} has no function {function}; give one that returns a {what}", 2)
-    return make(argument) if argument else make()
+    arguments = [argument] if argument else []
+    try:
+        inspect.signature(make).bind(*arguments)
+    except TypeError as error:
+        form = f"{place} alone" if argument else f"{place}=ARGUMENT"
+        raise UserError(f"{place} can't be called as {spec!r} says ({error}); give {form}", 2) from None
+    return make(*arguments)
 
 
 @functools.cache
@@ -245,8 +257,9 @@ def _module(name: str):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except (ImportError, OSError, SyntaxError) as error:
-        raise UserError(f"{name} can't be loaded ({error}); check the file and what it imports", 2) from None
+    except Exception as error:  # the file is the user's
+        why = printable(f"{type(error).__name__}: {error}")
+        raise UserError(f"{name} can't be loaded ({why}); check the file and what it imports", 2) from None
 
 
 def select(scores: Sequence[Score], names: Sequence[str] | None) -> list[Score]:

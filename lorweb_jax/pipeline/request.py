@@ -168,7 +168,9 @@ def edit_request(
     for sentence in stretched(fitting):
         say(sentence)
     for column in references:
-        _require_one_size(column, "the analogies give grids", "edit them one by one, or resize the first images alike")
+        _require_one_size(
+            column, "the analogies give grids of", "edit them one by one, or resize the first images alike"
+        )
     size = references[0][0].shape[:2]
     noise = _noise(folder, sampling, len(conditions), size)
     return conditions, Request(prompts, [np.stack(column) for column in references], size, noise, sampling, places)
@@ -198,7 +200,9 @@ def generation_request(
     for place, column in enumerate(zip(*rows)):
         fitted = _fitted([within(image, max_size) for image in column], "image")
         _require_one_size(
-            fitted, f"the reference images{f' number {place}' * (len(rows[0]) > 1)} have", "give them one by one"
+            fitted,
+            f"the reference images{f' number {place}' * (len(rows[0]) > 1)} have",
+            "give them one by one, or resize them alike",
         )
         references.append(np.stack(fitted))
     if size is not None:
@@ -227,7 +231,8 @@ def _fitted(images: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
 def _require_one_size(images: Sequence[np.ndarray], what: str, remedy: str) -> None:
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
-        raise UserError(f"{what} of different sizes {sorted(sizes)}; {remedy}")
+        named = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise UserError(f"{what} different sizes, {named}; {remedy}")
 
 
 def _noise(folder: PipelineFolder, sampling: Sampling, batch: int, size: Size) -> np.ndarray:

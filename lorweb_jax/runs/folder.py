@@ -163,8 +163,13 @@ def open_run(workdir: Path, config, sources: Mapping[str, str], command: str = "
     processes of the run don't see the same folder.
     """
     if jax.process_index() == 0:
-        if complete_steps(workdir):
+        if steps := complete_steps(workdir):
             _require_same(workdir, config, sources)
+            if config.train.steps < (last := max(steps)):
+                raise UserError(
+                    f"{workdir} holds a run that is at step {last}, and config.train.steps is {config.train.steps}; "
+                    f"give {last} or more, or another --workdir"
+                )
         write_file(workdir / SOURCES, (json.dumps(dict(sources), indent=1) + "\n").encode())
         configs.save(config, workdir / CONFIG)
         if command:

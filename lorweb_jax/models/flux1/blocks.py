@@ -91,8 +91,8 @@ def attention(
         q_scales, k_scales = (tuple(norm.scale[...] for norm in norms) for norms in (norms_q, norms_k))
         return by_tokens(attend_streams(q, k, v, q_scales, k_scales, rope, norms_q[0].eps))
 
-    q, k = normed_heads(q, norms_q, rope), normed_heads(k, norms_k, rope)
-    out = attend(q, k, jnp.concatenate(by_head(v, head_dim), axis=1), implementation)
+    turned_q, turned_k = normed_heads(q, norms_q, rope), normed_heads(k, norms_k, rope)
+    out = attend(turned_q, turned_k, jnp.concatenate(by_head(v, head_dim), axis=1), implementation)
     out = jnp.split(out.reshape(*out.shape[:2], -1), list(itertools.accumulate(lengths))[:-1], axis=1)
     return by_tokens(sharding.constrain(part, *HEADS[:3]) for part in out)
 
