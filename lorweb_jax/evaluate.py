@@ -247,9 +247,7 @@ def make(args: argparse.Namespace) -> None:
         encoder = load_image_encoder(folder)
     source = fingerprint.of_folder(folder) if folder and encoder is not None else ""
     scores = scoring.select([*scoring.standard(encoder, source), *own], args.scores)
-    sampling = {"steps": args.steps, "guidance": args.guidance}
-    if args.round_to_bfloat16:
-        sampling["round_to_bfloat16"] = True
+    sampling = {"steps": args.steps, "guidance": args.guidance, "round_to_bfloat16": args.round_to_bfloat16}
     precision = {"dtype": args.dtype, "quantization": args.quantization}
     common = conditions(pipeline, **sampling, **precision, seed=args.seed, max_size=args.max_size)
     skipped = [dataclasses.asdict(each) for each in problems]
@@ -265,7 +263,7 @@ def make(args: argparse.Namespace) -> None:
     for method in itertools.chain(candidates, truths):
         kept = make_images(records, method, mine, seed=args.seed, batch=args.batch)
         add_scores(kept, by_id, scores)
-        add_descriptions(args.out, scores)
+        add_descriptions(args.out, scores)  # only now: a score that fails is no column
         if number == parts:
             add_coefficients(kept, method, samples, args.batch)
             add_path(kept, method, samples, args.seed)

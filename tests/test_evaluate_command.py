@@ -97,7 +97,10 @@ class FakePipeline:
     def _coefficients(self, conditions):
         return self.model.basis.coefficients(self.query(conditions))
 
-    def edit_batch(self, conditions, prompts, *, steps, guidance, seed, use_basis=True, mix=None, strength=1.0):
+    def edit_batch(
+        self, conditions, prompts, *, steps, guidance, round_to_bfloat16, seed, use_basis=True, mix=None, strength=1.0
+    ):
+        FakePipeline.rounded = round_to_bfloat16
         assert len(seed) == len(conditions) == len(prompts)
         if strength != 1:
             return [np.full_like(b, round(100 * strength)) for _, _, b in conditions]
@@ -239,6 +242,12 @@ def test_where_and_how_it_is_computed_reaches_the_pipeline(run, data):
     run("--scores", "mse", "--mesh", "data=4", "--attention", "xla", "--unstacked", "--offload", "blocks")
     expected = {"mesh": {"data": 4}, "attention": "xla", "unstacked": True, "offload": "blocks"}
     assert FakePipeline.loaded == {"dtype": "float32", "quantization": "none"} | expected
+    assert FakePipeline.rounded is False
+
+
+def test_rounding_reaches_the_sampling(run):
+    run("--scores", "mse", "--round-to-bfloat16", methods=["ours"])
+    assert FakePipeline.rounded is True
 
 
 def test_other_weights_images_and_folders_are_refused(run, data):

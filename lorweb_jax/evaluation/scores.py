@@ -240,7 +240,7 @@ def called(spec: str, what: str) -> Any:
     arguments = [argument] if argument else []
     try:
         inspect.signature(make).bind(*arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: what is built in has no signature
         form = f"{place} alone" if argument else f"{place}=ARGUMENT"
         raise UserError(f"{place} can't be called as {spec!r} says ({error}); give {form}", 2) from None
     return make(*arguments)

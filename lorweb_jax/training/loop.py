@@ -138,7 +138,7 @@ def train(config, workdir: Path, make_job: Callable[[ConfigDict], Job], command:
         with own_folder(workdir) as folder:
             job.finish(partition.model(state.exported, frozen), folder)
         outcome["state"] = "finished"
-        print(f"finished at step {max(first_step, steps)}; results are in {workdir}", flush=True)
+        print(f"finished at step {steps}; results are in {workdir}", flush=True)
     return True
 
 

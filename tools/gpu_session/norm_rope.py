@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-WIDTH = 128  # of a head
+from lorweb_jax.nn.head_major import WIDTH
+
 _ROWS, _GROUP, _WARPS = 4, 8, 4  # tokens and heads, at most, of a program, and its warps
 
 
